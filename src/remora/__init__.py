@@ -1,0 +1,3 @@
+"""Remora turns a large language model into a text classifier by training a small LoRA adapter."""
+
+__version__ = "0.1.0"

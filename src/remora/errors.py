@@ -1,0 +1,61 @@
+"""Every error a user can meet, as one tree.
+
+    RemoraError
+    ├── ConfigError      exit 2   a setting is wrong, or settings contradict each other
+    ├── DataError        exit 3   a table is wrong
+    ├── ModelError       exit 4   a base model or an adapter is wrong
+    ├── ResourceError    exit 5   out of disk or memory
+    ├── DivergedError    exit 6   training went to NaN or infinity
+    ├── PeerLostError    exit 7   another process of the run is gone
+    └── Stopped          exit 75  stopped on request, and saved
+
+A message says what was found and what to do, in one line: ``<found>; <what to do>``.
+"""
+
+
+class RemoraError(Exception):
+    """The base of every error that is the user's to mend; `exit_code` is what the CLI ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(RemoraError, ValueError):
+    """A setting is wrong, or settings contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(RemoraError, ValueError):
+    """A table cannot be read or cannot be learned from."""
+
+    exit_code = 3
+
+
+class ModelError(RemoraError, ValueError):
+    """A base model or an adapter is missing, broken or not of the expected kind."""
+
+    exit_code = 4
+
+
+class ResourceError(RemoraError, RuntimeError):
+    """The disk or the memory is full."""
+
+    exit_code = 5
+
+
+class DivergedError(RemoraError, ArithmeticError):
+    """The loss or a gradient is no longer a finite number."""
+
+    exit_code = 6
+
+
+class PeerLostError(RemoraError, RuntimeError):
+    """Another process of a distributed run died or stopped answering."""
+
+    exit_code = 7
+
+
+class Stopped(RemoraError):  # noqa: N818  (a request, not a fault)
+    """The run was asked to stop and has saved its state."""
+
+    exit_code = 75
