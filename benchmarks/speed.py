@@ -1,0 +1,268 @@
+"""Examples per second and peak memory of one training step, against the stock trainers.
+
+The shape of Qwen2.5-0.5B with random weights, its tokenizer, rows of Banking77, effective batch 32,
+bfloat16 arithmetic in every arm, dropout 0 so that the losses must agree. Every arm is a process of
+its own and sees the same rows in the same batches; the arms run one after the other in one call.
+
+    python benchmarks/speed.py                  both prompts, all arms
+    python benchmarks/speed.py --list-labels    only the prompt that lists the 77 labels
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import workload
+
+BATCH = 32
+LEARNING_RATE = 2e-4
+ARMS = {
+    "recipe": "Trainer: padded, full logits, float32 base under autocast, checkpointing",
+    "padded": "Trainer: padded, full logits, 16-bit base, no checkpointing",
+    "flattened": "Trainer: padding-free, full logits, 16-bit base, no checkpointing",
+    "trl-padded": "TRL SFTTrainer: padded, chunked loss, 16-bit base, no checkpointing",
+    "trl-padding-free": "TRL SFTTrainer: padding-free, chunked loss, 16-bit base, no checkpointing",
+    "remora": "Remora: token tree, 16-bit base",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--list-labels", action="store_true")
+    parser.add_argument("--no-list-labels", action="store_true")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps, after one warm-up")
+    parser.add_argument("--slow-steps", type=int, default=2, help="the same for the recipe")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--micro-batch", type=int, nargs="+", help="rows; the best one is shown")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        print(json.dumps(run_arm(options)))
+        return
+    chosen = [True] if options.list_labels else [False] if options.no_list_labels else [False, True]
+    results = {}
+    for list_labels in chosen:
+        key = "labels listed" if list_labels else "template only"
+        results[key] = compare(options, list_labels)
+    workload.write("speed", results)
+
+
+def compare(options: argparse.Namespace, list_labels: bool) -> dict[str, Any]:
+    print(f"\n## {'77 labels listed in the prompt' if list_labels else 'template only'}\n")
+    found: dict[str, Any] = {}
+    for arm in options.arms:
+        # A padded batch of 32 long rows does not fit; the stock arms accumulate smaller ones.
+        sizes = options.micro_batch or ([4, 8] if list_labels else [8, 32])
+        tries = [BATCH] if arm == "remora" else [4] if list_labels and arm == "recipe" else sizes
+        runs = [start(arm, size, options, list_labels) for size in tries]
+        best = max(runs, key=lambda run: run["examples_per_second"])
+        found[arm] = {**best, "tried": runs}
+    ours = found.get("remora")
+    rows = []
+    for arm, run in found.items():
+        speedup = ours["examples_per_second"] / run["examples_per_second"] if ours else float("nan")
+        memory = run["peak_bytes"] / ours["peak_bytes"] if ours else float("nan")
+        rows.append(
+            [
+                ARMS[arm],
+                str(run["micro_batch"]),
+                f"{run['examples_per_second']:.2f}",
+                f"{speedup:.1f}x",
+                f"{run['peak_bytes'] / 1e9:.1f} GB",
+                f"{memory:.1f}x",
+                " ".join(f"{loss:.4f}" for loss in run["losses"][:3]),
+            ]
+        )
+    header = ["arm", "micro-batch", "examples/s", "Remora is", "peak", "of Remora's", "first losses"]
+    workload.print_table(header, rows)
+    return found
+
+
+def start(arm: str, size: int, options: argparse.Namespace, list_labels: bool) -> dict[str, Any]:
+    steps = options.slow_steps if arm == "recipe" else options.steps
+    command = [sys.executable, __file__, "--arm", arm, "--micro-batch", str(size)]
+    command += ["--steps", str(steps), "--layers", str(options.layers)]
+    if list_labels:
+        command.append("--list-labels")
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        raise SystemExit(f"{done.stderr}\nerror: arm {arm} ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_arm(options: argparse.Namespace) -> dict[str, Any]:
+    from remora.prompt import Prompt
+
+    texts, labels = workload.banking77("train")
+    prompt = Prompt(
+        workload.qwen_tokenizer(),
+        sorted(set(labels)),
+        instruction="Classify the message.",
+        list_labels=options.list_labels,
+        max_length=2048,
+    )
+    random.seed(0)
+    picked = random.sample(range(len(texts)), BATCH * (options.steps + 1))
+    rows = prompt.rows([texts[i] for i in picked], [labels[i] for i in picked])
+    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    measure = remora_arm if options.arm == "remora" else stock_arm
+    losses, seconds = measure(options, batches)
+    return {
+        "arm": options.arm,
+        "micro_batch": options.micro_batch[0],
+        "examples_per_second": BATCH / statistics.median(seconds[1:]),
+        "seconds": seconds,
+        "losses": losses,
+        "peak_bytes": workload.peak_memory_bytes(),
+    }
+
+
+def adapter(model: Any) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules=workload.LORA_MODULES, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[float], list[float]]:
+    """Time the step that `remora.train.fit` takes, with its own functions."""
+    import torch
+
+    from remora import lora, tree
+
+    model = adapter(workload.qwen_half_billion(torch.bfloat16, options.layers)).train()
+    lora.make_fast(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    losses, seconds = [], []
+    for batch in batches:
+        began = time.perf_counter()
+        trees = tree.split(batch, 4096)
+        weight = sum(packed.num_supervised_tokens for packed in trees)
+        loss = 0.0
+        for packed in trees:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = tree.answer_logits(model, packed)
+            part = tree.loss_sum(logits, packed) / weight
+            part.backward()
+            loss += float(part.detach())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+        seconds.append(time.perf_counter() - began)
+    return losses, seconds
+
+
+def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[float], list[float]]:
+    """Time the optimizer steps of a stock trainer, from one step's begin to the next one's."""
+    import tempfile
+
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    size = options.micro_batch[0]
+    recipe = options.arm == "recipe"
+    base = workload.qwen_half_billion(torch.float32 if recipe else torch.bfloat16, options.layers)
+    # Sorted by length inside an effective batch, which changes no sum and pads least.
+    ordered = [r for batch in batches for r in sorted(batch, key=lambda r: len(r.token_ids))]
+    table = Dataset.from_list(
+        [
+            {
+                "input_ids": list(row.token_ids),
+                "labels": [-100] * row.answer_start + list(row.token_ids[row.answer_start :]),
+            }
+            for row in ordered
+        ]
+    )
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {
+            "output_dir": folder,
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": BATCH // size,
+            "max_steps": len(batches),
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "bf16": True,
+            "use_cpu": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "train_sampling_strategy": "sequential",
+            "gradient_checkpointing": recipe,
+        }
+        make = _sft if options.arm.startswith("trl") else _trainer
+        trainer = make(base, table, settings, options.arm)
+        trainer.add_callback(Clock())
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, [b - a for a, b in zip(times, times[1:], strict=False)]
+
+
+def _trainer(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        DataCollatorWithFlattening,
+        Trainer,
+        TrainingArguments,
+    )
+
+    tokenizer = workload.qwen_tokenizer()
+    if arm == "recipe":
+        base.enable_input_require_grads()
+    padded = DataCollatorForSeq2Seq(tokenizer)
+    return Trainer(
+        model=adapter(base),
+        args=TrainingArguments(**settings),
+        train_dataset=table,
+        data_collator=DataCollatorWithFlattening() if arm == "flattened" else padded,
+        processing_class=tokenizer,
+    )
+
+
+def _sft(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(
+        **settings,
+        max_length=None,
+        padding_free=arm == "trl-padding-free",
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return SFTTrainer(
+        model=adapter(base),
+        args=config,
+        train_dataset=table,
+        processing_class=workload.qwen_tokenizer(),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What the benchmarks work on: rows, models, and how a result is written down."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("REMORA_SHARED", ROOT.parent / "shared"))
+RESULTS = ROOT / "benchmarks" / "results"
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def banking77(split: str) -> tuple[list[str], list[str]]:
+    """Return texts and labels of Banking77's `train` or `test` rows."""
+    path = SHARED / "data" / "banking77" / f"{split}.csv"
+    if not path.is_file():
+        raise SystemExit(f"error: this benchmark needs {path}; set REMORA_SHARED to its folder")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row["text"] for row in rows], [row["category"] for row in rows]
+
+
+def qwen_tokenizer() -> Any:
+    """Return the tokenizer of Qwen2.5."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(SHARED / "models" / "qwen2.5-tokenizer")
+
+
+def qwen_half_billion(dtype: Any, layers: int = 24, seed: int = 0) -> Any:
+    """Return a model of Qwen2.5-0.5B's shape with random weights, which are the same in any dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4_864,
+        num_hidden_layers=layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32_768,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=151_643,
+        eos_token_id=151_645,
+    )
+    torch.manual_seed(seed)
+    config._attn_implementation = "sdpa"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.to(dtype)
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has used."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def machine() -> str:
+    """Name the processor and what runs on it."""
+    import torch
+    import transformers
+
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return (
+        f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def write(name: str, value: dict[str, Any]) -> None:
+    """Write a result to benchmarks/results/NAME.json and say so."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **value}, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{machine()}\nwritten to {path.relative_to(ROOT)}")
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table in Markdown."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, ["-" * width for width in widths], *rows):
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |")

@@ -1,0 +1,228 @@
+"""`TextClassifier`: the same functions, in scikit-learn's manner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
+
+from remora import data, plan, run, train
+from remora.config import TrainConfig
+from remora.errors import DataError
+from remora.score import Scorer
+
+
+class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A text classifier: a frozen language model with a small trained LoRA adapter.
+
+    Every argument but the model may be None, which stands for the default of `TrainConfig`, where
+    each is described.
+
+    Attributes:
+        classes_: The labels seen in `fit`, sorted, [n_classes].
+        model_: PEFT's model.
+        prompt_: How messages are asked and labels are answered.
+
+    Example:
+        >>> clf = TextClassifier("Qwen/Qwen2.5-1.5B-Instruct").fit(texts, labels)  # doctest: +SKIP
+        >>> clf.predict(["Where is my card?"])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str = "Qwen/Qwen2.5-1.5B-Instruct",
+        *,
+        instruction: str | None = None,
+        list_labels: bool | None = None,
+        label_texts: dict[str, str] | None = None,
+        max_length: int | None = None,
+        rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        learning_rate: float | None = None,
+        epochs: float | None = None,
+        max_steps: int | None = None,
+        batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
+        schedule: str | None = None,
+        warmup_fraction: float | None = None,
+        weight_decay: float | None = None,
+        max_grad_norm: float | None = None,
+        validation_fraction: float | None = None,
+        patience: int | None = None,
+        precision: str | None = None,
+        device: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.model = model
+        self.instruction = instruction
+        self.list_labels = list_labels
+        self.label_texts = label_texts
+        self.max_length = max_length
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.target_modules = target_modules
+        self.learning_rate = learning_rate
+        self.epochs = epochs
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.micro_batch_tokens = micro_batch_tokens
+        self.schedule = schedule
+        self.warmup_fraction = warmup_fraction
+        self.weight_decay = weight_decay
+        self.max_grad_norm = max_grad_norm
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.precision = precision
+        self.device = device
+        self.seed = seed
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> TextClassifier:
+        """Train an adapter.
+
+        Args:
+            X: Texts, [n_samples].
+            y: Their labels, [n_samples].
+
+        Returns:
+            The classifier itself.
+
+        Raises:
+            ConfigError: If a setting is wrong.
+            DataError: If the texts or labels cannot be learned from.
+            ModelError: If the base model cannot be used.
+        """
+        texts = _texts(X)
+        targets = np.asarray(y)
+        check_classification_targets(targets)
+        if targets.ndim != 1 or len(targets) != len(texts):
+            raise DataError(
+                f"there are {len(texts)} texts, but labels of shape {targets.shape}; "
+                "give one label for each text"
+            )
+        classes = np.unique(targets)
+        names = [str(value) for value in classes]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise DataError(
+                f"the labels hold the classes {', '.join(names)}; give at least two different ones"
+            )
+        config = self._config()
+        dataset = data.from_lists(
+            texts,
+            [str(value) for value in targets],
+            validation_fraction=config.validation_fraction,
+            seed=config.seed,
+        )
+        device = plan.choose_device(config.device)
+        precision = plan.choose_precision(device, config.precision)
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(config.seed)
+            adapted, prompt, card, _ = train.prepare(config, names, precision, device)
+            with train.accelerator_for(precision, device) as accelerator:
+                train.fit(
+                    adapted, prompt, dataset, config, accelerator=accelerator, precision=precision
+                )
+        self.classes_ = classes
+        self.model_, self.prompt_, self._card, self._precision = adapted, prompt, card, precision
+        return self
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Return the probability of each class for each text, [n_samples, n_classes].
+
+        The columns are in the order of `classes_`.
+        """
+        check_is_fitted(self)
+        scorer = Scorer(
+            self.model_,
+            self.prompt_,
+            max_tokens=self._config().micro_batch_tokens,
+            autocast=self._precision.autocast,
+        )
+        return scorer.probabilities(_texts(X))
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Return the likeliest class for each text, [n_samples]."""
+        chosen = self.predict_proba(X).argmax(axis=1)
+        result: NDArray[Any] = self.classes_[chosen]
+        return result
+
+    def save(self, path: str | Path) -> None:
+        """Save the adapter in PEFT's format, beside what Remora needs to load it."""
+        check_is_fitted(self)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        run.save_adapter(self.model_, self._card, Path(path))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        model: str | None = None,
+        precision: str = "auto",
+        device: str = "auto",
+    ) -> TextClassifier:
+        """Load a saved classifier, or the adapter of a run directory.
+
+        Args:
+            path: Where it was saved, or a run directory.
+            model: Base model, where it no longer is where the adapter was trained.
+            precision: Arithmetic of the forward pass.
+            device: Where to compute.
+
+        Returns:
+            A fitted classifier; its classes are the labels as text.
+
+        Raises:
+            ModelError: If a part is missing or broken, or the base model is another one.
+        """
+        config = TrainConfig("", model=model or "", precision=precision, device=device)  # type: ignore[arg-type]
+        where = plan.choose_device(config.device)
+        decided = plan.choose_precision(where, config.precision)
+        adapted, prompt, card = run.load_adapter(
+            Path(path), base=model, dtype=decided.base, device=where
+        )
+        loaded = cls(model or card.base_model, precision=precision, device=device)
+        loaded.classes_ = np.array(card.labels)
+        loaded.model_, loaded.prompt_ = adapted, prompt
+        loaded._card, loaded._precision = card, decided
+        return loaded
+
+    def _config(self) -> TrainConfig:
+        settings = {k: v for k, v in self.get_params(deep=False).items() if v is not None}
+        if "target_modules" in settings:
+            settings["target_modules"] = tuple(settings["target_modules"])
+        return TrainConfig("", **settings)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.two_d_array = False
+        tags.target_tags.required = True
+        return tags
+
+
+def _texts(X: ArrayLike) -> list[str]:
+    """Return texts as a list.
+
+    Raises:
+        DataError: If they are no one-dimensional collection of texts, or one of them is blank.
+    """
+    if isinstance(X, str):
+        raise DataError("a single text was given; give a list of texts")
+    texts = list(X)  # type: ignore[arg-type]
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"item {row} is of type {type(text).__name__}; give texts only")
+        if not text.strip():
+            raise DataError(f"item {row} is blank; give texts only")
+    return texts

@@ -1,0 +1,119 @@
+"""The command line: each verb parses, calls one library function, and prints.
+
+Everything heavy is imported inside the verbs, so that `remora --help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+from cyclopts import App, Parameter
+from cyclopts.config import Toml
+
+import remora
+from remora.config import EvalConfig, PredictConfig, TrainConfig
+from remora.errors import ConfigError, RemoraError
+
+app = App(
+    name="remora",
+    help="Turn a large language model into a text classifier by training a small LoRA adapter.",
+    version=remora.__version__,
+)
+
+
+@app.command
+def train(config: TrainConfig, *, json: bool = False) -> None:
+    """Train an adapter on a table of texts and labels, and measure it.
+
+    Leaves adapter, evaluation and settings in a run directory.
+
+    Parameters
+    ----------
+    json:
+        Write the figures as JSON to standard output.
+    """
+    from remora import display
+    from remora import train as training
+
+    with display.TerminalReporter().live() as reporter:
+        result = training.train(config, reporter=reporter)
+    if json:
+        _print_json(result.to_dict())
+    else:
+        display.show_result(result)
+
+
+@app.command(name="eval")
+def evaluate(config: EvalConfig) -> None:
+    """Measure an adapter on a table of texts and labels."""
+    from remora import display, predict
+
+    with display.TerminalReporter().live() as reporter:
+        metrics = predict.evaluate_adapter(config, reporter=reporter)
+    if config.json:
+        _print_json(metrics.to_dict())
+    else:
+        display.show_metrics(metrics, "test")
+
+
+@app.command
+def predict(config: PredictConfig) -> None:
+    """Classify messages, from a table or from standard input, as they come."""
+    from remora import predict as prediction
+
+    prediction.write_predictions(config, sys.stdout)
+
+
+@app.meta.default
+def _main(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Path | None = None,
+    debug: bool = False,
+) -> None:
+    """Parse what all verbs share.
+
+    Parameters
+    ----------
+    config:
+        TOML file of settings, named like the flags; flags given beside it win.
+    debug:
+        Show the traceback of an error.
+    """
+    if config is not None:
+        if not config.is_file():
+            raise ConfigError(f"there is no settings file {config}; correct --config")
+        app.config = (Toml(config, use_commands_as_keys=False),)
+    app(tokens, exit_on_error=False, print_error=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app.meta(given, exit_on_error=False, print_error=False)
+    except BrokenPipeError:  # the reader of our output, such as head, has had enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was saved before stays in the run directory", 130)
+    except (RemoraError, cyclopts.CycloptsError) as error:
+        if "--debug" in given:
+            raise
+        code = error.exit_code if isinstance(error, RemoraError) else ConfigError.exit_code
+        return _fail(str(error), code)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201

@@ -1,0 +1,266 @@
+"""The settings of each verb: the one place where a default and its help text stand.
+
+The command line's flags and the keys of a TOML file are generated from these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cyclopts import Parameter
+
+from remora.errors import ConfigError
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `remora train`."""
+
+    data: str = field(kw_only=False)
+    """A CSV, TSV, JSONL or Parquet file, a folder with train, validation and test files, or a data
+    set on the Hugging Face hub as hf:owner/name."""
+
+    model: str
+    """Base model: a folder, or the id of one on the Hugging Face hub."""
+
+    name: str | None = None
+    """Name of the run; by default made from the data's and the model's names."""
+
+    output: Path = Path("runs")
+    """Folder that run directories are made in."""
+
+    validation: str | None = None
+    """Table of validation rows; by default split off the training rows."""
+
+    test: str | None = None
+    """Table of test rows; by default split off the training rows."""
+
+    text_column: str | None = None
+    """Column with the messages; by default found by its name."""
+
+    label_column: str | None = None
+    """Column with the labels; by default found by its name."""
+
+    validation_fraction: float = 0.1
+    """Share of the training rows set aside to choose the best adapter by, 2,000 rows at most."""
+
+    test_fraction: float = 0.1
+    """Share of the training rows set aside for the final figures where no test rows are given,
+    10,000 rows at most."""
+
+    instruction: str = "Classify the message."
+    """What the model is told before each message."""
+
+    list_labels: bool = False
+    """List all labels in the prompt: helps with few examples per label, costs a longer prefix."""
+
+    label_texts: dict[str, str] = field(default_factory=dict)
+    """What the model writes for a label, where that is not the label itself."""
+
+    max_length: int | None = None
+    """Longest sequence in tokens, longer messages are cut; by default the model's context."""
+
+    rank: int = 16
+    """Rank r of the adapter's matrices."""
+
+    alpha: float = 32.0
+    """The adapter's update is scaled by alpha / rank."""
+
+    dropout: float = 0.05
+    """Dropout on the adapter's inputs while training."""
+
+    target_modules: tuple[str, ...] = ()
+    """Linear layers that get an adapter; by default q, k, v, o, gate, up and down, or for other
+    architectures every linear layer but the head."""
+
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; by default chosen from the model's width."""
+
+    epochs: float = 3.0
+    """Passes over the training rows."""
+
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+
+    batch_size: int = 32
+    """Rows that one optimizer step averages over, however they are cut into micro-batches."""
+
+    micro_batch_tokens: int = 4096
+    """Most tokens computed at once; limits memory, changes no result."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+
+    warmup_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+
+    weight_decay: float = 0.0
+    """AdamW's weight decay on the adapter."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+    eval_steps: int | None = None
+    """Steps between evaluations on the validation rows; by default once an epoch."""
+
+    patience: int = 3
+    """Stop after this many evaluations in a row without a better adapter; 0 never stops early."""
+
+    precision: Precision = "auto"
+    """Arithmetic of the forward and backward pass; what trains is float32 in any case."""
+
+    device: Device = "auto"
+    """Where to compute."""
+
+    seed: int = 0
+    """Seed of the splits, the order of rows, the adapter's start and the dropout."""
+
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers that accelerate knows, such as tensorboard or wandb."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: Naming everything that is wrong.
+        """
+        problems = [
+            f"{name} is {getattr(self, name)}; give {wanted}"
+            for name, wanted, good in (
+                ("rank", "a whole number from 1", self.rank >= 1),
+                ("alpha", "a number above 0", self.alpha > 0),
+                ("dropout", "a number from 0 to below 1", 0 <= self.dropout < 1),
+                (
+                    "learning_rate",
+                    "a number above 0 and at most 1",
+                    self.learning_rate is None or 0 < self.learning_rate <= 1,
+                ),
+                ("epochs", "a number above 0", 0 < self.epochs < float("inf")),
+                ("max_steps", "a whole number from 1", _from(1, self.max_steps)),
+                ("max_length", "a whole number from 1", _from(1, self.max_length)),
+                ("eval_steps", "a whole number from 1", _from(1, self.eval_steps)),
+                ("batch_size", "a whole number from 1", self.batch_size >= 1),
+                ("micro_batch_tokens", "a whole number from 1", self.micro_batch_tokens >= 1),
+                ("warmup_fraction", "a number from 0 to 1", 0 <= self.warmup_fraction <= 1),
+                ("weight_decay", "a number from 0", 0 <= self.weight_decay < float("inf")),
+                ("max_grad_norm", "a number above 0", self.max_grad_norm > 0),
+                ("patience", "a whole number from 0", self.patience >= 0),
+                ("seed", "a whole number from 0", self.seed >= 0),
+                ("validation_fraction", "from 0 to below 1", 0 <= self.validation_fraction < 1),
+                ("test_fraction", "from 0 to below 1", 0 <= self.test_fraction < 1),
+                ("name", "a name without slashes", _is_plain_name(self.name)),
+            )
+            if not good
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def to_toml(self) -> str:
+        """Return the settings as a TOML file that `--config` takes; settings of None left out."""
+        import tomli_w
+
+        settings: dict[str, Any] = {}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if value is None or value == {}:
+                continue
+            if isinstance(value, Path):
+                value = str(value)
+            settings[entry.name] = list(value) if isinstance(value, tuple) else value
+        return str(tomli_w.dumps(settings))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Settings of `remora predict`."""
+
+    adapter: Path = field(kw_only=False)
+    """A run directory, or an adapter's folder."""
+
+    source: str = field(kw_only=False, default="-")
+    """Messages: a CSV, TSV, JSONL, Parquet or text file, or - for lines on standard input."""
+
+    text_column: str | None = None
+    """Column with the messages; by default found by its name."""
+
+    input_format: Literal["text", "csv", "tsv", "jsonl"] | None = None
+    """Format of standard input; by default one message a line."""
+
+    top_k: int = 1
+    """How many labels to give for each message, the likeliest first."""
+
+    model: str | None = None
+    """Base model, where it no longer is where the adapter was trained."""
+
+    micro_batch_tokens: int = 4096
+    """Most tokens computed at once; limits memory, changes no result."""
+
+    precision: Precision = "auto"
+    """Arithmetic of the forward pass."""
+
+    device: Device = "auto"
+    """Where to compute."""
+
+    json: bool = False
+    """Write JSON lines instead of CSV."""
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ConfigError."""
+        if self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}; give a whole number from 1")
+        if self.micro_batch_tokens < 1:
+            raise ConfigError(
+                f"micro_batch_tokens is {self.micro_batch_tokens}; give a whole number from 1"
+            )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Settings of `remora eval`."""
+
+    adapter: Path = field(kw_only=False)
+    """A run directory, or an adapter's folder."""
+
+    data: str = field(kw_only=False)
+    """Table of texts and labels to measure on."""
+
+    text_column: str | None = None
+    """Column with the messages; by default found by its name."""
+
+    label_column: str | None = None
+    """Column with the labels; by default found by its name."""
+
+    model: str | None = None
+    """Base model, where it no longer is where the adapter was trained."""
+
+    predictions: Path | None = None
+    """Write each row's label, prediction and probability to this CSV file."""
+
+    micro_batch_tokens: int = 4096
+    """Most tokens computed at once; limits memory, changes no result."""
+
+    precision: Precision = "auto"
+    """Arithmetic of the forward pass."""
+
+    device: Device = "auto"
+    """Where to compute."""
+
+    json: bool = False
+    """Write the figures as JSON to standard output."""
+
+
+def _from(least: int, value: int | None) -> bool:
+    return value is None or value >= least
+
+
+def _is_plain_name(name: str | None) -> bool:
+    return name is None or (Path(name).name == name and name not in {"", ".", ".."})

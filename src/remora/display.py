@@ -1,0 +1,155 @@
+"""All terminal output. Nothing else imports rich."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from remora.evaluate import Metrics
+from remora.train import Reporter, Step, TrainResult, Validation
+
+NUM_CONFUSIONS = 5
+
+
+class TerminalReporter(Reporter):
+    """Shows a run on standard error: sentences, and one progress bar."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._progress: Progress | None = None
+        self._training: TaskID | None = None
+        self._scoring: TaskID | None = None
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[TerminalReporter]:
+        """Show the progress bar while the context lasts."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[figures]}"),
+        )
+        with Progress(*columns, console=self._console, transient=True) as self._progress:
+            yield self
+        self._progress = None
+
+    def say(self, line: str) -> None:
+        """Print a sentence."""
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def stepped(self, step: Step) -> None:
+        """Move the training bar."""
+        if self._progress is None:
+            return
+        if self._training is None:
+            self._training = self._progress.add_task("train", total=step.num_steps, figures="")
+        speed = f"{step.examples_per_second:.1f} examples/s  " if step.examples_per_second else ""
+        figures = f"{speed}loss {step.loss:.3f}  {_bytes(step.peak_memory_bytes)} peak"
+        self._progress.update(self._training, completed=step.step, figures=figures)
+
+    def validated(self, validation: Validation) -> None:
+        """Print a line for an evaluation."""
+        mark = ", the best so far" if validation.best else ""
+        self.say(
+            f"step {validation.step}: validation accuracy {validation.accuracy:.1%}, "
+            f"log-loss {validation.log_loss:.3f}{mark}"
+        )
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """Move the bar of an evaluation, and take it away at its end."""
+        if self._progress is None:
+            return
+        if self._scoring is None:
+            self._scoring = self._progress.add_task(what, total=total, figures="")
+        self._progress.update(self._scoring, completed=done)
+        if done >= total:
+            self._progress.remove_task(self._scoring)
+            self._scoring = None
+
+
+def show_result(result: TrainResult, console: Console | None = None) -> None:
+    """Print what a run has shown, on standard output."""
+    console = console or Console(highlight=False)
+    show_metrics(result.metrics, result.measured_on, console)
+    base, ours = result.baseline, result.metrics
+    low, high = base.metrics.accuracy_interval
+    note = ""
+    if base.num_train_rows < base.num_all_train_rows:
+        note = f", on {base.num_train_rows:,} of {base.num_all_train_rows:,} training rows"
+    _line(
+        console,
+        f"baseline   {base.metrics.accuracy:.2%}  (95% interval {low:.1%} to {high:.1%})  "
+        f"{base.description}, {base.seconds:.1f} s{note}",
+    )
+    _line(console, f"           {_verdict(ours, base.metrics, result.p_value)}")
+    _line(
+        console,
+        f"adapter    {_bytes(result.adapter_bytes)}, the base model is "
+        f"{result.base_bytes / result.adapter_bytes:.0f} times larger; "
+        f"{result.parameters.share:.2%} of the parameters trained",
+    )
+    _line(
+        console,
+        f"speed      {result.examples_per_second:.1f} examples/s, "
+        f"{result.supervised_tokens_per_second:.0f} supervised tokens/s; "
+        f"{result.num_steps} steps in {result.train_seconds:.0f} s, "
+        f"{_bytes(result.peak_memory_bytes)} peak memory",
+    )
+    _line(console, f"run        {result.directory}")
+
+
+def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = None) -> None:
+    """Print the figures of one evaluation: per class, confusions, and the summary last."""
+    console = console or Console(highlight=False)
+    table = Table("label", "precision", "recall", "F1", "rows", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in metrics.per_class:
+        figures = (f"{row.precision:.2f}", f"{row.recall:.2f}", f"{row.f1:.2f}", f"{row.support:,}")
+        table.add_row(row.label.replace("[", r"\["), *figures)
+    console.print(table)
+    if metrics.confusions:
+        console.print("\nlargest confusions")
+    for confusion in metrics.confusions[:NUM_CONFUSIONS]:
+        _line(
+            console,
+            f"  {confusion.count:>4}  {confusion.true} taken for {confusion.predicted} "
+            f"({confusion.share:.0%} of its rows)",
+        )
+    low, high = metrics.accuracy_interval
+    note = "" if measured_on == "test" else ", rows that also chose the adapter: a little too good"
+    _line(
+        console,
+        f"\naccuracy   {metrics.accuracy:.2%}  (95% interval {low:.1%} to {high:.1%})  "
+        f"on {metrics.num_rows:,} {measured_on} rows{note}",
+    )
+    log_loss = "" if metrics.log_loss is None else f", log-loss {metrics.log_loss:.3f}"
+    _line(console, f"macro-F1   {metrics.macro_f1:.2%}{log_loss}")
+
+
+def _verdict(ours: Metrics, base: Metrics, p_value: float) -> str:
+    """Say in a sentence whether the model is worth its cost."""
+    difference = 100 * (ours.accuracy - base.accuracy)
+    p = f"p = {p_value:.2g}, exact McNemar test"
+    if p_value >= 0.05:
+        return f"the difference of {difference:+.1f} points may be chance ({p})"
+    if difference > 0:
+        return f"the adapter is {difference:.1f} points better ({p})"
+    return f"the baseline is {-difference:.1f} points better: this model is not worth its cost ({p})"
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit != "MB" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -1,0 +1,166 @@
+"""Base models: where they lie, their tokenizer, configuration and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remora.errors import ModelError
+
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+"""What is fetched from the hub: never pickled weights, never code."""
+
+
+def find(name: str) -> Path:
+    """Return the folder of a base model, fetched from the hub if `name` is an id there.
+
+    Raises:
+        ModelError: If there is no such folder or id, or it cannot be fetched.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{name} is not a model folder, it has no config.json; "
+                "give the folder of a Hugging Face model"
+            )
+        return folder.resolve()
+    if folder.exists():
+        raise ModelError(f"{name} is a file; give the folder of a Hugging Face model")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ModelError(
+            f"there is no folder {name}; give the folder of a Hugging Face model or a hub id such as "
+            "Qwen/Qwen2.5-1.5B-Instruct"
+        )
+    return _fetch(name)
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated on the hub; accept its terms on its page, then log in with "
+            "`hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is neither a folder nor a hub model {name}; check the name, or log in with "
+            "`hf auth login` if it is private"
+        ) from error
+    except Exception as error:  # of the connection, the disk or the hub: all end here
+        reason = _first_line(error)
+        raise ModelError(
+            f"{name} is no folder here and could not be fetched from the hub ({reason}); "
+            "check the name and the connection, or give a folder"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer in a model's folder.
+
+    Raises:
+        ModelError: If there is none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read ({_first_line(error)}); "
+            "give a folder with tokenizer.json"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer in {folder} has no tokenizer.json; convert it first")
+    return tokenizer
+
+
+def load_config(folder: Path) -> Any:
+    """Return the configuration in a model's folder.
+
+    Raises:
+        ModelError: If it cannot be read or is of an unknown architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"the configuration in {folder} cannot be read ({_first_line(error)}); "
+            "give the folder of a Hugging Face causal language model"
+        ) from error
+
+
+def load(folder: Path, dtype: torch.dtype) -> Any:
+    """Return the causal language model in a folder, its weights in `dtype`.
+
+    Raises:
+        ModelError: If it is no causal language model or its weights cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no weights in safetensors format; pickled weights are never read, "
+            "convert them first"
+        )
+    try:
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(
+            f"the model in {folder} cannot be loaded ({_first_line(error)}); "
+            "give the folder of a Hugging Face causal language model"
+        ) from error
+    loaded, info = result
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more; "
+            "the folder is incomplete, fetch it again"
+        )
+    return loaded
+
+
+def context_length(config: Any, tokenizer: Any) -> int:
+    """Return the longest sequence, in tokens, that the model has positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (positions, tokenizer.model_max_length) if n]
+    return int(min(limits))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return one SHA-256 over a model's weight files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,96 @@
+"""A trained adapter at work: classify messages, or measure it on a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from typing import TextIO
+
+import numpy as np
+
+from remora import data, evaluate, plan, run, train
+from remora.config import EvalConfig, PredictConfig
+from remora.errors import ConfigError
+from remora.score import Scorer
+from remora.train import Reporter
+
+
+def load_scorer(
+    config: PredictConfig | EvalConfig, *, tolerance: float = 1e-3
+) -> tuple[Scorer, plan.Precision]:
+    """Load an adapter around its base model, ready to score.
+
+    Raises:
+        ModelError: If a part is missing or broken, or the base model is another one.
+    """
+    device = plan.choose_device(config.device)
+    precision = plan.choose_precision(device, config.precision)
+    adapted, prompt, _ = run.load_adapter(
+        config.adapter, base=config.model, dtype=precision.base, device=device
+    )
+    scorer = Scorer(
+        adapted,
+        prompt,
+        max_tokens=config.micro_batch_tokens,
+        tolerance=tolerance,
+        autocast=precision.autocast,
+    )
+    return scorer, precision
+
+
+def predictions(config: PredictConfig) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+    """Yield each message with its `top_k` likeliest labels and their probabilities, as they come.
+
+    Raises:
+        RemoraError: If the adapter, its base model or a message cannot be used.
+    """
+    scorer, _ = load_scorer(config)
+    labels = scorer.prompt.labels
+    if config.top_k > len(labels):
+        raise ConfigError(f"top_k is {config.top_k}; the adapter has {len(labels)} labels")
+    texts = data.stream_texts(
+        config.source, text_column=config.text_column, format=config.input_format
+    )
+    for messages, probabilities in scorer.stream(texts):
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : config.top_k]
+        for message, row, best in zip(messages, probabilities, order, strict=True):
+            yield message, [(labels[i], float(row[i])) for i in best]
+
+
+def write_predictions(config: PredictConfig, output: TextIO) -> None:
+    """Write predictions as CSV, or as JSON lines, one for each message and in their order."""
+    writer = csv.writer(output, lineterminator="\n")
+    if not config.json:
+        more = [f"{name}_{k}" for k in range(2, config.top_k + 1) for name in ("label", "probability")]
+        writer.writerow(["text", "label", "probability", *more])
+    for message, best in predictions(config):
+        if config.json:
+            ranked = [{"label": label, "probability": round(p, 6)} for label, p in best]
+            output.write(json.dumps({"text": message, "labels": ranked}, ensure_ascii=False) + "\n")
+        else:
+            figures = [cell for label, p in best for cell in (run.defused(label), f"{p:.6f}")]
+            writer.writerow([run.defused(message), *figures])
+        output.flush()
+
+
+def evaluate_adapter(config: EvalConfig, *, reporter: Reporter | None = None) -> evaluate.Metrics:
+    """Measure an adapter on a table of texts and labels.
+
+    Raises:
+        RemoraError: If the adapter or the table cannot be used.
+    """
+    reporter = reporter or Reporter()
+    scorer, precision = load_scorer(config)
+    labels = scorer.prompt.labels
+    table = data.read_table(
+        config.data, text_column=config.text_column, label_column=config.label_column, known=labels
+    )
+    reporter.say(f"{len(table):,} rows; {precision}")
+    probabilities = train.score_table(scorer, table.texts, "test", reporter)
+    predicted = [labels[i] for i in probabilities.argmax(1)]
+    if config.predictions is not None:
+        run.write_predictions(
+            config.predictions, table.texts, table.labels, predicted, probabilities.max(1).tolist()
+        )
+    return evaluate.measure(labels, table.labels, predicted, probabilities)

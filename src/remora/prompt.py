@@ -1,0 +1,281 @@
+"""From messages to token sequences: the chat template, the answer, and what is cut to fit.
+
+The token ids are those of the whole rendered conversation, so that training, scoring and any other
+engine that renders the same conversation see the same ids. A sequence is a *stem* (the template, the
+instruction and the message, up to where the answer begins) and an *answer* (the label's text and the
+token that ends it). The loss covers the answer only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from remora.errors import ConfigError, ModelError
+
+MESSAGE_MARK = "REMORAMESSAGEMARK"
+ANSWER_MARK = "REMORAANSWERMARK"
+PROBES = ("where is it", "7 days ago?", "(no)", "Ünknown fee on my card!")
+"""Messages that begin and end in unlike ways: what their tokens share, every message shares."""
+
+
+class TokenSequence(NamedTuple):
+    """One row for the model: `token_ids[answer_start:]` is what it learns to write."""
+
+    token_ids: list[int]
+    answer_start: int
+
+
+class Prompt:
+    """How a message is asked and how a label is answered, for one tokenizer and one set of labels.
+
+    Attributes:
+        labels: The closed label set, in the order that scores are reported in.
+        label_texts: What is written for a label that is not written as it is: what the user gave,
+            and labels that the tokenizer cannot write otherwise.
+        answers: For each label its token ids, the end token last.
+        prefix: The token ids that every conversation begins with.
+        max_length: The longest sequence, in tokens, answer included.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        labels: Sequence[str],
+        *,
+        instruction: str,
+        list_labels: bool = False,
+        label_texts: Mapping[str, str] | None = None,
+        max_length: int,
+    ) -> None:
+        """Render the template once and find where answers begin.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer; its chat template is used where it has one.
+            labels: The closed label set.
+            instruction: Said before the message; may be empty.
+            list_labels: Whether the instruction ends with the list of labels.
+            label_texts: What the model writes for a label, where that is not the label itself.
+            max_length: The longest sequence in tokens; longer messages are cut.
+
+        Raises:
+            ConfigError: If `label_texts` names a label that does not exist.
+            ModelError: If the template cannot be used, two labels become the same tokens, or the
+                longest label leaves no room for a message.
+        """
+        self.labels = tuple(labels)
+        self.instruction = instruction
+        self.list_labels = list_labels
+        self.label_texts = dict(label_texts or {})
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        if unknown := [label for label in self.label_texts if label not in self.labels]:
+            raise ConfigError(
+                f"a text is given for the label {unknown[0]!r}, which the data does not have; "
+                "remove it or correct its name"
+            )
+        self.label_texts |= self._respell()
+        written = [self.label_texts.get(label, label) for label in self.labels]
+        asked = instruction
+        if list_labels:
+            asked = f"{instruction} Labels: {', '.join(written)}.".strip()
+        content = f"{asked}\n\n{MESSAGE_MARK}" if asked else MESSAGE_MARK
+        self._head, self._tail = _ask(tokenizer, content)
+        opening, ending = _answer(tokenizer, content)
+        self.answers, self._num_dropped = self._find_answers(opening, ending, written)
+        self._refuse_twins()
+        self.prefix = self._find_prefix()
+        self._refuse_narrow_context()
+
+    @property
+    def num_fixed_tokens(self) -> int:
+        """Tokens of a sequence that are not its message: the template and the longest answer."""
+        return len(self._stem_ids([""])[0]) + max(map(len, self.answers))
+
+    def stems(self, messages: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each conversation up to its answer, messages cut to fit."""
+        stems = self._stem_ids(messages)
+        room = self.max_length - max(map(len, self.answers))
+        for index, stem in enumerate(stems):
+            if len(stem) > room:
+                stems[index] = self._cut(messages[index], room)
+        return stems
+
+    def rows(self, messages: Sequence[str], labels: Sequence[str]) -> list[TokenSequence]:
+        """Return the sequences to learn from, one for each message and its label."""
+        place = {label: index for index, label in enumerate(self.labels)}
+        return [
+            TokenSequence([*stem, *self.answers[place[label]]], len(stem))
+            for stem, label in zip(self.stems(messages), labels, strict=True)
+        ]
+
+    def count_cut(self, messages: Sequence[str], batch_size: int = 1024) -> int:
+        """Return how many messages are too long and will be cut."""
+        room = self.max_length - max(map(len, self.answers))
+        # A token stands for at least one byte, so short messages need not be tokenized to know.
+        spare = room - len(self._stem_ids([""])[0])
+        doubtful = [m for m in messages if 4 * len(m) > spare and len(m.encode()) > spare]
+        return sum(
+            len(stem) > room
+            for batch in _batches(doubtful, batch_size)
+            for stem in self._stem_ids(batch)
+        )
+
+    def _stem_ids(self, messages: Sequence[str]) -> list[list[int]]:
+        texts = [f"{self._head}{message.strip()}{self._tail}" for message in messages]
+        stems = self._encode(texts)
+        return [stem[: len(stem) - self._num_dropped] for stem in stems]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def _cut(self, message: str, room: int) -> list[int]:
+        """Return the stem of the longest beginning of `message` that fits into `room` tokens."""
+        message = message.strip()
+        low, high = 0, len(message)  # the longest beginning that fits is in [low, high]
+        while low < high:
+            middle = (low + high + 1) // 2
+            if len(self._stem_ids([message[:middle]])[0]) <= room:
+                low = middle
+            else:
+                high = middle - 1
+        return self._stem_ids([message[:low]])[0]
+
+    def _find_answers(
+        self, opening: str, ending: str, written: Sequence[str]
+    ) -> tuple[tuple[tuple[int, ...], ...], int]:
+        """Split whole conversations into stem and answer, and check that the split is everywhere."""
+        found: set[tuple[tuple[tuple[int, ...], ...], int]] = set()
+        for probe in PROBES:
+            (stem,) = self._encode([f"{self._head}{probe}{self._tail}"])
+            wholes = self._encode(
+                [f"{self._head}{probe}{opening}{text}{ending}" for text in written]
+            )
+            # A tokenizer may join the end of the prompt and the label; the answer begins before.
+            start = min(common_prefix_length(stem, whole) for whole in wholes)
+            found.add((tuple(tuple(whole[start:]) for whole in wholes), len(stem) - start))
+        if len(found) > 1:
+            raise ModelError(
+                "the tokenizer joins the message and the label into one token, so the label has no "
+                "beginning of its own; use a chat template with a mark or a new line between them"
+            )
+        return found.pop()
+
+    def _find_prefix(self) -> tuple[int, ...]:
+        prefix: Sequence[int]
+        prefix, *others = self._stem_ids(PROBES)
+        for other in others:
+            prefix = prefix[: common_prefix_length(prefix, other)]
+        return tuple(prefix)
+
+    def _respell(self) -> dict[str, str]:
+        """Return texts for the labels that hold characters the tokenizer has no tokens for.
+
+        A small vocabulary may lack the underscore of `card_arrival`; such a label is written with
+        spaces, if that helps, rather than as the token for the unknown.
+        """
+        unknown = self._tokenizer.unk_token_id
+        plain = [label for label in self.labels if label not in self.label_texts]
+        if unknown is None or not plain:
+            return {}
+        respelled: dict[str, str] = {}
+        for label, ids in zip(plain, self._encode(plain), strict=True):
+            if unknown in ids:
+                respelled[label] = " ".join(re.split(r"[\W_]+", label)).strip()
+        for (label, text), ids in zip(
+            respelled.items(), self._encode(list(respelled.values()) or [""]), strict=False
+        ):
+            if not text or unknown in ids:
+                raise ModelError(
+                    f"this model's tokenizer has no tokens for the label {label!r}; "
+                    f"give it another text with --label-texts.{label} TEXT"
+                )
+        return respelled
+
+    def _refuse_twins(self) -> None:
+        seen: dict[tuple[int, ...], str] = {}
+        for label, answer in zip(self.labels, self.answers, strict=True):
+            if answer in seen:
+                raise ModelError(
+                    f"this model's tokenizer writes the labels {seen[answer]!r} and {label!r} with "
+                    f"the same tokens; give one another text with --label-texts.{label} TEXT"
+                )
+            seen[answer] = label
+
+    def _refuse_narrow_context(self) -> None:
+        if self.num_fixed_tokens < self.max_length:
+            return
+        longest = max(range(len(self.labels)), key=lambda i: len(self.answers[i]))
+        raise ModelError(
+            f"the template and the longest label ({self.labels[longest]!r}, "
+            f"{len(self.answers[longest])} tokens) take {self.num_fixed_tokens} of the "
+            f"{self.max_length} tokens of the context, which leaves no room for a message; "
+            + (
+                "do not list the labels, or shorten them with --label-texts"
+                if self.list_labels
+                else "shorten the instruction or the labels (--label-texts)"
+            )
+        )
+
+
+def _ask(tokenizer: Any, content: str) -> tuple[str, str]:
+    """Return what stands before and after the message in a conversation that waits for an answer."""
+    if not tokenizer.chat_template:
+        text = f"{tokenizer.bos_token or ''}{content}\n"
+    else:
+        text = _render(tokenizer, [{"role": "user", "content": content}], generate=True)
+    if text.count(MESSAGE_MARK) != 1:
+        raise ModelError(
+            f"the chat template shows the message {text.count(MESSAGE_MARK)} times; "
+            "it must show it once"
+        )
+    head, _, tail = text.partition(MESSAGE_MARK)
+    return head, tail
+
+
+def _answer(tokenizer: Any, content: str) -> tuple[str, str]:
+    """Return what stands between message and label in a whole conversation, and what ends it."""
+    if tokenizer.eos_token is None:
+        raise ModelError("the tokenizer has no end-of-text token; give it one (eos_token)")
+    if not tokenizer.chat_template:
+        return "\n", tokenizer.eos_token
+    conversation = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": ANSWER_MARK},
+    ]
+    text = _render(tokenizer, conversation, generate=False)
+    _, _, rest = text.partition(MESSAGE_MARK)
+    opening, mark, rest = rest.partition(ANSWER_MARK)
+    if not mark:
+        raise ModelError("the chat template leaves the assistant's answer out; it must show it")
+    special = (str(token) for token in tokenizer.added_tokens_decoder.values())
+    ends = [(rest.index(token) + len(token)) for token in special if token in rest]
+    return opening, rest[: min(ends)] if ends else tokenizer.eos_token
+
+
+def _render(tokenizer: Any, conversation: list[dict[str, str]], *, generate: bool) -> str:
+    """Render a conversation; models that can think aloud are told not to."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=generate, enable_thinking=False
+        )
+    except Exception as error:  # a template is a program of the model's author: anything can come
+        raise ModelError(
+            f"the tokenizer's chat template fails ({error}); use another model or template"
+        ) from error
+    return text
+
+
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of leading elements in which two sequences agree."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

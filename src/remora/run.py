@@ -1,0 +1,237 @@
+"""The run directory: what a run leaves on disk, and an adapter's way back into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import remora
+from remora import lora, model
+from remora.errors import ConfigError, ModelError, ResourceError
+from remora.prompt import Prompt
+
+SCHEMA = 1
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterCard:
+    """remora.json: what PEFT's files do not say of an adapter."""
+
+    base_model: str
+    base_sha256: str
+    labels: tuple[str, ...]
+    instruction: str
+    list_labels: bool
+    label_texts: Mapping[str, str]
+    max_length: int
+    remora_version: str = remora.__version__
+    schema: int = SCHEMA
+
+    def prompt(self, tokenizer: Any) -> Prompt:
+        """Return the prompt that the adapter was trained with."""
+        return Prompt(
+            tokenizer,
+            self.labels,
+            instruction=self.instruction,
+            list_labels=self.list_labels,
+            label_texts=self.label_texts,
+            max_length=self.max_length,
+        )
+
+
+def create(parent: Path, wanted: str | None, data: str, base: str) -> Path:
+    """Make a new run directory.
+
+    Args:
+        parent: Folder of all runs.
+        wanted: Its name; None to make one from the data's and the model's names.
+        data: Where the rows come from.
+        base: Which base model is adapted.
+
+    Raises:
+        ConfigError: If a directory of the wanted name exists.
+        ResourceError: If it cannot be made.
+    """
+    stem = wanted or "-".join(_slug(source) for source in (data, base))
+    with disk_errors(parent):
+        for number in range(1, 10_000):
+            path = parent / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                if wanted is not None:
+                    raise ConfigError(
+                        f"{path} exists already; give another --name or remove it"
+                    ) from None
+    raise ConfigError(f"{parent} holds too many runs named {stem}; give a --name")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failing disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write to {path} ({error.strerror or error}); free space, or choose another "
+            "folder with --output"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_predictions(
+    path: Path,
+    texts: Sequence[str],
+    true: Sequence[str],
+    predicted: Sequence[str],
+    probability: Sequence[float],
+) -> None:
+    """Write one row per message; cells that a spreadsheet would run as formulas are defused."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label", "predicted", "probability"])
+            for text, label, answer, p in zip(texts, true, predicted, probability, strict=True):
+                writer.writerow([*map(defused, (text, label, answer)), f"{p:.6f}"])
+        os.replace(temporary, path)
+
+
+def defused(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula."""
+    return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a repetition of the run would have to match."""
+    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "scikit-learn")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "remora": remora.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.type} {name}".strip(),
+        "num_threads": torch.get_num_threads(),
+        "packages": versions,
+        "command": sys.argv,
+    }
+
+
+def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
+    """Save an adapter in PEFT's format beside its card, whole or not at all; return its bytes.
+
+    Raises:
+        ResourceError: If the disk fails.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    replaced = path.with_name(path.name + ".old")
+    with disk_errors(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        for config in adapted.peft_config.values():
+            config.base_model_name_or_path = card.base_model
+        # Embeddings are never trained; looking whether they are would ask the hub.
+        adapted.save_pretrained(temporary, save_embedding_layers=False)
+        (temporary / "README.md").unlink(missing_ok=True)
+        write_json(temporary / "remora.json", asdict(card))
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return (path / "adapter_model.safetensors").stat().st_size
+
+
+def load_adapter(
+    path: Path, *, base: str | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Prompt, AdapterCard]:
+    """Load an adapter around its base model.
+
+    Args:
+        path: A run directory or an adapter's folder.
+        base: Base model, where it is no longer where the card says.
+        dtype: What the base is stored in.
+        device: Where to.
+
+    Returns:
+        PEFT's model in evaluation mode, the prompt it was trained with, and its card.
+
+    Raises:
+        ModelError: If a part is missing or broken, or the base model is another one.
+    """
+    import peft
+
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    card = _read_card(folder)
+    source = model.find(base or card.base_model)
+    if model.weights_sha256(source) != card.base_sha256:
+        raise ModelError(
+            f"{folder} was trained on other weights than those in {source}; "
+            "give its own base model with --model"
+        )
+    prompt = card.prompt(model.load_tokenizer(source))
+    loaded = model.load(source, dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = peft.PeftModel.from_pretrained(loaded, folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"the adapter in {folder} cannot be loaded ({reason}); train it again or restore it"
+        ) from error
+    lora.make_fast(adapted)
+    return adapted.to(device).eval(), prompt, card
+
+
+def _read_card(folder: Path) -> AdapterCard:
+    for name in ("remora.json", "adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{folder} is no adapter of Remora, it has no {name}; "
+                "give a run directory or its adapter folder"
+            )
+    try:
+        values = json.loads((folder / "remora.json").read_text(encoding="utf-8"))
+        if values["schema"] != SCHEMA:
+            raise ModelError(
+                f"{folder} has schema {values['schema']}, this version reads {SCHEMA}; "
+                "use the version of Remora that wrote it"
+            )
+        return AdapterCard(**{**values, "labels": tuple(values["labels"])})
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{folder / 'remora.json'} is broken ({error}); restore it") from error
+
+
+def _slug(source: str) -> str:
+    name = re.sub(r"\.(csv|tsv|jsonl|ndjson|parquet)$", "", source.rstrip("/").split("/")[-1])
+    return re.sub(r"[^\w.-]+", "-", name.removeprefix("hf:")).strip("-.").lower() or "run"

@@ -1,0 +1,348 @@
+"""Closed-set scoring: how probable each label is as the answer to a message.
+
+A label's probability is that of its whole token sequence, end token included. All messages of a
+batch, and below each of them the trie of the labels, form one packed row; what all messages begin
+with is computed once and kept as a key-value cache.
+
+Most labels need not be looked at. Probabilities only fall along a path, so the probability of a node
+bounds every label below it, and also their sum. Best-first search with this bound finds the exact
+argmax; it goes on until the labels not looked at hold less than `tolerance` of the probability.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from remora import tree
+from remora.prompt import Prompt, common_prefix_length
+
+
+@dataclass(slots=True)
+class _Node:
+    """A node of the trie of the labels' token sequences."""
+
+    children: dict[int, _Node] = field(default_factory=dict)  # by token
+    label: int | None = None  # set where a label is complete
+    labels_below: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A node that one message's search has reached and not yet looked below."""
+
+    node: _Node
+    token: int
+    log_probability: float
+    parent: int  # position of the token before in the packed row
+
+
+@dataclass(slots=True)
+class _Search:
+    """What is known of one message: complete labels, and the open nodes that bound the others."""
+
+    log_probabilities: NDArray[np.float64]  # [labels], -inf where not complete
+    frontier: list[_Open] = field(default_factory=list)
+
+    def choose(self, tolerance: float) -> list[_Open]:
+        """Take from the frontier what must be looked below before the result is good enough."""
+        best = float(self.log_probabilities.max())
+        self.frontier.sort(key=lambda opened: opened.log_probability)
+        bounds = np.array([opened.log_probability for opened in self.frontier])
+        largest = max(best, bounds[-1] if len(bounds) else best)
+        known = np.exp(self.log_probabilities - largest).sum()
+        unknown = np.exp(bounds - largest)
+        spare = unknown.cumsum() <= tolerance * (known + unknown.sum())
+        if best > -math.inf:
+            spare &= bounds < best
+        elif len(spare):
+            spare[-1] = False
+        num_spare = int(spare.sum())  # the least probable ones, since the frontier is sorted
+        chosen = self.frontier[num_spare:]
+        del self.frontier[num_spare:]
+        return chosen
+
+    def probabilities(self) -> NDArray[np.float64]:
+        """Return the labels' probabilities, summing to 1; an open node's is spread below it."""
+        logs = self.log_probabilities.copy()
+        for opened in self.frontier:
+            below = opened.node.labels_below
+            logs[below] = opened.log_probability - math.log(len(below))
+        scaled = np.exp(logs - logs.max())
+        result: NDArray[np.float64] = scaled / scaled.sum()
+        return result
+
+
+class Scorer:
+    """Scores messages against a closed set of labels with one model."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 4096,
+        tolerance: float = 1e-3,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """Prepare the trie of labels; the prefix is computed with the first batch.
+
+        Args:
+            model: A causal language model, adapted or not; its weights must not change any more.
+            prompt: How messages are asked and labels are answered.
+            max_tokens: Most message tokens computed at once.
+            tolerance: Most probability that the labels not looked at may hold together. 0 looks at
+                every label; 1 stops as soon as the likeliest label is certain.
+            autocast: 16-bit arithmetic to compute in.
+        """
+        self.model = model
+        self.prompt = prompt
+        self.max_tokens = max_tokens
+        self.tolerance = tolerance
+        self.autocast = autocast
+        self._root = _trie(prompt.answers)
+        self._prefix: tuple[tuple[int, ...], _PackedRow] | None = None
+
+    def probabilities(self, messages: Sequence[str]) -> NDArray[np.float64]:
+        """Return the probability of each label for each message, [messages, labels], rows sum to 1.
+
+        Each is within `tolerance` of what looking at every label gives, and the largest is the
+        exact argmax.
+        """
+        parts = [part for _, part in self.stream(messages)]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.prompt.labels)))
+
+    def stream(
+        self, messages: Iterable[str], batch_rows: int = 256
+    ) -> Iterator[tuple[list[str], NDArray[np.float64]]]:
+        """Yield batches of messages with their probabilities, holding one batch at a time."""
+        batch: list[str] = []
+        for message in messages:
+            batch.append(message)
+            if len(batch) == batch_rows:
+                yield batch, self._score(batch)
+                batch = []
+        if batch:
+            yield batch, self._score(batch)
+
+    @torch.inference_mode()
+    def _score(self, messages: Sequence[str]) -> NDArray[np.float64]:
+        was_training = self.model.training
+        self.model.eval()
+        stems = [tuple(stem) for stem in self.prompt.stems(messages)]
+        found: dict[tuple[int, ...], NDArray[np.float64]] = {}
+        with self._arithmetic():
+            for group in self._groups(sorted(set(stems))):
+                for stem, search in zip(group, self._search(group), strict=True):
+                    found[stem] = search.probabilities()
+        self.model.train(was_training)
+        return np.stack([found[stem] for stem in stems])
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
+
+    def _groups(self, stems: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        """Cut sorted stems into groups of at most `max_tokens` computed tokens."""
+        group: list[tuple[int, ...]] = []
+        num_tokens = 0
+        for stem in stems:
+            added = len(stem) - common_prefix_length(group[-1] if group else self.prompt.prefix, stem)
+            if group and num_tokens + added > self.max_tokens:
+                yield group
+                group, num_tokens = [], 0
+                added = len(stem) - common_prefix_length(self.prompt.prefix, stem)
+            group.append(stem)
+            num_tokens += added
+        if group:
+            yield group
+
+    def _search(self, stems: Sequence[tuple[int, ...]]) -> list[_Search]:
+        """Search the label trie below each of some sorted stems, one forward pass a round."""
+        prefix, row = self._start(stems)
+        searches = [_Search(np.full(len(self.prompt.labels), -np.inf)) for _ in stems]
+        new: list[tuple[int, int]] = []
+        ends: list[int] = []
+        path, before = list(range(len(prefix))), prefix
+        for stem in stems:
+            del path[common_prefix_length(before, stem) :]
+            for token in stem[len(path) :]:
+                new.append((token, path[-1] if path else -1))
+                path.append(row.length + len(new) - 1)
+            ends.append(path[-1])
+            before = stem
+        logits = row.extend(new, ends)
+        chains = [
+            (search, [self._root], 0.0, [end]) for search, end in zip(searches, ends, strict=True)
+        ]
+        while True:
+            _look_below(chains, logits)
+            new, chains = [], []
+            for search in searches:
+                for opened in search.choose(self.tolerance):
+                    nodes = _chain(opened.node)
+                    start = row.length + len(new)
+                    tokens = [opened.token, *(next(iter(n.children)) for n in nodes[:-1])]
+                    parents = [opened.parent, *range(start, start + len(nodes) - 1)]
+                    new.extend(zip(tokens, parents, strict=True))
+                    positions = list(range(start, start + len(nodes)))
+                    chains.append((search, nodes, opened.log_probability, positions))
+            if not chains:
+                return searches
+            logits = row.extend(new, [position for chain in chains for position in chain[3]])
+
+    def _start(self, stems: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], _PackedRow]:
+        """Return what the stems all begin with, of the prompt's prefix, and its packed row."""
+        prefix = self.prompt.prefix
+        for stem in stems:  # a message may, rarely, be tokenized together with the prefix's end
+            prefix = prefix[: min(common_prefix_length(prefix, stem), len(stem) - 1)]
+        if self._prefix is None or self._prefix[0] != prefix:
+            row = _PackedRow(self.model, self.autocast)
+            if prefix:
+                row.extend([(token, i - 1) for i, token in enumerate(prefix)], [len(prefix) - 1])
+            self._prefix = prefix, row
+        return prefix, self._prefix[1].fork()
+
+
+class _PackedRow:
+    """One packed row of tokens that grows, its keys and values cached.
+
+    A token sees what its parent sees, and itself.
+    """
+
+    def __init__(self, model: Any, autocast: torch.dtype | None) -> None:
+        from transformers import DynamicCache
+
+        self._model = model
+        self._config = tree.text_config(model)
+        first = next(model.parameters())
+        self._device = first.device
+        self._dtype = autocast or first.dtype
+        self._cache = DynamicCache()
+        self._depths: list[int] = []
+        self._visible: list[NDArray[np.bool_]] = []  # for each token, over itself and those before
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the row."""
+        return len(self._depths)
+
+    def fork(self) -> _PackedRow:
+        """Return a copy that grows on its own."""
+        other = _PackedRow(self._model, None)
+        other._dtype = self._dtype
+        for index, layer in enumerate(self._cache.layers):
+            other._cache.update(layer.keys, layer.values, index)  # type: ignore[union-attr,arg-type]
+        other._depths = list(self._depths)
+        other._visible = list(self._visible)
+        return other
+
+    def extend(self, new: Sequence[tuple[int, int]], keep: Sequence[int]) -> Tensor:
+        """Compute new tokens.
+
+        Args:
+            new: Pairs of a token and the position of its parent in the row, -1 for none.
+            keep: Positions of new tokens to return logits for.
+
+        Returns:
+            Logits [len(keep), vocabulary].
+        """
+        start, end = self.length, self.length + len(new)
+        visible = np.zeros((len(new), end), dtype=bool)
+        for index, (_, parent) in enumerate(new):
+            if parent >= 0:
+                visible[index, : parent + 1] = self._visible[parent]
+            visible[index, start + index] = True
+            self._visible.append(visible[index, : start + index + 1])
+            self._depths.append(self._depths[parent] + 1 if parent >= 0 else 0)
+        mask = torch.from_numpy(visible).to(self._device)
+        depths = torch.tensor(self._depths, device=self._device)
+
+        def within(window: int | None) -> Tensor:
+            if window is None:
+                return mask
+            return mask & (depths[start:, None] - depths[None, :] < window)
+
+        output = self._model(
+            input_ids=torch.tensor([[token for token, _ in new]], device=self._device),
+            position_ids=depths[None, start:],
+            attention_mask=tree.attention_mask(self._config, within, self._dtype),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor(keep, device=self._device) - start,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+def _look_below(
+    chains: Sequence[tuple[_Search, list[_Node], float, list[int]]], logits: Tensor
+) -> None:
+    """Score the children of the nodes of each chain; complete labels and open nodes are noted.
+
+    Args:
+        chains: A message's search, the nodes of a path in it, the log-probability of the first and
+            the nodes' positions in the packed row.
+        logits: [nodes of all chains, vocabulary], in the same order.
+    """
+    edges = [list(node.children) for _, nodes, _, _ in chains for node in nodes]
+    rows = [index for index, tokens in enumerate(edges) for _ in tokens]
+    targets = [token for tokens in edges for token in tokens]
+    scores = iter(_log_probabilities(logits, rows, targets))
+    for search, nodes, log_probability, positions in chains:
+        total = log_probability
+        for index, (node, position) in enumerate(zip(nodes, positions, strict=True)):
+            following = nodes[index + 1] if index + 1 < len(nodes) else None
+            before = total
+            for token, child in node.children.items():
+                reached = before + next(scores)
+                if child is following:
+                    total = reached
+                elif child.label is not None:
+                    search.log_probabilities[child.label] = reached
+                else:
+                    search.frontier.append(_Open(child, token, reached, position))
+
+
+def _log_probabilities(logits: Tensor, rows: Sequence[int], targets: Sequence[int]) -> list[float]:
+    """Return log softmax(logits)[rows, targets], in nats, the normalizer in float32 at least."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    step = max(1, (1 << 21) // logits.shape[-1])
+    normalizers = [part.to(wide).logsumexp(-1) for part in torch.split(logits, step)]
+    normalizer = torch.cat(normalizers)
+    row_index = torch.tensor(rows, device=logits.device)
+    target_index = torch.tensor(targets, device=logits.device)
+    chosen = logits[row_index, target_index].to(wide) - normalizer[row_index]
+    result: list[float] = chosen.tolist()
+    return result
+
+
+def _chain(node: _Node) -> list[_Node]:
+    """Return the path from a node on, for as long as it does not branch or complete a label."""
+    nodes = [node]
+    while len(node.children) == 1:
+        (node,) = node.children.values()
+        if node.label is not None:
+            break
+        nodes.append(node)
+    return nodes
+
+
+def _trie(answers: Sequence[Sequence[int]]) -> _Node:
+    root = _Node()
+    for label, answer in enumerate(answers):
+        node = root
+        for token in answer:
+            node = node.children.setdefault(token, _Node())
+            node.labels_below.append(label)
+        node.label = label
+    return root

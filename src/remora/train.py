@@ -1,0 +1,572 @@
+"""The training loop: tree, forward, loss, backward, clip, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from remora import data, evaluate, lora, model, plan, run, tree
+from remora.config import TrainConfig
+from remora.data import Dataset, Table
+from remora.errors import DataError, DivergedError
+from remora.prompt import Prompt, TokenSequence
+from remora.score import Scorer
+
+WARM_UP_STEPS = 3
+"""Steps that the speed leaves out: memory is allocated and kernels are chosen in them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step, as it is logged."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float  # mean cross entropy of the answer tokens of the effective batch, in nats
+    grad_norm: float
+    learning_rate: float
+    examples_per_second: float
+    supervised_tokens_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """One evaluation on the validation rows, as it is logged."""
+
+    step: int
+    accuracy: float
+    log_loss: float
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run has shown."""
+
+    directory: Path
+    measured_on: str  # "test" or "validation"
+    metrics: evaluate.Metrics
+    baseline: evaluate.Baseline
+    p_value: float  # exact McNemar test of the model against the baseline
+    parameters: lora.ParameterCount
+    adapter_bytes: int
+    base_bytes: int
+    num_steps: int
+    best_step: int
+    examples_per_second: float
+    supervised_tokens_per_second: float
+    train_seconds: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON holds them."""
+        return {
+            **{k: v for k, v in vars(self).items() if isinstance(v, int | float | str)},
+            "directory": str(self.directory),
+            "metrics": self.metrics.to_dict(),
+            "baseline": {
+                "description": self.baseline.description,
+                "num_train_rows": self.baseline.num_train_rows,
+                "seconds": self.baseline.seconds,
+                "metrics": self.baseline.metrics.to_dict(),
+            },
+            "parameters": asdict(self.parameters),
+        }
+
+
+class Reporter:
+    """Is told how a run goes. This one is silent; a subclass may show it."""
+
+    def say(self, line: str) -> None:
+        """Take a sentence for the user."""
+
+    def stepped(self, step: Step) -> None:
+        """Take an optimizer step."""
+
+    def validated(self, validation: Validation) -> None:
+        """Take an evaluation on the validation rows."""
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """Take the progress of an evaluation, in rows."""
+
+
+@dataclass
+class Speed:
+    """Counts examples and supervised tokens over the time that is spent on training steps."""
+
+    examples: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    warm_up_steps: int = WARM_UP_STEPS
+
+    def add(self, examples: int, supervised_tokens: int, seconds: float) -> None:
+        """Count a step, unless it is one of the first."""
+        if self.warm_up_steps > 0:
+            self.warm_up_steps -= 1
+            return
+        self.examples += examples
+        self.supervised_tokens += supervised_tokens
+        self.seconds += seconds
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples a second; 0 before the warm-up is over."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+    @property
+    def supervised_tokens_per_second(self) -> float:
+        """Answer tokens a second; 0 before the warm-up is over."""
+        return self.supervised_tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What the loop returns: its adapter is the best one, and is in the model."""
+
+    num_steps: int
+    best_step: int
+    speed: Speed
+    seconds: float
+
+
+def fit(
+    adapted: Any,
+    prompt: Prompt,
+    dataset: Dataset,
+    config: TrainConfig,
+    *,
+    accelerator: Any,
+    precision: plan.Precision,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    save: Callable[[], Any] | None = None,
+    reporter: Reporter | None = None,
+) -> Fit:
+    """Train the adapter of a model; it ends up with the weights that validated best.
+
+    Args:
+        adapted: PEFT's model, its trainable parameters in float32.
+        prompt: How messages are asked and labels are answered.
+        dataset: Rows to train and to validate on; without validation rows the last weights stay.
+        config: The settings.
+        accelerator: accelerate's Accelerator for the device and the precision.
+        precision: What is computed in.
+        log: Called with each record as a dict.
+        save: Called when the adapter has become better than before.
+        reporter: Told how it goes.
+
+    Raises:
+        DivergedError: If the loss or a gradient is not finite.
+    """
+    reporter = reporter or Reporter()
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer, scheduler, num_steps = _optimizer(parameters, adapted, dataset, config, accelerator)
+    steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
+    best, best_step, without_better = (-1.0, -math.inf), 0, 0
+    best_weights: list[Tensor] | None = None
+    speed, began = Speed(), time.perf_counter()
+    done = 0
+    for batch in _batches(dataset.train, prompt, config, num_steps):
+        step_began = time.perf_counter()
+        adapted.train()
+        trees = tree.split(batch, config.micro_batch_tokens)
+        num_supervised = sum(packed.num_supervised_tokens for packed in trees)
+        loss = 0.0
+        for packed in trees:
+            packed = packed.to(accelerator.device)  # noqa: PLW2901
+            with accelerator.autocast():
+                logits = tree.answer_logits(adapted, packed)
+            part = tree.loss_sum(logits, packed) / num_supervised
+            accelerator.backward(part)
+            loss += float(part.detach())
+        grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
+        _refuse_non_finite(done + 1, loss, grad_norm, scaled=accelerator.scaler is not None)
+        learning_rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        done += 1
+        speed.add(len(batch), num_supervised, time.perf_counter() - step_began)
+        step = Step(
+            step=done,
+            num_steps=num_steps,
+            epoch=done / steps_per_epoch,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            examples_per_second=speed.examples_per_second,
+            supervised_tokens_per_second=speed.supervised_tokens_per_second,
+            peak_memory_bytes=plan.peak_memory_bytes(accelerator.device),
+        )
+        reporter.stepped(step)
+        if log:
+            log(asdict(step))
+
+        every = config.eval_steps or steps_per_epoch
+        if len(dataset.validation) and (done % every == 0 or done == num_steps):
+            scorer = Scorer(
+                adapted,
+                prompt,
+                max_tokens=config.micro_batch_tokens,
+                autocast=precision.autocast,
+            )
+            accuracy, log_loss = _validate(scorer, dataset.validation, reporter)
+            better = (accuracy, -log_loss) > best
+            without_better = 0 if better else without_better + 1
+            if better:
+                best, best_step = (accuracy, -log_loss), done
+                best_weights = [p.detach().clone() for p in parameters]
+                if save:
+                    save()
+            validation = Validation(step=done, accuracy=accuracy, log_loss=log_loss, best=better)
+            reporter.validated(validation)
+            if log:
+                log({f"validation_{k}" if k != "step" else k: v for k, v in asdict(validation).items()})
+            if config.patience and without_better >= config.patience:
+                reporter.say(f"stopped early: no better adapter in {without_better} evaluations")
+                break
+    if best_weights is None:
+        best_step = done
+        if save:
+            save()
+    else:
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, best_weights, strict=True):
+                parameter.copy_(weight)
+    return Fit(
+        num_steps=done, best_step=best_step, speed=speed, seconds=time.perf_counter() - began
+    )
+
+
+def _optimizer(
+    parameters: Sequence[Tensor],
+    adapted: Any,
+    dataset: Dataset,
+    config: TrainConfig,
+    accelerator: Any,
+) -> tuple[Any, Any, int]:
+    """Return the optimizer, the schedule of its learning rate, and the number of steps."""
+    from transformers import get_scheduler
+
+    steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
+    num_steps = max(1, math.ceil(config.epochs * steps_per_epoch))
+    if config.max_steps is not None:
+        num_steps = config.max_steps
+    width = tree.text_config(adapted).hidden_size
+    optimizer = torch.optim.AdamW(
+        list(parameters),
+        lr=config.learning_rate or default_learning_rate(width),
+        weight_decay=config.weight_decay,
+    )
+    scheduler = get_scheduler(
+        config.schedule,
+        optimizer,
+        num_warmup_steps=math.ceil(config.warmup_fraction * num_steps),
+        num_training_steps=num_steps,
+    )
+    return accelerator.prepare_optimizer(optimizer), scheduler, num_steps
+
+
+def default_learning_rate(width: int) -> float:
+    """Return the peak learning rate for an adapter on a model of a hidden size.
+
+    2e-4 from a width of 1536 on, as in the LoRA recipes in use; more for narrower models.
+    """
+    return 2e-4 * max(1.0, 1536 / width)
+
+
+def _batches(
+    table: Table, prompt: Prompt, config: TrainConfig, num_steps: int
+) -> Iterator[list[TokenSequence]]:
+    """Yield effective batches, each epoch in an order of its own that the seed fixes."""
+    done = 0
+    for epoch in range(num_steps):
+        order = np.random.default_rng((config.seed, epoch)).permutation(len(table))
+        for start in range(0, len(order), config.batch_size):
+            if done == num_steps:
+                return
+            chosen = order[start : start + config.batch_size].tolist()
+            yield prompt.rows(
+                [table.texts[i] for i in chosen], [table.labels[i] for i in chosen]
+            )
+            done += 1
+
+
+def _refuse_non_finite(step: int, loss: float, grad_norm: float, *, scaled: bool) -> None:
+    """Stop before a step that would ruin the adapter; the loss scaler mends overflow by itself."""
+    if math.isfinite(loss) and (scaled or math.isfinite(grad_norm)):
+        return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {grad_norm}"
+    raise DivergedError(
+        f"{what} at step {step}; lower --learning-rate, or use --precision float32"
+    )
+
+
+def _validate(scorer: Scorer, table: Table, reporter: Reporter) -> tuple[float, float]:
+    """Return accuracy and mean log-loss, in nats, on a table."""
+    probabilities = score_table(scorer, table.texts, "validation", reporter)
+    place = {label: index for index, label in enumerate(scorer.prompt.labels)}
+    true = np.array([place[label] for label in table.labels])
+    chosen = probabilities[np.arange(len(true)), true]
+    log_loss = -np.log(np.maximum(chosen, np.finfo(float).tiny)).mean()
+    return float((probabilities.argmax(1) == true).mean()), float(log_loss)
+
+
+def score_table(
+    scorer: Scorer, texts: Sequence[str], what: str, reporter: Reporter
+) -> NDArray[np.float64]:
+    """Return probabilities [texts, labels] and report the progress."""
+    parts = []
+    done = 0
+    for batch, probabilities in scorer.stream(texts):
+        parts.append(probabilities)
+        done += len(batch)
+        reporter.scoring(what, done, len(texts))
+    return np.concatenate(parts)
+
+
+@contextlib.contextmanager
+def accelerator_for(
+    precision: plan.Precision, device: torch.device, **settings: Any
+) -> Iterator[Any]:
+    """Give accelerate's Accelerator, and leave the process free for another with other settings."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    accelerator = Accelerator(
+        mixed_precision=precision.mixed_precision, cpu=device.type == "cpu", **settings
+    )
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def prepare(
+    config: TrainConfig, labels: Sequence[str], precision: plan.Precision, device: torch.device
+) -> tuple[Any, Prompt, run.AdapterCard, Path]:
+    """Load the base model and add a new adapter.
+
+    Returns:
+        PEFT's model, the prompt, the card that goes with the adapter, and the base's folder.
+
+    Raises:
+        ModelError: If the model cannot be used for this.
+    """
+    folder = model.find(config.model)
+    tokenizer = model.load_tokenizer(folder)
+    context = model.context_length(model.load_config(folder), tokenizer)
+    prompt = Prompt(
+        tokenizer,
+        labels,
+        instruction=config.instruction,
+        list_labels=config.list_labels,
+        label_texts=config.label_texts,
+        max_length=min(config.max_length or context, context),
+    )
+    base = model.load(folder, precision.base)
+    adapted = lora.add_adapter(
+        base,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        modules=config.target_modules,
+    ).to(device)
+    card = run.AdapterCard(
+        base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,
+        base_sha256=model.weights_sha256(folder),
+        labels=tuple(labels),
+        instruction=config.instruction,
+        list_labels=config.list_labels,
+        label_texts=prompt.label_texts,
+        max_length=prompt.max_length,
+    )
+    return adapted, prompt, card, folder
+
+
+def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResult:
+    """Train an adapter as the settings say, measure it, and leave everything in a run directory.
+
+    Raises:
+        RemoraError: The settings, the data, the model or the disk; see `remora.errors`.
+    """
+    reporter = reporter or Reporter()
+    dataset = data.load_dataset(
+        config.data,
+        test=config.test,
+        validation=config.validation,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+    )
+    held_out, measured_on = dataset.test, "test"
+    if held_out is None or not len(held_out):
+        held_out, measured_on = dataset.validation, "validation"
+    if not len(held_out):
+        raise DataError(
+            "there are no rows to measure on; give --test, or a --test-fraction above 0"
+        )
+    for line in dataset.summary.lines():
+        reporter.say(line)
+    device = plan.choose_device(config.device)
+    precision = plan.choose_precision(device, config.precision)
+    reporter.say(f"computing on {device.type}: {precision}")
+
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        adapted, prompt, card, folder = prepare(config, dataset.labels, precision, device)
+        parameters = lora.count_parameters(adapted)
+        for line in _introduce(config, dataset, prompt, adapted, parameters):
+            reporter.say(line)
+        with accelerator_for(precision, device, log_with=list(config.trackers)) as accelerator:
+            with accelerator.autocast():
+                tree.check(adapted, _short_rows(dataset.train, prompt))
+            directory = run.create(config.output, config.name, config.data, config.model)
+            reporter.say(f"run directory: {directory}")
+            run.write_text(directory / "config.toml", config.to_toml())
+            run.write_json(directory / "environment.json", run.environment(device))
+            run.write_json(directory / "data.json", dataset.summary.to_dict())
+            with _metrics_log(directory, config, accelerator) as log:
+                fitted = fit(
+                    adapted,
+                    prompt,
+                    dataset,
+                    config,
+                    accelerator=accelerator,
+                    precision=precision,
+                    log=log,
+                    save=lambda: run.save_adapter(adapted, card, directory / "adapter"),
+                    reporter=reporter,
+                )
+            scorer = Scorer(
+                adapted,
+                prompt,
+                max_tokens=config.micro_batch_tokens,
+                autocast=precision.autocast,
+            )
+            probabilities = score_table(scorer, held_out.texts, measured_on, reporter)
+    return _conclude(
+        config, dataset, held_out, measured_on, probabilities, fitted, parameters, directory, folder
+    )
+
+
+def _introduce(
+    config: TrainConfig,
+    dataset: Dataset,
+    prompt: Prompt,
+    adapted: Any,
+    parameters: lora.ParameterCount,
+) -> Iterator[str]:
+    """Say what will be trained on what, each derived setting with where it comes from."""
+    layers = ", ".join(f"{name} {count:,}" for name, count in parameters.modules.items())
+    yield (
+        f"training {parameters.trainable:,} of {parameters.total:,} parameters "
+        f"({parameters.share:.2%}), r={config.rank}: {layers}"
+    )
+    width = tree.text_config(adapted).hidden_size
+    if config.learning_rate is None:
+        rate = default_learning_rate(width)
+        yield f"learning rate {rate:.1e}, chosen for a model {width} wide"
+    if prompt.label_texts.keys() - config.label_texts.keys():
+        label, text = next(iter(prompt.label_texts.items()))
+        yield (
+            "this tokenizer cannot write all labels as they are; "
+            f"they are written with spaces, {label} as {text!r}"
+        )
+    for what, table in (("training", dataset.train), ("test", dataset.test)):
+        if table is not None and (cut := prompt.count_cut(table.texts)):
+            yield (
+                f"{cut:,} of {len(table):,} {what} messages are too long for "
+                f"{prompt.max_length} tokens and are cut at their end"
+            )
+
+
+def _short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequence]:
+    """Return the rows with the shortest messages among the first ones."""
+    first = sorted(range(min(len(table), 256)), key=lambda i: len(table.texts[i]))[:count]
+    return prompt.rows([table.texts[i] for i in first], [table.labels[i] for i in first])
+
+
+@contextlib.contextmanager
+def _metrics_log(
+    directory: Path, config: TrainConfig, accelerator: Any
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a function that appends a record to metrics.jsonl and to the trackers asked for."""
+    if config.trackers:
+        accelerator.project_configuration.set_directories(str(directory))
+        accelerator.init_trackers(directory.name)
+    with (
+        run.disk_errors(directory),
+        (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1) as file,
+    ):
+
+        def log(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record) + "\n")
+            if config.trackers:
+                accelerator.log(record, step=record["step"])
+
+        yield log
+
+
+def _conclude(
+    config: TrainConfig,
+    dataset: Dataset,
+    held_out: Table,
+    measured_on: str,
+    probabilities: NDArray[np.float64],
+    fitted: Fit,
+    parameters: lora.ParameterCount,
+    directory: Path,
+    folder: Path,
+) -> TrainResult:
+    """Measure against the baseline and write down what was found."""
+    predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
+    baseline = evaluate.baseline(
+        dataset.train.texts,
+        dataset.train.labels,
+        held_out.texts,
+        held_out.labels,
+        dataset.labels,
+        seed=config.seed,
+    )
+    weights = directory / "adapter" / "adapter_model.safetensors"
+    result = TrainResult(
+        directory=directory,
+        measured_on=measured_on,
+        metrics=evaluate.measure(dataset.labels, held_out.labels, predicted, probabilities),
+        baseline=baseline,
+        p_value=evaluate.mcnemar(held_out.labels, predicted, baseline.predictions),
+        parameters=parameters,
+        adapter_bytes=weights.stat().st_size,
+        base_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        num_steps=fitted.num_steps,
+        best_step=fitted.best_step,
+        examples_per_second=fitted.speed.examples_per_second,
+        supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,
+        train_seconds=fitted.seconds,
+        peak_memory_bytes=plan.peak_memory_bytes(plan.choose_device(config.device)),
+    )
+    run.write_predictions(
+        directory / "predictions.csv",
+        held_out.texts,
+        held_out.labels,
+        predicted,
+        probabilities.max(1).tolist(),
+    )
+    run.write_json(directory / "evaluation.json", result.to_dict())
+    return result

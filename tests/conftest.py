@@ -1,0 +1,142 @@
+"""Shared fixtures: tiny random models of every supported attention, and a real small tokenizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+ARCHITECTURES = ("qwen2", "llama", "gemma3", "opt", "gpt2", "mistral")
+
+VOCABULARY = 97
+
+
+def tiny_config(architecture: str, vocabulary: int = VOCABULARY, context: int = 256) -> Any:
+    """Return the configuration of a two-layer model that differs where architectures differ."""
+    import transformers
+
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": context,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    gated = {**common, "intermediate_size": 48, "num_key_value_heads": 2}
+    match architecture:
+        case "qwen2":
+            return transformers.Qwen2Config(**gated)
+        case "llama":
+            return transformers.LlamaConfig(**gated)
+        case "mistral":
+            return transformers.MistralConfig(**gated, head_dim=8, sliding_window=6)
+        case "gemma3":
+            return transformers.Gemma3TextConfig(
+                **gated,
+                head_dim=8,
+                sliding_window=6,
+                layer_types=["sliding_attention", "full_attention"],
+            )
+        case "opt":
+            return transformers.OPTConfig(
+                **common, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, activation_function="relu"
+            )
+        case "gpt2":
+            return transformers.GPT2Config(
+                vocab_size=vocabulary,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=context,
+                attn_pdrop=0.0,
+                embd_pdrop=0.0,
+                resid_pdrop=0.0,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+    raise ValueError(architecture)
+
+
+def tiny_model(architecture: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
+    """Return a random model; its weights are larger than usual, so that attention is not flat."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = tiny_config(architecture, **kwargs)
+    config._attn_implementation = "sdpa"
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model
+
+
+def randomize_adapter(model: Any, seed: int = 1) -> None:
+    """Give B random values, since at zero half of the gradients would be zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(0.05 * noise)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data and models beside the repository; tests that need it skip without."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (data sets and models), which is not here")
+    return SHARED
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+CORPUS = """
+Where is my card? My refund has not arrived, and the top up failed. Why was I charged a fee twice?
+The payment is still pending after two days. I would like to order a new card, the old one is lost.
+Sort this message. Answer with one label. Labels: card arrival, refund not showing up, top up failed.
+How do I change my PIN or my address? Cash withdrawal was declined at the machine. Please help me.
+"""
+
+
+def build_tokenizer() -> Any:
+    """Train a small byte-level BPE tokenizer in the form of Qwen's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(CORPUS.splitlines(), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return build_tokenizer()
