@@ -11,6 +11,7 @@ its own and sees the same rows in the same batches; the arms run one after the o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -82,7 +83,15 @@ def compare(options: argparse.Namespace, list_labels: bool) -> dict[str, Any]:
                 " ".join(f"{loss:.4f}" for loss in run["losses"][:3]),
             ]
         )
-    header = ["arm", "micro-batch", "examples/s", "Remora is", "peak", "of Remora's", "first losses"]
+    header = [
+        "arm",
+        "micro-batch",
+        "examples/s",
+        "Remora is",
+        "peak",
+        "of Remora's",
+        "first losses",
+    ]
     workload.print_table(header, rows)
     return found
 
@@ -223,7 +232,7 @@ def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[flo
         trainer.add_callback(Clock())
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, [b - a for a, b in zip(times, times[1:], strict=False)]
+    return losses, [b - a for a, b in itertools.pairwise(times)]
 
 
 def _trainer(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:

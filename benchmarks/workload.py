@@ -33,7 +33,7 @@ def qwen_tokenizer() -> Any:
 
 
 def qwen_half_billion(dtype: Any, layers: int = 24, seed: int = 0) -> Any:
-    """Return a model of Qwen2.5-0.5B's shape with random weights, which are the same in any dtype."""
+    """Return a model of Qwen2.5-0.5B's shape; its random weights are the same in any dtype."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 

@@ -50,7 +50,11 @@ def tiny_config(architecture: str, vocabulary: int = VOCABULARY, context: int = 
             )
         case "opt":
             return transformers.OPTConfig(
-                **common, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, activation_function="relu"
+                **common,
+                ffn_dim=48,
+                word_embed_proj_dim=32,
+                dropout=0.0,
+                activation_function="relu",
             )
         case "gpt2":
             return transformers.GPT2Config(

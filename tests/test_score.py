@@ -26,7 +26,14 @@ def exhaustive(model, prompt, messages):
 
 
 LABELS = ["card arrival", "card arrival late", "card", "refund", "refund not showing up", "top up"]
-MESSAGES = ["where is my card", "my refund!", "top up failed, why?", "where is my card", "card", "é"]
+MESSAGES = [
+    "where is my card",
+    "my refund!",
+    "top up failed, why?",
+    "where is my card",
+    "card",
+    "é",
+]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -40,7 +47,9 @@ def test_probabilities_equal_the_exhaustive_computation(architecture, tokenizer)
 
 
 def test_tolerance_bounds_the_error_and_keeps_the_argmax(tokenizer):
-    labels = [f"{a} {b}" for a in ("card", "refund", "top up") for b in ("late", "lost", "fee", "no")]
+    labels = [
+        f"{a} {b}" for a in ("card", "refund", "top up") for b in ("late", "lost", "fee", "no")
+    ]
     model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
     prompt = Prompt(tokenizer, labels, instruction="", max_length=200)
     messages = [f"{m} {i}" for i in range(20) for m in MESSAGES]

@@ -96,7 +96,9 @@ def test_loss_and_every_gradient_equal_the_padded_computation(architecture: str)
         for max_tokens in (10_000, 25):
             loss = tree_loss(model, rows, max_tokens)
             found = gradients(model, loss)
-            assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-6), name
+            assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-6), (
+                name
+            )
             assert relative_error(found, expected) < 1e-6, name
 
 
@@ -187,7 +189,9 @@ def test_cross_entropy_equals_torch_and_its_gradient_is_right() -> None:
     expanded = logits[packed.edge_predictors]
     stock = torch.nn.functional.cross_entropy(expanded, packed.edge_targets, reduction="none")
     expected = (stock * packed.edge_weights).sum()
-    assert float(tree.loss_sum(logits, packed).detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    assert float(tree.loss_sum(logits, packed).detach()) == pytest.approx(
+        float(expected.detach()), rel=1e-12
+    )
     assert torch.autograd.gradcheck(lambda x: tree.loss_sum(x, packed), (logits,))
 
 

@@ -140,7 +140,9 @@ def _verdict(ours: Metrics, base: Metrics, p_value: float) -> str:
         return f"the difference of {difference:+.1f} points may be chance ({p})"
     if difference > 0:
         return f"the adapter is {difference:.1f} points better ({p})"
-    return f"the baseline is {-difference:.1f} points better: this model is not worth its cost ({p})"
+    return (
+        f"the baseline is {-difference:.1f} points better: this model is not worth its cost ({p})"
+    )
 
 
 def _line(console: Console, text: str) -> None:

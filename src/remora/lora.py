@@ -48,8 +48,8 @@ def target_modules(model: Any, requested: Sequence[str] = ()) -> list[str]:
 
     Args:
         model: The base model.
-        requested: Names that the user wants; empty for the default: q, k, v, o, gate, up, down where
-            the model has them all, otherwise every linear layer but the head.
+        requested: Names that the user wants; empty for the default: q, k, v, o, gate, up, down
+            where the model has them all, otherwise every linear layer but the head.
 
     Raises:
         ModelError: If the model has no linear layer of a requested name.
@@ -221,7 +221,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _fusable_adapter(layer: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
-    """Return the name of the one plain adapter that is active on a layer, if that is all there is."""
+    """Return the one plain adapter that is active on a layer, if that is all there is."""
     if args or kwargs or layer.disable_adapters or layer.merged:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]

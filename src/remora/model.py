@@ -33,8 +33,8 @@ def find(name: str) -> Path:
         raise ModelError(f"{name} is a file; give the folder of a Hugging Face model")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ModelError(
-            f"there is no folder {name}; give the folder of a Hugging Face model or a hub id such as "
-            "Qwen/Qwen2.5-1.5B-Instruct"
+            f"there is no folder {name}; give the folder of a Hugging Face model or a hub id "
+            "such as Qwen/Qwen2.5-1.5B-Instruct"
         )
     return _fetch(name)
 

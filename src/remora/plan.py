@@ -64,8 +64,8 @@ def choose_device(requested: config.Device) -> torch.device:
 def choose_precision(device: torch.device, requested: config.Precision) -> Precision:
     """Decide on the arithmetic from what the device does natively.
 
-    bfloat16 is used only where the hardware has it: a T4 says that it supports bfloat16 but emulates
-    it, and so does a processor without the AVX512-BF16, AMX or Arm BF16 instructions.
+    bfloat16 is used only where the hardware has it: a T4 says that it supports bfloat16 but
+    emulates it, and so does a processor without the AVX512-BF16, AMX or Arm BF16 instructions.
 
     Raises:
         ConfigError: If the requested arithmetic does not exist on the device.

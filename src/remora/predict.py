@@ -62,7 +62,9 @@ def write_predictions(config: PredictConfig, output: TextIO) -> None:
     """Write predictions as CSV, or as JSON lines, one for each message and in their order."""
     writer = csv.writer(output, lineterminator="\n")
     if not config.json:
-        more = [f"{name}_{k}" for k in range(2, config.top_k + 1) for name in ("label", "probability")]
+        more = [
+            f"{name}_{k}" for k in range(2, config.top_k + 1) for name in ("label", "probability")
+        ]
         writer.writerow(["text", "label", "probability", *more])
     for message, best in predictions(config):
         if config.json:

@@ -1,9 +1,9 @@
 """From messages to token sequences: the chat template, the answer, and what is cut to fit.
 
 The token ids are those of the whole rendered conversation, so that training, scoring and any other
-engine that renders the same conversation see the same ids. A sequence is a *stem* (the template, the
-instruction and the message, up to where the answer begins) and an *answer* (the label's text and the
-token that ends it). The loss covers the answer only.
+engine that renders the same conversation see the same ids. A sequence is a *stem* (the template,
+the instruction and the message, up to where the answer begins) and an *answer* (the label's text
+and the token that ends it). The loss covers the answer only.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Prompt:
     def _find_answers(
         self, opening: str, ending: str, written: Sequence[str]
     ) -> tuple[tuple[tuple[int, ...], ...], int]:
-        """Split whole conversations into stem and answer, and check that the split is everywhere."""
+        """Split whole conversations into stem and answer, the same way for every message."""
         found: set[tuple[tuple[tuple[int, ...], ...], int]] = set()
         for probe in PROBES:
             (stem,) = self._encode([f"{self._head}{probe}{self._tail}"])
@@ -224,7 +224,7 @@ class Prompt:
 
 
 def _ask(tokenizer: Any, content: str) -> tuple[str, str]:
-    """Return what stands before and after the message in a conversation that waits for an answer."""
+    """Return what stands before and after the message when the answer is still to come."""
     if not tokenizer.chat_template:
         text = f"{tokenizer.bos_token or ''}{content}\n"
     else:

@@ -132,7 +132,15 @@ def defused(cell: str) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return what a repetition of the run would have to match."""
-    packages = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "scikit-learn")
+    packages = (
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "tokenizers",
+        "numpy",
+        "scikit-learn",
+    )
     versions = {name: importlib.metadata.version(name) for name in packages}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {

@@ -4,9 +4,10 @@ A label's probability is that of its whole token sequence, end token included. A
 batch, and below each of them the trie of the labels, form one packed row; what all messages begin
 with is computed once and kept as a key-value cache.
 
-Most labels need not be looked at. Probabilities only fall along a path, so the probability of a node
-bounds every label below it, and also their sum. Best-first search with this bound finds the exact
-argmax; it goes on until the labels not looked at hold less than `tolerance` of the probability.
+Most labels need not be looked at. Probabilities only fall along a path, so the probability of a
+node bounds every label below it, and also their sum. Best-first search with this bound finds the
+exact argmax; it goes on until the labels not looked at hold less than `tolerance` of the
+probability.
 """
 
 from __future__ import annotations
@@ -156,7 +157,9 @@ class Scorer:
         group: list[tuple[int, ...]] = []
         num_tokens = 0
         for stem in stems:
-            added = len(stem) - common_prefix_length(group[-1] if group else self.prompt.prefix, stem)
+            added = len(stem) - common_prefix_length(
+                group[-1] if group else self.prompt.prefix, stem
+            )
             if group and num_tokens + added > self.max_tokens:
                 yield group
                 group, num_tokens = [], 0

@@ -142,7 +142,7 @@ class Fit:
     seconds: float
 
 
-def fit(
+def fit(  # noqa: PLR0915 - the loop, to be read top to bottom
     adapted: Any,
     prompt: Prompt,
     dataset: Dataset,
@@ -233,7 +233,12 @@ def fit(
             validation = Validation(step=done, accuracy=accuracy, log_loss=log_loss, best=better)
             reporter.validated(validation)
             if log:
-                log({f"validation_{k}" if k != "step" else k: v for k, v in asdict(validation).items()})
+                log(
+                    {
+                        f"validation_{k}" if k != "step" else k: v
+                        for k, v in asdict(validation).items()
+                    }
+                )
             if config.patience and without_better >= config.patience:
                 reporter.say(f"stopped early: no better adapter in {without_better} evaluations")
                 break
@@ -298,9 +303,7 @@ def _batches(
             if done == num_steps:
                 return
             chosen = order[start : start + config.batch_size].tolist()
-            yield prompt.rows(
-                [table.texts[i] for i in chosen], [table.labels[i] for i in chosen]
-            )
+            yield prompt.rows([table.texts[i] for i in chosen], [table.labels[i] for i in chosen])
             done += 1
 
 
@@ -309,9 +312,7 @@ def _refuse_non_finite(step: int, loss: float, grad_norm: float, *, scaled: bool
     if math.isfinite(loss) and (scaled or math.isfinite(grad_norm)):
         return
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {grad_norm}"
-    raise DivergedError(
-        f"{what} at step {step}; lower --learning-rate, or use --precision float32"
-    )
+    raise DivergedError(f"{what} at step {step}; lower --learning-rate, or use --precision float32")
 
 
 def _validate(scorer: Scorer, table: Table, reporter: Reporter) -> tuple[float, float]:

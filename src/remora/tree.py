@@ -1,8 +1,8 @@
 """The token tree: a batch of token sequences as one trie, every shared token computed once.
 
 The rows of a classification batch begin alike: the same chat template, the same instruction, often
-the same list of labels; the answers are few and repeat. The trie of a batch, laid out in depth-first
-preorder, is ONE row of N tokens:
+the same list of labels. The trie of a batch, laid out in depth-first preorder, is ONE row of N
+tokens:
 
     token_ids     [N]
     position_ids  [N]  depth in the trie, so that rotary and learned positions see what they would
@@ -79,7 +79,7 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
     """Pack rows into one token tree.
 
     Args:
-        rows: Token sequences; tokens from `answer_start` on are predicted, each from the one before.
+        rows: Token sequences; tokens from `answer_start` on are predicted from the one before.
     """
     token_ids: list[int] = []
     position_ids: list[int] = []
@@ -285,7 +285,7 @@ def check(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
     if not abs(found - expected) <= tolerance * abs(expected):
         raise ModelError(
             f"the token tree gives a loss of {found:.4f} where this model gives {expected:.4f}, so "
-            "its attention or positions do not follow the tree; choose a model of another architecture"
+            "its attention or positions do not follow the tree; choose another architecture"
         )
 
 
