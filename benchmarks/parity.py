@@ -47,7 +47,6 @@ def main() -> None:
                 str(run["seed"]),
                 f"{run['accuracy']:.2%}",
                 f"{low:.1%} to {high:.1%}",
-                f"{run['log_loss']:.3f}",
                 f"{run['last_loss']:.3f}",
             ]
         )
@@ -115,15 +114,14 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     losses = (_fit_stock if options.arm == "stock" else _fit_remora)(
         adapted, prompt, dataset, config, precision, folder
     )
-    probabilities = Scorer(adapted, prompt).probabilities(dataset.test.texts)
+    probabilities = Scorer(adapted, prompt, tolerance=1, max_tokens=512).probabilities(dataset.test.texts)
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
-    metrics = evaluate.measure(dataset.labels, dataset.test.labels, predicted, probabilities)
+    metrics = evaluate.measure(dataset.labels, dataset.test.labels, predicted)
     return {
         "arm": options.arm,
         "seed": seed,
         "accuracy": metrics.accuracy,
         "interval": metrics.accuracy_interval,
-        "log_loss": metrics.log_loss,
         "last_loss": statistics.mean(losses[-50:]),
     }
 

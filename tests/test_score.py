@@ -41,7 +41,7 @@ def test_probabilities_equal_the_exhaustive_computation(architecture, tokenizer)
     model = tiny_model(architecture, torch.float64, vocabulary=len(tokenizer))
     prompt = Prompt(tokenizer, LABELS, instruction="Sort this.", max_length=200)
     expected = exhaustive(model, prompt, MESSAGES)
-    for max_tokens in (4096, 12):
+    for max_tokens in (4096, 60, 12):
         found = Scorer(model, prompt, tolerance=0, max_tokens=max_tokens).probabilities(MESSAGES)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 

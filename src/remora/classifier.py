@@ -219,7 +219,7 @@ def _texts(X: ArrayLike) -> list[str]:
     """
     if isinstance(X, str):
         raise DataError("a single text was given; give a list of texts")
-    texts = list(X)  # type: ignore[arg-type]
+    texts: list[Any] = list(np.asarray(X, dtype=object).tolist())
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"item {row} is of type {type(text).__name__}; give texts only")

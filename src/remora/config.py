@@ -92,7 +92,7 @@ class TrainConfig:
     batch_size: int = 32
     """Rows that one optimizer step averages over, however they are cut into micro-batches."""
 
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     """Most tokens computed at once; limits memory, changes no result."""
 
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
@@ -200,7 +200,7 @@ class PredictConfig:
     model: str | None = None
     """Base model, where it no longer is where the adapter was trained."""
 
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     """Most tokens computed at once; limits memory, changes no result."""
 
     precision: Precision = "auto"
@@ -245,7 +245,7 @@ class EvalConfig:
     predictions: Path | None = None
     """Write each row's label, prediction and probability to this CSV file."""
 
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     """Most tokens computed at once; limits memory, changes no result."""
 
     precision: Precision = "auto"

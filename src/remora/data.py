@@ -151,12 +151,20 @@ def load_dataset(
             parts[split] = [file_part(Path(path))]
     train, columns = read_parts(parts["train"], text_column, label_column)
     labels = _labels(source, train)
-    given = {
+    given: dict[str, Table] = {
         split: read_parts(parts[split], text_column, label_column, known=labels)[0]
         for split in ("validation", "test")
         if split in parts
     }
-    return _assemble(source, columns, train, given, validation_fraction, test_fraction, seed)
+    return _assemble(
+        source,
+        columns,
+        train,
+        given,
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+    )
 
 
 def from_lists(
@@ -189,7 +197,15 @@ def from_lists(
             yield row, row, pair
 
     read_parts([("memory", rows)])
-    return _assemble("memory", columns, table, {}, validation_fraction, 0, seed)
+    return _assemble(
+        "memory",
+        columns,
+        table,
+        {},
+        validation_fraction=validation_fraction,
+        test_fraction=0,
+        seed=seed,
+    )
 
 
 def _check_fractions(validation_fraction: float, test_fraction: float) -> None:
@@ -218,6 +234,7 @@ def _assemble(
     columns: list[str],
     train: Table,
     given: dict[str, Table],
+    *,
     validation_fraction: float,
     test_fraction: float,
     seed: int,

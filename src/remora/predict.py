@@ -17,7 +17,7 @@ from remora.train import Reporter
 
 
 def load_scorer(
-    config: PredictConfig | EvalConfig, *, tolerance: float = 1e-3
+    config: PredictConfig | EvalConfig, *, tolerance: float = 1e-2
 ) -> tuple[Scorer, plan.Precision]:
     """Load an adapter around its base model, ready to score.
 

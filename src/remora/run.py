@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 import remora
 from remora import lora, model
@@ -87,10 +88,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn a failing disk into one line."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        reason = getattr(error, "strerror", None) or error
         raise ResourceError(
-            f"cannot write to {path} ({error.strerror or error}); free space, or choose another "
-            "folder with --output"
+            f"cannot write to {path} ({reason}); free space, or choose another folder with --output"
         ) from error
 
 
@@ -209,12 +210,23 @@ def load_adapter(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
             adapted = peft.PeftModel.from_pretrained(loaded, folder, local_files_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"the adapter in {folder} cannot be loaded ({reason}); train it again or restore it"
         ) from error
+    # PEFT only warns of missing weights and leaves random ones in their place.
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if different := sorted(names ^ expected):
+        verb = "has" if different[0] in names else "lacks"
+        raise ModelError(
+            f"the adapter in {folder} {verb} {different[0]}, which does not fit its configuration; "
+            "train it again or restore it"
+        )
     lora.make_fast(adapted)
     return adapted.to(device).eval(), prompt, card
 

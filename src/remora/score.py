@@ -90,8 +90,8 @@ class Scorer:
         model: Any,
         prompt: Prompt,
         *,
-        max_tokens: int = 4096,
-        tolerance: float = 1e-3,
+        max_tokens: int = 2048,
+        tolerance: float = 1e-2,
         autocast: torch.dtype | None = None,
     ) -> None:
         """Prepare the trie of labels; the prefix is computed with the first batch.
@@ -99,7 +99,7 @@ class Scorer:
         Args:
             model: A causal language model, adapted or not; its weights must not change any more.
             prompt: How messages are asked and labels are answered.
-            max_tokens: Most message tokens computed at once.
+            max_tokens: Most tokens in one packed row, unless one message needs more.
             tolerance: Most probability that the labels not looked at may hold together. 0 looks at
                 every label; 1 stops as soon as the likeliest label is certain.
             autocast: 16-bit arithmetic to compute in.
@@ -187,21 +187,39 @@ class Scorer:
         chains = [
             (search, [self._root], 0.0, [end]) for search, end in zip(searches, ends, strict=True)
         ]
+        _look_below(chains, logits)
+        self._descend(row, searches)
+        return searches
+
+    def _descend(self, row: _PackedRow, searches: Sequence[_Search]) -> None:
+        """Carry searches on, one forward pass a round, until all of them are good enough."""
         while True:
-            _look_below(chains, logits)
-            new, chains = [], []
-            for search in searches:
-                for opened in search.choose(self.tolerance):
-                    nodes = _chain(opened.node)
-                    start = row.length + len(new)
-                    tokens = [opened.token, *(next(iter(n.children)) for n in nodes[:-1])]
-                    parents = [opened.parent, *range(start, start + len(nodes) - 1)]
-                    new.extend(zip(tokens, parents, strict=True))
-                    positions = list(range(start, start + len(nodes)))
-                    chains.append((search, nodes, opened.log_probability, positions))
-            if not chains:
-                return searches
+            chosen = [
+                (search, opened, _chain(opened.node))
+                for search in searches
+                for opened in search.choose(self.tolerance)
+            ]
+            num_new = sum(len(nodes) for _, _, nodes in chosen)
+            if row.length + num_new > self.max_tokens and len(searches) > 1:
+                # Messages do not see each other: part them, so that no row grows too long.
+                for search, opened, _ in chosen:
+                    search.frontier.append(opened)
+                for part in (searches[::2], searches[1::2]):
+                    self._descend(row.keep_only(part), part)
+                return
+            if not chosen:
+                return
+            new: list[tuple[int, int]] = []
+            chains = []
+            for search, opened, nodes in chosen:
+                start = row.length + len(new)
+                tokens = [opened.token, *(next(iter(node.children)) for node in nodes[:-1])]
+                parents = [opened.parent, *range(start, start + len(nodes) - 1)]
+                new.extend(zip(tokens, parents, strict=True))
+                positions = list(range(start, start + len(nodes)))
+                chains.append((search, nodes, opened.log_probability, positions))
             logits = row.extend(new, [position for chain in chains for position in chain[3]])
+            _look_below(chains, logits)
 
     def _start(self, stems: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], _PackedRow]:
         """Return what the stems all begin with, of the prompt's prefix, and its packed row."""
@@ -247,6 +265,28 @@ class _PackedRow:
             other._cache.update(layer.keys, layer.values, index)  # type: ignore[union-attr,arg-type]
         other._depths = list(self._depths)
         other._visible = list(self._visible)
+        return other
+
+    def keep_only(self, searches: Sequence[_Search]) -> _PackedRow:
+        """Return a copy with only the tokens that some searches may still look at.
+
+        The positions that their open nodes hold are made those of the copy.
+        """
+        seen = np.zeros(self.length, dtype=bool)
+        frontier = [opened for search in searches for opened in search.frontier]
+        for opened in frontier:
+            seen[: opened.parent + 1] |= self._visible[opened.parent]
+        places = np.cumsum(seen) - 1
+        kept = torch.from_numpy(np.flatnonzero(seen)).to(self._device)
+        other = _PackedRow(self._model, None)
+        other._dtype = self._dtype
+        for index, layer in enumerate(self._cache.layers):
+            keys, values = (x.index_select(2, kept) for x in (layer.keys, layer.values))  # type: ignore[union-attr]
+            other._cache.update(keys, values, index)
+        other._depths = [self._depths[i] for i in kept.tolist()]
+        other._visible = [self._visible[i][seen[: i + 1]] for i in kept.tolist()]
+        for opened in frontier:
+            opened.parent = int(places[opened.parent])
         return other
 
     def extend(self, new: Sequence[tuple[int, int]], keep: Sequence[int]) -> Tensor:

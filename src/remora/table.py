@@ -307,11 +307,11 @@ def _decode(stream: Iterable[bytes], name: str) -> Iterator[str]:
 def _csv_rows(lines: Iterator[str], name: str, delimiter: str | None, pick: Pick) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     first = next(lines)
-    if delimiter is None:  # the one that makes the most columns of the header, the comma on a tie
-        delimiter = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark))))
-    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     row, line = 0, 1  # of the row being read; a row may span lines
     try:
+        if delimiter is None:  # what makes the most columns of the header, the comma on a tie
+            delimiter = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark))))
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
         header = [column.strip() for column in next(reader)]
         if not any(header):
             raise DataError(f"{name}: line 1 is blank; name the columns there")
@@ -339,7 +339,8 @@ def _csv_rows(lines: Iterator[str], name: str, delimiter: str | None, pick: Pick
             advice = "save the file with LF or CRLF at the end of lines"
         else:
             found = f"is not CSV ({one_line(error)})"
-        raise DataError(f"{name}: {_where(row + 1, line)} {found}; {advice}") from None
+        place = _where(row + 1, line) if line > 1 else "line 1"
+        raise DataError(f"{name}: {place} {found}; {advice}") from None
 
 
 def _json_rows(lines: Iterator[str], name: str, pick: Pick) -> Iterator[Row]:
@@ -496,7 +497,8 @@ def _only(name: str, column: str, columns: Sequence[str]) -> int:
 def _missing_column(
     name: str, kind: str, usual: Sequence[str], columns: Sequence[str]
 ) -> DataError:
-    close = next((c for c in columns if close_match(c.casefold(), usual)), None)
+    others = [c for c in columns if c.casefold() not in (*TEXT_NAMES, *LABEL_NAMES)]
+    close = next((c for c in others if close_match(c.casefold(), usual)), None)
     hint = f"did you mean --{kind}-column {close}?" if close else f"name it with --{kind}-column"
     return DataError(
         f"{name} has no {kind} column: found {listed(columns)},"

@@ -59,7 +59,7 @@ class TokenTree:
     def to(self, device: torch.device | str) -> TokenTree:
         """Return the tree with its tensors on `device`."""
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
     def visible(self, window: int | None = None) -> Tensor:
         """Return the attention rule as a mask [N, N] of booleans, rows are queries.

@@ -1,0 +1,165 @@
+"""The settings: what is refused, what is written down, and the published recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from remora.config import EvalConfig, PredictConfig, TrainConfig
+from remora.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def config(**settings):
+    return TrainConfig("data.csv", model="a/b", **settings)
+
+
+def test_the_defaults_are_the_published_recipe():
+    defaults = config()
+    assert (defaults.rank, defaults.alpha, defaults.dropout) == (16, 32, 0.05)
+    assert defaults.batch_size == 32
+    assert (defaults.weight_decay, defaults.max_grad_norm) == (0.0, 1.0)
+
+
+WRONG = {
+    "rank": 0,
+    "alpha": 0.0,
+    "dropout": 1.0,
+    "learning_rate": 1.5,
+    "epochs": 0.0,
+    "max_steps": 0,
+    "max_length": 0,
+    "eval_steps": 0,
+    "batch_size": 0,
+    "micro_batch_tokens": 0,
+    "warmup_fraction": 1.1,
+    "weight_decay": -0.1,
+    "max_grad_norm": 0.0,
+    "patience": -1,
+    "seed": -1,
+    "validation_fraction": 1.0,
+    "test_fraction": -0.1,
+    "name": "a/b",
+}
+
+
+def test_every_problem_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        config(**WRONG)
+    told = str(caught.value)
+    assert "\n" not in told
+    assert {part.split(" is ")[0] for part in told.split("; ") if " is " in part} == set(WRONG)
+    for name, value in WRONG.items():
+        assert f"{name} is {value}; give " in told
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_each_wrong_value_is_refused_by_itself(name):
+    with pytest.raises(ConfigError, match=f"^{name} is [^;]+; give [^;]+$"):
+        config(**{name: WRONG[name]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alpha", float("nan")),
+        ("dropout", -0.1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("epochs", float("inf")),
+        ("epochs", float("nan")),
+        ("weight_decay", float("inf")),
+        ("weight_decay", float("nan")),
+        ("max_grad_norm", float("nan")),
+        ("name", ".."),
+        ("name", "."),
+        ("name", ""),
+        ("name", "/tmp"),
+    ],
+)
+def test_other_wrong_values_are_refused(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} is "):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 1, "alpha": 0.5, "dropout": 0.0, "batch_size": 1, "micro_batch_tokens": 1},
+        {"learning_rate": 1.0, "epochs": 0.1, "max_steps": 1, "patience": 0, "seed": 0},
+        {"validation_fraction": 0.0, "test_fraction": 0.0, "warmup_fraction": 0.0},
+        {"max_grad_norm": float("inf"), "warmup_fraction": 1.0, "name": "v1.0 a-b"},
+    ],
+)
+def test_the_limits_themselves_are_allowed(settings):
+    for name, value in settings.items():
+        assert getattr(config(**settings), name) == value
+
+
+def read_back(text):
+    """A TrainConfig from TOML, with what TOML cannot hold converted."""
+    settings = tomllib.loads(text)
+    settings["output"] = Path(settings["output"])
+    for name in ("target_modules", "trackers"):
+        settings[name] = tuple(settings[name])
+    return TrainConfig(settings.pop("data"), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {
+            "name": "erste-Prüfung",
+            "output": Path("some where/runs"),
+            "validation": "v.csv",
+            "text_column": 'a "quoted" column',
+            "instruction": "Two\nlines, a \\ and a tab\t.",
+            "list_labels": True,
+            "label_texts": {"card arrival?": "Karte", "a.b": "=c", 'q"': ""},
+            "max_length": 77,
+            "alpha": 17.5,
+            "target_modules": ("q_proj", "v_proj"),
+            "learning_rate": 3e-5,
+            "max_steps": 9,
+            "schedule": "linear",
+            "precision": "bfloat16",
+            "device": "cpu",
+            "trackers": ("tensorboard",),
+        },
+    ],
+)
+def test_toml_brings_back_the_same_settings(settings):
+    original = config(**settings)
+    assert read_back(original.to_toml()) == original
+
+
+def test_toml_leaves_out_what_is_not_set():
+    written = tomllib.loads(config().to_toml())
+    unset = {f.name for f in dataclasses.fields(TrainConfig) if getattr(config(), f.name) is None}
+    assert unset
+    assert not unset & set(written)
+    assert written["rank"] == 16
+
+
+def test_settings_cannot_be_changed_later():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().rank = 8
+
+
+@pytest.mark.parametrize("name", ["top_k", "micro_batch_tokens"])
+def test_prediction_refuses_a_wrong_value(name):
+    with pytest.raises(ConfigError, match=f"{name} is 0; give a whole number from 1"):
+        PredictConfig(Path("run"), **{name: 0})
+
+
+def test_prediction_reads_standard_input_by_default():
+    assert PredictConfig(Path("run")).source == "-"
+    assert EvalConfig(Path("run"), "test.csv").data == "test.csv"
