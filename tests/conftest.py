@@ -73,7 +73,9 @@ def tiny_config(architecture: str, vocabulary: int = VOCABULARY, context: int = 
     raise ValueError(architecture)
 
 
-def tiny_model(architecture: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
+def tiny_model(
+    architecture: str, dtype: torch.dtype = torch.float64, scale: float = 8, **kwargs: Any
+) -> Any:
     """Return a random model; its weights are larger than usual, so that attention is not flat."""
     from transformers import AutoModelForCausalLM
 
@@ -84,7 +86,7 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float64, **kwargs: 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(8)
+                parameter.mul_(scale)
     return model
 
 

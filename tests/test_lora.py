@@ -8,10 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, randomize_adapter, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional
 
+from conftest import ARCHITECTURES, randomize_adapter, tiny_model
 from remora import lora
 from remora.errors import ModelError
 
@@ -117,7 +117,7 @@ def test_under_bfloat16_autocast_it_is_as_close_to_the_truth_as_stock_peft(
     inputs, weights = torch.randn(2, 5, 16), torch.randn(2, 5, 24)
 
     def compute(model: Any, dtype: torch.dtype, autocast: bool) -> list[Tensor]:
-        x = inputs.to(dtype).requires_grad_()
+        x = inputs.to(dtype, copy=True).requires_grad_()
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = model(x)
@@ -132,8 +132,8 @@ def test_under_bfloat16_autocast_it_is_as_close_to_the_truth_as_stock_peft(
     assert len(truth) == 4
     assert [t.dtype for t in found[1:]] == [torch.float32] * 3
     for ours, theirs, exact in zip(found, stock, truth, strict=True):
-        assert relative_error(ours, exact) < 1.5 * 2**-8
-        assert relative_error(theirs, exact) < 1.5 * 2**-8
+        assert relative_error(ours, exact) < 2**-7
+        assert relative_error(theirs, exact) < 2**-7
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -338,9 +338,7 @@ def test_a_disabled_adapter_gives_the_base_model(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
-def test_a_merged_adapter_counts_once(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merged_adapter_counts_once(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(architecture, torch.float64).double().eval()
     expected = model(input_ids=IDS).logits
     calls = count_fused(monkeypatch)
@@ -366,7 +364,9 @@ def peft_model(**settings: Any) -> Any:
     return model.train()
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"lora_bias": True, "target_modules": ["q_proj", "k_proj"]}]
+)
 def test_variants_of_lora_are_left_to_peft(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,7 +120,9 @@ def test_the_fastest_device_that_is_here_is_taken(monkeypatch, cuda, mps, best):
 def test_a_device_that_is_not_here_is_refused(monkeypatch, missing):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=f"there is no {missing} device here; choose from cpu, auto"):
+    with pytest.raises(
+        ConfigError, match=f"there is no {missing} device here; choose from cpu, auto"
+    ):
         plan.choose_device(missing)
 
 

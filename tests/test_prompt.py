@@ -8,8 +8,8 @@ import random
 from typing import Any
 
 import pytest
-from conftest import CHAT_TEMPLATE, build_tokenizer
 
+from conftest import CHAT_TEMPLATE, build_tokenizer
 from remora.errors import ConfigError, ModelError
 from remora.prompt import Prompt
 
@@ -35,10 +35,12 @@ TRIMMING_TEMPLATE = (
     "{% else %} {{ m['content'] | trim }}{% endif %}{% endfor %}"
 )
 THINKING_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
-    "{% else %}<think>\n{% endif %}{% endif %}"
+    "{% set quiet = '<think>\n\n</think>\n\n' %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{{ quiet }}{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ quiet }}{% endif %}"
+    "{% endif %}"
 )
 
 
@@ -53,7 +55,9 @@ def make(tokenizer: Any, labels: list[str] = LABELS, **settings: Any) -> Prompt:
     return Prompt(tokenizer, labels, **{"instruction": "Sort this.", "max_length": 400, **settings})
 
 
-def conversation(message: str, answer: str | None, asked: str = "Sort this.") -> list[dict[str, str]]:
+def conversation(
+    message: str, answer: str | None, asked: str = "Sort this."
+) -> list[dict[str, str]]:
     turns = [{"role": "user", "content": f"{asked}\n\n{message}" if asked else message}]
     return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
 
@@ -72,9 +76,7 @@ def test_ids_are_those_of_the_rendered_conversation(asked: str) -> None:
     prompt = make(tokenizer, instruction=asked)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for message in MESSAGES:
-        for label, row in zip(
-            LABELS, prompt.rows([message] * len(LABELS), LABELS), strict=True
-        ):
+        for label, row in zip(LABELS, prompt.rows([message] * len(LABELS), LABELS), strict=True):
             whole = rendered_ids(tokenizer, conversation(message, label, asked), False)
             last = len(whole) - 1 - whole[::-1].index(end)
             assert row.token_ids == whole[: last + 1]
@@ -88,9 +90,7 @@ def test_other_templates_give_the_rendered_conversation_too(template: str) -> No
     tokenizer = with_template(template)
     prompt = make(tokenizer)
     for message in MESSAGES:
-        for label, row in zip(
-            LABELS, prompt.rows([message] * len(LABELS), LABELS), strict=True
-        ):
+        for label, row in zip(LABELS, prompt.rows([message] * len(LABELS), LABELS), strict=True):
             text = tokenizer.apply_chat_template(conversation(message, label), tokenize=False)
             text = text.rstrip("\n").removesuffix("<|im_end|>") + "<|im_end|>"
             assert row.token_ids == tokenizer.encode(text, add_special_tokens=False)
@@ -117,7 +117,8 @@ def test_a_model_that_can_think_is_told_not_to() -> None:
     tokenizer = prompt._tokenizer
     whole = rendered_ids(tokenizer, conversation("why", "card"), False)
     assert row.token_ids == whole[: len(row.token_ids)]
-    assert tokenizer.decode(row.token_ids).endswith("<|im_start|>assistant\ncard<|im_end|>")
+    assert tokenizer.decode(row.token_ids).endswith("</think>\n\ncard<|im_end|>")
+    assert tokenizer.decode(row.token_ids[row.answer_start :]) == "card<|im_end|>"
 
 
 @pytest.mark.parametrize("bos", [None, "<|endoftext|>"])
@@ -126,9 +127,7 @@ def test_without_a_chat_template_lines_follow_each_other(bos: str | None) -> Non
     tokenizer.bos_token = bos
     prompt = make(tokenizer)
     for message in MESSAGES:
-        for label, row in zip(
-            LABELS, prompt.rows([message] * len(LABELS), LABELS), strict=True
-        ):
+        for label, row in zip(LABELS, prompt.rows([message] * len(LABELS), LABELS), strict=True):
             text = f"{bos or ''}Sort this.\n\n{message}\n{label}<|im_end|>"
             assert row.token_ids == tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.decode(row.token_ids[row.answer_start :]) == f"{label}<|im_end|>"
@@ -162,7 +161,7 @@ def test_a_text_for_an_unknown_label_is_refused(tokenizer: Any) -> None:
 
 
 def test_labels_with_the_same_tokens_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(ModelError, match="'b' with the same tokens; give one.*--label-texts.b"):
+    with pytest.raises(ModelError, match=r"'b' with the same tokens; give one.*--label-texts.b"):
         make(tokenizer, ["a", "b"], label_texts={"b": "a"})
 
 
@@ -217,7 +216,9 @@ def test_a_context_without_room_for_a_message_is_refused(tokenizer: Any) -> None
     (row,) = make(tokenizer).rows([""], ["Überweisung 42"])
     assert len(row.token_ids) == fixed
     make(tokenizer, max_length=fixed + 1)
-    with pytest.raises(ModelError, match="'Überweisung 42', .* no room for a message; shorten the"):
+    with pytest.raises(
+        ModelError, match=r"'Überweisung 42', .* no room for a message; shorten the"
+    ):
         make(tokenizer, max_length=fixed)
     with pytest.raises(ModelError, match="no room for a message; do not list the labels"):
         make(tokenizer, max_length=fixed + 5, list_labels=True)
@@ -237,9 +238,7 @@ def word_tokenizer(words: str) -> Any:
     vocabulary = {word: i for i, word in enumerate(["[UNK]", "</s>", *words.split()])}
     words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words_only, unk_token="[UNK]", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words_only, unk_token="[UNK]", eos_token="</s>")
 
 
 def test_labels_that_the_tokenizer_cannot_write_are_respelled() -> None:
@@ -258,7 +257,7 @@ def test_labels_that_the_tokenizer_cannot_write_are_respelled() -> None:
 
 @pytest.mark.parametrize("label", ["card_lost", "___"])
 def test_labels_that_cannot_be_respelled_are_refused(label: str) -> None:
-    with pytest.raises(ModelError, match=f"no tokens for the label '{label}'; give .*--label-texts"):
+    with pytest.raises(ModelError, match=f"label '{label}'; give .*--label-texts"):
         make(word_tokenizer("card refund"), ["refund", label], instruction="")
 
 

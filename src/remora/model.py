@@ -14,6 +14,8 @@ from remora.errors import ModelError
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """What is fetched from the hub: never pickled weights, never code."""
 
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 def find(name: str) -> Path:
     """Return the folder of a base model, fetched from the hub if `name` is an id there.
@@ -74,6 +76,9 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    # Without a vocabulary transformers makes an empty tokenizer, and says nothing.
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise ModelError(f"{folder} has no tokenizer; copy the base model's tokenizer.json into it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -112,6 +117,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         ModelError: If it is no causal language model or its weights cannot be read.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     config = load_config(folder)
     if not any(folder.glob("*.safetensors")):
@@ -119,6 +125,8 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder} has no weights in safetensors format; pickled weights are never read, "
             "convert them first"
         )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -135,6 +143,9 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             f"the model in {folder} cannot be loaded ({_first_line(error)}); "
             "give the folder of a Hugging Face causal language model"
         ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     loaded, info = result
     if missing := sorted(info["missing_keys"]):
         raise ModelError(

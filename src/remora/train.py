@@ -434,7 +434,8 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
         parameters = lora.count_parameters(adapted)
         for line in _introduce(config, dataset, prompt, adapted, parameters):
             reporter.say(line)
-        with accelerator_for(precision, device, log_with=list(config.trackers)) as accelerator:
+        trackers = {"log_with": list(config.trackers)} if config.trackers else {}
+        with accelerator_for(precision, device, **trackers) as accelerator:
             with accelerator.autocast():
                 tree.check(adapted, _short_rows(dataset.train, prompt))
             directory = run.create(config.output, config.name, config.data, config.model)

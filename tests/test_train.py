@@ -1,0 +1,233 @@
+"""The whole path from a table to a measured adapter, through the real command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tokenizer, tiny_model
+
+from remora import data, plan, run, train
+from remora.config import TrainConfig
+from remora.errors import DataError, DivergedError
+
+WORDS = {"card arrival": "card", "refund": "refund", "top up failed": "top up"}
+WAYS = ("Where is my {}?", "the {} again", "{} please, day {{}}", "Still no {}!", "why {} why")
+
+
+def write_table(path: Path, repeats: int = 6) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(repeats):
+            for label, word in WORDS.items():
+                for way in WAYS:
+                    writer.writerow([f"{way.format(word)} {i}", label])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = build_tokenizer()
+    tiny_model("qwen2", torch.float32, scale=2, vocabulary=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "support.csv"
+    write_table(path)
+    return path
+
+
+@pytest.fixture
+def config(base: Path, table: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        str(table),
+        model=str(base),
+        output=tmp_path / "runs",
+        learning_rate=1e-2,
+        epochs=8,
+        batch_size=8,
+        precision="float32",
+        device="cpu",
+        rank=8,
+    )
+
+
+def remora(*arguments: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "remora", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, table: Path, tmp_path_factory: pytest.TempPathFactory):
+    output = tmp_path_factory.mktemp("cli")
+    settings = ["--learning-rate", "1e-2", "--epochs", "8", "--rank", "8", "--batch-size", "8"]
+    settings += ["--device", "cpu"]
+    done = remora(
+        "train", table, "--model", base, "--output", output, *settings, "--precision", "float32"
+    )
+    assert done.returncode == 0, done.stderr
+    (directory,) = output.iterdir()
+    return done, directory
+
+
+def test_train_learns_and_shows_what_a_user_wants_to_know(finished) -> None:
+    done, directory = finished
+    result = json.loads((directory / "evaluation.json").read_text())
+    assert result["metrics"]["accuracy"] == 1.0
+    for wanted in ("accuracy   100.00%", "95% interval", "TF-IDF + linear SVM", "macro-F1"):
+        assert wanted in done.stdout
+    for wanted in ("examples/s", "supervised tokens/s", "peak memory", "adapter    "):
+        assert wanted in done.stdout
+    assert "it/s" not in done.stdout + done.stderr
+    assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_run_directory_holds_what_it_takes_to_repeat_the_run(finished) -> None:
+    _, directory = finished
+    names = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+    assert names == {
+        "config.toml",
+        "environment.json",
+        "data.json",
+        "metrics.jsonl",
+        "evaluation.json",
+        "predictions.csv",
+        "README.md",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/remora.json",
+    }
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1]["loss"] < steps[0]["loss"] / 2
+    assert steps[-1]["examples_per_second"] > 0
+    rows = list(csv.DictReader((directory / "predictions.csv").open(encoding="utf-8")))
+    assert {row["predicted"] for row in rows} == set(WORDS)
+    assert set(json.loads((directory / "data.json").read_text())["labels"]) == set(WORDS)
+    assert all(0 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_the_same_settings_give_the_same_adapter_again(finished, tmp_path: Path) -> None:
+    _, directory = finished
+    again = remora("train", "--config", directory / "config.toml", "--output", tmp_path)
+    assert again.returncode == 0, again.stderr
+    (other,) = tmp_path.iterdir()
+    name = "adapter/adapter_model.safetensors"
+    assert (directory / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_predict_streams_labels_in_order(finished) -> None:
+    _, directory = finished
+    done = remora("predict", directory, "--device", "cpu", stdin="my card\nmy refund\n")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert [row["text"] for row in rows] == ["my card", "my refund"]
+    assert [row["label"] for row in rows] == ["card arrival", "refund"]
+    done = remora("predict", directory, "--json", "--top-k", "2", stdin="top up please\n")
+    (line,) = done.stdout.splitlines()
+    ranked = json.loads(line)["labels"]
+    assert ranked[0]["label"] == "top up failed"
+    assert ranked[0]["probability"] >= ranked[1]["probability"]
+
+
+def test_eval_measures_what_train_measured(finished, table: Path, tmp_path: Path) -> None:
+    _, directory = finished
+    kept = tmp_path / "kept.csv"
+    done = remora("eval", directory, table, "--json", "--predictions", kept)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["accuracy"] > 0.95
+    assert len(kept.read_text(encoding="utf-8").splitlines()) == 91
+
+
+def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
+    class Watcher(train.Reporter):
+        def __init__(self) -> None:
+            self.seen: list[train.Validation] = []
+
+        def validated(self, validation: train.Validation) -> None:
+            self.seen.append(validation)
+
+    watcher = Watcher()
+    spoiled = replace(config, learning_rate=0.3, schedule="constant", eval_steps=1, max_steps=8)
+    result = train.train(spoiled, reporter=watcher)
+    best = max(watcher.seen, key=lambda v: (v.accuracy, -v.log_loss))
+    assert result.best_step == best.step
+    assert [v for v in watcher.seen if v.best][-1] == best
+    dtype, device = torch.float32, torch.device("cpu")
+    adapted, prompt, _ = run.load_adapter(result.directory, base=None, dtype=dtype, device=device)
+    dataset = data.load_dataset(config.data, seed=config.seed)
+    scorer = train.Scorer(adapted, prompt)
+    accuracy, log_loss = train._validate(scorer, dataset.validation, train.Reporter())
+    assert (accuracy, log_loss) == pytest.approx((best.accuracy, best.log_loss), rel=1e-4)
+
+
+def test_early_stopping_stops(config: TrainConfig) -> None:
+    result = train.train(replace(config, learning_rate=1e-9, eval_steps=1, patience=2, epochs=30))
+    assert result.num_steps <= 5
+
+
+def test_micro_batches_change_no_result(config: TrainConfig) -> None:
+    weights = []
+    for tokens in (4096, 40):
+        result = train.train(
+            replace(config, micro_batch_tokens=tokens, dropout=0.0, max_steps=6)
+        )
+        path = result.directory / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        weights.append([r["loss"] for r in records if "loss" in r])
+    np.testing.assert_allclose(weights[0], weights[1], rtol=1e-4)
+
+
+def test_the_loss_of_the_first_step_is_the_stock_loss(config: TrainConfig, base: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = train.train(replace(config, max_steps=1, dropout=0.0, schedule="constant"))
+    first = json.loads((result.directory / "metrics.jsonl").read_text().splitlines()[0])
+    dataset = data.load_dataset(config.data, seed=config.seed)
+    _, prompt, _, _ = train.prepare(
+        config, dataset.labels, plan.choose_precision(torch.device("cpu"), "float32"), "cpu"
+    )
+    order = np.random.default_rng((config.seed, 0)).permutation(len(dataset.train))[: config.batch_size]
+    stock = AutoModelForCausalLM.from_pretrained(base).eval()
+    total, count = 0.0, 0
+    for i in order:
+        (row,) = prompt.rows([dataset.train.texts[i]], [dataset.train.labels[i]])
+        labels = [-100] * row.answer_start + row.token_ids[row.answer_start :]
+        n = len(row.token_ids) - row.answer_start
+        with torch.no_grad():
+            loss = stock(torch.tensor([row.token_ids]), labels=torch.tensor([labels])).loss
+        total, count = total + float(loss) * n, count + n
+    assert first["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_diverging_run_ends_with_six(config: TrainConfig, monkeypatch) -> None:
+    monkeypatch.setattr(train.tree, "loss_sum", lambda logits, _: logits.sum() * float("nan"))
+    monkeypatch.setattr(train.tree, "check", lambda *_: None)
+    with pytest.raises(DivergedError, match="the loss is nan at step 1; lower --learning-rate"):
+        train.train(config)
+
+
+def test_no_rows_to_measure_on_is_an_error(config: TrainConfig) -> None:
+    with pytest.raises(DataError, match="no rows to measure on"):
+        train.train(replace(config, test_fraction=0.0, validation_fraction=0.0))
+
+
+def test_speed_leaves_the_warm_up_out() -> None:
+    speed = train.Speed(warm_up_steps=2)
+    for seconds in (100.0, 50.0, 2.0, 2.0):
+        speed.add(32, 64, seconds)
+    assert speed.examples_per_second == 16
+    assert speed.supervised_tokens_per_second == 32
