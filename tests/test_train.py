@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import build_tokenizer, tiny_model
 
-from remora import data, plan, run, train
+from remora import data, plan, run, train, tree
 from remora.config import TrainConfig
 from remora.errors import DataError, DivergedError
+from remora.prompt import Prompt
 
 WORDS = {"card arrival": "card", "refund": "refund", "top up failed": "top up"}
 WAYS = ("Where is my {}?", "the {} again", "{} please, day {{}}", "Still no {}!", "why {} why")
@@ -34,9 +35,23 @@ def write_table(path: Path, repeats: int = 6) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has learned the form of the task, with labels drawn at random."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = build_tokenizer()
-    tiny_model("qwen2", torch.float32, scale=2, vocabulary=len(tokenizer)).save_pretrained(folder)
+    model = tiny_model("qwen2", torch.float32, scale=2, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, list(WORDS), instruction="Classify the message.", max_length=200)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        messages = [
+            WAYS[i % 5].format(w) for i, w in enumerate(generator.choice(list(WORDS.values()), 16))
+        ]
+        packed = tree.build(prompt.rows(messages, generator.choice(list(WORDS), 16).tolist()))
+        loss = tree.loss_sum(tree.answer_logits(model, packed), packed)
+        (loss / packed.num_supervised_tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -112,7 +127,7 @@ def test_the_run_directory_holds_what_it_takes_to_repeat_the_run(finished) -> No
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
-    assert steps[-1]["loss"] < steps[0]["loss"] / 2
+    assert steps[-1]["loss"] < 0.75 * steps[0]["loss"]  # which was that of labels at random
     assert steps[-1]["examples_per_second"] > 0
     rows = list(csv.DictReader((directory / "predictions.csv").open(encoding="utf-8")))
     assert {row["predicted"] for row in rows} == set(WORDS)
@@ -152,18 +167,20 @@ def test_eval_measures_what_train_measured(finished, table: Path, tmp_path: Path
     assert len(kept.read_text(encoding="utf-8").splitlines()) == 91
 
 
+class Watcher(train.Reporter):
+    def __init__(self) -> None:
+        self.seen: list[train.Validation] = []
+
+    def validated(self, validation: train.Validation) -> None:
+        self.seen.append(validation)
+
+
 def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
-    class Watcher(train.Reporter):
-        def __init__(self) -> None:
-            self.seen: list[train.Validation] = []
-
-        def validated(self, validation: train.Validation) -> None:
-            self.seen.append(validation)
-
     watcher = Watcher()
     spoiled = replace(config, learning_rate=0.3, schedule="constant", eval_steps=1, max_steps=8)
     result = train.train(spoiled, reporter=watcher)
     best = max(watcher.seen, key=lambda v: (v.accuracy, -v.log_loss))
+    assert watcher.seen[-1] != best
     assert result.best_step == best.step
     assert [v for v in watcher.seen if v.best][-1] == best
     dtype, device = torch.float32, torch.device("cpu")
@@ -174,17 +191,18 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     assert (accuracy, log_loss) == pytest.approx((best.accuracy, best.log_loss), rel=1e-4)
 
 
-def test_early_stopping_stops(config: TrainConfig) -> None:
-    result = train.train(replace(config, learning_rate=1e-9, eval_steps=1, patience=2, epochs=30))
-    assert result.num_steps <= 5
+def test_early_stopping_stops_after_patience(config: TrainConfig) -> None:
+    watcher = Watcher()
+    spoiled = replace(config, learning_rate=0.3, schedule="constant", eval_steps=1, patience=2)
+    result = train.train(spoiled, reporter=watcher)
+    assert [v.best for v in watcher.seen[-3:]] == [True, False, False]
+    assert result.num_steps == watcher.seen[-1].step < 72
 
 
 def test_micro_batches_change_no_result(config: TrainConfig) -> None:
     weights = []
     for tokens in (4096, 40):
-        result = train.train(
-            replace(config, micro_batch_tokens=tokens, dropout=0.0, max_steps=6)
-        )
+        result = train.train(replace(config, micro_batch_tokens=tokens, dropout=0.0, max_steps=6))
         path = result.directory / "metrics.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()]
         weights.append([r["loss"] for r in records if "loss" in r])
@@ -200,7 +218,9 @@ def test_the_loss_of_the_first_step_is_the_stock_loss(config: TrainConfig, base:
     _, prompt, _, _ = train.prepare(
         config, dataset.labels, plan.choose_precision(torch.device("cpu"), "float32"), "cpu"
     )
-    order = np.random.default_rng((config.seed, 0)).permutation(len(dataset.train))[: config.batch_size]
+    order = np.random.default_rng((config.seed, 0)).permutation(len(dataset.train))[
+        : config.batch_size
+    ]
     stock = AutoModelForCausalLM.from_pretrained(base).eval()
     total, count = 0.0, 0
     for i in order:

@@ -571,4 +571,29 @@ def _conclude(
         probabilities.max(1).tolist(),
     )
     run.write_json(directory / "evaluation.json", result.to_dict())
+    run.write_text(directory / "README.md", _readme(config, result))
     return result
+
+
+def _readme(config: TrainConfig, result: TrainResult) -> str:
+    """Say in a few lines what lies in the run directory and how good it is."""
+    ours, base = result.metrics, result.baseline.metrics
+    low, high = ours.accuracy_interval
+    confusions = [
+        f"- {c.count} of {c.true} taken for {c.predicted} ({c.share:.0%})"
+        for c in ours.confusions[:5]
+    ]
+    lines = [
+        f"# {result.directory.name}",
+        "",
+        f"A LoRA adapter (PEFT) for {config.model}, trained by Remora on {config.data}.",
+        "",
+        f"Accuracy {ours.accuracy:.2%} (95% interval {low:.1%} to {high:.1%}), macro-F1 "
+        f"{ours.macro_f1:.2%}, on {ours.num_rows:,} {result.measured_on} rows. "
+        f"{result.baseline.description}: {base.accuracy:.2%}.",
+        "",
+        *(["Largest confusions:", "", *confusions, ""] if confusions else []),
+        "    remora predict . < messages.txt",
+        "    remora train --config config.toml    # the same run again",
+    ]
+    return "\n".join(lines) + "\n"

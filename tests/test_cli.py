@@ -1,0 +1,118 @@
+"""The command line: help at once, one line for an error, and DESIGN's exit codes."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MODULES = ("torch", "transformers", "peft", "sklearn", "numpy", "pyarrow", "datasets")
+
+
+def remora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "remora", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_help_is_instant() -> None:
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        assert remora("--help").returncode == 0
+        seconds.append(time.perf_counter() - began)
+    assert statistics.median(seconds) < 0.3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
+    code = (
+        "import sys; from remora.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        f"print([m for m in {MODULES!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+TABLE = "text,label\nmy card,a\nmy refund,b\n"
+
+BAD = {
+    "unknown verb": (["trian", "x"], 2, "Did you mean"),
+    "unknown flag": (["train", "t.csv", "--model", "m", "--rnak", "3"], 2, "rank"),
+    "not a number": (["train", "t.csv", "--model", "m", "--rank", "many"], 2, "many"),
+    "every wrong setting": (
+        ["train", "t.csv", "--model", "m", "--rank", "0", "--epochs", "-1"],
+        2,
+        "rank is 0.*epochs is -1",
+    ),
+    "no settings file": (["train", "t.csv", "--model", "m", "--config", "no.toml"], 2, "no.toml"),
+    "unknown key": (["train", "t.csv", "--model", "m", "--config", "bad.toml"], 2, "rnak"),
+    "no table": (["train", "no.csv", "--model", "m"], 3, "no.csv"),
+    "missing column": (["train", "odd.csv", "--model", "m"], 3, "--label-column"),
+    "empty file": (["train", "empty.csv", "--model", "m"], 3, "empty"),
+    "one class": (["train", "one.csv", "--model", "m"], 3, "class"),
+    "blank text": (["train", "blank.csv", "--model", "m"], 3, "row 2"),
+    "blank label": (["train", "blank_label.csv", "--model", "m"], 3, "row 2"),
+    "broken row": (["train", "broken.csv", "--model", "m"], 3, "row 2|line 3"),
+    "wrong encoding": (["train", "latin.csv", "--model", "m"], 3, "UTF-8"),
+    "unknown label in the test table": (
+        ["train", "t.csv", "--test", "other.csv", "--model", "m"],
+        3,
+        "refnd",
+    ),
+    "no model": (["train", "t.csv", "--model", "./no-model"], 4, "no folder"),
+    "no model folder": (["train", "t.csv", "--model", "folder"], 4, "config.json"),
+    "no adapter": (["predict", "folder", "t.csv"], 4, "remora.json"),
+    "no adapter to measure": (["eval", "folder", "t.csv"], 4, "remora.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    many = TABLE + "another card,a\nanother refund,b\n" * 5
+    (folder / "t.csv").write_text(many)
+    (folder / "odd.csv").write_text(
+        "text,colour\nmy card,a\nmy refund,b\n".replace("colour", "n,m")
+    )
+    (folder / "empty.csv").write_text("")
+    (folder / "one.csv").write_text("text,label\nx,a\ny,a\n")
+    (folder / "blank.csv").write_text("text,label\nx,a\n  ,b\n")
+    (folder / "blank_label.csv").write_text("text,label\nx,a\ny, \n")
+    (folder / "broken.csv").write_text("text,label\nx,a\ny\nz,b\n")
+    (folder / "latin.csv").write_bytes("text,label\nx,a\ncafé,b\n".encode("latin-1"))
+    (folder / "other.csv").write_text("text,label\nx,refnd\n")
+    (folder / "bad.toml").write_text("rnak = 3\n")
+    (folder / "folder").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_an_exit_code(
+    name: str, place: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from remora.cli import app, main
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(app, "config", ())
+    arguments, code, wanted = BAD[name]
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("error: ")]) == 1
+    assert lines[-1].startswith("error: ")
+    assert re.search(wanted, lines[-1])
+    assert not (place / "runs").exists()
+
+
+def test_debug_shows_the_traceback(place: Path) -> None:
+    done = remora("train", place / "no.csv", "--model", "m", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
