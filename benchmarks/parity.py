@@ -114,7 +114,8 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     losses = (_fit_stock if options.arm == "stock" else _fit_remora)(
         adapted, prompt, dataset, config, precision, folder
     )
-    probabilities = Scorer(adapted, prompt, tolerance=1, max_tokens=512).probabilities(dataset.test.texts)
+    scorer = Scorer(adapted, prompt, tolerance=1, max_tokens=512)
+    probabilities = scorer.probabilities(dataset.test.texts)
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
     metrics = evaluate.measure(dataset.labels, dataset.test.labels, predicted)
     return {

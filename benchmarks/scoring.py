@@ -1,8 +1,8 @@
 """Rows per second of closed-set scoring, against generating the label and matching its text.
 
-craftgpt-5m with an adapter trained for a short while on Banking77, float32. `generate()` runs in its
-best of several batch sizes, greedy, with its key-value cache. Best-first search is compared with
-looking at every label on all test rows.
+craftgpt-5m with an adapter trained for a short while on Banking77, float32. `generate()` runs
+greedily in several batch sizes, with its key-value cache; the best one counts. Best-first search is
+compared with looking at every label on all test rows.
 
     python benchmarks/scoring.py
 """
@@ -74,9 +74,7 @@ def trained(steps: int) -> tuple[Any, Any, Any]:
     torch.manual_seed(0)
     adapted, prompt, _, _ = train.prepare(config, dataset.labels, precision, device)
     with train.accelerator_for(precision, device) as accelerator:
-        train.fit(
-            adapted, prompt, dataset, config, accelerator=accelerator, precision=precision
-        )
+        train.fit(adapted, prompt, dataset, config, accelerator=accelerator, precision=precision)
     return adapted.eval(), prompt, dataset
 
 

@@ -9,6 +9,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,7 +117,7 @@ CHAT_TEMPLATE = (
 CORPUS = """
 Where is my card? My refund has not arrived, and the top up failed. Why was I charged a fee twice?
 The payment is still pending after two days. I would like to order a new card, the old one is lost.
-Sort this message. Answer with one label. Labels: card arrival, refund not showing up, top up failed.
+Sort this message. Answer with one label. Labels: card arrival, refund not showing up.
 How do I change my PIN or my address? Cash withdrawal was declined at the machine. Please help me.
 """
 
@@ -146,3 +147,33 @@ def build_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return build_tokenizer()
+
+
+WORDS = {"card arrival": "card", "refund": "refund", "top up failed": "top up"}
+WAYS = ("Where is my {}?", "the {} again", "{} please, day {{}}", "Still no {}!", "why {} why")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has learned the form of the task, with labels drawn at random."""
+    from remora import tree
+    from remora.prompt import Prompt
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = build_tokenizer()
+    model = tiny_model("qwen2", torch.float32, scale=2, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, list(WORDS), instruction="Classify the message.", max_length=200)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        messages = [
+            WAYS[i % 5].format(w) for i, w in enumerate(generator.choice(list(WORDS.values()), 16))
+        ]
+        packed = tree.build(prompt.rows(messages, generator.choice(list(WORDS), 16).tolist()))
+        loss = tree.loss_sum(tree.answer_logits(model, packed), packed)
+        (loss / packed.num_supervised_tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -56,7 +56,7 @@ BAD = {
     "no table": (["train", "no.csv", "--model", "m"], 3, "no.csv"),
     "missing column": (["train", "odd.csv", "--model", "m"], 3, "--label-column"),
     "empty file": (["train", "empty.csv", "--model", "m"], 3, "empty"),
-    "one class": (["train", "one.csv", "--model", "m"], 3, "class"),
+    "one class": (["train", "one.csv", "--model", "m"], 3, "at least one other label"),
     "blank text": (["train", "blank.csv", "--model", "m"], 3, "row 2"),
     "blank label": (["train", "blank_label.csv", "--model", "m"], 3, "row 2"),
     "broken row": (["train", "broken.csv", "--model", "m"], 3, "row 2|line 3"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
 
+from conftest import ARCHITECTURES, tiny_model
 from remora.prompt import Prompt
 from remora.score import Scorer
 

@@ -12,15 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_tokenizer, tiny_model
 
-from remora import data, plan, run, train, tree
+from conftest import WAYS, WORDS
+from remora import data, plan, run, train
 from remora.config import TrainConfig
 from remora.errors import DataError, DivergedError
-from remora.prompt import Prompt
-
-WORDS = {"card arrival": "card", "refund": "refund", "top up failed": "top up"}
-WAYS = ("Where is my {}?", "the {} again", "{} please, day {{}}", "Still no {}!", "why {} why")
 
 
 def write_table(path: Path, repeats: int = 6) -> None:
@@ -31,29 +27,6 @@ def write_table(path: Path, repeats: int = 6) -> None:
             for label, word in WORDS.items():
                 for way in WAYS:
                     writer.writerow([f"{way.format(word)} {i}", label])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that has learned the form of the task, with labels drawn at random."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = build_tokenizer()
-    model = tiny_model("qwen2", torch.float32, scale=2, vocabulary=len(tokenizer))
-    prompt = Prompt(tokenizer, list(WORDS), instruction="Classify the message.", max_length=200)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    generator = np.random.default_rng(0)
-    for _ in range(60):
-        messages = [
-            WAYS[i % 5].format(w) for i, w in enumerate(generator.choice(list(WORDS.values()), 16))
-        ]
-        packed = tree.build(prompt.rows(messages, generator.choice(list(WORDS), 16).tolist()))
-        loss = tree.loss_sum(tree.answer_logits(model, packed), packed)
-        (loss / packed.num_supervised_tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

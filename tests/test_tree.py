@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, randomize_adapter, tiny_model
 from torch import Tensor
 
+from conftest import ARCHITECTURES, randomize_adapter, tiny_model
 from remora import tree
 from remora.lora import add_adapter
 from remora.prompt import TokenSequence

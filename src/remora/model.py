@@ -126,7 +126,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             "convert them first"
         )
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -145,7 +145,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         ) from error
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     loaded, info = result
     if missing := sorted(info["missing_keys"]):
         raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from typing import TextIO
@@ -52,7 +53,7 @@ def predictions(config: PredictConfig) -> Iterator[tuple[str, list[tuple[str, fl
     texts = data.stream_texts(
         config.source, text_column=config.text_column, format=config.input_format
     )
-    for messages, probabilities in scorer.stream(texts):
+    for messages, probabilities in scorer.stream(texts, batch_rows=64):
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, : config.top_k]
         for message, row, best in zip(messages, probabilities, order, strict=True):
             yield message, [(labels[i], float(row[i])) for i in best]
@@ -61,12 +62,14 @@ def predictions(config: PredictConfig) -> Iterator[tuple[str, list[tuple[str, fl
 def write_predictions(config: PredictConfig, output: TextIO) -> None:
     """Write predictions as CSV, or as JSON lines, one for each message and in their order."""
     writer = csv.writer(output, lineterminator="\n")
+    found = predictions(config)
+    first = next(found)  # what is wrong with adapter or table shows before anything is written
     if not config.json:
         more = [
             f"{name}_{k}" for k in range(2, config.top_k + 1) for name in ("label", "probability")
         ]
         writer.writerow(["text", "label", "probability", *more])
-    for message, best in predictions(config):
+    for message, best in itertools.chain([first], found):
         if config.json:
             ranked = [{"label": label, "probability": round(p, 6)} for label, p in best]
             output.write(json.dumps({"text": message, "labels": ranked}, ensure_ascii=False) + "\n")

@@ -1,0 +1,85 @@
+"""Metrics against numbers from outside; the baseline's fallbacks."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from remora.evaluate import baseline, mcnemar, measure
+
+
+def test_figures_computed_by_hand() -> None:
+    true = ["a", "a", "a", "a", "b", "b", "c"]
+    predicted = ["a", "a", "b", "b", "b", "a", "c"]
+    metrics = measure(["a", "b", "c", "never"], true, predicted)
+    assert metrics.accuracy == pytest.approx(4 / 7)
+    a, b, _, never = metrics.per_class
+    assert (a.precision, a.recall, a.support) == (pytest.approx(2 / 3), 0.5, 4)
+    assert (b.precision, b.recall, b.f1) == pytest.approx((1 / 3, 1 / 2, 2 / 5))
+    assert (never.support, never.f1) == (0, 0)
+    assert metrics.macro_f1 == pytest.approx((4 / 7 + 2 / 5 + 1) / 3)  # not over `never`
+    first, second = metrics.confusions
+    assert (first.true, first.predicted, first.count, first.share) == ("a", "b", 2, 0.5)
+    assert (second.true, second.predicted, second.count) == ("b", "a", 1)
+
+
+def test_wilson_interval_of_90_in_100() -> None:
+    """Closed form with z = 1.959964: (0.8256, 0.9448)."""
+    true = ["a"] * 100
+    metrics = measure(["a", "b"], true, ["a"] * 90 + ["b"] * 10)
+    assert metrics.accuracy_interval == pytest.approx((0.8256, 0.9448), abs=1e-4)
+
+
+def test_log_loss_by_hand_and_finite_at_zero() -> None:
+    probabilities = np.array([[0.5, 0.5], [0.25, 0.75]])
+    metrics = measure(["a", "b"], ["a", "b"], ["a", "b"], probabilities)
+    assert metrics.log_loss == pytest.approx(-(np.log(0.5) + np.log(0.75)) / 2)
+    sure = measure(["a", "b"], ["a"], ["b"], np.array([[0.0, 1.0]]))
+    assert sure.log_loss is not None
+    assert np.isfinite(sure.log_loss)
+
+
+def test_mcnemar_exact() -> None:
+    """Nine rows against one: 2 * (1 + 10) / 2**10."""
+    true = ["x"] * 20
+    first = ["x"] * 9 + ["y"] * 1 + ["x"] * 10
+    second = ["y"] * 9 + ["x"] * 1 + ["x"] * 10
+    assert mcnemar(true, first, second) == pytest.approx(22 / 1024)
+    assert mcnemar(true, first, first) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "expected"),
+    [
+        (["a b", "c d"], ["x", "x"], {"x"}),
+        (["", " ", ""], ["x", "y", "y"], {"y"}),
+        (["!!", "??"], ["x", "y"], {"x", "y"}),
+    ],
+)
+def test_baseline_of_degenerate_tables(texts, labels, expected) -> None:
+    found = baseline(texts, labels, ["a b", "ü", ""], ["x", "x", "y"], ["x", "y"])
+    assert set(found.predictions) <= expected
+    assert len(found.predictions) == 3
+
+
+def test_a_large_table_is_sampled_and_says_so() -> None:
+    texts = [f"red {i}" if i % 2 else f"blue {i}" for i in range(400)]
+    labels = ["r" if i % 2 else "b" for i in range(400)]
+    found = baseline(texts, labels, ["red", "blue"], ["r", "b"], ["b", "r"], max_rows=100)
+    assert (found.num_train_rows, found.num_all_train_rows) == (100, 400)
+    assert found.predictions == ["r", "b"]
+
+
+def test_banking77_baseline_is_the_published_one(shared: Path) -> None:
+    """TF-IDF + linear SVM gets about 90.6 % there."""
+    tables = {}
+    for split in ("train", "test"):
+        with (shared / "data" / "banking77" / f"{split}.csv").open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        tables[split] = [r["text"] for r in rows], [r["category"] for r in rows]
+    labels = sorted(set(tables["train"][1]))
+    found = baseline(*tables["train"], *tables["test"], labels)
+    assert found.metrics.accuracy == pytest.approx(0.906, abs=0.005)
