@@ -70,6 +70,12 @@ def test_held_out_rows_are_drawn_at_random(tmp_path):
     assert all(abs(count - 50) < 5 * 6.1 for count in seen.values())
 
 
+def test_a_fraction_of_a_small_table_is_at_least_a_row(tmp_path):
+    path = write_csv(tmp_path / "a.csv", many({"a": 2, "b": 2}))  # a tenth of 4 rows is 0.4
+    dataset = load_dataset(str(path), validation_fraction=0.1, test_fraction=0.1)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (2, 1, 1)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_every_class_stays_in_training(tmp_path, seed):
     counts = {"a": 5, "b": 3, "c": 1, "d": 1}
@@ -412,10 +418,11 @@ from remora.data import load_dataset
 from remora.errors import DataError
 dataset = load_dataset("hf:owner/name", validation_fraction=0)
 answer = [dataset.train.texts, dataset.train.labels, dataset.test.texts, dataset.test.labels]
-try:
-    load_dataset("hf:owner/nowhere")
-except DataError as error:
-    answer.append(str(error))
+for source in ("hf:owner/nowhere", "hf:owner/name:english"):
+    try:
+        load_dataset(source)
+    except DataError as error:
+        answer.append(str(error))
 print(json.dumps(answer))
 """
     with hub({"train.parquet": train, "test.parquet": test}) as endpoint:
@@ -429,7 +436,9 @@ print(json.dumps(answer))
             timeout=100,
         )
     assert done.returncode == 0, done.stderr
-    *found, message = json.loads(done.stdout)
+    *found, message, no_config = json.loads(done.stdout)
     assert found == [["one", "two", "three"], ["refund", "card", "refund"], ["four"], ["card"]]
     assert message.startswith("hf:owner/nowhere cannot be loaded (Dataset 'owner/nowhere' doesn't")
     assert "\n" not in message
+    assert no_config.startswith("hf:owner/name:english cannot be loaded (")
+    assert "'english' not found" in no_config

@@ -245,6 +245,8 @@ def _label(value: object, known: Collection[str] | None) -> str:
 
 
 def _check_encodable(value: str) -> None:
+    if "\0" in value:
+        raise DataError("a NUL character; remove it")
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError as error:
@@ -408,6 +410,8 @@ def hub_splits(source: str) -> dict[str, Part]:
     import datasets
 
     name, _, config = source.removeprefix("hf:").partition(":")
+    if not name:
+        raise DataError(f"{source} names no data set; write it as hf:owner/name")
     try:
         splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # whatever the hub, the network or the files of the dataset raise
