@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from remora import evaluate
 from remora.evaluate import baseline, mcnemar, measure
 
 
@@ -71,6 +73,40 @@ def test_a_large_table_is_sampled_and_says_so() -> None:
     found = baseline(texts, labels, ["red", "blue"], ["r", "b"], ["b", "r"], max_rows=100)
     assert (found.num_train_rows, found.num_all_train_rows) == (100, 400)
     assert found.predictions == ["r", "b"]
+
+
+def test_the_sample_keeps_the_shares_of_the_labels() -> None:
+    labels = ["rare", *["common"] * 19] * 100  # 5 % and 95 %
+    rows = evaluate._stratified_rows(labels, 200, seed=0)
+    assert len(set(rows)) == 200
+    assert Counter(labels[row] for row in rows) == {"rare": 10, "common": 190}
+    assert rows == evaluate._stratified_rows(labels, 200, seed=0)
+    assert rows != evaluate._stratified_rows(labels, 200, seed=1)
+
+
+def test_no_warning_where_the_svm_does_not_converge(monkeypatch) -> None:
+    """Warnings are errors in these tests."""
+    import sklearn.svm
+
+    hurried = sklearn.svm.LinearSVC
+    monkeypatch.setattr(
+        sklearn.svm, "LinearSVC", lambda **given: hurried(**given | {"max_iter": 1})
+    )
+    found = baseline(["red a", "blue b", "red c"], ["r", "b", "r"], ["red"], ["r"], ["b", "r"])
+    assert len(found.predictions) == 1
+
+
+@pytest.mark.parametrize("wrong", ["c", "A"])
+def test_labels_outside_the_closed_set_are_not_left_out_silently(wrong) -> None:
+    with pytest.raises(AssertionError):
+        measure(["a", "b"], ["a", wrong], ["a", "a"])
+    with pytest.raises(AssertionError):
+        measure(["a", "b"], ["a", "a"], ["a", wrong])
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(AssertionError):
+        baseline(["t", "u"], ["a", "b", "b"], ["t"], ["a"], ["a", "b"])
 
 
 def test_banking77_baseline_is_the_published_one(shared: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -81,6 +82,8 @@ def measure(
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     assert len(true) == len(predicted) > 0
+    assert len(labels) > 1
+    assert set(labels) >= {*true, *predicted}
     matrix = confusion_matrix(true, predicted, labels=list(labels))  # [true, predicted]
     num_correct = int(np.trace(matrix))
     interval = binomtest(num_correct, len(true)).proportion_ci(method="wilson")
@@ -137,18 +140,19 @@ def baseline(
     """Train TF-IDF over character n-grams with a linear SVM, and measure it.
 
     The recipe is fixed: n-grams of 2 to 5 characters within words did best in cross-validation on
-    Banking77's training rows. Of a larger table, `max_rows` rows chosen by `seed` are used. Where
-    all texts are blank or there is one class only, the most frequent label is predicted.
+    Banking77's training rows. Of a larger table, `max_rows` rows stratified by label and chosen by
+    `seed` are used. Where all texts are blank or there is one class only, the most frequent label
+    is predicted.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
 
+    assert len(train_texts) == len(train_labels) > 0
+    assert len(test_texts) == len(test_labels)
     began = time.perf_counter()
-    rows = list(range(len(train_texts)))
-    if len(rows) > max_rows:
-        chosen = np.random.default_rng(seed).choice(len(rows), max_rows, replace=False)
-        rows = sorted(chosen.tolist())
+    rows = _stratified_rows(train_labels, max_rows, seed)
     texts = [train_texts[i] for i in rows]
     targets = [train_labels[i] for i in rows]
     characters = TfidfVectorizer(
@@ -156,7 +160,10 @@ def baseline(
     )
     pipeline = make_pipeline(characters, LinearSVC(C=1.0, random_state=seed, max_iter=5_000))
     if any(text.strip() for text in texts) and len(set(targets)) > 1:
-        predictions = [str(label) for label in pipeline.fit(texts, targets).predict(test_texts)]
+        with warnings.catch_warnings():  # a baseline that has not quite converged is still one
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            pipeline.fit(texts, targets)
+        predictions = [str(label) for label in pipeline.predict(test_texts)]
     else:
         most_frequent = Counter(targets).most_common(1)[0][0]
         predictions = [most_frequent] * len(test_texts)
@@ -167,6 +174,15 @@ def baseline(
         num_all_train_rows=len(train_texts),
         seconds=time.perf_counter() - began,
     )
+
+
+def _stratified_rows(labels: Sequence[str], max_rows: int, seed: int) -> list[int]:
+    """Choose at most `max_rows` rows; each label keeps its share of them, give or take one row."""
+    if len(labels) <= max_rows:
+        return list(range(len(labels)))
+    shuffled = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    by_label = sorted(shuffled, key=lambda row: labels[row])
+    return sorted(by_label[i * len(labels) // max_rows] for i in range(max_rows))
 
 
 def mcnemar(true: Sequence[str], first: Sequence[str], second: Sequence[str]) -> float:
