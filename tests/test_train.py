@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def test_the_run_directory_holds_what_it_takes_to_repeat_the_run(finished) -> No
     assert [r["step"] for r in steps] == list(range(1, len(steps) + 1))
     assert steps[-1]["loss"] < 0.75 * steps[0]["loss"]  # which was that of labels at random
     assert steps[-1]["examples_per_second"] > 0
-    rows = list(csv.DictReader((directory / "predictions.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader(io.StringIO((directory / "predictions.csv").read_text("utf-8"))))
     assert {row["predicted"] for row in rows} == set(WORDS)
     assert set(json.loads((directory / "data.json").read_text())["labels"]) == set(WORDS)
     assert all(0 < float(row["probability"]) <= 1 for row in rows)
