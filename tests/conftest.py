@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from remora import attention
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 ARCHITECTURES = ("qwen2", "llama", "gemma3", "opt", "gpt2", "mistral")
@@ -88,6 +90,7 @@ def tiny_model(
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(scale)
+    attention.install(model)
     return model
 
 
@@ -99,6 +102,15 @@ def randomize_adapter(model: Any, seed: int = 1) -> None:
             if "lora_B" in name:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(0.05 * noise)
+
+
+@pytest.fixture(params=["dense", "blocks"])
+def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Compute attention over all pairs of tokens, or in blocks small enough for tiny rows."""
+    if request.param == "blocks":
+        monkeypatch.setattr(attention, "BLOCK_SIZES", (4,))
+        monkeypatch.setattr(attention, "BLOCK_COST", -10_000)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ MESSAGES = [
 ]
 
 
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_probabilities_equal_the_exhaustive_computation(architecture, tokenizer):
     model = tiny_model(architecture, torch.float64, vocabulary=len(tokenizer))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import ARCHITECTURES, randomize_adapter, tiny_model
-from remora import tree
+from remora import attention, tree
 from remora.lora import add_adapter
 from remora.prompt import TokenSequence
 
@@ -88,6 +88,7 @@ def adapted(architecture: str) -> Any:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("pairs")
 def test_loss_and_every_gradient_equal_the_padded_computation(architecture: str) -> None:
     model = adapted(architecture)
     for name, rows in BATCHES.items():
@@ -102,6 +103,7 @@ def test_loss_and_every_gradient_equal_the_padded_computation(architecture: str)
             assert relative_error(found, expected) < 1e-6, name
 
 
+@pytest.mark.usefixtures("pairs")
 def test_a_detached_prefix_has_the_same_loss_and_fails_the_gradient_test(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -111,19 +113,20 @@ def test_a_detached_prefix_has_the_same_loss_and_fails_the_gradient_test(
     expected = gradients(model, expected_loss)
     import transformers.models.qwen2.modeling_qwen2 as qwen2
 
-    stock = qwen2.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    stock = qwen2.ALL_ATTENTION_FUNCTIONS[attention.NAME]
 
     def detached(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any):
         shared = torch.arange(key.shape[2]) < len(PREFIX)
         key, value = (torch.where(shared[:, None], x.detach(), x) for x in (key, value))
         return stock(module, query, key, value, *args, **kw)
 
-    monkeypatch.setitem(qwen2.ALL_ATTENTION_FUNCTIONS, "sdpa", detached)
+    monkeypatch.setitem(qwen2.ALL_ATTENTION_FUNCTIONS, attention.NAME, detached)
     loss = tree_loss(model, rows)
     assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-6)
     assert relative_error(gradients(model, loss), expected) > 1e-3
 
 
+@pytest.mark.usefixtures("pairs")
 def test_fifty_steps_stay_on_the_stock_trajectory() -> None:
     generator = torch.Generator().manual_seed(3)
     batches = [
@@ -203,15 +206,3 @@ def test_the_gradient_of_a_sure_answer_does_not_cancel_in_bfloat16() -> None:
     (found,) = torch.autograd.grad(tree.loss_sum(narrow, packed), narrow)
     exact = torch.softmax(wide.double(), -1)[0, 4] - 1
     assert float(found[0, 4]) == pytest.approx(float(exact), rel=1e-2)
-
-
-def test_layers_that_carry_state_are_refused() -> None:
-    from types import SimpleNamespace
-
-    from remora.errors import ModelError
-
-    config = SimpleNamespace(
-        layer_types=["linear_attention", "full_attention"], _attn_implementation="sdpa"
-    )
-    with pytest.raises(ModelError, match="linear_attention, which cannot branch; choose"):
-        tree.attention_mask(config, lambda _: torch.ones(1, 1), torch.float32)

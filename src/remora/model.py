@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from remora import attention
 from remora.errors import ModelError
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -152,6 +153,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more; "
             "the folder is incomplete, fetch it again"
         )
+    attention.install(loaded)
     return loaded
 
 

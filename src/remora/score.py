@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remora import tree
+from remora import attention, tree
 from remora.prompt import Prompt, common_prefix_length
 
 
@@ -318,7 +318,7 @@ class _PackedRow:
         output = self._model(
             input_ids=torch.tensor([[token for token, _ in new]], device=self._device),
             position_ids=depths[None, start:],
-            attention_mask=tree.attention_mask(self._config, within, self._dtype),
+            **attention.inputs(self._config, within, self._dtype),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=torch.tensor(keep, device=self._device) - start,

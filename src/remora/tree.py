@@ -19,17 +19,16 @@ those of the padded computation, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from remora import attention
 from remora.errors import ModelError
 from remora.prompt import TokenSequence, common_prefix_length
-
-AttentionMask = Tensor | dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,52 +145,13 @@ def split(rows: Sequence[TokenSequence], max_tokens: int) -> list[TokenTree]:
     return trees
 
 
-def attention_mask(
-    config: Any, visible: Callable[[int | None], Tensor], dtype: torch.dtype
-) -> AttentionMask:
-    """Return what a Hugging Face model takes as `attention_mask` for a packed row.
-
-    Args:
-        config: The model's (text) configuration; it names the attention of each layer.
-        visible: Gives the boolean mask [queries, keys] for a sliding window, or None for no window.
-        dtype: Of the additive mask that models without scaled-dot-product attention need.
-
-    Returns:
-        A mask [1, 1, queries, keys], or one for each layer type, as the model's forward expects.
-
-    Raises:
-        ModelError: If a layer's attention cannot follow the tree.
-    """
-    eager = config._attn_implementation == "eager"
-
-    def prepared(window: int | None) -> Tensor:
-        mask = visible(window)[None, None]
-        if eager:
-            lowest = torch.finfo(dtype).min
-            return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
-        return mask
-
-    window = getattr(config, "sliding_window", None)
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if unknown := layer_types - {"full_attention", "sliding_attention"}:
-        raise ModelError(
-            f"the model has layers of type {', '.join(sorted(unknown))}, which cannot branch; "
-            "choose a model whose layers are all full or sliding-window attention"
-        )
-    if layer_types:
-        windows = {"full_attention": None, "sliding_attention": window}
-        masks = {kind: prepared(windows[kind]) for kind in layer_types}
-        return masks if "sliding_attention" in masks else masks["full_attention"]
-    return prepared(window)
-
-
 def answer_logits(model: nn.Module, tree: TokenTree) -> Tensor:
     """Return the logits at the tree's predictors, [P, vocabulary], as the model computes them."""
     config = text_config(model)
     output = model(
         input_ids=tree.token_ids[None],
         position_ids=tree.position_ids[None],
-        attention_mask=attention_mask(config, tree.visible, _dtype(model)),
+        **attention.inputs(config, tree.visible, _dtype(model)),
         logits_to_keep=tree.predictors,
         use_cache=False,
     )

@@ -1,0 +1,81 @@
+"""Attention in blocks: what it looks at, what it leaves out, and what it leaves alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from remora import attention, tree
+from remora.errors import ModelError
+from remora.prompt import TokenSequence
+
+PREFIX = list(range(20, 40))
+
+
+def many_rows(count: int = 40, length: int = 12) -> tree.TokenTree:
+    generator = torch.Generator().manual_seed(0)
+    messages = torch.randint(5, 60, (count, length), generator=generator).tolist()
+    return tree.build(
+        [TokenSequence([*PREFIX, *m, 3, 4, 2], len(PREFIX) + length + 1) for m in messages]
+    )
+
+
+def given(packed: tree.TokenTree, implementation: str = attention.NAME, **config: Any) -> Any:
+    settings = SimpleNamespace(_attn_implementation=implementation, **config)
+    return attention.inputs(settings, packed.visible, torch.float32)
+
+
+def test_blocks_look_at_every_visible_pair_once_and_at_few_others() -> None:
+    packed = many_rows()
+    arguments = given(packed)
+    blocks, mask = arguments["tree_blocks"], arguments["attention_mask"]
+    found = torch.zeros(packed.num_tokens, packed.num_tokens, dtype=torch.int64)
+    for group, keys in enumerate(blocks.keys):
+        for place in range(blocks.size):
+            query = group * blocks.size + place
+            if query < packed.num_tokens:
+                found[query].index_add_(0, keys, mask[group, 0, place].long())
+    assert torch.equal(found, packed.visible().long())
+    assert mask.numel() < packed.num_tokens**2 / 4
+
+
+def test_a_row_without_branches_is_computed_whole() -> None:
+    packed = tree.build([TokenSequence(list(range(64)), 60)])
+    arguments = given(packed)
+    assert "tree_blocks" not in arguments
+    assert arguments["attention_mask"].shape == (1, 1, 64, 64)
+
+
+def test_other_attention_gets_the_whole_mask() -> None:
+    packed = many_rows()
+    size = packed.num_tokens
+    eager = given(packed, "eager")["attention_mask"]
+    assert eager.shape == (1, 1, size, size)
+    assert torch.equal(eager[0, 0] == 0, packed.visible())
+    assert given(packed, "sdpa")["attention_mask"].dtype == torch.bool
+
+
+def test_a_window_narrows_the_blocks_of_its_layers() -> None:
+    packed = many_rows()
+    kinds = ["sliding_attention", "full_attention"]
+    masks = given(packed, layer_types=kinds, sliding_window=6)["attention_mask"]
+    assert masks["sliding_attention"].shape == masks["full_attention"].shape
+    assert masks["sliding_attention"].sum() == packed.visible(6).sum()
+
+
+def test_an_ordinary_forward_is_that_of_the_stock_attention() -> None:
+    model = tiny_model("qwen2")
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        ours = model(input_ids=ids).logits
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(model(input_ids=ids).logits, ours)
+
+
+def test_layers_that_carry_state_are_refused() -> None:
+    with pytest.raises(ModelError, match="linear_attention, which cannot branch; choose"):
+        given(many_rows(), layer_types=["linear_attention", "full_attention"])
