@@ -104,10 +104,12 @@ def randomize_adapter(model: Any, seed: int = 1) -> None:
                 parameter.copy_(0.05 * noise)
 
 
-@pytest.fixture(params=["dense", "blocks"])
+@pytest.fixture(params=["dense", "blocks", "kernel"])
 def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Compute attention over all pairs of tokens, or in blocks small enough for tiny rows."""
-    if request.param == "blocks":
+    if request.param == "kernel":
+        monkeypatch.setattr(attention, "_has_slow_kernel", lambda device: False)
+    if request.param != "dense":
         monkeypatch.setattr(attention, "BLOCK_SIZES", (4,))
         monkeypatch.setattr(attention, "BLOCK_COST", -10_000)
     return str(request.param)

@@ -12,7 +12,7 @@ each block and calls transformers' own scaled-dot-product attention on the block
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,29 +139,51 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute a layer's attention: query [1, H, Q, D], key and value [1, H', K, D]."""
-    from torch.utils.checkpoint import checkpoint
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if tree_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    assert attention_mask is not None
     num_queries = query.shape[2]
+    padded = functional.pad(query[0], (0, 0, 0, -num_queries % tree_blocks.size))
+    heads, width = query.shape[1], query.shape[3]
+    blocked = padded.view(heads, -1, tree_blocks.size, width).transpose(0, 1)  # [G, H, B, D]
+    if _has_slow_kernel(query.device) and not kwargs.get("dropout"):
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        output = _by_products(blocked, key, value, attention_mask, tree_blocks.keys, scale)
+    else:
+        output = _by_kernel(module, blocked, key, value, attention_mask, tree_blocks.keys, kwargs)
+    return output.flatten(0, 1)[None, :num_queries], None  # [1, Q, H, D]
+
+
+def _by_kernel(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    index: Tensor,
+    settings: dict[str, Any],
+) -> Tensor:
+    """Attend by torch's fused kernels: query [G, H, B, D]; returns [G, B, H, D]."""
+    from torch.utils.checkpoint import checkpoint
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        padded = functional.pad(query, (0, 0, 0, -num_queries % tree_blocks.size))
-        heads, width = padded.shape[1], padded.shape[3]
-        queries = padded.view(heads, -1, tree_blocks.size, width).transpose(0, 1)  # [G, H, B, D]
-        keys, values = (_gather(x, tree_blocks.keys) for x in (key, value))  # [G, H', L, D]
-        output, _ = sdpa_attention_forward(module, queries, keys, values, attention_mask, **kwargs)
-        return output.flatten(0, 1)[None, :num_queries]  # [1, Q, H, D]
+        keys, values = _gather(key, index), _gather(value, index)
+        output: Tensor = sdpa_attention_forward(module, query, keys, values, mask, **settings)[0]
+        return output
 
-    if torch.is_grad_enabled() and query.requires_grad:
-        # The gathered keys are many times the keys; they are gathered again for the backward pass.
-        dropout = kwargs.get("dropout", 0.0) > 0
-        result: Tensor = checkpoint(
-            attend, query, key, value, use_reentrant=False, preserve_rng_state=dropout
-        )
-        return result, None
-    return attend(query, key, value), None
+    # The gathered keys are many times the keys: they are gathered again for the backward pass.
+    output: Tensor = checkpoint(
+        attend,
+        query,
+        key,
+        value,
+        use_reentrant=False,
+        preserve_rng_state=bool(settings.get("dropout")),
+    )
+    return output
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -176,17 +198,105 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        rows = x[0].transpose(0, 1)  # [K, H, D]
+        ctx.length, ctx.dtype = x.shape[2], x.dtype
+        rows = x[0].transpose(0, 1)  # [K, H', D]
         chosen = rows.index_select(0, index.flatten())
         return chosen.view(*index.shape, *rows.shape[1:]).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        _, heads, length, width = ctx.shape
+        gradient = grad_outputs[0].transpose(1, 2)  # [G, L, H', D]
         wide = torch.promote_types(ctx.dtype, torch.float32)
-        rows = torch.zeros(length, heads, width, dtype=wide, device=index.device)
-        gradient = grad_outputs[0].transpose(1, 2).flatten(0, 1)  # [G * L, H, D]
-        rows.index_add_(0, index.flatten(), gradient.to(wide))
+        rows = gradient.new_zeros(ctx.length, *gradient.shape[2:], dtype=wide)
+        rows.index_add_(0, index.flatten(), gradient.flatten(0, 1).to(wide))
         return rows.to(ctx.dtype).transpose(0, 1)[None], None
+
+
+def _has_slow_kernel(device: torch.device) -> bool:
+    """Whether matrix products beat torch's fused kernel on small blocks; on processors they do."""
+    return device.type == "cpu"
+
+
+def _by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, scale: float
+) -> Tensor:
+    """Attend by matrix products: query [G, H, B, D]; returns [G, B, H, D]."""
+    groups, heads, size, width = query.shape
+    stacked = query.reshape(groups, key.shape[1], -1, width)  # [G, H', H / H' * B, D]
+    additive = torch.zeros_like(mask, dtype=query.dtype)
+    additive.masked_fill_(~mask, torch.finfo(query.dtype).min)
+    output: Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]
+        stacked, key, value, additive, index, scale
+    )
+    return output.view(groups, heads, size, width).transpose(1, 2)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """softmax(scale * Q K' + mask) V for each block, computed again in the backward pass.
+
+    Heads that share a key are stacked as queries of it, R = H / H' * B. Shapes: query
+    [G, H', R, D], key and value [1, H', K, D], mask [G, 1, B, L], index [G, L].
+    """
+
+    CHUNK_ELEMENTS = 1 << 21  # attention weights at a time, which stay in a processor's cache
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        index: Tensor,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask, index)
+        ctx.scale = scale
+        output = torch.empty_like(query)
+        for part in _parts(query, index):
+            keys, values = _gather(key, index[part]), _gather(value, index[part])
+            weights = _BlockAttention.weights(query[part], keys, mask[part], scale)
+            torch.matmul(weights, values, out=output[part])
+        return output
+
+    @staticmethod
+    def weights(query: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """Return the attention weights [G, H', R, L]."""
+        scores = torch.matmul(query, keys.transpose(-1, -2)).mul_(scale)
+        scores.view(*scores.shape[:2], -1, *mask.shape[2:]).add_(mask[:, :, None])
+        return torch.softmax(scores, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, index = ctx.saved_tensors
+        wide = torch.promote_types(key.dtype, torch.float32)
+        grad_query = torch.empty_like(query)
+        grad_key = torch.zeros_like(key[0].transpose(0, 1), dtype=wide)  # [K, H', D]
+        grad_value = torch.zeros_like(grad_key)
+        for part in _parts(query, index):
+            keys, values = _gather(key, index[part]), _gather(value, index[part])
+            gradient = grad_outputs[0][part]
+            weights = _BlockAttention.weights(query[part], keys, mask[part], ctx.scale)
+            grad_weights = torch.matmul(gradient, values.transpose(-1, -2))
+            # In one operation, since what is subtracted in it cancels in 16 bits.
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                grad_weights, weights, -1, weights.dtype
+            ).mul_(ctx.scale)
+            torch.matmul(grad_scores, keys, out=grad_query[part])
+            for total, grad in (
+                (grad_key, torch.matmul(grad_scores.transpose(-1, -2), query[part])),
+                (grad_value, torch.matmul(weights.transpose(-1, -2), gradient)),
+            ):
+                rows = grad.transpose(1, 2).flatten(0, 1).to(wide)  # [G * L, H', D]
+                total.index_add_(0, index[part].flatten(), rows)
+        grads = (x.to(key.dtype).transpose(0, 1)[None] for x in (grad_key, grad_value))
+        return grad_query, *grads, None, None, None
+
+
+def _parts(query: Tensor, index: Tensor) -> Iterator[slice]:
+    """Yield slices of the blocks whose attention weights fit a processor's cache."""
+    elements = query.shape[1] * query.shape[2] * index.shape[1]
+    step = max(1, _BlockAttention.CHUNK_ELEMENTS // elements)
+    for start in range(0, len(index), step):
+        yield slice(start, start + step)
