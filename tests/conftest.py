@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+import remora.model
 from remora import attention
 
 SHARED = Path(__file__).parents[2] / "shared"
 
-ARCHITECTURES = ("qwen2", "llama", "gemma3", "opt", "gpt2", "mistral")
+ARCHITECTURES = ("qwen2", "llama", "gemma2", "gemma3", "opt", "gpt2", "mistral")
 
 VOCABULARY = 97
 
@@ -44,6 +45,14 @@ def tiny_config(architecture: str, vocabulary: int = VOCABULARY, context: int = 
             return transformers.LlamaConfig(**gated)
         case "mistral":
             return transformers.MistralConfig(**gated, head_dim=8, sliding_window=6)
+        case "gemma2":  # caps its attention scores, and so has no fused attention
+            return transformers.Gemma2Config(
+                **gated,
+                head_dim=8,
+                sliding_window=9,
+                layer_types=["sliding_attention", "full_attention"],
+                attn_logit_softcapping=5.0,
+            )
         case "gemma3":
             return transformers.Gemma3TextConfig(
                 **gated,
@@ -84,7 +93,7 @@ def tiny_model(
 
     torch.manual_seed(0)
     config = tiny_config(architecture, **kwargs)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = remora.model._attention(config)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from conftest import tiny_config, tiny_model
-from remora import model
+from remora import attention, model
 from remora.errors import ModelError
 
 
@@ -59,6 +59,14 @@ def test_a_saved_model_comes_back(saved, tokenizer, dtype):
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     text = "Where is my card?"
     assert model.load_tokenizer(saved)(text).input_ids == tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("qwen2", attention.NAME), ("gemma2", "eager")])
+def test_attention_follows_the_token_tree_where_it_can(tmp_path, architecture, kind):
+    tiny_model(architecture, torch.float32).save_pretrained(tmp_path)
+    loaded = model.load(tmp_path, torch.float32)
+    assert loaded.config._attn_implementation == kind
+    assert loaded(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
 def test_what_is_no_model_folder_is_refused(tmp_path):

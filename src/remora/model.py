@@ -133,7 +133,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=_attention(config),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -155,6 +155,12 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         )
     attention.install(loaded)
     return loaded
+
+
+def _attention(config: Any) -> str:
+    """Choose the attention that transformers computes; not all of them can cap the scores."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped else "sdpa"
 
 
 def context_length(config: Any, tokenizer: Any) -> int:
