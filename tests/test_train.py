@@ -17,7 +17,7 @@ import torch
 from conftest import WAYS, WORDS
 from remora import data, plan, run, train
 from remora.config import TrainConfig
-from remora.errors import DataError, DivergedError
+from remora.errors import ConfigError, DataError, DivergedError
 
 
 def write_table(path: Path, repeats: int = 6) -> None:
@@ -225,3 +225,28 @@ def test_speed_leaves_the_warm_up_out() -> None:
         speed.add(32, 64, seconds)
     assert speed.examples_per_second == 16
     assert speed.supervised_tokens_per_second == 32
+
+
+def test_a_tracker_gets_every_record(base: Path, tmp_path: Path) -> None:
+    write_table(tmp_path / "table.csv")
+    done = remora(
+        *("train", tmp_path / "table.csv", "--model", base, "--output", tmp_path, "--name", "run"),
+        *("--max-steps", 3, "--trackers", "tensorboard"),
+    )
+    assert done.returncode == 0, done.stderr
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
+    written = events.read_bytes()
+    assert b"validation_accuracy" in written
+    assert b"examples_per_second" in written
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("tensorbord", "there is no tracker 'tensorbord'; choose from aim, "),
+        ("aim", "the tracker aim is not installed; install its package first"),
+    ],
+)
+def test_a_tracker_that_would_stay_silent_is_refused(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        train.train(TrainConfig("sample:support", model="none", trackers=(name,)))

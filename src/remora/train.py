@@ -19,7 +19,7 @@ from torch import Tensor
 from remora import data, evaluate, lora, model, plan, run, tree
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
-from remora.errors import DataError, DivergedError
+from remora.errors import ConfigError, DataError, DivergedError
 from remora.prompt import Prompt, TokenSequence
 from remora.score import Scorer
 
@@ -339,16 +339,12 @@ def score_table(
 
 
 @contextlib.contextmanager
-def accelerator_for(
-    precision: plan.Precision, device: torch.device, **settings: Any
-) -> Iterator[Any]:
+def accelerator_for(precision: plan.Precision, device: torch.device) -> Iterator[Any]:
     """Give accelerate's Accelerator, and leave the process free for another with other settings."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    accelerator = Accelerator(
-        mixed_precision=precision.mixed_precision, cpu=device.type == "cpu", **settings
-    )
+    accelerator = Accelerator(mixed_precision=precision.mixed_precision, cpu=device.type == "cpu")
     try:
         yield accelerator
     finally:
@@ -405,6 +401,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
         RemoraError: The settings, the data, the model or the disk; see `remora.errors`.
     """
     reporter = reporter or Reporter()
+    _check_trackers(config.trackers)
     dataset = data.load_dataset(
         config.data,
         test=config.test,
@@ -434,8 +431,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
         parameters = lora.count_parameters(adapted)
         for line in _introduce(config, dataset, prompt, adapted, parameters):
             reporter.say(line)
-        trackers = {"log_with": list(config.trackers)} if config.trackers else {}
-        with accelerator_for(precision, device, **trackers) as accelerator:
+        with accelerator_for(precision, device) as accelerator:
             with accelerator.autocast():
                 tree.check(adapted, _short_rows(dataset.train, prompt))
             directory = run.create(config.output, config.name, config.data, config.model)
@@ -465,6 +461,21 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
     return _conclude(
         config, dataset, held_out, measured_on, probabilities, fitted, parameters, directory, folder
     )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that accelerate does not know, or would leave out because of a package."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, available = set(LOGGER_TYPE_TO_CLASS), {str(t) for t in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            choices = ", ".join(sorted(known))
+            raise ConfigError(f"there is no tracker {name!r}; choose from {choices}")
+        if name not in available:
+            raise ConfigError(f"the tracker {name} is not installed; install its package first")
 
 
 def _introduce(
@@ -510,7 +521,10 @@ def _metrics_log(
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Give a function that appends a record to metrics.jsonl and to the trackers asked for."""
     if config.trackers:
+        from accelerate.tracking import filter_trackers
+
         accelerator.project_configuration.set_directories(str(directory))
+        accelerator.log_with = filter_trackers(list(config.trackers), str(directory))
         accelerator.init_trackers(directory.name)
     with (
         run.disk_errors(directory),
