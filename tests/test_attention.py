@@ -79,3 +79,22 @@ def test_an_ordinary_forward_is_that_of_the_stock_attention() -> None:
 def test_layers_that_carry_state_are_refused() -> None:
     with pytest.raises(ModelError, match="linear_attention, which cannot branch; choose"):
         given(many_rows(), layer_types=["linear_attention", "full_attention"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_blocks_give_what_the_whole_mask_gives(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = many_rows()
+    model = tiny_model("qwen2", dtype, scale=2)
+    losses, gradients = [], []
+    for sizes in ((), (32,)):
+        monkeypatch.setattr(attention, "BLOCK_SIZES", sizes)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tree.loss_sum(tree.answer_logits(model, packed), packed)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.float())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()

@@ -39,6 +39,7 @@ class Blocks:
     size: int  # B
     keys: Tensor  # [G, L] int64, positions in the row; a block that sees fewer is filled up with 0
     filled: Tensor  # [G, L] bool, False where filled up
+    by_kernel: bool = True  # by torch's fused kernel, or by matrix products
 
 
 def install(model: Any) -> None:
@@ -116,7 +117,8 @@ def _choose_blocks(visible: Tensor) -> Blocks | None:
             filled = torch.arange(longest, device=seen.device) < counts[:, None]
             keys = torch.zeros_like(filled, dtype=torch.int64)
             keys[filled] = seen.nonzero()[:, 1]
-            best, cost = Blocks(size, keys, filled), now
+            best = Blocks(size, keys, filled, not _has_slow_kernel(visible.device))
+            cost = now
     return best
 
 
@@ -148,7 +150,7 @@ def _attention(
     padded = functional.pad(query[0], (0, 0, 0, -num_queries % tree_blocks.size))
     heads, width = query.shape[1], query.shape[3]
     blocked = padded.view(heads, -1, tree_blocks.size, width).transpose(0, 1)  # [G, H, B, D]
-    if _has_slow_kernel(query.device) and not kwargs.get("dropout"):
+    if not (tree_blocks.by_kernel or kwargs.get("dropout")):
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         output = _by_products(blocked, key, value, attention_mask, tree_blocks.keys, scale)
     else:
@@ -222,6 +224,9 @@ def _by_products(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, index: Tensor, scale: float
 ) -> Tensor:
     """Attend by matrix products: query [G, H, B, D]; returns [G, B, H, D]."""
+    if torch.is_autocast_enabled(query.device.type):  # a float32 base: its rotary positions are too
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     groups, heads, size, width = query.shape
     stacked = query.reshape(groups, key.shape[1], -1, width)  # [G, H', H / H' * B, D]
     additive = torch.zeros_like(mask, dtype=query.dtype)

@@ -1,0 +1,293 @@
+"""Pretrain `nano`, the small base model that Remora ships.
+
+    python pretraining/pretrain.py --teacher path/to/all-MiniLM-L6-v2 --minutes 60
+
+A Qwen2 model of 5.8 million parameters learns from random weights, in each step from one task: a
+label set drawn from people's or from clusters' labels, asked in Remora's own prompt. Three losses
+are summed: the next token of messages and labels; at the token that begins the answer, the
+sentence embedding of a teacher (all-MiniLM-L6-v2) through a linear layer that is dropped later;
+and which of the step's teacher embeddings is the message's (InfoNCE).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+import corpus
+from remora import attention, tree
+from remora.prompt import Prompt, TokenSequence
+
+VOCABULARY = 4_096
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--rows", type=int, default=96, help="messages a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--output", type=Path, default=Path("nano"))
+    parser.add_argument("--cache", type=Path, default=Path("nano-cache"))
+    parser.add_argument("--spliced", type=int, default=40_000, help="texts made of two others")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    texts, tasks = corpus.read()
+    texts += corpus.spliced(texts, options.spliced, options.seed)
+    targets = teacher_embeddings(texts, options.teacher, options.cache)
+    tasks += corpus.clustered(texts, targets, (60, 150, 400, 1_000))
+    tokenizer = train_tokenizer(texts, tasks, options.output)
+    model = new_model(tokenizer)
+    train(model, tokenizer, texts, tasks, torch.from_numpy(targets), options)
+
+
+def teacher_embeddings(texts: list[str], folder: Path, cache: Path) -> NDArray[np.float32]:
+    """Return the teacher's sentence embeddings, [texts, 384], of length 1."""
+    from transformers import AutoModel, AutoTokenizer
+
+    path = cache / "embeddings.npy"
+    if path.is_file() and len(found := np.load(path, allow_pickle=False)) == len(texts):
+        return found
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    result = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+    for start in range(0, len(order), 128):
+        chosen = order[start : start + 128]
+        batch = tokenizer(
+            [texts[i] for i in chosen],
+            padding=True,
+            truncation=True,
+            max_length=128,
+            return_tensors="pt",
+        )
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            hidden = model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"][..., None]
+        result[chosen] = functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).numpy()
+    cache.mkdir(parents=True, exist_ok=True)
+    np.save(path, result, allow_pickle=False)
+    return result
+
+
+def train_tokenizer(texts: list[str], tasks: list[corpus.Task], folder: Path) -> Any:
+    """Learn a byte-level BPE of the corpus, digits one by one, and save it with its template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    pattern = Regex(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    names = [
+        corpus.respelled(label, style)
+        for task in tasks
+        for label in task.members
+        for style in (0, 1)
+    ]
+    lower = [text.lower() for text in texts]
+    frame = ["user\n", "assistant\n", "\n\n", *corpus.INSTRUCTIONS] * 50
+    tokenizer.train_from_iterator([*texts, *lower, *names, *frame], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        model_max_length=2_048,
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def new_model(tokenizer: Any) -> Any:
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2_048,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config._attn_implementation = "sdpa"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    attention.install(model)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    return model
+
+
+class Episodes:
+    """Draws the steps: a task, some of its labels, a way to ask, and messages."""
+
+    def __init__(
+        self, tokenizer: Any, texts: list[str], tasks: list[corpus.Task], seed: int
+    ) -> None:
+        self.tokenizer, self.texts, self.tasks = tokenizer, texts, tasks
+        self.rng = random.Random(seed)
+        # People's labels are better than clusters', and clusters use all texts.
+        self.shares = [
+            4.0 if task.name == "clinc150" else 0.5 if task.name == "snips" else 1.5
+            for task in tasks
+        ]
+
+    def draw(self, rows: int) -> tuple[list[TokenSequence], list[int], int]:
+        """Return token sequences, their texts' indices, and the length of what all begin with."""
+        rng = self.rng
+        (task,) = rng.choices(self.tasks, self.shares)
+        labels = sorted(task.members)
+        if len(labels) > 4 and rng.random() < 0.7:
+            labels = rng.sample(labels, rng.randint(2, min(len(labels), 100)))
+        style = rng.choice((0, 0, 0, 1, 1, 2, 3, 4, 5))
+        names = {label: corpus.respelled(label, style) for label in labels}
+        rng.shuffle(labels)
+        labels = list({names[label]: label for label in labels}.values())
+        instruction = (
+            corpus.INSTRUCTIONS[0] if rng.random() < 0.5 else rng.choice(corpus.INSTRUCTIONS)
+        )
+        listed = len(labels) <= 40 and rng.random() < 0.35
+        prompt = Prompt(
+            self.tokenizer,
+            [names[label] for label in labels],
+            instruction=instruction,
+            list_labels=listed,
+            max_length=2_048,
+        )
+        chosen = rng.choices(labels, k=rows)
+        members = [rng.choice(task.members[label]) for label in chosen]
+        messages = [corpus.roughened(self.texts[i], rng) for i in members]
+        sequences = prompt.rows(messages, [names[label] for label in chosen])
+        return sequences, members, len(prompt.prefix)
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    tasks: list[corpus.Task],
+    targets: Tensor,
+    options: argparse.Namespace,
+) -> None:
+    project = nn.Linear(model.config.hidden_size, targets.shape[1])
+    parameters = [*model.parameters(), *project.parameters()]
+    wide = [p for p in parameters if p.dim() > 1]
+    narrow = [p for p in parameters if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": wide, "weight_decay": 0.05}, {"params": narrow, "weight_decay": 0.0}],
+        lr=options.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    episodes = Episodes(tokenizer, texts, tasks, options.seed)
+    began = saved = time.monotonic()
+    step, tokens, means = 0, 0, np.zeros(4)
+    while (passed := (time.monotonic() - began) / 60 / options.minutes) < 1:
+        # Warm-up in steps, then constant, then down to zero over the last 40% of the time.
+        rate = min(1.0, (step + 1) / 200, (1 - passed) / 0.4)
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * rate
+        sequences, members, prefix = episodes.draw(options.rows)
+        losses = step_losses(model, project, sequences, targets[members], prefix)
+        sum(losses[:3]).backward()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step, tokens = step + 1, tokens + int(losses[3])
+        means = 0.98 * means + 0.02 * np.array([float(torch.as_tensor(x).detach()) for x in losses])
+        if step % 50 == 0:
+            shown = means / (1 - 0.98**step)
+            print(
+                f"step {step} {passed:.1%} tokens {tokens:,} next token {shown[0]:.3f} "
+                f"embedding {shown[1]:.3f} which {shown[2]:.3f}",
+                flush=True,
+            )
+        if time.monotonic() - saved > 240:
+            save(model, options.output)
+            saved = time.monotonic()
+    save(model, options.output)
+    figures = {"steps": step, "tokens": tokens, "minutes": options.minutes}
+    (options.output / "pretraining.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def step_losses(
+    model: Any, project: nn.Module, sequences: list[TokenSequence], targets: Tensor, prefix: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return the losses of next token, embedding and choice, and the number of tokens computed."""
+    # Everything after the common prefix is learned; where the answer begins is remembered.
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].token_ids)
+    learned = [TokenSequence(sequences[i].token_ids, prefix) for i in order]
+    packed = tree.build(learned)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(
+            input_ids=packed.token_ids[None],
+            position_ids=packed.position_ids[None],
+            use_cache=False,
+            **attention.inputs(model.config, packed.visible, torch.float32),
+        ).last_hidden_state[0]
+        logits = model.lm_head(hidden[packed.predictors])
+    next_token = tree.loss_sum(logits, packed) / packed.num_supervised_tokens
+    # The last token of each stem: in a preorder, rows stand in the order of their tokens.
+    ends: list[int] = []
+    path: list[int] = []
+    start, before = 0, []
+    for i in order:
+        ids, answer_start = sequences[i]
+        shared = tree.common_prefix_length(before, ids)
+        path = [*path[:shared], *range(start, start + len(ids) - shared)]
+        start += len(ids) - shared
+        ends.append(path[answer_start - 1])
+        before = ids
+    found = functional.normalize(project(hidden[ends].float()), dim=-1)
+    wanted = targets[order]
+    embedding = (1 - (found * wanted).sum(-1)).mean() * 2
+    scores = found @ wanted.t() / 0.05
+    twins = (wanted @ wanted.t() > 0.98) & ~torch.eye(len(order), dtype=torch.bool)
+    which = functional.cross_entropy(scores.masked_fill(twins, -math.inf), torch.arange(len(order)))
+    return next_token, embedding, 0.5 * which, packed.num_tokens
+
+
+def save(model: Any, folder: Path) -> None:
+    import copy
+
+    kept = copy.deepcopy(model).to(torch.bfloat16)
+    kept.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
