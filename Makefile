@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test bench clean
+.PHONY: install check test demo bench clean
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -11,7 +11,8 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=python3.x") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' || { \
+		echo "error: the packages could not be installed; mend what pip says above (the network, the disk), then run make again" >&2; exit 1; }
 	@touch $@
 
 check: install
@@ -21,6 +22,12 @@ check: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Trains the model in the package on the sample table, offline, then asks the adapter something.
+demo: install
+	HF_HUB_OFFLINE=1 $(BIN)/remora train sample:support --model nano --name demo-$$(date +%Y%m%d-%H%M%S)
+	@echo
+	echo "I ordered a sim two weeks ago and nothing came" | $(BIN)/remora predict "$$(ls -td runs/demo-* | head -1)" --top-k 3
 
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
