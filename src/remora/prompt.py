@@ -70,6 +70,7 @@ class Prompt:
         self.label_texts = dict(label_texts or {})
         self.max_length = max_length
         self._tokenizer = tokenizer
+        self._control = _control_tokens(tokenizer)
         if unknown := [label for label in self.label_texts if label not in self.labels]:
             raise ConfigError(
                 f"a text is given for the label {unknown[0]!r}, which the data does not have; "
@@ -123,9 +124,17 @@ class Prompt:
         )
 
     def _stem_ids(self, messages: Sequence[str]) -> list[list[int]]:
-        texts = [f"{self._head}{message.strip()}{self._tail}" for message in messages]
+        texts = [
+            f"{self._head}{self._defused(message.strip())}{self._tail}" for message in messages
+        ]
         stems = self._encode(texts)
         return [stem[: len(stem) - self._num_dropped] for stem in stems]
+
+    def _defused(self, message: str) -> str:
+        """Return a message in which nobody can end their turn: control tokens become text."""
+        if self._control is None:
+            return message
+        return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", message)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._tokenizer(
@@ -221,6 +230,13 @@ class Prompt:
                 else "shorten the instruction or the labels (--label-texts)"
             )
         )
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Return a pattern of the texts that the tokenizer reads as control tokens, such as an end."""
+    special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    longest_first = sorted((t for t in special if len(t) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def _ask(tokenizer: Any, content: str) -> tuple[str, str]:
