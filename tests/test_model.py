@@ -197,6 +197,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(copy):
     (copy / "pytorch_model.bin").write_bytes(b"pickled")
     (copy / "modeling.py").write_text("")
+    (copy / "consolidated.safetensors").write_bytes(b"the weights again")
     handler = type("Handler", (Hub,), {"folder": copy, "requested": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
@@ -229,14 +230,19 @@ def find_in_a_process(name, port, home):
     return done.stdout.strip()
 
 
-def test_a_hub_id_is_fetched_without_pickles_and_code(hub, copy, tmp_path):
+def test_a_hub_id_is_fetched_without_pickles_and_code(hub, saved, copy, tmp_path):
     from pathlib import Path
 
     folder = Path(find_in_a_process("own/base", hub.port, tmp_path))
-    expected = {p.name for p in copy.iterdir()} - {"pytorch_model.bin", "modeling.py"}
+    expected = {p.name for p in copy.iterdir()} - {
+        "pytorch_model.bin",
+        "modeling.py",
+        "consolidated.safetensors",
+    }
     assert {p.name for p in folder.iterdir()} == expected
-    assert model.weights_sha256(folder) == model.weights_sha256(copy)
-    assert not [path for path in hub.requested if path.endswith((".bin", ".py"))]
+    assert model.weights_sha256(folder) == model.weights_sha256(saved)
+    refused_files = (".bin", ".py", "consolidated.safetensors")
+    assert not [path for path in hub.requested if path.endswith(refused_files)]
 
 
 def test_an_unknown_hub_id_is_refused(hub, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from remora.errors import ModelError
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """What is fetched from the hub: never pickled weights, never code."""
 
+HUB_FILES_BUT_WEIGHTS = tuple(pattern for pattern in HUB_FILES if "safetensors" not in pattern)
+
+OTHER_FORMATS = ("consolidated*", "*/*")
+"""The same weights again in the form of another library, which some repositories hold too."""
+
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -22,8 +29,10 @@ EMBEDDED = Path(__file__).parent / "bases"
 """Base models that come with the package, a folder each."""
 
 
-def find(name: str) -> Path:
+def find(name: str, *, weights: bool = True) -> Path:
     """Return the folder of a base model, fetched from the hub if `name` is an id there.
+
+    Without `weights` only its configuration and its tokenizer are fetched.
 
     `nano` is the model that comes with the package; a folder of that name is given as ./nano.
 
@@ -47,10 +56,10 @@ def find(name: str) -> Path:
             f"there is no folder {name}; give the folder of a Hugging Face model, a hub id such as "
             "Qwen/Qwen2.5-1.5B-Instruct, or nano, the small model in this package"
         )
-    return _fetch(name)
+    return _fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -58,7 +67,11 @@ def _fetch(name: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(
+                name, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FORMATS)
+            )
+        )
     except GatedRepoError as error:
         raise ModelError(
             f"{name} is gated on the hub; accept its terms on its page, then log in with "
@@ -163,6 +176,48 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         )
     attention.install(loaded)
     return loaded
+
+
+def load_empty(config: Any, dtype: torch.dtype) -> Any:
+    """Return the causal language model of a configuration without weights, on the device `meta`.
+
+    Raises:
+        ModelError: If there is none for it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = _attention(config)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ModelError(
+            f"there is no causal language model for this configuration ({_first_line(error)}); "
+            "give the folder of a Hugging Face causal language model"
+        ) from error
+    attention.install(empty)
+    return empty
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Let the layers be computed again in the backward pass, or keep what they need for it.
+
+    Raises:
+        ModelError: If the model cannot.
+    """
+    verb = "enable" if on else "disable"
+    try:
+        # The second name is that of transformers before 5.23.
+        for name in (f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"):
+            if hasattr(model, name):
+                getattr(model, name)(*([{"use_reentrant": False}] if on else []))
+                return
+    except ValueError as error:
+        if on:
+            raise ModelError(
+                "this model cannot compute its layers again; use --checkpointing off"
+            ) from error
 
 
 def _attention(config: Any) -> str:
