@@ -163,3 +163,9 @@ def test_prediction_refuses_a_wrong_value(name):
 def test_prediction_reads_standard_input_by_default():
     assert PredictConfig(Path("run")).source == "-"
     assert EvalConfig(Path("run"), "test.csv").data == "test.csv"
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.5, -1.0])
+def test_eval_refuses_an_accuracy_that_is_no_share(accuracy):
+    with pytest.raises(ConfigError, match=f"abstain_at_accuracy is {accuracy}; give a share"):
+        EvalConfig(Path("run"), "test.csv", abstain_at_accuracy=accuracy)

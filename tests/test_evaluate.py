@@ -28,6 +28,15 @@ def test_figures_computed_by_hand() -> None:
     assert (second.true, second.predicted, second.count) == ("b", "a", 1)
 
 
+def test_confused_pairs_hold_both_directions() -> None:
+    true = ["a"] * 5 + ["b"] * 4 + ["c"] * 2
+    predicted = ["b", "b", "b", "a", "a", "a", "b", "b", "b", "b", "c"]
+    first, second = measure(["a", "b", "c"], true, predicted).confused_pairs
+    assert (first.first, first.second, first.count, first.num_rows) == ("a", "b", 4, 9)
+    assert (first.first_as_second, first.second_as_first) == (3, 1)
+    assert (second.first, second.first_as_second, second.second_as_first) == ("b", 0, 1)
+
+
 def test_wilson_interval_of_90_in_100() -> None:
     """Closed form with z = 1.959964: (0.8256, 0.9448)."""
     true = ["a"] * 100

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -93,6 +95,7 @@ def test_the_run_directory_holds_what_it_takes_to_repeat_the_run(finished) -> No
         "metrics.jsonl",
         "evaluation.json",
         "predictions.csv",
+        "probabilities.safetensors",
         "README.md",
         "adapter/adapter_model.safetensors",
         "adapter/adapter_config.json",
@@ -107,6 +110,10 @@ def test_the_run_directory_holds_what_it_takes_to_repeat_the_run(finished) -> No
     assert {row["predicted"] for row in rows} == set(WORDS)
     assert set(json.loads((directory / "data.json").read_text())["labels"]) == set(WORDS)
     assert all(0 < float(row["probability"]) <= 1 for row in rows)
+    kept = run.read_probabilities(directory / run.PROBABILITIES, sorted(WORDS), "test")
+    np.testing.assert_allclose(kept.confidence, [float(r["probability"]) for r in rows], atol=1e-6)
+    assert [sorted(WORDS)[i] for i in kept.true] == [row["label"] for row in rows]
+    assert {row["baseline"] for row in rows} <= set(WORDS)
 
 
 def test_the_same_settings_give_the_same_adapter_again(finished, tmp_path: Path) -> None:
@@ -139,6 +146,27 @@ def test_eval_measures_what_train_measured(finished, table: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accuracy"] > 0.95
     assert len(kept.read_text(encoding="utf-8").splitlines()) == 91
+
+
+def test_eval_chooses_its_threshold_on_validation_rows(
+    finished, table: Path, tmp_path: Path
+) -> None:
+    _, directory = finished
+    done = remora("eval", directory, table, "--abstain-at-accuracy", "0.9")
+    assert re.search(r"abstain    confidence 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
+    assert re.search(r"at temperature \d+\.\d\d, fitted on 9 validation rows", done.stdout)
+    (tmp_path / "oos.csv").write_text("text\nWhat a fine day\nbla bla\n", encoding="utf-8")
+    only = tmp_path / "adapter"
+    shutil.copytree(directory / "adapter", only)
+    done = remora(
+        *("eval", only, table, "--json", "--abstain-at-accuracy", "0.9"),
+        *("--out-of-scope", tmp_path / "oos.csv"),
+    )
+    found = json.loads(done.stdout)["reliability"]
+    assert found["abstention"]["chosen_on"] == "the measured rows"
+    assert found["temperature"] is None
+    assert found["out_of_scope"]["num_rows"] == 2
+    assert 0 < found["out_of_scope"]["auroc"] < 1
 
 
 class Watcher(train.Reporter):

@@ -53,11 +53,12 @@ def evaluate(config: EvalConfig) -> None:
     from remora import display, predict
 
     with display.TerminalReporter().live() as reporter:
-        metrics = predict.evaluate_adapter(config, reporter=reporter)
+        metrics, reliability = predict.evaluate_adapter(config, reporter=reporter)
     if config.json:
-        _print_json(metrics.to_dict())
+        _print_json(metrics.to_dict() | {"reliability": reliability.to_dict()})
     else:
         display.show_metrics(metrics, "test")
+        display.show_reliability(reliability)
 
 
 @app.command

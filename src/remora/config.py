@@ -245,6 +245,13 @@ class EvalConfig:
     predictions: Path | None = None
     """Write each row's label, prediction and probability to this CSV file."""
 
+    abstain_at_accuracy: float | None = None
+    """Find the confidence from which on the answers are right this often, such as 0.98; messages
+    below it are for a person. It is chosen on the run's validation rows."""
+
+    out_of_scope: str | None = None
+    """Table of messages that no label fits, to measure how well the confidence tells them."""
+
     micro_batch_tokens: int = 2048
     """Most tokens computed at once; limits memory, changes no result."""
 
@@ -256,6 +263,14 @@ class EvalConfig:
 
     json: bool = False
     """Write the figures as JSON to standard output."""
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ConfigError."""
+        wanted = self.abstain_at_accuracy
+        if wanted is not None and not 0 < wanted <= 1:
+            raise ConfigError(
+                f"abstain_at_accuracy is {wanted}; give a share above 0, 1 at most, such as 0.98"
+            )
 
 
 def _from(least: int, value: int | None) -> bool:

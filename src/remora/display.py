@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from remora.calibration import Abstention, Reliability
 from remora.evaluate import Metrics
 from remora.train import Reporter, Step, TrainResult, Validation
 
@@ -76,6 +77,7 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
     """Print what a run has shown, on standard output."""
     console = console or Console(highlight=False)
     show_metrics(result.metrics, result.measured_on, console)
+    show_reliability(result.reliability, console)
     base, ours = result.baseline, result.metrics
     low, high = base.metrics.accuracy_interval
     note = ""
@@ -113,13 +115,14 @@ def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = N
         figures = (f"{row.precision:.2f}", f"{row.recall:.2f}", f"{row.f1:.2f}", f"{row.support:,}")
         table.add_row(row.label.replace("[", r"\["), *figures)
     console.print(table)
-    if metrics.confusions:
-        console.print("\nlargest confusions")
-    for confusion in metrics.confusions[:NUM_CONFUSIONS]:
+    if metrics.confused_pairs:
+        console.print("\nlabels most often taken for each other")
+    for pair in metrics.confused_pairs[:NUM_CONFUSIONS]:
+        share = pair.count / pair.num_rows
         _line(
             console,
-            f"  {confusion.count:>4}  {confusion.true} taken for {confusion.predicted} "
-            f"({confusion.share:.0%} of its rows)",
+            f"  {pair.count:>4}  {pair.first} / {pair.second}: {pair.first_as_second} rows taken for "
+            f"the second, {pair.second_as_first} for the first ({share:.0%} of their rows)",
         )
     low, high = metrics.accuracy_interval
     note = "" if measured_on == "test" else ", rows that also chose the adapter: a little too good"
@@ -130,6 +133,52 @@ def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = N
     )
     log_loss = "" if metrics.log_loss is None else f", log-loss {metrics.log_loss:.3f}"
     _line(console, f"macro-F1   {metrics.macro_f1:.2%}{log_loss}")
+
+
+def show_reliability(found: Reliability, console: Console | None = None) -> None:
+    """Print how far the probabilities of one evaluation can be trusted."""
+    console = console or Console(highlight=False)
+    scaled = ""
+    if found.temperature is not None:
+        scaled = (
+            f"; {found.scaled_calibration_error:.3f} at temperature {found.temperature:.2f}, "
+            f"fitted on {found.num_validation:,} validation rows"
+        )
+    _line(
+        console,
+        f"confidence calibration error {found.calibration_error:.3f} "
+        f"(expected, {len(found.bins)} bins of equal mass){scaled}",
+    )
+    if found.abstention is not None:
+        _line(console, f"abstain    {_abstention(found.abstention)}")
+    if found.out_of_scope is not None:
+        outside = found.out_of_scope
+        refused = "" if outside.refused is None else f"; {outside.refused:.1%} below the threshold"
+        _line(
+            console,
+            f"scope      AUROC {outside.auroc:.3f} by confidence, against {outside.num_rows:,} "
+            f"messages out of scope{refused}",
+        )
+
+
+def _abstention(found: Abstention) -> str:
+    """Say in a sentence what a threshold gives."""
+    wanted = f"{found.wanted_accuracy:.1%} accuracy"
+    if found.threshold is None:
+        return f"no confidence reaches {wanted} on {found.chosen_on}; train longer or ask for less"
+    chosen = f"confidence {found.threshold:.4f} for {wanted}, chosen on "
+    chosen += (
+        f"{found.num_chosen_on:,} validation rows"
+        if found.chosen_on == "validation"
+        else "these same rows, so the accuracy is a little too good"
+    )
+    if found.accuracy is None or found.accuracy_interval is None:
+        return f"{chosen}: no row reaches it"
+    low, high = found.accuracy_interval
+    return (
+        f"{chosen}: answers {found.coverage:.1%} of the rows, {found.accuracy:.2%} of them right "
+        f"(95% interval {low:.1%} to {high:.1%})"
+    )
 
 
 def _verdict(ours: Metrics, base: Metrics, p_value: float) -> str:

@@ -35,6 +35,22 @@ class Confusion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfusedPair:
+    """Two labels that are taken for each other, in both directions."""
+
+    first: str
+    second: str
+    first_as_second: int  # rows
+    second_as_first: int
+    num_rows: int  # rows that have one of the two labels in truth
+
+    @property
+    def count(self) -> int:
+        """Rows confused in either direction."""
+        return self.first_as_second + self.second_as_first
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metrics:
     """Figures of one set of predictions."""
 
@@ -46,6 +62,7 @@ class Metrics:
     log_loss: float | None  # mean, in nats
     per_class: tuple[ClassMetrics, ...]
     confusions: tuple[Confusion, ...]  # the largest first
+    confused_pairs: tuple[ConfusedPair, ...]  # the largest first
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them."""
@@ -110,6 +127,7 @@ def measure(
         log_loss=log_loss,
         per_class=per_class,
         confusions=_confusions(labels, matrix),
+        confused_pairs=_confused_pairs(labels, matrix),
     )
 
 
@@ -125,6 +143,20 @@ def _confusions(labels: Sequence[str], matrix: NDArray[np.int64]) -> tuple[Confu
         if i != j
     ]
     return tuple(sorted(found, key=lambda cell: (-cell.count, cell.true, cell.predicted)))
+
+
+def _confused_pairs(labels: Sequence[str], matrix: NDArray[np.int64]) -> tuple[ConfusedPair, ...]:
+    found = [
+        ConfusedPair(
+            first=labels[i],
+            second=labels[j],
+            first_as_second=int(matrix[i, j]),
+            second_as_first=int(matrix[j, i]),
+            num_rows=int(matrix[i].sum() + matrix[j].sum()),
+        )
+        for i, j in np.argwhere(np.triu(matrix + matrix.T, 1))
+    ]
+    return tuple(sorted(found, key=lambda pair: (-pair.count, pair.first, pair.second)))
 
 
 def baseline(

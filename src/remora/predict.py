@@ -10,7 +10,7 @@ from typing import TextIO
 
 import numpy as np
 
-from remora import data, evaluate, plan, run, train
+from remora import calibration, data, evaluate, plan, run, train
 from remora.config import EvalConfig, PredictConfig
 from remora.errors import ConfigError
 from remora.score import Scorer
@@ -79,8 +79,14 @@ def write_predictions(config: PredictConfig, output: TextIO) -> None:
         output.flush()
 
 
-def evaluate_adapter(config: EvalConfig, *, reporter: Reporter | None = None) -> evaluate.Metrics:
+def evaluate_adapter(
+    config: EvalConfig, *, reporter: Reporter | None = None
+) -> tuple[evaluate.Metrics, calibration.Reliability]:
     """Measure an adapter on a table of texts and labels.
+
+    Returns:
+        The figures of the predictions, and how far their probabilities can be trusted. Temperature
+        and threshold come from the validation rows that the run directory keeps.
 
     Raises:
         RemoraError: If the adapter or the table cannot be used.
@@ -91,11 +97,22 @@ def evaluate_adapter(config: EvalConfig, *, reporter: Reporter | None = None) ->
     table = data.read_table(
         config.data, text_column=config.text_column, label_column=config.label_column, known=labels
     )
+    outside = None
+    if config.out_of_scope is not None:
+        outside = list(data.stream_texts(config.out_of_scope, text_column=config.text_column))
+    validation = run.read_probabilities(config.adapter / run.PROBABILITIES, labels, "validation")
     reporter.say(f"{len(table):,} rows; {precision}")
-    probabilities = train.score_table(scorer, table.texts, "test", reporter)
+    scored = train.score_rows(scorer, table, "test", reporter)
+    reliability = calibration.assess(
+        scored,
+        validation,
+        abstain_at_accuracy=config.abstain_at_accuracy,
+        out_of_scope=None if outside is None else scorer.probabilities(outside),
+    )
+    probabilities = scored.probabilities
     predicted = [labels[i] for i in probabilities.argmax(1)]
     if config.predictions is not None:
         run.write_predictions(
             config.predictions, table.texts, table.labels, predicted, probabilities.max(1).tolist()
         )
-    return evaluate.measure(labels, table.labels, predicted, probabilities)
+    return evaluate.measure(labels, table.labels, predicted, probabilities), reliability

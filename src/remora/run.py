@@ -12,20 +12,25 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 import remora
 from remora import lora, model
+from remora.calibration import Scored
 from remora.errors import ConfigError, ModelError, ResourceError
 from remora.prompt import Prompt
+from remora.table import one_line
 
 SCHEMA = 1
+PROBABILITIES = "probabilities.safetensors"
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -114,16 +119,67 @@ def write_predictions(
     true: Sequence[str],
     predicted: Sequence[str],
     probability: Sequence[float],
+    baseline: Sequence[str] | None = None,
 ) -> None:
-    """Write one row per message; cells that a spreadsheet would run as formulas are defused."""
+    """Write one row per message, with the baseline's prediction last where there is one."""
+    header = ["text", "label", "predicted", "probability"]
+    columns = [texts, true, predicted, [f"{p:.6f}" for p in probability]]
+    if baseline is not None:
+        header, columns = [*header, "baseline"], [*columns, baseline]
+    write_csv(path, header, zip(*columns, strict=True))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table whole or not at all; what a spreadsheet would run as a formula is defused."""
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["text", "label", "predicted", "probability"])
-            for text, label, answer, p in zip(texts, true, predicted, probability, strict=True):
-                writer.writerow([*map(defused, (text, label, answer)), f"{p:.6f}"])
+            writer.writerow(header)
+            writer.writerows([defused(cell) for cell in row] for row in rows)
         os.replace(temporary, path)
+
+
+def write_probabilities(path: Path, labels: Sequence[str], splits: Mapping[str, Scored]) -> None:
+    """Write the probabilities of splits as safetensors, whole or not at all.
+
+    For each split there are `<split>.probabilities`, float32 [rows, labels], and `<split>.true`,
+    int64 [rows], places in the list of labels that is in the file's metadata.
+    """
+    from safetensors.numpy import save_file
+
+    arrays: dict[str, NDArray[Any]] = {}
+    for split, scored in splits.items():
+        arrays[f"{split}.probabilities"] = scored.probabilities.astype(np.float32)
+        arrays[f"{split}.true"] = scored.true
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        save_file(arrays, temporary, metadata={"labels": json.dumps(list(labels))})
+        os.replace(temporary, path)
+
+
+def read_probabilities(path: Path, labels: Sequence[str], split: str) -> Scored | None:
+    """Read what `write_probabilities` wrote of a split; None if there is no file or split.
+
+    Raises:
+        ModelError: If the file is broken or of other labels.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if json.loads(file.metadata()["labels"]) != list(labels):
+                raise ModelError(f"{path} is of other labels than the adapter; restore the run")
+            if f"{split}.true" not in file.keys():  # noqa: SIM118 - it is no mapping
+                return None
+            return Scored(
+                probabilities=file.get_tensor(f"{split}.probabilities").astype(np.float64),
+                true=file.get_tensor(f"{split}.true"),
+            )
+    except (SafetensorError, KeyError, TypeError, OSError) as error:
+        raise ModelError(
+            f"{path} is broken ({one_line(error)}); restore it, or delete it to go without"
+        ) from error
 
 
 def defused(cell: str) -> str:

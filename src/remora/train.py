@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remora import data, evaluate, lora, model, plan, run, tree
+from remora import calibration, data, evaluate, lora, model, plan, run, tree
+from remora.calibration import Reliability, Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.errors import ConfigError, DataError, DivergedError
@@ -59,6 +60,7 @@ class TrainResult:
     directory: Path
     measured_on: str  # "test" or "validation"
     metrics: evaluate.Metrics
+    reliability: Reliability
     baseline: evaluate.Baseline
     p_value: float  # exact McNemar test of the model against the baseline
     parameters: lora.ParameterCount
@@ -77,6 +79,7 @@ class TrainResult:
             **{k: v for k, v in vars(self).items() if isinstance(v, int | float | str)},
             "directory": str(self.directory),
             "metrics": self.metrics.to_dict(),
+            "reliability": self.reliability.to_dict(),
             "baseline": {
                 "description": self.baseline.description,
                 "num_train_rows": self.baseline.num_train_rows,
@@ -317,12 +320,17 @@ def _refuse_non_finite(step: int, loss: float, grad_norm: float, *, scaled: bool
 
 def _validate(scorer: Scorer, table: Table, reporter: Reporter) -> tuple[float, float]:
     """Return accuracy and mean log-loss, in nats, on a table."""
-    probabilities = score_table(scorer, table.texts, "validation", reporter)
+    scored = score_rows(scorer, table, "validation", reporter)
+    return float(scored.correct.mean()), scored.log_loss
+
+
+def score_rows(scorer: Scorer, table: Table, what: str, reporter: Reporter) -> Scored:
+    """Return the probabilities of a table's rows beside their labels."""
     place = {label: index for index, label in enumerate(scorer.prompt.labels)}
-    true = np.array([place[label] for label in table.labels])
-    chosen = probabilities[np.arange(len(true)), true]
-    log_loss = -np.log(np.maximum(chosen, np.finfo(float).tiny)).mean()
-    return float((probabilities.argmax(1) == true).mean()), float(log_loss)
+    return Scored(
+        probabilities=score_table(scorer, table.texts, what, reporter),
+        true=np.array([place[label] for label in table.labels], dtype=np.int64),
+    )
 
 
 def score_table(
@@ -457,9 +465,13 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
                 max_tokens=config.micro_batch_tokens,
                 autocast=precision.autocast,
             )
-            probabilities = score_table(scorer, held_out.texts, measured_on, reporter)
+            scores = {measured_on: score_rows(scorer, held_out, measured_on, reporter)}
+            if measured_on == "test" and len(dataset.validation):
+                scores["validation"] = score_rows(
+                    scorer, dataset.validation, "validation", reporter
+                )
     return _conclude(
-        config, dataset, held_out, measured_on, probabilities, fitted, parameters, directory, folder
+        config, dataset, held_out, measured_on, scores, fitted, parameters, directory, folder
     )
 
 
@@ -544,13 +556,14 @@ def _conclude(
     dataset: Dataset,
     held_out: Table,
     measured_on: str,
-    probabilities: NDArray[np.float64],
+    scores: Mapping[str, Scored],
     fitted: Fit,
     parameters: lora.ParameterCount,
     directory: Path,
     folder: Path,
 ) -> TrainResult:
     """Measure against the baseline and write down what was found."""
+    probabilities = scores[measured_on].probabilities
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
     baseline = evaluate.baseline(
         dataset.train.texts,
@@ -565,6 +578,9 @@ def _conclude(
         directory=directory,
         measured_on=measured_on,
         metrics=evaluate.measure(dataset.labels, held_out.labels, predicted, probabilities),
+        reliability=calibration.assess(
+            scores[measured_on], scores.get("validation") if measured_on == "test" else None
+        ),
         baseline=baseline,
         p_value=evaluate.mcnemar(held_out.labels, predicted, baseline.predictions),
         parameters=parameters,
@@ -583,7 +599,9 @@ def _conclude(
         held_out.labels,
         predicted,
         probabilities.max(1).tolist(),
+        baseline.predictions,
     )
+    run.write_probabilities(directory / run.PROBABILITIES, dataset.labels, scores)
     run.write_json(directory / "evaluation.json", result.to_dict())
     run.write_text(directory / "README.md", _readme(config, result))
     return result
