@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Toml
 
 import remora
-from remora.config import EvalConfig, PredictConfig, TrainConfig
+from remora.config import CompareConfig, EvalConfig, PredictConfig, TrainConfig
 from remora.errors import ConfigError, RemoraError
 
 app = App(
@@ -67,6 +67,19 @@ def predict(config: PredictConfig) -> None:
     from remora import predict as prediction
 
     prediction.write_predictions(config, sys.stdout)
+
+
+@app.command
+def compare(config: CompareConfig) -> None:
+    """Put runs side by side: does the bigger model earn its keep?"""
+    from remora import compare as comparing
+    from remora import display
+
+    found = comparing.compare(config)
+    if config.json:
+        _print_json(found.to_dict())
+    else:
+        display.show_comparison(found)
 
 
 @app.meta.default

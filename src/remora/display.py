@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from remora.calibration import Abstention, Reliability
+from remora.compare import Comparison
 from remora.evaluate import Metrics
 from remora.train import Reporter, Step, TrainResult, Validation
 
@@ -121,8 +122,8 @@ def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = N
         share = pair.count / pair.num_rows
         _line(
             console,
-            f"  {pair.count:>4}  {pair.first} / {pair.second}: {pair.first_as_second} rows taken for "
-            f"the second, {pair.second_as_first} for the first ({share:.0%} of their rows)",
+            f"  {pair.count:>4}  {pair.first} / {pair.second}: {pair.first_as_second} rows taken "
+            f"for the second, {pair.second_as_first} for the first ({share:.0%} of their rows)",
         )
     low, high = metrics.accuracy_interval
     note = "" if measured_on == "test" else ", rows that also chose the adapter: a little too good"
@@ -159,6 +160,52 @@ def show_reliability(found: Reliability, console: Console | None = None) -> None
             f"scope      AUROC {outside.auroc:.3f} by confidence, against {outside.num_rows:,} "
             f"messages out of scope{refused}",
         )
+
+
+def show_comparison(found: Comparison, console: Console | None = None) -> None:
+    """Print runs side by side, the pairs of them, and the answer last."""
+    console = console or Console(highlight=False)
+    gains = Table("run", "accuracy", "95% interval", "macro-F1", box=None, pad_edge=False)
+    costs = Table(
+        *("run", "trained", "artifact", "examples/s", "memory", "time"), box=None, pad_edge=False
+    )
+    for column in (*gains.columns[1:], *costs.columns[1:]):
+        column.justify = "right"
+    for each in found.contenders:
+        name = each.name.replace("[", r"\[")
+        low, high = each.accuracy_interval
+        figures = f"{each.accuracy:.2%}", f"{low:.1%} to {high:.1%}", f"{each.macro_f1:.2%}"
+        gains.add_row(name, *figures)
+        costs.add_row(
+            name,
+            "" if each.trainable_share is None else f"{each.trainable_share:.2%}",
+            "" if each.artifact_bytes is None else _bytes(each.artifact_bytes),
+            "" if each.examples_per_second is None else f"{each.examples_per_second:.1f}",
+            "" if each.peak_memory_bytes is None else _bytes(each.peak_memory_bytes),
+            f"{each.train_seconds:.0f} s",
+        )
+    console.print(gains)
+    console.print()
+    console.print(costs)
+    _line(console, f"\non {found.num_rows:,} rows, the smallest first")
+    for pair in found.pairs:
+        chance = f"{pair.both_wrong_by_chance:.1f} by chance"
+        _line(
+            console,
+            f"  {pair.first} over {pair.second}: {100 * pair.difference:+.2f} points, right alone "
+            f"on {pair.only_first_right} rows against {pair.only_second_right}, "
+            f"p = {pair.p_value:.2g} (exact McNemar test; {pair.adjusted_p_value:.2g} over all "
+            f"pairs, Holm); both wrong on {pair.both_wrong} rows ({chance}), "
+            f"{pair.same_wrong_label} of them with the same label",
+        )
+    if found.shared_mistakes and len(found.contenders) > 1:
+        _line(console, "\nmistakes that every run makes alike, so look at the labels first")
+    for mistake in found.shared_mistakes:
+        _line(console, f"  {mistake.count:>4}  {mistake.true} taken for {mistake.predicted}")
+    _line(console, "")
+    for text in (*found.notes, found.bar, found.value, found.answer):
+        if text is not None:
+            _line(console, text)
 
 
 def _abstention(found: Abstention) -> str:
