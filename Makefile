@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test demo bench clean
+.PHONY: install check test bench clean
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -22,12 +22,6 @@ check: install
 
 test: install
 	$(BIN)/python -m pytest
-
-# Trains the model in the package on the sample table, offline, then asks the adapter something.
-demo: install
-	HF_HUB_OFFLINE=1 $(BIN)/remora train sample:support --model nano --name demo-$$(date +%Y%m%d-%H%M%S)
-	@echo
-	echo "I ordered a sim two weeks ago and nothing came" | $(BIN)/remora predict "$$(ls -td runs/demo-* | head -1)" --top-k 3
 
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -1,4 +1,4 @@
-"""The texts that `nano` is pretrained on, and the many tasks that are made of them.
+"""The texts that the model is pretrained on, and the many tasks that are made of them.
 
 CLINC150 and SNIPS with their intents, and one-line messages to booking, hotel and bank services
 without any. No text of Banking77 and none of the sample table is among them: whatever occurs there

@@ -1,4 +1,4 @@
-"""Measure `nano` on Banking77, which it was not pretrained on.
+"""Measure the model on Banking77, which it was not pretrained on.
 
 LoRA with Remora's defaults and full fine-tuning of the same base, the same architecture with random
 weights, and TF-IDF with a linear SVM; on all rows and on a few rows per class. Each method's
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", default="nano", help="folder of the base model")
+    parser.add_argument("--base", required=True, help="folder of the base model")
     parser.add_argument("--rows", nargs="+", default=["all", "10"], choices=["all", "10"])
     parser.add_argument("--methods", nargs="+", default=list(RATES), choices=RATES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,4 +1,4 @@
-"""Pretrain `nano`, the small base model that Remora ships.
+"""Pretrain the model, the small base model that Remora ships.
 
     python pretraining/pretrain.py --teacher path/to/all-MiniLM-L6-v2 --minutes 60
 

@@ -25,22 +25,14 @@ OTHER_FORMATS = ("consolidated*", "*/*")
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-EMBEDDED = Path(__file__).parent / "bases"
-"""Base models that come with the package, a folder each."""
-
-
 def find(name: str, *, weights: bool = True) -> Path:
     """Return the folder of a base model, fetched from the hub if `name` is an id there.
 
     Without `weights` only its configuration and its tokenizer are fetched.
 
-    `nano` is the model that comes with the package; a folder of that name is given as ./nano.
-
     Raises:
         ModelError: If there is no such folder or id, or it cannot be fetched.
     """
-    if re.fullmatch(r"\w+", name) and (EMBEDDED / name).is_dir():
-        return EMBEDDED / name
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -53,8 +45,8 @@ def find(name: str, *, weights: bool = True) -> Path:
         raise ModelError(f"{name} is a file; give the folder of a Hugging Face model")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ModelError(
-            f"there is no folder {name}; give the folder of a Hugging Face model, a hub id such as "
-            "Qwen/Qwen2.5-1.5B-Instruct, or nano, the small model in this package"
+            f"there is no folder {name}; give the folder of a Hugging Face model or a hub id "
+            "such as Qwen/Qwen2.5-1.5B-Instruct"
         )
     return _fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
 
@@ -190,7 +182,8 @@ def load_empty(config: Any, dtype: torch.dtype) -> Any:
     config._attn_implementation = _attention(config)
     try:
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            make: Any = AutoModelForCausalLM.from_config
+            empty = make(config, dtype=dtype)
     except ValueError as error:
         raise ModelError(
             f"there is no causal language model for this configuration ({_first_line(error)}); "
