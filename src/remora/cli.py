@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Toml
 
 import remora
-from remora.config import CompareConfig, EvalConfig, PredictConfig, TrainConfig
+from remora.config import CompareConfig, DiagnoseConfig, EvalConfig, PredictConfig, TrainConfig
 from remora.errors import ConfigError, RemoraError
 
 app = App(
@@ -80,6 +80,24 @@ def compare(config: CompareConfig) -> None:
         _print_json(found.to_dict())
     else:
         display.show_comparison(found)
+
+
+@app.command
+def diagnose(config: DiagnoseConfig) -> None:
+    """Find out why a run errs, and which rows to look at."""
+    from remora import diagnose as diagnosing
+    from remora import display
+
+    if config.apply is not None:
+        path, num_corrected, num_deleted = diagnosing.apply(config)
+        display.show_line(f"{num_corrected:,} corrected and {num_deleted:,} deleted rows in {path}")
+        return
+    with display.TerminalReporter().live() as reporter:
+        found = diagnosing.diagnose(config, reporter=reporter)
+    if config.json:
+        _print_json(found.to_dict())
+    else:
+        display.show_diagnosis(found, config.run)
 
 
 @app.meta.default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from remora.calibration import Abstention, Reliability
 from remora.compare import Comparison
+from remora.diagnose import Diagnosis
 from remora.evaluate import Metrics
 from remora.train import Reporter, Step, TrainResult, Validation
 
@@ -206,6 +208,37 @@ def show_comparison(found: Comparison, console: Console | None = None) -> None:
     for text in (*found.notes, found.bar, found.value, found.answer):
         if text is not None:
             _line(console, text)
+
+
+def show_diagnosis(found: Diagnosis, run: Path, console: Console | None = None) -> None:
+    """Print the pairs of labels with their verdicts, and where the rows to look at are."""
+    console = console or Console(highlight=False)
+    for pair in found.pairs:
+        _line(console, f"{pair.first} / {pair.second}: {pair.verdict}")
+        merged = f"as one label, accuracy would be {pair.accuracy_if_merged:.2%}"
+        _line(console, f"    {pair.reason}; {merged}")
+    _line(console, f"\njudged by  {found.method}")
+    _line(
+        console,
+        f"accuracy   {found.out_of_sample_accuracy:.2%} out of sample on {found.num_rows:,} rows, "
+        f"the run {found.accuracy:.2%} on held-out rows",
+    )
+    _line(
+        console,
+        f"alike      {found.num_test_exact:,} test rows are training texts, and "
+        f"{found.num_test_near:,} nearly; {found.num_conflicting:,} training rows have a near twin "
+        "under another label",
+    )
+    _line(
+        console,
+        f"suspects   {len(found.suspects):,} rows in {run / 'relabel.csv'}, the likeliest first; "
+        "decide in its last column, then --apply it",
+    )
+
+
+def show_line(text: str) -> None:
+    """Print a sentence on standard output."""
+    _line(Console(highlight=False), text)
 
 
 def _abstention(found: Abstention) -> str:

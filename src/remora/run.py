@@ -25,9 +25,15 @@ from safetensors import SafetensorError, safe_open
 import remora
 from remora import lora, model
 from remora.calibration import Scored
+from remora.config import TrainConfig
 from remora.errors import ConfigError, ModelError, ResourceError
 from remora.prompt import Prompt
 from remora.table import one_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 SCHEMA = 1
 PROBABILITIES = "probabilities.safetensors"
@@ -285,6 +291,25 @@ def load_adapter(
         )
     lora.make_fast(adapted)
     return adapted.to(device).eval(), prompt, card
+
+
+def read_settings(directory: Path) -> TrainConfig:
+    """Return the settings of a run from its config.toml.
+
+    Raises:
+        ConfigError: If they are missing or broken.
+    """
+    path = directory / "config.toml"
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name, kind in (("output", Path), ("target_modules", tuple), ("trackers", tuple)):
+            if name in settings:
+                settings[name] = kind(settings[name])
+        return TrainConfig(settings.pop("data"), **settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"
+        ) from error
 
 
 def _read_card(folder: Path) -> AdapterCard:

@@ -1,0 +1,418 @@
+"""Why a classifier errs: labels that overlap, wrong labels, too few rows, too little training."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remora import crossfit, data, relabel, run
+from remora.config import DiagnoseConfig, TrainConfig
+from remora.data import Dataset, Table
+from remora.errors import ConfigError, DataError
+from remora.relabel import Suspect
+from remora.train import Reporter
+
+Verdict = Literal[
+    "labels overlap", "rows mislabelled", "too few examples", "undertrained", "undecided"
+]
+FEW_ROWS = 15
+SIGNIFICANT = 0.05
+NUM_PAIRS = 10
+NUM_NEIGHBOURS = 5
+NEAR = 0.9
+"""Cosine of the character n-grams of texts that are nearly the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairDiagnosis:
+    """Two labels that are taken for each other, why, and the evidence."""
+
+    first: str
+    second: str
+    verdict: Verdict
+    reason: str
+    num_first: int  # training rows
+    num_second: int
+    first_as_second: int  # training rows, judged out of sample
+    second_as_first: int
+    num_suspects: int  # of those, rows whose label is suspected to be wrong
+    num_conflicting: int  # rows with a nearly identical text under the other label
+    held_out_rows: int  # of either label
+    held_out_by_run: int  # of those, taken for the other label by the run
+    held_out_by_baseline: int
+    held_out_by_both: int
+    accuracy_if_merged: float  # of the run on the held-out rows, if the two were one label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What was found."""
+
+    method: str
+    num_rows: int
+    out_of_sample_accuracy: float  # against the labels as given
+    suspects: tuple[Suspect, ...]  # the most suspicious first
+    pairs: tuple[PairDiagnosis, ...]
+    num_test_exact: int  # test rows whose text is a training text, but for case and spaces
+    num_test_near: int  # test rows that are nearly a training text, those included
+    num_conflicting: int  # training rows with a nearly identical text under another label
+    accuracy: float  # of the run
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON holds them; the suspects are in relabel.csv."""
+        return asdict(self) | {"suspects": len(self.suspects)}
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """What the run and the baseline said of the held-out rows."""
+
+    true: NDArray[np.str_]
+    by_run: NDArray[np.str_]
+    by_baseline: NDArray[np.str_] | None
+
+
+def diagnose(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Diagnosis:
+    """Find out why a run errs; leaves diagnosis.json and relabel.csv in its directory.
+
+    Raises:
+        ConfigError: If cleanlab is not installed.
+        DataError: If the run is not finished, or its rows have changed.
+    """
+    reporter = reporter or Reporter()
+    _need_cleanlab()
+    held_out = _held_out(config.run)
+    settings, dataset, everything = load(config)
+    labels, rows = dataset.labels, everything.train
+    place = {label: index for index, label in enumerate(labels)}
+    true = np.array([place[label] for label in rows.labels])
+    reporter.say(crossfit.DESCRIPTIONS[config.method])
+    probabilities = crossfit.probabilities(
+        everything, settings, config.method, config.folds, reporter
+    )
+    from cleanlab.filter import find_label_issues
+
+    suspected = find_label_issues(true, probabilities, n_jobs=1)
+    neighbours, near = nearest(rows.texts, NUM_NEIGHBOURS)
+    conflicting = np.zeros(len(rows), dtype=bool)
+    conflicts = [(i, j) for i, j in near if true[i] != true[j]]
+    conflicting[[row for pair in conflicts for row in pair]] = True
+    found = Diagnosis(
+        method=crossfit.DESCRIPTIONS[config.method],
+        num_rows=len(rows),
+        out_of_sample_accuracy=float((probabilities.argmax(1) == true).mean()),
+        suspects=_suspects(rows, labels, true, probabilities, suspected, neighbours),
+        pairs=_pairs(labels, true, probabilities, suspected, conflicts, held_out),
+        num_test_exact=_num_exact(dataset),
+        num_test_near=_num_near(dataset),
+        num_conflicting=int(conflicting.sum()),
+        accuracy=float((held_out.true == held_out.by_run).mean()),
+    )
+    relabel.write(config.run / "relabel.csv", found.suspects)
+    run.write_json(config.run / "diagnosis.json", found.to_dict())
+    return found
+
+
+def apply(config: DiagnoseConfig) -> tuple[Path, int, int]:
+    """Write the training table with a person's decisions; return where, corrected and deleted.
+
+    Raises:
+        DataError: If the decisions do not fit the table.
+    """
+    assert config.apply is not None
+    _, _, everything = load(config)
+    cleaned, num_corrected, num_deleted = relabel.apply(config.apply, everything.train)
+    path = config.output or config.run / "cleaned.csv"
+    relabel.write_table(path, cleaned)
+    return path, num_corrected, num_deleted
+
+
+def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
+    """Return a run's settings, its splits, and all rows of its training table in their order.
+
+    Raises:
+        DataError: If the rows are not those that the run was trained on.
+    """
+    settings = run.read_settings(config.run)
+    if config.model is not None:
+        settings = replace(settings, model=config.model)
+
+    def read(validation_fraction: float, test_fraction: float) -> Dataset:
+        return data.load_dataset(
+            settings.data,
+            test=settings.test,
+            validation=settings.validation,
+            text_column=settings.text_column,
+            label_column=settings.label_column,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            seed=settings.seed,
+        )
+
+    dataset = read(settings.validation_fraction, settings.test_fraction)
+    try:
+        wanted = json.loads((config.run / "data.json").read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{config.run} has no readable data.json; train it again") from error
+    if wanted != dataset.summary.sha256:
+        raise DataError(
+            f"the rows of {settings.data} are not those that {config.run} was trained on; "
+            "restore them, or train again"
+        )
+    return settings, dataset, read(0.0, 0.0)
+
+
+def _need_cleanlab() -> None:
+    try:
+        import cleanlab.filter  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "diagnose needs cleanlab, which is not installed; pip install 'remora[diagnose]'"
+        ) from error
+
+
+def _held_out(directory: Path) -> _HeldOut:
+    path = directory / "predictions.csv"
+    if not path.is_file():
+        raise DataError(f"{directory} has no predictions.csv; give the directory of a finished run")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        true, by_run = (np.array([row[name] for row in rows]) for name in ("label", "predicted"))
+        baseline = np.array([row["baseline"] for row in rows]) if "baseline" in rows[0] else None
+    except (ValueError, KeyError, IndexError, csv.Error) as error:
+        raise DataError(f"{path} is broken ({error}); train the run again") from error
+    return _HeldOut(true, by_run, baseline)
+
+
+# Suspects
+
+
+def suspicion(probabilities: NDArray[np.float64], true: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return log(p of the likeliest other label / p of the given one) for each row, [rows].
+
+    Unlike the difference of the two, it does not flatten where an unsure model spreads its
+    probability over many labels.
+    """
+    rows = np.arange(len(true))
+    others = probabilities.copy()
+    others[rows, true] = 0
+    ratio: NDArray[np.float64] = np.log(np.maximum(others.max(1), 1e-12)) - np.log(
+        np.maximum(probabilities[rows, true], 1e-12)
+    )
+    return ratio
+
+
+def _suspects(
+    rows: Table,
+    labels: Sequence[str],
+    true: NDArray[np.int64],
+    probabilities: NDArray[np.float64],
+    suspected: NDArray[np.bool_],
+    neighbours: NDArray[np.int64],
+) -> tuple[Suspect, ...]:
+    ranked = np.argsort(-suspicion(probabilities, true), kind="stable")
+    return tuple(
+        Suspect(
+            row=int(i) + 1,
+            text=rows.texts[i],
+            label=rows.labels[i],
+            suggested=labels[best],
+            p_label=float(probabilities[i, true[i]]),
+            p_suggested=float(probabilities[i, best]),
+            neighbours=int((true[neighbours[i]] == best).sum()),
+        )
+        for i in ranked
+        if suspected[i] and (best := int(probabilities[i].argmax())) != true[i]
+    )
+
+
+# Texts that are alike
+
+
+def _characters(texts: Sequence[str]) -> Any:
+    """Return a fitted vectorizer of counted character n-grams and its matrix, rows of length 1."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), use_idf=False)
+    return vectorizer, vectorizer.fit_transform(texts)
+
+
+def nearest(
+    texts: Sequence[str], count: int, block: int = 512
+) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    """Return the nearest other texts of each, [texts, count], and the pairs nearly the same."""
+    _, matrix = _characters(texts)
+    count = min(count, len(texts) - 1)
+    found = np.empty((len(texts), count), dtype=np.int64)
+    near: list[tuple[int, int]] = []
+    for start in range(0, len(texts), block):
+        cosine = (matrix[start : start + block] @ matrix.T).toarray()
+        rows = np.arange(len(cosine))
+        cosine[rows, start + rows] = -1
+        found[start + rows] = np.argsort(-cosine, axis=1, kind="stable")[:, :count]
+        near += [(start + int(i), int(j)) for i, j in np.argwhere(cosine >= NEAR) if start + i < j]
+    return found, near
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _num_exact(dataset: Dataset) -> int:
+    known = {_plain(text) for text in dataset.train.texts}
+    return sum(_plain(text) in known for text in (dataset.test.texts if dataset.test else ()))
+
+
+def _num_near(dataset: Dataset, block: int = 512) -> int:
+    if dataset.test is None or not len(dataset.test):
+        return 0
+    vectorizer, matrix = _characters(dataset.train.texts)
+    test = vectorizer.transform(dataset.test.texts)
+    blocks = (test[i : i + block] @ matrix.T for i in range(0, len(dataset.test), block))
+    return sum(int((part.max(1).toarray() >= NEAR).sum()) for part in blocks)
+
+
+# Pairs of labels
+
+
+def _pairs(
+    labels: Sequence[str],
+    true: NDArray[np.int64],
+    probabilities: NDArray[np.float64],
+    suspected: NDArray[np.bool_],
+    conflicts: Sequence[tuple[int, int]],
+    held_out: _HeldOut,
+) -> tuple[PairDiagnosis, ...]:
+    """Judge the pairs that are confused most, out of sample or by the run."""
+    predicted = probabilities.argmax(1)
+    place = {run.defused(label): index for index, label in enumerate(labels)}
+    confused = np.zeros((len(labels), len(labels)), dtype=np.int64)
+    np.add.at(confused, (true, predicted), 1)
+    for answer, given in zip(held_out.true, held_out.by_run, strict=True):
+        confused[place[answer], place[given]] += 1
+    both = np.triu(confused + confused.T, 1)
+    ranked = sorted(np.argwhere(both >= 3).tolist(), key=lambda pair: -both[pair[0], pair[1]])
+    return tuple(
+        _pair(labels, a, b, true, predicted, suspected, conflicts, held_out)
+        for a, b in ranked[:NUM_PAIRS]
+    )
+
+
+def _pair(
+    labels: Sequence[str],
+    a: int,
+    b: int,
+    true: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+    suspected: NDArray[np.bool_],
+    conflicts: Sequence[tuple[int, int]],
+    held_out: _HeldOut,
+) -> PairDiagnosis:
+    taken = ((true == a) & (predicted == b)) | ((true == b) & (predicted == a))
+    first, second = run.defused(labels[a]), run.defused(labels[b])
+    own = np.isin(held_out.true, (first, second))
+    by_run = _taken(held_out.true, held_out.by_run, first, second)[own]
+    by_baseline = np.zeros_like(by_run)
+    if held_out.by_baseline is not None:
+        by_baseline = _taken(held_out.true, held_out.by_baseline, first, second)[own]
+    rows = {row for i, j in conflicts if {true[i], true[j]} == {a, b} for row in (i, j)}
+    counts = {
+        "num_first": int((true == a).sum()),
+        "num_second": int((true == b).sum()),
+        "first_as_second": int((taken & (true == a)).sum()),
+        "second_as_first": int((taken & (true == b)).sum()),
+        "num_suspects": int((taken & suspected).sum()),
+        "num_conflicting": len(rows),
+        "held_out_rows": int(own.sum()),
+        "held_out_by_run": int(by_run.sum()),
+        "held_out_by_baseline": int(by_baseline.sum()),
+        "held_out_by_both": int((by_run & by_baseline).sum()),
+    }
+    verdict, reason = judge(**counts)
+    right = (held_out.true == held_out.by_run).sum() + by_run.sum()
+    return PairDiagnosis(
+        first=labels[a],
+        second=labels[b],
+        verdict=verdict,
+        reason=reason,
+        accuracy_if_merged=float(right / len(held_out.true)),
+        **counts,
+    )
+
+
+def _taken(
+    true: NDArray[np.str_], given: NDArray[np.str_], first: str, second: str
+) -> NDArray[np.bool_]:
+    """Tell which rows of one label were taken for the other."""
+    result: NDArray[np.bool_] = ((true == first) & (given == second)) | (
+        (true == second) & (given == first)
+    )
+    return result
+
+
+def judge(
+    *,
+    num_first: int,
+    num_second: int,
+    first_as_second: int,
+    second_as_first: int,
+    num_suspects: int,
+    num_conflicting: int,
+    held_out_rows: int,
+    held_out_by_run: int,
+    held_out_by_baseline: int,
+    held_out_by_both: int,
+) -> tuple[Verdict, str]:
+    """Say why two labels are confused, from counts as in `PairDiagnosis`.
+
+    A verdict needs evidence that another cause would not leave; else it is `undecided`. A model
+    that has not learned enough errs more often than the baseline on the same rows. Labels that
+    overlap make models of different kinds err on the same rows.
+    """
+    from scipy.stats import binomtest, fisher_exact
+
+    if min(num_first, num_second) < FEW_ROWS:
+        return "too few examples", f"a label has {min(num_first, num_second)} training rows"
+    taken, num_rows = first_as_second + second_as_first, num_first + num_second
+    only_run = held_out_by_run - held_out_by_both
+    only_baseline = held_out_by_baseline - held_out_by_both
+    if only_run + only_baseline:
+        test = binomtest(only_run, only_run + only_baseline, alternative="greater")
+        if test.pvalue < SIGNIFICANT:
+            return "undertrained", (
+                f"the run confuses {held_out_by_run} of {held_out_rows} held-out rows, "
+                f"the baseline {held_out_by_baseline} (p = {test.pvalue:.2g})"
+            )
+    if num_conflicting >= max(4, 0.02 * num_rows):
+        return "labels overlap", (
+            f"{num_conflicting} rows have a nearly identical text under the other label"
+        )
+    table = [
+        [held_out_by_both, only_run],
+        [only_baseline, held_out_rows - held_out_by_run - only_baseline],
+    ]
+    alike = fisher_exact(table, alternative="greater").pvalue
+    if min(first_as_second, second_as_first) >= 2 and held_out_by_both and alike < SIGNIFICANT:
+        chance = held_out_by_run * held_out_by_baseline / held_out_rows
+        return "labels overlap", (
+            f"{taken} of {num_rows} training rows are confused out of sample, in both directions, "
+            f"and run and baseline confuse the same {held_out_by_both} held-out rows, "
+            f"{chance:.1f} by chance (p = {alike:.2g})"
+        )
+    if taken and num_suspects > taken / 2 and held_out_by_run * num_rows <= taken * held_out_rows:
+        return "rows mislabelled", (
+            f"{num_suspects} of the {taken} training rows confused out of sample have a label that "
+            f"the model is sure is the other, and held-out rows are confused no more often"
+        )
+    return "undecided", (
+        f"{taken} of {num_rows} training rows and {held_out_by_run} of {held_out_rows} held-out "
+        "rows are confused, but nothing tells why"
+    )

@@ -1,0 +1,273 @@
+"""Why a run errs: planted errors are found, verdicts follow their evidence, decisions come back."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from remora import crossfit, data, diagnose, relabel, run
+from remora.cli import main
+from remora.config import DiagnoseConfig, TrainConfig
+from remora.data import Table
+from remora.errors import ConfigError, DataError
+
+NOUNS = {"card": "card arrival", "refund": "refund", "top up": "top up failed"}
+ENDS = ("today", "please", "at once", "again", "now", "still", "soon", "at last")
+WAYS = ("where is my {} {}", "the {} is late {}", "why no {} {}", "a {} I wait for {}")
+
+
+def rows() -> Table:
+    """96 rows, three of them with a planted wrong label: rows 5, 40 and 90, from 1."""
+    texts = [way.format(noun, end) for way in WAYS for noun in NOUNS for end in ENDS]
+    labels = [label for _ in WAYS for label in NOUNS.values() for _ in ENDS]
+    for row, wrong in ((5, "refund"), (40, "top up failed"), (90, "card arrival")):
+        assert labels[row - 1] != wrong
+        labels[row - 1] = wrong
+    texts[0] = "=card(1) where is my card"
+    return Table(texts, labels)
+
+
+def write_csv(path: Path, table: Table) -> Path:
+    relabel.write_table(path, table)
+    return path
+
+
+@pytest.fixture
+def finished(base: Path, tmp_path: Path) -> Path:
+    """A run directory as train leaves it, but for its adapter."""
+    table = rows()
+    settings = TrainConfig(
+        str(write_csv(tmp_path / "train.csv", table)),
+        model=str(base),
+        test=str(write_csv(tmp_path / "test.csv", Table(table.texts[1:41], table.labels[1:41]))),
+        epochs=1,
+        batch_size=4,
+        learning_rate=1e-2,
+        device="cpu",
+        precision="float32",
+    )
+    path = tmp_path / "run"
+    path.mkdir()
+    dataset = data.load_dataset(settings.data, test=settings.test)
+    run.write_text(path / "config.toml", settings.to_toml())
+    run.write_json(path / "data.json", dataset.summary.to_dict())
+    truth = dataset.test.labels
+    run.write_predictions(
+        path / "predictions.csv", dataset.test.texts, truth, truth, [0.9] * 40, truth
+    )
+    return path
+
+
+def remora(*arguments: str | Path) -> int:
+    """Run the command line in this process."""
+    try:
+        return main([*map(str, arguments)])
+    except SystemExit as done:
+        return int(done.code or 0)
+
+
+@pytest.mark.parametrize("method", ["tfidf", "fast"])
+def test_planted_errors_lead_the_list(finished: Path, method: str, capsys) -> None:
+    assert remora("diagnose", finished, "--method", method) == 0
+    with (finished / "relabel.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert {row["row"] for row in found[:2]} < {"5", "40", "90"}
+    assert all(row["suggested"] == rows().labels[int(row["row"]) - 2] for row in found[:2])
+    assert all(row["decision"] == "" for row in found)
+    shown = capsys.readouterr().out
+    assert f"suspects   {len(found)} rows in" in shown
+    assert ("frozen features" in shown) == (method == "fast")
+    figures = json.loads((finished / "diagnosis.json").read_text())
+    assert figures["out_of_sample_accuracy"] > 0.9
+    _, dataset, _ = diagnose.load(DiagnoseConfig(finished))
+    shared = len(set(dataset.test.texts) & set(dataset.train.texts))
+    assert figures["num_test_exact"] == shared > 30  # test rows are copies of training rows
+
+
+@pytest.mark.parametrize("method", ["frozen", "adapters"])
+def test_every_method_judges_each_row_out_of_sample(finished: Path, method: str) -> None:
+    settings, _, everything = diagnose.load(DiagnoseConfig(finished))
+    few = replace(
+        everything, train=Table(everything.train.texts[::4], everything.train.labels[::4])
+    )
+    found = crossfit.probabilities(few, settings, method, 2, diagnose.Reporter())
+    assert found.shape == (24, 3)
+    np.testing.assert_allclose(found.sum(1), 1)
+    again = crossfit.probabilities(few, settings, method, 3, diagnose.Reporter())
+    assert not np.allclose(found, again)  # other folds, other judges
+
+
+def test_no_row_is_judged_by_what_saw_its_label() -> None:
+    """A label that one row has alone is unknown to its judge, however clear the text."""
+    table = Table([f"{'ab'[i % 2]} word" for i in range(20)] + ["unique"], ["a", "b"] * 10 + ["c"])
+    dataset = data.from_lists(table.texts, table.labels, validation_fraction=0.0, seed=0)
+    found = crossfit.probabilities(
+        dataset, TrainConfig("", model=""), "tfidf", 3, diagnose.Reporter()
+    )
+    assert found[-1].argmax() != 2
+    folds = crossfit._folds(np.arange(30) % 3, 5, seed=0)
+    assert sorted(i for _, own in folds for i in own.tolist()) == list(range(30))
+    assert all(not set(others) & set(own) for others, own in folds)
+
+
+def test_suspicion_by_hand() -> None:
+    found = diagnose.suspicion(np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]]), np.array([0, 1]))
+    assert found == pytest.approx(np.log([0.5, 3.5]))
+
+
+COUNTS = {
+    "num_first": 80,
+    "num_second": 80,
+    "first_as_second": 8,
+    "second_as_first": 8,
+    "num_suspects": 2,
+    "num_conflicting": 0,
+    "held_out_rows": 50,
+    "held_out_by_run": 10,
+    "held_out_by_baseline": 10,
+    "held_out_by_both": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "undecided"),
+        ({"num_second": 9}, "too few examples"),
+        ({"held_out_by_both": 8}, "labels overlap"),
+        ({"held_out_by_both": 8, "second_as_first": 0}, "undecided"),
+        ({"num_conflicting": 6}, "labels overlap"),
+        ({"held_out_by_run": 20, "held_out_by_baseline": 3}, "undertrained"),
+        ({"held_out_by_run": 20, "held_out_by_baseline": 8, "held_out_by_both": 8}, "undertrained"),
+        (
+            {
+                "num_suspects": 14,
+                "held_out_by_run": 1,
+                "held_out_by_baseline": 1,
+                "held_out_by_both": 0,
+            },
+            "rows mislabelled",
+        ),
+    ],
+)
+def test_a_verdict_needs_its_evidence(changed: dict[str, int], verdict: str) -> None:
+    found, reason = diagnose.judge(**COUNTS | changed)
+    assert found == verdict
+    assert reason
+
+
+def test_the_counts_behind_a_verdict() -> None:
+    """Two labels: 3 rows confused out of sample, 2 held-out rows by the run, 1 of them by both."""
+    true = np.array([0] * 5 + [1] * 5)
+    predicted = np.array([0, 0, 0, 1, 1, 0, 1, 1, 1, 1])
+    held_out = diagnose._HeldOut(
+        np.array(["a", "a", "b", "c"]),
+        np.array(["b", "a", "a", "c"]),
+        np.array(["b", "a", "b", "c"]),
+    )
+    (pair,) = diagnose._pairs(
+        ["a", "b", "c"], true, np.eye(3)[predicted], true != predicted, [(0, 9)], held_out
+    )
+    assert (pair.first_as_second, pair.second_as_first, pair.num_suspects) == (2, 1, 3)
+    assert (pair.held_out_rows, pair.held_out_by_run, pair.held_out_by_both) == (3, 2, 1)
+    assert (pair.num_conflicting, pair.accuracy_if_merged) == (2, 1.0)
+
+
+CARDS = ("I would like to know where my card is", "i would like to know where my card is!")
+
+
+def test_near_texts_are_found_in_any_block() -> None:
+    texts = [*CARDS, "a refund", "top up", "where is it"]
+    for block in (2, 512):
+        neighbours, near = diagnose.nearest(texts, 2, block)
+        assert near == [(0, 1)]
+        assert neighbours[:2, 0].tolist() == [1, 0]
+        assert neighbours.shape == (5, 2)
+
+
+def decide(finished: Path, decisions: dict[int, str], **changed: str) -> Path:
+    table = rows()
+    path = finished / "decisions.csv"
+    records = [
+        [str(row), run.defused(table.texts[row - 1]), table.labels[row - 1], "", "", "", "", answer]
+        for row, answer in decisions.items()
+    ]
+    run.write_csv(path, relabel.COLUMNS, records)
+    return path
+
+
+def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path, capsys) -> None:
+    path = decide(
+        finished, {90: "refund", 5: "card arrival", 1: "delete", 2: "", 3: "card arrival"}
+    )
+    assert remora("diagnose", finished, "--apply", path) == 0
+    assert "2 corrected and 1 deleted rows in" in capsys.readouterr().out
+    cleaned = data.read_table(finished / "cleaned.csv")
+    table = rows()
+    assert cleaned.texts == table.texts[1:]
+    assert cleaned.labels[88] == "refund"
+    assert cleaned.labels[3] == "card arrival"
+    assert sum(a != b for a, b in zip(cleaned.labels, table.labels[1:], strict=True)) == 2
+    elsewhere = tmp_path / "elsewhere.csv"
+    assert (
+        remora(
+            "diagnose", finished, "--apply", decide(finished, {1: "refund"}), "--output", elsewhere
+        )
+        == 0
+    )
+    assert data.read_table(elsewhere).texts[0].startswith("=card")  # not defused: it is trained on
+
+
+@pytest.mark.parametrize(
+    ("decisions", "told"),
+    [
+        ({5: "refnd"}, "line 2 decides for 'refnd', which is no label; did you mean 'refund'"),
+        (dict.fromkeys(range(1, 97), "delete"), "deletes every row"),
+    ],
+)
+def test_bad_decisions_are_refused(finished: Path, decisions: dict[int, str], told: str) -> None:
+    config = DiagnoseConfig(finished, apply=decide(finished, decisions))
+    with pytest.raises(DataError, match=told):
+        diagnose.apply(config)
+    assert not (finished / "cleaned.csv").exists()
+
+
+def test_decisions_for_other_rows_are_refused(finished: Path) -> None:
+    path = decide(finished, {5: "refund"})
+    text = path.read_text()
+    for old, new, told in (
+        ("5,", "6,", "line 2 is not row 6 of the data any more"),
+        ("5,", "97,", "line 2 is of row '97', which the data do not have"),
+        ("decision", "choice", "has no column decision"),
+        (",refund\n", "\n", "line 2 has too few or too many fields"),
+    ):
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(DataError, match=told):
+            diagnose.apply(DiagnoseConfig(finished, apply=path))
+
+
+def test_a_table_that_has_changed_is_refused(finished: Path, capsys) -> None:
+    table = rows()
+    write_csv(finished.parent / "train.csv", Table(table.texts[1:], table.labels[1:]))
+    assert remora("diagnose", finished) == 3
+    assert "are not those that" in capsys.readouterr().err
+    (finished / "predictions.csv").unlink()
+    with pytest.raises(
+        DataError, match=r"no predictions.csv; give the directory of a finished run"
+    ):
+        diagnose.diagnose(DiagnoseConfig(finished))
+    assert not (finished / "relabel.csv").exists()
+
+
+def test_wrong_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="folds is 1; give"):
+        DiagnoseConfig(tmp_path, folds=1)
+    with pytest.raises(ConfigError, match="output is given without apply"):
+        DiagnoseConfig(tmp_path, output=tmp_path / "x.csv")
+    with pytest.raises(ConfigError, match=r"config.toml cannot be read .*; give the directory"):
+        diagnose.load(DiagnoseConfig(tmp_path))
