@@ -70,6 +70,7 @@ def test_each_wrong_value_is_refused_by_itself(name):
     ("name", "value"),
     [
         ("alpha", float("nan")),
+        ("alpha", float("inf")),
         ("dropout", -0.1),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),

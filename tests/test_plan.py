@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from remora import plan
+from remora import memory, plan
 from remora.errors import ConfigError
 
 CUDA = torch.device("cuda")
@@ -127,8 +127,8 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch, missing):
 
 
 def test_the_peak_of_memory_is_in_bytes():
-    before = plan.peak_memory_bytes(CPU)
+    before = memory.peak_bytes(CPU)
     block = np.ones(256 << 20, dtype=np.uint8)
-    after = plan.peak_memory_bytes(CPU)
+    after = memory.peak_bytes(CPU)
     assert block.nbytes <= after < 256 << 30
     assert after >= before > 16 << 20

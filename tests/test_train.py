@@ -19,7 +19,7 @@ import torch
 from conftest import WAYS, WORDS
 from remora import data, plan, run, train
 from remora.config import TrainConfig
-from remora.errors import ConfigError, DataError, DivergedError
+from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 
 
 def write_table(path: Path, repeats: int = 6) -> None:
@@ -92,6 +92,7 @@ def test_the_run_directory_holds_what_it_takes_to_repeat_the_run(finished) -> No
         "config.toml",
         "environment.json",
         "data.json",
+        "plan.json",
         "metrics.jsonl",
         "evaluation.json",
         "predictions.csv",
@@ -209,6 +210,110 @@ def test_micro_batches_change_no_result(config: TrainConfig) -> None:
         records = [json.loads(line) for line in path.read_text().splitlines()]
         weights.append([r["loss"] for r in records if "loss" in r])
     np.testing.assert_allclose(weights[0], weights[1], rtol=1e-4)
+
+
+def run_out_of_memory(monkeypatch, above: int, calls: set[int] | None = None) -> list[int]:
+    """Let the forward pass of trees above a size, or of these calls, run out of memory."""
+    seen: list[int] = []
+    forward = train.tree.answer_logits
+
+    def limited(adapted, packed):
+        seen.append(packed.num_tokens)
+        full = packed.num_tokens > above if calls is None else len(seen) in calls
+        if adapted.training and full:
+            forward(adapted, packed)  # its random numbers have been drawn
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(adapted, packed)
+
+    monkeypatch.setattr(train.tree, "answer_logits", limited)
+    return seen
+
+
+def losses(result: train.TrainResult) -> list[float]:
+    records = (result.directory / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, records) if "loss" in record]
+
+
+class Listener(train.Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("calls", [None, {6}])
+def test_running_out_of_memory_changes_no_result(
+    config: TrainConfig, monkeypatch, calls: set[int] | None
+) -> None:
+    settings = replace(config, dropout=0.0, max_steps=6)
+    undisturbed = losses(train.train(settings))
+    listener = Listener()
+    run_out_of_memory(monkeypatch, 60, calls)
+    disturbed = losses(train.train(settings, reporter=listener))
+    np.testing.assert_allclose(disturbed, undisturbed, rtol=1e-4)
+    assert len([line for line in listener.lines if "the memory ran out" in line]) == 1
+
+
+def test_a_run_that_ran_out_is_the_run_that_began_smaller(config: TrainConfig, monkeypatch) -> None:
+    settings = replace(config, dropout=0.3, max_steps=4)
+    listener = Listener()
+    with monkeypatch.context() as patch:
+        run_out_of_memory(patch, 60)
+        disturbed = losses(train.train(settings, reporter=listener))
+    (told,) = (line for line in listener.lines if "the memory ran out" in line)
+    sizes = [int(word) for word in told.replace(",", "").split() if word.isdigit()]
+    seen = []
+    halve = train.MicroBatches._halve
+    monkeypatch.setattr(
+        train.MicroBatches, "_halve", lambda self, rows: (halve(self, rows), seen.append(self))
+    )
+    run_out_of_memory(monkeypatch, 60)
+    train.train(settings)
+    assert sizes
+    monkeypatch.undo()
+    smaller = replace(settings, micro_batch_tokens=seen[-1].max_tokens)
+    assert losses(train.train(smaller)) == disturbed
+
+
+def test_memory_that_holds_no_row_is_one_line_and_exit_five(config, monkeypatch) -> None:
+    run_out_of_memory(monkeypatch, 0)
+    with pytest.raises(ResourceError, match="memory does not suffice for a single row of") as error:
+        train.train(config)
+    assert error.value.exit_code == 5
+
+
+def test_a_processor_is_not_asked_for_memory_that_is_not_there(config, monkeypatch) -> None:
+    listener = Listener()
+    undisturbed = losses(train.train(replace(config, dropout=0.0, max_steps=3)))
+    planned = train._plan
+
+    def plan_then_shrink(*arguments):
+        made, heaviest = planned(*arguments)
+        largest = made.largest_micro_batch * heaviest.bytes_per_token
+        monkeypatch.setattr(train.memory, "free_bytes", lambda _: int(largest * 0.7))
+        return made, heaviest
+
+    monkeypatch.setattr(train, "_plan", plan_then_shrink)
+    settings = replace(config, dropout=0.0, max_steps=3)
+    disturbed = losses(train.train(settings, reporter=listener))
+    assert [line for line in listener.lines if "the memory ran out" in line]
+    np.testing.assert_allclose(disturbed, undisturbed, rtol=1e-4)
+
+
+def test_what_cannot_fit_is_refused_before_weights_are_read(config, monkeypatch) -> None:
+    monkeypatch.setattr(train.memory, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(train.model, "load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ResourceError, match=r"of memory and there are .* what would fit"):
+        train.train(config)
+
+
+def test_the_plan_is_kept_beside_what_was_measured(finished) -> None:
+    done, directory = finished
+    kept = json.loads((directory / "plan.json").read_text())
+    assert kept["peak_bytes"] == sum(kept["memory"].values())
+    assert kept["measured_peak_bytes"] > 0
+    assert "memory at the peak of training: " in done.stderr
 
 
 def test_the_loss_of_the_first_step_is_the_stock_loss(config: TrainConfig, base: Path) -> None:

@@ -145,7 +145,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         scorer = Scorer(
             self.model_,
             self.prompt_,
-            max_tokens=self._config().micro_batch_tokens,
+            max_tokens=self._config().max_tokens,
             autocast=self._precision.autocast,
         )
         return scorer.probabilities(_texts(X))

@@ -15,14 +15,38 @@ from cyclopts import App, Parameter
 from cyclopts.config import Toml
 
 import remora
-from remora.config import CompareConfig, DiagnoseConfig, EvalConfig, PredictConfig, TrainConfig
-from remora.errors import ConfigError, RemoraError
+from remora.config import (
+    CompareConfig,
+    DiagnoseConfig,
+    EvalConfig,
+    PlanConfig,
+    PredictConfig,
+    TrainConfig,
+)
+from remora.errors import ConfigError, RemoraError, ResourceError
 
 app = App(
     name="remora",
     help="Turn a large language model into a text classifier by training a small LoRA adapter.",
     version=remora.__version__,
 )
+
+
+@app.command
+def plan(config: PlanConfig) -> None:
+    """Say what a training run would need, how long it takes and why, without weights.
+
+    Takes the settings of train.
+    """
+    from remora import display
+    from remora import plan as planning
+
+    with display.TerminalReporter().live() as reporter:
+        made = planning.plan(config, say=reporter.say)
+    if config.json:
+        _print_json(made.to_dict())
+    else:
+        display.show_plan(made)
 
 
 @app.command
@@ -137,6 +161,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         code = error.exit_code if isinstance(error, RemoraError) else ConfigError.exit_code
         return _fail(str(error), code)
+    except (MemoryError, RuntimeError) as error:
+        from remora import memory
+
+        if "--debug" in given or not memory.is_exhausted(error):
+            raise
+        return _fail(
+            "the memory ran out; give fewer --micro-batch-tokens or a smaller model, or see what "
+            "fits with `remora plan`",
+            ResourceError.exit_code,
+        )
     return 0
 
 

@@ -6,6 +6,8 @@ The command line's flags and the keys of a TOML file are generated from these fi
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,10 @@ from remora.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Method = Literal["lora", "full"]
+
+DEFAULT_MICRO_BATCH_TOKENS = 2048
+"""Larger micro-batches of a token tree are hardly faster, and need more memory."""
 
 
 @Parameter(name="*")
@@ -67,6 +73,9 @@ class TrainConfig:
     max_length: int | None = None
     """Longest sequence in tokens, longer messages are cut; by default the model's context."""
 
+    method: Method = "lora"
+    """What trains: a LoRA adapter, or with full every weight, which can be planned only so far."""
+
     rank: int = 16
     """Rank r of the adapter's matrices."""
 
@@ -92,8 +101,13 @@ class TrainConfig:
     batch_size: int = 32
     """Rows that one optimizer step averages over, however they are cut into micro-batches."""
 
-    micro_batch_tokens: int = 2048
-    """Most tokens computed at once; limits memory, changes no result."""
+    micro_batch_tokens: int | None = None
+    """Most tokens computed at once; limits memory, changes no result. By default 2048, or fewer
+    where the memory does not suffice."""
+
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Compute each layer again in the backward pass instead of keeping what it needs: saves memory,
+    costs time. By default only where the memory does not suffice without."""
 
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
@@ -135,7 +149,7 @@ class TrainConfig:
             f"{name} is {getattr(self, name)}; give {wanted}"
             for name, wanted, good in (
                 ("rank", "a whole number from 1", self.rank >= 1),
-                ("alpha", "a number above 0", self.alpha > 0),
+                ("alpha", "a number above 0", 0 < self.alpha < float("inf")),
                 ("dropout", "a number from 0 to below 1", 0 <= self.dropout < 1),
                 (
                     "learning_rate",
@@ -147,7 +161,7 @@ class TrainConfig:
                 ("max_length", "a whole number from 1", _from(1, self.max_length)),
                 ("eval_steps", "a whole number from 1", _from(1, self.eval_steps)),
                 ("batch_size", "a whole number from 1", self.batch_size >= 1),
-                ("micro_batch_tokens", "a whole number from 1", self.micro_batch_tokens >= 1),
+                ("micro_batch_tokens", "a whole number from 1", _from(1, self.micro_batch_tokens)),
                 ("warmup_fraction", "a number from 0 to 1", 0 <= self.warmup_fraction <= 1),
                 ("weight_decay", "a number from 0", 0 <= self.weight_decay < float("inf")),
                 ("max_grad_norm", "a number above 0", self.max_grad_norm > 0),
@@ -162,6 +176,16 @@ class TrainConfig:
         if problems:
             raise ConfigError("; ".join(problems))
 
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens computed at once where nobody has looked at the memory."""
+        return self.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS
+
+    def num_steps(self, num_rows: int) -> int:
+        """Return how many optimizer steps training on so many rows takes."""
+        steps_per_epoch = math.ceil(num_rows / self.batch_size)
+        return self.max_steps or max(1, math.ceil(self.epochs * steps_per_epoch))
+
     def to_toml(self) -> str:
         """Return the settings as a TOML file that `--config` takes; settings of None left out."""
         import tomli_w
@@ -175,6 +199,58 @@ class TrainConfig:
                 value = str(value)
             settings[entry.name] = list(value) if isinstance(value, tuple) else value
         return str(tomli_w.dumps(settings))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """Settings of `remora plan`: those of `remora train`, and the machine to plan for."""
+
+    device: Literal[
+        "auto",
+        "cpu",
+        "cuda",
+        "mps",
+        "p100",
+        "v100",
+        "t4",
+        "rtx3090",
+        "a10",
+        "a100",
+        "rtx4090",
+        "l4",
+        "l40s",
+        "h100",
+        "h200",
+    ] = "auto"  # type: ignore[assignment]
+    """Where to compute: here, or on one of these devices that need not be here."""
+
+    device_memory: str | None = None
+    """Memory of the device to plan for, such as 16GB; by default what is there."""
+
+    json: bool = False
+    """Write the plan as JSON to standard output."""
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ConfigError."""
+        super().__post_init__()
+        self.memory_bytes()
+
+    def memory_bytes(self) -> int | None:
+        """Return the memory to plan for in bytes, None where it was not given.
+
+        Raises:
+            ConfigError: If it is no amount of memory.
+        """
+        if self.device_memory is None:
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", self.device_memory.strip(), re.I)
+        if not found or not float(found[1]):
+            raise ConfigError(
+                f"device_memory is {self.device_memory!r}; give an amount such as 16GB or 15.5GiB"
+            )
+        power = "KMGT".index(found[2].upper()) + 1
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 @Parameter(name="*")

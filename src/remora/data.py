@@ -208,6 +208,20 @@ def from_lists(
     )
 
 
+def batches(num_rows: int, batch_size: int, num_batches: int, seed: int) -> Iterator[list[int]]:
+    """Yield the rows of each effective batch, each epoch in an order of its own from the seed."""
+    import numpy as np
+
+    done = 0
+    for epoch in range(num_batches):
+        order = np.random.default_rng((seed, epoch)).permutation(num_rows)
+        for start in range(0, num_rows, batch_size):
+            if done == num_batches:
+                return
+            yield order[start : start + batch_size].tolist()
+            done += 1
+
+
 def _check_fractions(validation_fraction: float, test_fraction: float) -> None:
     for split, value in (("validation", validation_fraction), ("test", test_fraction)):
         if not 0 <= value < 1:

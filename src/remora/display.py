@@ -14,6 +14,7 @@ from remora.calibration import Abstention, Reliability
 from remora.compare import Comparison
 from remora.diagnose import Diagnosis
 from remora.evaluate import Metrics
+from remora.plan import Plan, spoken_bytes, spoken_seconds
 from remora.train import Reporter, Step, TrainResult, Validation
 
 NUM_CONFUSIONS = 5
@@ -74,6 +75,45 @@ class TerminalReporter(Reporter):
         if done >= total:
             self._progress.remove_task(self._scoring)
             self._scoring = None
+
+
+def show_plan(made: Plan, console: Console | None = None) -> None:
+    """Print a plan: memory by component, then the settings with their reasons."""
+    console = console or Console(highlight=False)
+    table = Table("memory at its peak", "", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name, count in vars(made.memory).items():
+        table.add_row(name.replace("_", " "), spoken_bytes(count))
+    available = made.available_bytes
+    room = "" if available is None else f" of {spoken_bytes(available)}"
+    table.add_row("together", f"{spoken_bytes(made.peak_bytes)}{room}")
+    console.print(table)
+    saved = made.padded_tokens / made.tree_tokens
+    time = "" if made.seconds is None else f"{spoken_seconds(made.seconds)}, "
+    for line in (
+        f"\nparameters  {made.parameters:,}, of which {made.trainable:,} train "
+        f"({made.trainable / made.parameters:.2%}); what trains takes "
+        f"{spoken_bytes(made.adapter_bytes_32)} in 32 bits, "
+        f"{spoken_bytes(made.adapter_bytes_16)} in 16 bits",
+        f"tokens      {made.prefix_tokens} that all rows share, then a message of "
+        f"{made.message_tokens:.1f} and an answer of {made.answer_tokens:.1f} on average; computed "
+        f"for each row: padded {made.padded_tokens:.1f}, in trees {made.tree_tokens:.1f} "
+        f"({saved:.1f} times fewer)",
+        f"operations  {made.operations_per_example / 1e9:,.1f} GFLOP an example",
+        f"arithmetic  {made.precision}",
+        f"micro-batch at most {made.micro_batch_tokens:,} tokens (the largest has "
+        f"{made.largest_micro_batch:,}), checkpointing {'on' if made.checkpointing else 'off'}: "
+        f"{made.why}",
+        f"time        {made.num_steps:,} steps of {made.batch_size} rows: {time}{made.seconds_are}",
+        f"disk        {spoken_bytes(made.disk_bytes)}",
+    ):
+        _line(console, line)
+    if made.fits:
+        _line(console, f"\nfits on {made.device}")
+        return
+    _line(console, f"\ndoes not fit on {made.device}; what would, the cheapest first:")
+    for alternative in made.alternatives:
+        _line(console, f"  {alternative}")
 
 
 def show_result(result: TrainResult, console: Console | None = None) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import types
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from remora.config import TrainConfig
 from remora.errors import ModelError
 
 SEED_RECIPE_MODULES = (
@@ -112,6 +114,25 @@ def add_adapter(
     return adapted
 
 
+def adapt(base: Any, config: TrainConfig) -> Any:
+    """Make a base model trainable as the settings say: with an adapter, or in all its weights.
+
+    Raises:
+        ModelError: If the model has no linear layer of a requested name.
+    """
+    if config.method == "full":
+        base.requires_grad_(True)
+        make_fast(base)
+        return base
+    return add_adapter(
+        base,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        modules=config.target_modules,
+    )
+
+
 def count_parameters(model: Any) -> ParameterCount:
     """Count the parameters of an adapted model, and check the count against r * (in + out).
 
@@ -165,15 +186,22 @@ def _recomputed(module: Any, x: Tensor) -> Tensor:
 
 
 def _is_gated_mlp(module: Any) -> bool:
-    """Whether a module computes down(act(gate(x)) * up(x)) to the bit, found by trying it."""
-    try:
-        weight = module.gate_proj.weight
-        x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    """Whether a module computes down(act(gate(x)) * up(x)) to the bit, found by trying it small."""
+    small = copy.copy(module)
+    small._modules = dict(module._modules)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        if small._modules.get(name) is None:
+            return False
+        linear = nn.Linear(8, 8, bias=False, device="meta").to_empty(device="cpu")
         with torch.no_grad():
-            stock = type(module).forward(module, x.to(weight))
-            ours = module.down_proj(
-                module.act_fn(module.gate_proj(x.to(weight))) * module.up_proj(x.to(weight))
-            )
+            linear.weight.normal_(generator=generator)
+        small._modules[name] = linear
+    x = torch.randn(3, 8, generator=generator, device="cpu")
+    try:
+        with torch.no_grad():
+            stock = type(module).forward(small, x)
+            ours = small.down_proj(small.act_fn(small.gate_proj(x)) * small.up_proj(x))
     except (AttributeError, RuntimeError, TypeError):
         return False
     return torch.equal(stock, ours)

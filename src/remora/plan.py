@@ -1,15 +1,82 @@
-"""The precision decision: which arithmetic, where, and why."""
+"""Which arithmetic, on what device, and why; whether a run fits, and how long it takes."""
 
 from __future__ import annotations
 
-import sys
+import copy
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from remora import config
+from remora import config, data, lora, memory, model, tree
+from remora.config import PlanConfig, TrainConfig
+from remora.data import Dataset
 from remora.errors import ConfigError
+from remora.prompt import Prompt, TokenSequence, common_prefix_length
+from remora.tree import TokenTree
+
+MAX_SURVEYED_ROWS = 100_000
+"""Rows whose batches are looked at for the heaviest one; the rest are taken to be like them."""
+
+MICRO_BATCH_TOKENS = (2048, 1024, 512, 256, 128)
+"""Sizes that are tried, as many as needed, where the user gives none."""
+
+RECOMPUTING_COST = 4 / 3
+"""Checkpointing computes forward, forward and backward instead of forward and backward."""
+
+CUDA_RUNTIME_BYTES = 600_000_000
+"""Set aside for a CUDA context and the fragments that its allocator cannot use. An assumption."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What is known of a device. `memory_bytes` is None where nobody says."""
+
+    type: str  # cpu, cuda or mps
+    name: str
+    native: torch.dtype  # the fastest arithmetic that is safe to train in
+    memory_bytes: int | None = None
+    teraflops: float | None = None  # published, dense, in the native arithmetic
+
+    @property
+    def reason(self) -> str:
+        """Why the native arithmetic is that."""
+        if self.type == "cpu":
+            has = "has" if self.native is torch.bfloat16 else "has no"
+            return f"{self.name} {has} bfloat16 instructions"
+        if self.type == "mps":
+            return "float32 is the safe choice on Apple GPUs"
+        return {
+            torch.bfloat16: f"{self.name} has native bfloat16",
+            torch.float16: f"{self.name} has no native bfloat16; float16 with loss scaling",
+            torch.float32: f"{self.name} has no fast 16-bit arithmetic",
+        }[self.native]
+
+
+def _gpu(name: str, native: torch.dtype, gigabytes: int, teraflops: float) -> Hardware:
+    return Hardware("cuda", name, native, gigabytes * 10**9, teraflops)
+
+
+KNOWN_DEVICES = {
+    "p100": _gpu("Tesla P100", torch.float32, 16, 9.3),
+    "v100": _gpu("Tesla V100", torch.float16, 16, 125),
+    "t4": _gpu("Tesla T4", torch.float16, 16, 65),
+    "rtx3090": _gpu("GeForce RTX 3090", torch.bfloat16, 24, 71),
+    "a10": _gpu("A10", torch.bfloat16, 24, 125),
+    "a100": _gpu("A100", torch.bfloat16, 40, 312),
+    "rtx4090": _gpu("GeForce RTX 4090", torch.bfloat16, 24, 165),
+    "l4": _gpu("L4", torch.bfloat16, 24, 121),
+    "l40s": _gpu("L40S", torch.bfloat16, 48, 362),
+    "h100": _gpu("H100", torch.bfloat16, 80, 989),
+    "h200": _gpu("H200", torch.bfloat16, 141, 989),
+}
+"""Devices that can be planned for from elsewhere: nominal memory, the vendor's peak rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +106,8 @@ class Precision:
 
     def __str__(self) -> str:
         name = str(self.compute).removeprefix("torch.")
-        return f"{name} arithmetic, float32 adapter ({self.reason})"
+        what = "weights" if self.base is torch.float32 != self.compute else "adapter"
+        return f"{name} arithmetic, float32 {what} ({self.reason})"
 
 
 def choose_device(requested: config.Device) -> torch.device:
@@ -61,44 +129,55 @@ def choose_device(requested: config.Device) -> torch.device:
     return torch.device(requested)
 
 
-def choose_precision(device: torch.device, requested: config.Precision) -> Precision:
+def choose_precision(
+    device: torch.device,
+    requested: config.Precision,
+    *,
+    hardware: Hardware | None = None,
+    trains_base: bool = False,
+) -> Precision:
     """Decide on the arithmetic from what the device does natively.
 
     bfloat16 is used only where the hardware has it: a T4 says that it supports bfloat16 but
     emulates it, and so does a processor without the AVX512-BF16, AMX or Arm BF16 instructions.
 
+    Args:
+        device: Where to compute.
+        requested: What the user asks for.
+        hardware: What is known of the device; by default what it says itself.
+        trains_base: Whether the base model trains too, and so has to be stored in float32.
+
     Raises:
         ConfigError: If the requested arithmetic does not exist on the device.
     """
-    best, reason = _native(device)
+    hardware = hardware or hardware_here(device)
+    compute, reason = hardware.native, hardware.reason
     if requested != "auto":
-        compute: torch.dtype = getattr(torch, requested)
-        if compute is torch.float16 and device.type == "cpu":
+        compute, reason = getattr(torch, requested), "asked for"
+        if compute is torch.float16 and hardware.type == "cpu":
             raise ConfigError(
                 "float16 arithmetic is not for training on a processor; "
                 "use --precision bfloat16 or float32"
             )
-        slow = compute is torch.bfloat16 and best is not torch.bfloat16
-        note = "asked for; this device emulates it, slowly" if slow else "asked for"
-        return Precision(compute=compute, base=compute, reason=note)
-    return Precision(compute=best, base=best, reason=reason)
+        if compute is torch.bfloat16 and hardware.native is not torch.bfloat16:
+            reason = "asked for; this device emulates it, slowly"
+    return Precision(compute=compute, base=torch.float32 if trains_base else compute, reason=reason)
 
 
-def _native(device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the fastest arithmetic that is safe to train in, and why."""
+def hardware_here(device: torch.device) -> Hardware:
+    """Return what a device that is here says of itself."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        name = torch.cuda.get_device_name(device)
-        if major >= 8:
-            return torch.bfloat16, f"{name} has native bfloat16"
-        if (major, minor) >= (7, 0):
-            return torch.float16, f"{name} has no native bfloat16; float16 with loss scaling"
-        return torch.float32, f"{name} has no fast 16-bit arithmetic"
+        capability = torch.cuda.get_device_capability(device)
+        native = torch.float32
+        if capability >= (8, 0):
+            native = torch.bfloat16
+        elif capability >= (7, 0):
+            native = torch.float16
+        return Hardware("cuda", torch.cuda.get_device_name(device), native)
     if device.type == "mps":
-        return torch.float32, "float32 is the safe choice on Apple GPUs"
-    if _processor_has_bfloat16():
-        return torch.bfloat16, "this processor has bfloat16 instructions"
-    return torch.float32, "this processor has no bfloat16 instructions"
+        return Hardware("mps", "Apple GPU", torch.float32)
+    native = torch.bfloat16 if _processor_has_bfloat16() else torch.float32
+    return Hardware("cpu", "this processor", native)
 
 
 def _processor_has_bfloat16() -> bool:
@@ -111,13 +190,489 @@ def _processor_has_bfloat16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory used so far: of the device, or of the process on a processor."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if device.type == "mps":
-        return int(torch.mps.driver_allocated_memory())
-    import resource
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """Memory at the moment when most of it is used, in bytes."""
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    base: int  # the frozen model; its buffers too
+    adapter: int  # what trains, in float32
+    gradients: int  # those that are there at that moment
+    optimizer: int  # two float32 moments of each trained weight
+    saved_activations: int  # what the forward pass keeps for the backward pass
+    logits: int  # or their gradient
+    workspace: int
+    runtime: int  # Python and its libraries on a processor, the driver's context on CUDA
+
+    @property
+    def peak(self) -> int:
+        """All of it together."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heaviest:
+    """The effective batch with the micro-batch that needs most memory."""
+
+    rows: list[TokenSequence]
+    bytes_per_token: float
+    run_tokens: float  # tokens that the whole run computes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will need and take, and why its settings are what they are."""
+
+    model: str
+    device: str
+    is_cuda: bool
+    precision: str
+    parameters: int
+    trainable: int
+    adapter_bytes_32: int
+    adapter_bytes_16: int
+    num_rows: int
+    prefix_tokens: int  # that all rows share
+    message_tokens: float  # mean over rows, like what follows
+    answer_tokens: float
+    padded_tokens: float  # computed for each row where batches are padded to their longest
+    tree_tokens: float  # computed for each row in trees of the chosen size
+    operations_per_example: float
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    largest_micro_batch: int  # tokens of the largest there is
+    checkpointing: bool
+    why: str
+    memory: Components
+    available_bytes: int | None
+    disk_bytes: int
+    seconds: float | None
+    seconds_are: str
+    alternatives: tuple[str, ...]  # what would fit, the cheapest first; empty where it fits
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory at its peak, all of the process or device."""
+        return self.memory.peak
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What can be measured of the peak: CUDA's context is not among what torch allocates."""
+        return self.peak_bytes - (self.memory.runtime if self.is_cuda else 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what is available, as far as that is known."""
+        return self.available_bytes is None or self.peak_bytes <= self.available_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON holds it."""
+        return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}
+
+
+def plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: None) -> Plan:
+    """Plan the run that `remora train` would make with these settings, on this or another machine.
+
+    Raises:
+        RemoraError: The settings, the data or the model; see `remora.errors`.
+    """
+    dataset = data.load_dataset(
+        settings.data,
+        test=settings.test,
+        validation=settings.validation,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+        validation_fraction=settings.validation_fraction,
+        test_fraction=settings.test_fraction,
+        seed=settings.seed,
+    )
+    elsewhere = KNOWN_DEVICES.get(settings.device)
+    if elsewhere is None:
+        here = choose_device(settings.device)  # type: ignore[arg-type]  # the others are known
+        hardware = hardware_here(here)
+    else:
+        here, hardware = torch.device("cuda"), elsewhere
+    precision = choose_precision(
+        here, settings.precision, hardware=hardware, trains_base=settings.method == "full"
+    )
+    folder = model.find(settings.model, weights=False)
+    prompt = load_prompt(settings, dataset.labels, folder)
+    planner = Planner(
+        settings, dataset, prompt, folder, precision, hardware, settings.memory_bytes(), say
+    )
+    made = planner.make()
+    if elsewhere is not None:
+        return dataclasses.replace(made, **planner.published_time(made))
+    return dataclasses.replace(made, **planner.measured_time(made, here))
+
+
+def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> Prompt:
+    """Return how messages are asked and labels are answered with a model's tokenizer.
+
+    Raises:
+        ModelError: If the tokenizer cannot be used for this.
+    """
+    tokenizer = model.load_tokenizer(folder)
+    context = model.context_length(model.load_config(folder), tokenizer)
+    return Prompt(
+        tokenizer,
+        labels,
+        instruction=settings.instruction,
+        list_labels=settings.list_labels,
+        label_texts=settings.label_texts,
+        max_length=min(settings.max_length or context, context),
+    )
+
+
+class Planner:
+    """Makes the plan of a run."""
+
+    def __init__(
+        self,
+        settings: TrainConfig,
+        dataset: Dataset,
+        prompt: Prompt,
+        folder: Path,
+        precision: Precision,
+        hardware: Hardware,
+        memory_bytes: int | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        batches: list[list[TokenSequence]] | None = None,
+    ) -> None:
+        """Take a run's parts; `memory_bytes` is the memory to plan for, None for what is here."""
+        self._settings, self._precision, self._hardware = settings, precision, hardware
+        self._folder, self._dataset, self._say, self._prompt = folder, dataset, say, prompt
+        self._model_config = model.load_config(folder)
+        self._num_steps = settings.num_steps(len(dataset.train))
+        self._given_bytes = memory_bytes or hardware.memory_bytes
+        self._batches = batches or _survey(dataset, prompt, settings, self._num_steps)
+        adapted = self._adapted()
+        self._counts = lora.count_parameters(adapted)
+        self._base_bytes = sum(
+            t.numel() * t.element_size()
+            for t in [*adapted.parameters(), *adapted.buffers()]
+            if not t.requires_grad
+        )
+        self._skeleton = self._skeleton_of(adapted)
+
+    @functools.cached_property
+    def _runtime(self) -> int:
+        """What is used before the model is there; first asked for when a count has imported it."""
+        return CUDA_RUNTIME_BYTES if self._hardware.type == "cuda" else memory.used_bytes()
+
+    @functools.cached_property
+    def _available(self) -> int | None:
+        if self._given_bytes is not None:
+            return self._given_bytes
+        free = memory.free_bytes(torch.device(self._hardware.type))
+        if free is None or self._hardware.type == "cuda":
+            return free
+        return free + memory.used_bytes()
+
+    def _adapted(self) -> Any:
+        with torch.random.fork_rng():
+            empty = model.load_empty(self._model_config, self._precision.base)
+            return lora.adapt(empty, self._settings)
+
+    def _skeleton_of(self, adapted: Any) -> memory.Skeleton:
+        by_kernel = self._hardware.type != "cpu"
+        return memory.Skeleton(adapted, autocast=self._precision.autocast, by_kernel=by_kernel)
+
+    @functools.cached_property
+    def _sequences(self) -> list[TokenSequence]:
+        return [row for batch in self._batches for row in batch]
+
+    def make(self) -> Plan:
+        """Choose the settings that fit and cost least, and say what would where none fits."""
+        settings = self._settings
+        given = settings.micro_batch_tokens
+        sizes = MICRO_BATCH_TOKENS if given is None else (given,)
+        choices = {"auto": (False, True), "on": (True,), "off": (False,)}[settings.checkpointing]
+        least = (sizes[-1], choices[-1])
+        best: tuple[float, int, bool] | None = None
+        if self._fits(self.components(sizes[0], choices[0])):
+            best = (0, sizes[0], choices[0])
+        elif self._fits(self.components(*least)):
+            for checkpointing in choices:
+                for size in sizes:
+                    if self._fits(self.components(size, checkpointing)):
+                        cost = self._tree_tokens(size) * (RECOMPUTING_COST if checkpointing else 1)
+                        best = min(best or (math.inf, *least), (cost, size, checkpointing))
+                        break
+        size, checkpointing = least if best is None else best[1:]
+        return self._plan(size, checkpointing, self._why(size, checkpointing, best is not None))
+
+    def _why(self, size: int, checkpointing: bool, fits: bool) -> str:
+        if not fits:
+            return "the least that the settings allow, and it does not fit"
+        if self._settings.micro_batch_tokens is not None:
+            return "micro-batch as asked for"
+        if size == MICRO_BATCH_TOKENS[0] and not checkpointing:
+            return "the largest that is of use fits without checkpointing"
+        if checkpointing and self._settings.checkpointing == "auto":
+            return "without checkpointing it would not fit, or only in trees that share less"
+        return "larger micro-batches do not fit"
+
+    def _fits(self, components: Components) -> bool:
+        return self._available is None or components.peak <= self._available
+
+    def _trees(self, size: int) -> Iterator[tuple[list[TokenSequence], list[TokenTree]]]:
+        for batch in self._batches:
+            yield batch, tree.split(batch, size)
+
+    @functools.lru_cache  # noqa: B019 - a planner does not outlive its plan
+    def _survey_of(self, size: int) -> tuple[TokenTree, TokenTree, int, bool]:
+        """Return the trees with most tokens and most predictors, all tokens, any step cut?"""
+        longest = widest = None
+        total, several = 0, False
+        for _, trees in self._trees(size):
+            several = several or len(trees) > 1
+            for packed in trees:
+                total += packed.num_tokens
+                if longest is None or packed.num_tokens > longest.num_tokens:
+                    longest = packed
+                if widest is None or len(packed.predictors) > len(widest.predictors):
+                    widest = packed
+        assert longest is not None
+        assert widest is not None
+        return longest, widest, total, several
+
+    def _tree_tokens(self, size: int) -> float:
+        return self._survey_of(size)[2] / len(self._sequences)
+
+    @functools.lru_cache  # noqa: B019 - a planner does not outlive its plan
+    def _count(self, size: int, checkpointing: bool) -> memory.StepMemory:
+        """Count the micro-batch that needs most."""
+        longest, widest, _, several = self._survey_of(size)
+        found = self._skeleton.count(longest, checkpointing=checkpointing, accumulates=several)
+        per_token = (found.peak - found.logits - found.gradients) / longest.num_tokens
+        per_predictor = found.logits / len(longest.predictors)
+        gain = len(widest.predictors) - len(longest.predictors)
+        if gain * per_predictor > (longest.num_tokens - widest.num_tokens) * per_token:
+            other = self._skeleton.count(widest, checkpointing=checkpointing, accumulates=several)
+            found = max(found, other, key=lambda count: count.peak)
+        return found
+
+    def components(self, size: int, checkpointing: bool) -> Components:
+        """Return the memory at its peak."""
+        step = self._count(size, checkpointing)
+        trainable = 4 * self._counts.trainable
+        # While the optimizer steps, all gradients are there and its own arrays; activations are
+        # not. torch's AdamW makes one array as large as the weights where it steps them together.
+        stepping = trainable * (2 if self._hardware.type != "cpu" else 1)
+        gradients, workspace = step.gradients, step.workspace
+        saved, logits = step.saved, step.logits
+        if stepping > step.peak:
+            gradients, workspace, saved, logits = trainable, stepping - trainable, 0, 0
+        return Components(
+            base=self._base_bytes,
+            adapter=trainable,
+            gradients=gradients,
+            optimizer=2 * trainable,
+            saved_activations=saved,
+            logits=logits,
+            workspace=workspace,
+            runtime=self._runtime,
+        )
+
+    def heaviest(self, made: Plan) -> Heaviest:
+        """Return the batch that the training loop should try first."""
+        size = made.micro_batch_tokens
+        rows, trees = max(
+            self._trees(size), key=lambda found: max(packed.num_tokens for packed in found[1])
+        )
+        step = self._count(size, made.checkpointing)
+        largest = max(packed.num_tokens for packed in trees)
+        return Heaviest(
+            rows=rows,
+            bytes_per_token=(step.saved + step.logits + step.workspace) / largest,
+            run_tokens=made.tree_tokens * self._examples,
+        )
+
+    @property
+    def _examples(self) -> int:
+        """Rows that the run computes, counted once for each time."""
+        per_epoch = math.ceil(len(self._dataset.train) / self._settings.batch_size)
+        epochs, rest = divmod(self._num_steps, per_epoch)
+        return epochs * len(self._dataset.train) + rest * self._settings.batch_size
+
+    def _plan(self, size: int, checkpointing: bool, why: str) -> Plan:
+        rows = self._sequences
+        prefix = min(common_prefix_length(rows[0].token_ids, row.token_ids) for row in rows)
+        stems = sum(row.answer_start for row in rows) / len(rows)
+        lengths = sum(len(row.token_ids) for row in rows) / len(rows)
+        padded = sum(
+            len(batch) * max(len(row.token_ids) for row in batch) for batch in self._batches
+        )
+        components = self.components(size, checkpointing)
+        step = self._count(size, checkpointing)
+        longest = self._survey_of(size)[0]
+        trainable, total = self._counts.trainable, self._counts.total
+        download = total * (4 if self._stored_dtype() is torch.float32 else 2)
+        fits = self._fits(components)
+        is_here = any(self._folder.glob("*.safetensors"))
+        return Plan(
+            model=self._settings.model,
+            device=self._hardware.name,
+            is_cuda=self._hardware.type == "cuda",
+            precision=str(self._precision),
+            parameters=total,
+            trainable=trainable,
+            adapter_bytes_32=4 * trainable,
+            adapter_bytes_16=2 * trainable,
+            num_rows=len(self._dataset.train),
+            prefix_tokens=prefix,
+            message_tokens=stems - prefix,
+            answer_tokens=lengths - stems,
+            padded_tokens=padded / len(rows),
+            tree_tokens=self._tree_tokens(size),
+            operations_per_example=step.operations / longest.num_tokens * self._tree_tokens(size),
+            num_steps=self._num_steps,
+            batch_size=self._settings.batch_size,
+            micro_batch_tokens=size,
+            largest_micro_batch=longest.num_tokens,
+            checkpointing=checkpointing,
+            why=why,
+            memory=components,
+            available_bytes=self._available,
+            # While the adapter is saved, the one before is still there.
+            disk_bytes=8 * trainable + (0 if is_here else download),
+            seconds=None,
+            seconds_are="not estimated",
+            alternatives=() if fits else tuple(self._alternatives(components)),
+        )
+
+    def _stored_dtype(self) -> torch.dtype:
+        dtype = getattr(self._model_config, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    def _alternatives(self, components: Components) -> Iterator[str]:
+        """Yield what would fit, in the order of what it costs the user."""
+        settings = self._settings
+        for change, told in (
+            ({"micro_batch_tokens": None}, "without --micro-batch-tokens {}: nothing but time"),
+            ({"checkpointing": "auto"}, "without --checkpointing off: about a third more time"),
+            ({"method": "lora"}, "with --method lora: usually within a point or two of full"),
+            ({"rank": 4}, "with --rank 4: a smaller adapter, which may learn less"),
+        ):
+            ((name, value),) = change.items()
+            now = getattr(settings, name)
+            if now in {value, "on"} or (name == "rank" and (now <= 4 or settings.method == "full")):
+                continue
+            other = Planner(
+                dataclasses.replace(settings, **change),
+                self._dataset,
+                self._prompt,
+                self._folder,
+                choose_precision(
+                    torch.device(self._hardware.type),
+                    settings.precision,
+                    hardware=self._hardware,
+                    trains_base=change.get("method", settings.method) == "full",
+                ),
+                self._hardware,
+                self._available,
+                batches=self._batches,
+            ).make()
+            if other.fits:
+                yield f"{told.format(now)}; {spoken_bytes(other.peak_bytes)} at the peak"
+        assert self._available is not None
+        room = self._available - components.runtime
+        share = room / (components.peak - components.runtime)
+        if share > 0:
+            most = share * self._counts.total
+            yield f"a model of about {most / 1e9:.1g} billion parameters or fewer"
+        yield f"a device with {spoken_bytes(components.peak)} of memory"
+
+    def published_time(self, made: Plan) -> dict[str, Any]:
+        """Return the time at a device's published rate, which no run reaches."""
+        rate = self._hardware.teraflops
+        if rate is None or self._precision.compute is not self._hardware.native:
+            return {}
+        seconds = made.operations_per_example * self._examples / (rate * 1e12)
+        return {
+            "seconds": seconds,
+            "seconds_are": f"at least, at the published {rate:g} TFLOP/s, which no run reaches",
+        }
+
+    def measured_time(self, made: Plan, device: torch.device) -> dict[str, Any]:
+        """Return the time of the training steps at the rate that one layer is computed with here.
+
+        The layer has random weights and a small vocabulary.
+        """
+        self._say("measuring the speed of one layer")
+        cut = copy.deepcopy(self._model_config)
+        text = cut.get_text_config()
+        text.num_hidden_layers = 1
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1]
+        vocabulary = min(text.vocab_size, 4096)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(text, name, None)
+        text.vocab_size = vocabulary
+        largest = self._survey_of(min(made.micro_batch_tokens, 512))[0]
+        packed = dataclasses.replace(
+            largest,
+            token_ids=largest.token_ids % vocabulary,
+            edge_targets=largest.edge_targets % vocabulary,
+        )
+        with torch.random.fork_rng():
+            empty = lora.adapt(model.load_empty(cut, self._precision.base), self._settings)
+            operations = self._skeleton_of(empty).count(packed).operations
+            layer = lora.adapt(model.load_empty(cut, self._precision.base), self._settings)
+            layer = layer.to_empty(device=device)
+            for tensor in [*layer.parameters(), *layer.buffers()]:
+                if tensor.is_floating_point():  # a norm of small weights would make denormals
+                    bound = 1 if tensor.dim() < 2 else 1 / math.sqrt(tensor.shape[-1])
+                    torch.nn.init.uniform_(tensor, bound if tensor.dim() < 2 else -bound, bound)
+            layer.train()
+            packed = packed.to(device)
+            seconds = min(self._time(layer, packed, device) for _ in range(5))
+        return {
+            "seconds": seconds / operations * made.operations_per_example * self._examples,
+            "seconds_are": "estimated from one layer with random weights, without evaluation",
+        }
+
+    def _time(self, layer: Any, packed: TokenTree, device: torch.device) -> float:
+        dtype = self._precision.autocast
+        began = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = tree.answer_logits(layer, packed)
+        tree.loss_sum(logits, packed).backward()  # type: ignore[no-untyped-call]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+
+def _survey(
+    dataset: Dataset, prompt: Prompt, settings: TrainConfig, num_steps: int
+) -> list[list[TokenSequence]]:
+    """Return the effective batches of a run, or the first ones of a long run."""
+    table = dataset.train
+    num_batches = min(num_steps, max(1, MAX_SURVEYED_ROWS // settings.batch_size))
+    chosen = list(data.batches(len(table), settings.batch_size, num_batches, settings.seed))
+    wanted = sorted({index for batch in chosen for index in batch})
+    rows = prompt.rows([table.texts[i] for i in wanted], [table.labels[i] for i in wanted])
+    found = dict(zip(wanted, rows, strict=True))
+    return [[found[index] for index in batch] for batch in chosen]
+
+
+def spoken_bytes(count: float) -> str:
+    """Return an amount of memory as a person reads it."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def spoken_seconds(seconds: float) -> str:
+    """Return a time as a person reads it."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return (
+                f"{seconds / length:.0f} {unit}"
+                if seconds >= 10 * length
+                else (f"{seconds / length:.1f} {unit}")
+            )
+    return f"{seconds:.0f} s"

@@ -7,22 +7,24 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remora import calibration, data, evaluate, lora, model, plan, run, tree
+from remora import calibration, data, evaluate, lora, memory, model, plan, run, tree
 from remora.calibration import Reliability, Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
-from remora.errors import ConfigError, DataError, DivergedError
+from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 from remora.prompt import Prompt, TokenSequence
 from remora.score import Scorer
+
+Result = TypeVar("Result")
 
 WARM_UP_STEPS = 3
 """Steps that the speed leaves out: memory is allocated and kernels are chosen in them."""
@@ -143,9 +145,10 @@ class Fit:
     best_step: int
     speed: Speed
     seconds: float
+    step_peak_bytes: int  # most memory used up to the first evaluation
 
 
-def fit(  # noqa: PLR0915 - the loop, to be read top to bottom
+def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     adapted: Any,
     prompt: Prompt,
     dataset: Dataset,
@@ -153,6 +156,7 @@ def fit(  # noqa: PLR0915 - the loop, to be read top to bottom
     *,
     accelerator: Any,
     precision: plan.Precision,
+    heaviest: plan.Heaviest | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
     save: Callable[[], Any] | None = None,
     reporter: Reporter | None = None,
@@ -166,12 +170,15 @@ def fit(  # noqa: PLR0915 - the loop, to be read top to bottom
         config: The settings.
         accelerator: accelerate's Accelerator for the device and the precision.
         precision: What is computed in.
+        heaviest: The batch that needs most memory, which is tried before the first step, so that
+            what cannot fit fails in seconds.
         log: Called with each record as a dict.
         save: Called when the adapter has become better than before.
         reporter: Told how it goes.
 
     Raises:
         DivergedError: If the loss or a gradient is not finite.
+        ResourceError: If the memory does not suffice for a single row.
     """
     reporter = reporter or Reporter()
     parameters = [p for p in adapted.parameters() if p.requires_grad]
@@ -179,21 +186,18 @@ def fit(  # noqa: PLR0915 - the loop, to be read top to bottom
     steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
     best, best_step, without_better = (-1.0, -math.inf), 0, 0
     best_weights: list[Tensor] | None = None
+    micro_batches = MicroBatches(adapted, config.max_tokens, accelerator, heaviest, reporter)
+    if heaviest:
+        seconds_per_token = micro_batches.try_heaviest()
+        reporter.say(_expected_time(seconds_per_token * heaviest.run_tokens, num_steps))
     speed, began = Speed(), time.perf_counter()
-    done = 0
-    for batch in _batches(dataset.train, prompt, config, num_steps):
+    done, step_peak_bytes = 0, 0
+    for chosen in data.batches(len(dataset.train), config.batch_size, num_steps, config.seed):
+        texts, labels = dataset.train.texts, dataset.train.labels
+        batch = prompt.rows([texts[i] for i in chosen], [labels[i] for i in chosen])
         step_began = time.perf_counter()
         adapted.train()
-        trees = tree.split(batch, config.micro_batch_tokens)
-        num_supervised = sum(packed.num_supervised_tokens for packed in trees)
-        loss = 0.0
-        for packed in trees:
-            packed = packed.to(accelerator.device)  # noqa: PLW2901
-            with accelerator.autocast():
-                logits = tree.answer_logits(adapted, packed)
-            part = tree.loss_sum(logits, packed) / num_supervised
-            accelerator.backward(part)
-            loss += float(part.detach())
+        loss, num_supervised = micro_batches.add_gradients(batch)
         grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
         _refuse_non_finite(done + 1, loss, grad_norm, scaled=accelerator.scaler is not None)
         learning_rate = scheduler.get_last_lr()[0]
@@ -202,6 +206,9 @@ def fit(  # noqa: PLR0915 - the loop, to be read top to bottom
         optimizer.zero_grad()
         done += 1
         speed.add(len(batch), num_supervised, time.perf_counter() - step_began)
+        peak = memory.peak_bytes(accelerator.device)
+        if best_weights is None:
+            step_peak_bytes = peak
         step = Step(
             step=done,
             num_steps=num_steps,
@@ -211,7 +218,7 @@ def fit(  # noqa: PLR0915 - the loop, to be read top to bottom
             learning_rate=learning_rate,
             examples_per_second=speed.examples_per_second,
             supervised_tokens_per_second=speed.supervised_tokens_per_second,
-            peak_memory_bytes=plan.peak_memory_bytes(accelerator.device),
+            peak_memory_bytes=peak,
         )
         reporter.stepped(step)
         if log:
@@ -222,7 +229,7 @@ def fit(  # noqa: PLR0915 - the loop, to be read top to bottom
             scorer = Scorer(
                 adapted,
                 prompt,
-                max_tokens=config.micro_batch_tokens,
+                max_tokens=config.max_tokens,
                 autocast=precision.autocast,
             )
             accuracy, log_loss = _validate(scorer, dataset.validation, reporter)
@@ -254,7 +261,137 @@ def fit(  # noqa: PLR0915 - the loop, to be read top to bottom
             for parameter, weight in zip(parameters, best_weights, strict=True):
                 parameter.copy_(weight)
     return Fit(
-        num_steps=done, best_step=best_step, speed=speed, seconds=time.perf_counter() - began
+        num_steps=done,
+        best_step=best_step,
+        speed=speed,
+        seconds=time.perf_counter() - began,
+        step_peak_bytes=step_peak_bytes,
+    )
+
+
+class MicroBatches:
+    """Computes effective batches in micro-batches, smaller ones once memory has run out.
+
+    What a step averages over stays the effective batch, and the random numbers of a step that is
+    repeated are those it had, so the run is the one that would have begun with the smaller size.
+    """
+
+    def __init__(
+        self,
+        adapted: Any,
+        max_tokens: int,
+        accelerator: Any,
+        heaviest: plan.Heaviest | None,
+        reporter: Reporter,
+    ) -> None:
+        self.max_tokens = max_tokens
+        self._adapted, self._accelerator, self._reporter = adapted, accelerator, reporter
+        self._heaviest = heaviest
+        self._bytes_per_token = heaviest.bytes_per_token if heaviest else 0.0
+        self._said = False
+
+    def add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
+        """Add the gradients of an effective batch to none.
+
+        Returns:
+            The mean loss of its answer tokens, in nats, and how many they are.
+
+        Raises:
+            ResourceError: If the memory does not suffice for its longest row alone.
+        """
+        return self._repeat(batch, lambda: self._add_gradients(batch))
+
+    def try_heaviest(self) -> float:
+        """Compute the heaviest micro-batch and forget it; return the seconds for each token.
+
+        Raises:
+            ResourceError: If the memory does not suffice for its longest row alone.
+        """
+        assert self._heaviest is not None
+        rows = self._heaviest.rows
+        self._adapted.train()
+        before = _random_state(self._accelerator.device)
+        seconds = self._repeat(rows, lambda: self._time_largest(rows))
+        _set_random_state(self._accelerator.device, before)
+        self._adapted.zero_grad()
+        return seconds
+
+    def _repeat(self, batch: Sequence[TokenSequence], compute: Callable[[], Result]) -> Result:
+        before = _random_state(self._accelerator.device)
+        while True:
+            try:
+                return compute()
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_exhausted(error):
+                    raise
+            # Here the error and the tensors that its traceback holds are gone.
+            self._adapted.zero_grad()
+            memory.release(self._accelerator.device)
+            self._halve(batch)
+            _set_random_state(self._accelerator.device, before)
+
+    def _halve(self, batch: Sequence[TokenSequence]) -> None:
+        longest = max(len(row.token_ids) for row in batch)
+        largest = max(packed.num_tokens for packed in tree.split(batch, self.max_tokens))
+        if largest <= longest:
+            raise ResourceError(
+                f"the memory does not suffice for a single row of {longest} tokens; choose a "
+                "smaller model, --checkpointing on, or a smaller --max-length"
+            )
+        self.max_tokens = max(longest, largest // 2)
+        if not self._said:
+            self._reporter.say(
+                f"the memory ran out: from here on at most {self.max_tokens:,} tokens at once, "
+                "halved again where needed; the effective batch stays the same"
+            )
+            self._said = True
+
+    def _add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
+        trees = tree.split(batch, self.max_tokens)
+        num_supervised = sum(packed.num_supervised_tokens for packed in trees)
+        return sum(self._backward(packed, num_supervised) for packed in trees), num_supervised
+
+    def _time_largest(self, batch: Sequence[TokenSequence]) -> float:
+        trees = tree.split(batch, self.max_tokens)
+        largest = max(trees, key=lambda packed: packed.num_tokens)
+        began = time.perf_counter()
+        self._backward(largest, largest.num_supervised_tokens)
+        return (time.perf_counter() - began) / largest.num_tokens
+
+    def _backward(self, packed: tree.TokenTree, num_supervised: int) -> float:
+        """Add the gradients of a micro-batch; return its part of the mean loss."""
+        device = self._accelerator.device
+        memory.refuse_to_exhaust(device, int(self._bytes_per_token * packed.num_tokens))
+        packed = packed.to(device)
+        with self._accelerator.autocast():
+            logits = tree.answer_logits(self._adapted, packed)
+        part = tree.loss_sum(logits, packed) / num_supervised
+        del logits  # the largest array; its gradient is there already
+        self._accelerator.backward(part)
+        return float(part.detach())
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type == "mps":
+        states.append(torch.mps.get_rng_state())
+    return states
+
+
+def _set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states[1])
+
+
+def _expected_time(seconds: float, num_steps: int) -> str:
+    return (
+        f"about {plan.spoken_seconds(seconds)} for {num_steps:,} steps, estimated from the largest "
+        "micro-batch, which was computed once to see that it fits"
     )
 
 
@@ -268,10 +405,7 @@ def _optimizer(
     """Return the optimizer, the schedule of its learning rate, and the number of steps."""
     from transformers import get_scheduler
 
-    steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
-    num_steps = max(1, math.ceil(config.epochs * steps_per_epoch))
-    if config.max_steps is not None:
-        num_steps = config.max_steps
+    num_steps = config.num_steps(len(dataset.train))
     width = tree.text_config(adapted).hidden_size
     optimizer = torch.optim.AdamW(
         list(parameters),
@@ -293,21 +427,6 @@ def default_learning_rate(width: int) -> float:
     2e-4 from a width of 1536 on, as in the LoRA recipes in use; more for narrower models.
     """
     return 2e-4 * max(1.0, 1536 / width)
-
-
-def _batches(
-    table: Table, prompt: Prompt, config: TrainConfig, num_steps: int
-) -> Iterator[list[TokenSequence]]:
-    """Yield effective batches, each epoch in an order of its own that the seed fixes."""
-    done = 0
-    for epoch in range(num_steps):
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(table))
-        for start in range(0, len(order), config.batch_size):
-            if done == num_steps:
-                return
-            chosen = order[start : start + config.batch_size].tolist()
-            yield prompt.rows([table.texts[i] for i in chosen], [table.labels[i] for i in chosen])
-            done += 1
 
 
 def _refuse_non_finite(step: int, loss: float, grad_norm: float, *, scaled: bool) -> None:
@@ -409,6 +528,8 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
         RemoraError: The settings, the data, the model or the disk; see `remora.errors`.
     """
     reporter = reporter or Reporter()
+    if config.method == "full":
+        raise ConfigError("full fine-tuning can be planned, but not trained yet; use --method lora")
     _check_trackers(config.trackers)
     dataset = data.load_dataset(
         config.data,
@@ -432,6 +553,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
     device = plan.choose_device(config.device)
     precision = plan.choose_precision(device, config.precision)
     reporter.say(f"computing on {device.type}: {precision}")
+    planned, heaviest = _plan(config, dataset, precision, device, reporter)
 
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -447,14 +569,17 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
             run.write_text(directory / "config.toml", config.to_toml())
             run.write_json(directory / "environment.json", run.environment(device))
             run.write_json(directory / "data.json", dataset.summary.to_dict())
+            run.write_json(directory / "plan.json", planned.to_dict())
+            model.set_checkpointing(adapted, planned.checkpointing)
             with _metrics_log(directory, config, accelerator) as log:
                 fitted = fit(
                     adapted,
                     prompt,
                     dataset,
-                    config,
+                    replace(config, micro_batch_tokens=planned.micro_batch_tokens),
                     accelerator=accelerator,
                     precision=precision,
+                    heaviest=heaviest,
                     log=log,
                     save=lambda: run.save_adapter(adapted, card, directory / "adapter"),
                     reporter=reporter,
@@ -462,8 +587,16 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
             scorer = Scorer(
                 adapted,
                 prompt,
-                max_tokens=config.micro_batch_tokens,
+                max_tokens=config.max_tokens,
                 autocast=precision.autocast,
+            )
+            measured = fitted.step_peak_bytes
+            reporter.say(
+                f"memory at the peak of training: {plan.spoken_bytes(measured)} measured, "
+                f"{plan.spoken_bytes(planned.allocated_bytes)} planned"
+            )
+            run.write_json(
+                directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured}
             )
             scores = {measured_on: score_rows(scorer, held_out, measured_on, reporter)}
             if measured_on == "test" and len(dataset.validation):
@@ -473,6 +606,37 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
     return _conclude(
         config, dataset, held_out, measured_on, scores, fitted, parameters, directory, folder
     )
+
+
+def _plan(
+    config: TrainConfig,
+    dataset: Dataset,
+    precision: plan.Precision,
+    device: torch.device,
+    reporter: Reporter,
+) -> tuple[plan.Plan, plan.Heaviest]:
+    """Plan the run before any weights are fetched, and refuse it if it cannot fit.
+
+    Raises:
+        ResourceError: If nothing that the settings allow fits.
+    """
+    folder = model.find(config.model, weights=False)
+    prompt = plan.load_prompt(config, dataset.labels, folder)
+    planner = plan.Planner(config, dataset, prompt, folder, precision, plan.hardware_here(device))
+    planned = planner.make()
+    needed = plan.spoken_bytes(planned.peak_bytes)
+    if not planned.fits:
+        assert planned.available_bytes is not None
+        raise ResourceError(
+            f"training needs {needed} of memory and there are "
+            f"{plan.spoken_bytes(planned.available_bytes)}; what would fit, the cheapest first: "
+            f"{', or '.join(planned.alternatives)}"
+        )
+    reporter.say(
+        f"planned: {needed} of memory at the peak, at most {planned.micro_batch_tokens:,} tokens "
+        f"at once, checkpointing {'on' if planned.checkpointing else 'off'} ({planned.why})"
+    )
+    return planned, planner.heaviest(planned)
 
 
 def _check_trackers(names: Sequence[str]) -> None:
@@ -591,7 +755,7 @@ def _conclude(
         examples_per_second=fitted.speed.examples_per_second,
         supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,
         train_seconds=fitted.seconds,
-        peak_memory_bytes=plan.peak_memory_bytes(plan.choose_device(config.device)),
+        peak_memory_bytes=memory.peak_bytes(plan.choose_device(config.device)),
     )
     run.write_predictions(
         directory / "predictions.csv",

@@ -147,16 +147,19 @@ def split(rows: Sequence[TokenSequence], max_tokens: int) -> list[TokenTree]:
 
 def answer_logits(model: nn.Module, tree: TokenTree) -> Tensor:
     """Return the logits at the tree's predictors, [P, vocabulary], as the model computes them."""
-    config = text_config(model)
-    output = model(
-        input_ids=tree.token_ids[None],
-        position_ids=tree.position_ids[None],
-        **attention.inputs(config, tree.visible, _dtype(model)),
-        logits_to_keep=tree.predictors,
-        use_cache=False,
-    )
-    logits: Tensor = output.logits[0]
+    logits: Tensor = model(**inputs(model, tree)).logits[0]
     return logits
+
+
+def inputs(model: nn.Module, tree: TokenTree) -> dict[str, Any]:
+    """Return the arguments of a Hugging Face model's forward that compute a tree's logits."""
+    return {
+        "input_ids": tree.token_ids[None],
+        "position_ids": tree.position_ids[None],
+        **attention.inputs(text_config(model), tree.visible, _dtype(model)),
+        "logits_to_keep": tree.predictors,
+        "use_cache": False,
+    }
 
 
 def loss_sum(logits: Tensor, tree: TokenTree) -> Tensor:
