@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from remora import memory, plan
+from remora.config import PlanConfig
 from remora.errors import ConfigError
 
 CUDA = torch.device("cuda")
@@ -132,3 +136,86 @@ def test_the_peak_of_memory_is_in_bytes():
     after = memory.peak_bytes(CPU)
     assert block.nbytes <= after < 256 << 30
     assert after >= before > 16 << 20
+
+
+TABLE = "text,label\n" + "".join(
+    f"my card {i},card\nmy refund {i} is late,refund\n" for i in range(20)
+)
+
+
+@pytest.fixture
+def weightless(base, tmp_path):
+    """The base model's folder without its weights, and a table."""
+    folder = tmp_path / "weightless"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "table.csv").write_text(TABLE)
+    return {"data": str(tmp_path / "table.csv"), "model": str(folder)}
+
+
+def planned(weightless, **settings):
+    return plan.plan(PlanConfig(weightless["data"], model=weightless["model"], **settings))
+
+
+def test_a_plan_needs_no_weights_and_sums_up(weightless):
+    made = planned(weightless, device="t4", rank=8)
+    assert made.fits
+    assert made.peak_bytes == sum(made.to_dict()["memory"].values())
+    assert made.memory.adapter == made.adapter_bytes_32 == 4 * made.trainable
+    assert made.memory.optimizer == 8 * made.trainable
+    # Two layers of r * (in + out): q, o 64; k, v 48; gate, up, down 80.
+    assert made.trainable == 2 * 8 * (2 * 64 + 2 * 48 + 3 * 80)
+    assert made.precision.startswith("float16 arithmetic")
+    assert "loss scaling" in made.precision
+    assert made.tree_tokens < made.padded_tokens
+    assert "published" in made.seconds_are
+
+
+def test_what_trains_in_full_is_stored_in_float32(weightless):
+    lora, full = (planned(weightless, device="t4", method=name) for name in ("lora", "full"))
+    assert full.trainable == full.parameters == lora.parameters - lora.trainable
+    assert full.memory.adapter == 4 * full.parameters
+    assert "float32 weights" in full.precision
+
+
+def test_less_memory_gives_smaller_micro_batches_then_alternatives(weightless):
+    roomy = planned(weightless, device="t4", batch_size=32)
+    assert not roomy.checkpointing
+    tight_bytes = roomy.peak_bytes - roomy.memory.saved_activations // 2
+    tight = planned(weightless, device="t4", batch_size=32, device_memory=f"{tight_bytes / 1e6}MB")
+    assert tight.fits
+    assert tight.checkpointing or tight.largest_micro_batch < roomy.largest_micro_batch
+    off = planned(weightless, device="t4", checkpointing="off", device_memory="601MB")
+    on = planned(weightless, device="t4", checkpointing="on")
+    assert on.checkpointing
+    assert on.memory.saved_activations < roomy.memory.saved_activations
+    none = planned(weightless, device="t4", device_memory="1MB")
+    assert not none.fits
+    assert "with --rank 4" not in " ".join(none.alternatives)
+    assert none.alternatives[-1].startswith("a device with ")
+    assert off.device == "Tesla T4"
+
+
+@pytest.mark.parametrize("amount", ["16", "much", "0GB", "-1GB"])
+def test_an_amount_of_memory_that_is_none_is_refused(amount):
+    with pytest.raises(ConfigError, match=r"device_memory is .* give an amount such as 16GB"):
+        PlanConfig("t.csv", model="m", device_memory=amount)
+
+
+def test_amounts_of_memory_are_decimal_or_binary():
+    for amount, wanted in (("16GB", 16 * 10**9), ("1.5 GiB", 3 << 29), ("900m", 900 * 10**6)):
+        assert PlanConfig("t.csv", model="m", device_memory=amount).memory_bytes() == wanted
+
+
+def test_the_verb_prints_json_on_standard_output_only(weightless, capsys, monkeypatch):
+    from remora.cli import app, main
+
+    monkeypatch.setattr(app, "config", ())
+    arguments = ["plan", weightless["data"], "--model", weightless["model"], "--device", "cpu"]
+    with pytest.raises(SystemExit, match="^0$"):
+        main([*arguments, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is True
+    assert told["seconds"] > 0
+    with pytest.raises(SystemExit, match="^0$"):
+        main([*arguments, "--checkpointing", "on"])
+    assert "checkpointing on" in capsys.readouterr().out
