@@ -115,6 +115,19 @@ def test_no_row_is_judged_by_what_saw_its_label() -> None:
     assert all(not set(others) & set(own) for others, own in folds)
 
 
+def test_the_pool_gives_a_judge_that_knows_nothing_no_weight() -> None:
+    generator = np.random.default_rng(0)
+    true = generator.integers(0, 3, 300)
+    good = np.full((300, 3), 0.1) + 0.7 * np.eye(3)[true]
+    good[:60] = good[:60][:, [1, 2, 0]]  # right on 240 of 300 rows, as sure as it says
+    noise = generator.dirichlet([1, 1, 1], 300)
+    found = crossfit.pool([good, noise], true)
+    assert (found.argmax(1) == true).mean() == pytest.approx(0.8)
+    np.testing.assert_allclose(found.max(1).mean(), 0.8, atol=0.01)
+    alone = crossfit.pool([noise], true)
+    assert alone.max() < 0.5  # told as the guess that it is
+
+
 def test_suspicion_by_hand() -> None:
     found = diagnose.suspicion(np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]]), np.array([0, 1]))
     assert found == pytest.approx(np.log([0.5, 3.5]))
@@ -134,6 +147,14 @@ COUNTS = {
 }
 
 
+MISLABELLED = {
+    "num_suspects": 14,
+    "held_out_by_run": 0,
+    "held_out_by_baseline": 0,
+    "held_out_by_both": 0,
+}
+
+
 @pytest.mark.parametrize(
     ("changed", "verdict"),
     [
@@ -141,18 +162,16 @@ COUNTS = {
         ({"num_second": 9}, "too few examples"),
         ({"held_out_by_both": 8}, "labels overlap"),
         ({"held_out_by_both": 8, "second_as_first": 0}, "undecided"),
+        (
+            {"held_out_by_run": 2, "held_out_by_baseline": 2, "held_out_by_both": 2},
+            "undecided",
+        ),
         ({"num_conflicting": 6}, "labels overlap"),
         ({"held_out_by_run": 20, "held_out_by_baseline": 3}, "undertrained"),
         ({"held_out_by_run": 20, "held_out_by_baseline": 8, "held_out_by_both": 8}, "undertrained"),
-        (
-            {
-                "num_suspects": 14,
-                "held_out_by_run": 1,
-                "held_out_by_baseline": 1,
-                "held_out_by_both": 0,
-            },
-            "rows mislabelled",
-        ),
+        (MISLABELLED, "rows mislabelled"),
+        (MISLABELLED | {"num_suspects": 7}, "undecided"),
+        (MISLABELLED | {"held_out_by_baseline": 5}, "undecided"),
     ],
 )
 def test_a_verdict_needs_its_evidence(changed: dict[str, int], verdict: str) -> None:

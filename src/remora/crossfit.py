@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -20,8 +21,8 @@ from remora.train import Reporter
 Method = Literal["fast", "frozen", "tfidf", "adapters"]
 
 DESCRIPTIONS = {
-    "fast": "fast mode: logistic regression on frozen features of the base model, averaged with "
-    "one on TF-IDF; the adapter took no part",
+    "fast": "fast mode: logistic regression on frozen features of the base model, pooled with one "
+    "on TF-IDF; the adapter took no part",
     "frozen": "fast mode: logistic regression on frozen features of the base model; the adapter "
     "took no part",
     "tfidf": "fast mode: logistic regression on TF-IDF; neither base model nor adapter took part",
@@ -59,15 +60,33 @@ def probabilities(
         reporter.say("computing frozen features of the base model")
         features = frozen_features(dataset.train.texts, labels, settings, reporter)
         parts.append(_regressions(features, true, len(labels), folds, C=0.003))
-    return geometric_mean(parts)
+    return pool(parts, true)
 
 
-def geometric_mean(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Average probabilities [rows, labels] in their logarithm; rows sum to 1."""
-    logs = np.mean([np.log(np.maximum(part, 1e-12)) for part in parts], axis=0)
-    scaled = np.exp(logs - logs.max(1, keepdims=True))
-    result: NDArray[np.float64] = scaled / scaled.sum(1, keepdims=True)
-    return result
+def pool(parts: Sequence[NDArray[np.float64]], true: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Pool probabilities: softmax(sum of weight * log p), [rows, labels].
+
+    The weights are the ones with the least log-loss, so a judge that knows little counts little and
+    the result is calibrated. One weight a judge, fitted on all rows, leaves them out of sample for
+    practical purposes. Logarithmic pool: Genest and Zidek 1986, https://doi.org/10.1214/ss/1177013825
+    """
+    from scipy.optimize import minimize
+
+    logs = np.stack([np.log(np.maximum(part, 1e-12)) for part in parts])  # [judges, rows, labels]
+
+    def pooled(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        total = np.tensordot(weights, logs, axes=1)
+        scaled = np.exp(total - total.max(1, keepdims=True))
+        result: NDArray[np.float64] = scaled / scaled.sum(1, keepdims=True)
+        return result
+
+    def log_loss(weights: NDArray[np.float64]) -> float:
+        chosen = pooled(weights)[np.arange(len(true)), true]
+        return float(-np.log(np.maximum(chosen, 1e-12)).mean())
+
+    start = np.full(len(parts), 1 / len(parts))
+    found = minimize(log_loss, start, bounds=[(0.0, 10.0)] * len(parts), method="L-BFGS-B")
+    return pooled(found.x)
 
 
 def tfidf(texts: Sequence[str]) -> Any:
@@ -77,10 +96,10 @@ def tfidf(texts: Sequence[str]) -> Any:
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    if not any(any(c.isalnum() for c in text) for text in texts):
-        words = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
-    return words.fit_transform(texts)
+    settings: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True}
+    if not any(re.search(r"\w\w", text) for text in texts):  # no words: characters then
+        settings["analyzer"] = "char"
+    return TfidfVectorizer(**settings).fit_transform(texts)
 
 
 def frozen_features(

@@ -23,6 +23,8 @@ Verdict = Literal[
     "labels overlap", "rows mislabelled", "too few examples", "undertrained", "undecided"
 ]
 FEW_ROWS = 15
+MIN_BOTH = 3
+"""Fewer held-out rows that run and baseline both confuse say nothing, whatever their p-value."""
 SIGNIFICANT = 0.05
 NUM_PAIRS = 10
 NUM_NEIGHBOURS = 5
@@ -199,7 +201,7 @@ def suspicion(probabilities: NDArray[np.float64], true: NDArray[np.int64]) -> ND
     """Return log(p of the likeliest other label / p of the given one) for each row, [rows].
 
     Unlike the difference of the two, it does not flatten where an unsure model spreads its
-    probability over many labels.
+    probability over many labels. docs/log.md compares the rankings.
     """
     rows = np.arange(len(true))
     others = probabilities.copy()
@@ -400,17 +402,22 @@ def judge(
         [only_baseline, held_out_rows - held_out_by_run - only_baseline],
     ]
     alike = fisher_exact(table, alternative="greater").pvalue
-    if min(first_as_second, second_as_first) >= 2 and held_out_by_both and alike < SIGNIFICANT:
+    both_ways = min(first_as_second, second_as_first) >= 2
+    if both_ways and held_out_by_both >= MIN_BOTH and alike < SIGNIFICANT:
         chance = held_out_by_run * held_out_by_baseline / held_out_rows
         return "labels overlap", (
             f"{taken} of {num_rows} training rows are confused out of sample, in both directions, "
             f"and run and baseline confuse the same {held_out_by_both} held-out rows, "
             f"{chance:.1f} by chance (p = {alike:.2g})"
         )
-    if taken and num_suspects > taken / 2 and held_out_by_run * num_rows <= taken * held_out_rows:
+    most = max(held_out_by_run, held_out_by_baseline)
+    table = [[taken, num_rows - taken], [most, held_out_rows - most]]
+    rarer = fisher_exact(table, alternative="greater").pvalue
+    if num_suspects > taken / 2 and rarer < SIGNIFICANT:
         return "rows mislabelled", (
-            f"{num_suspects} of the {taken} training rows confused out of sample have a label that "
-            f"the model is sure is the other, and held-out rows are confused no more often"
+            f"{num_suspects} of the {taken} training rows confused out of sample have a suspect "
+            f"label, and held-out rows are confused less often ({most} of {held_out_rows}, "
+            f"p = {rarer:.2g})"
         )
     return "undecided", (
         f"{taken} of {num_rows} training rows and {held_out_by_run} of {held_out_rows} held-out "
