@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from remora import crossfit, data, diagnose, relabel, run
+from remora import crossfit, data, diagnose, duplicates, relabel, run
 from remora.cli import main
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import Table
@@ -203,7 +203,7 @@ CARDS = ("I would like to know where my card is", "i would like to know where my
 def test_near_texts_are_found_in_any_block() -> None:
     texts = [*CARDS, "a refund", "top up", "where is it"]
     for block in (2, 512):
-        neighbours, near = diagnose.nearest(texts, 2, block)
+        neighbours, near = duplicates.nearest(texts, 2, block)
         assert near == [(0, 1)]
         assert neighbours[:2, 0].tolist() == [1, 0]
         assert neighbours.shape == (5, 2)
@@ -281,6 +281,17 @@ def test_a_table_that_has_changed_is_refused(finished: Path, capsys) -> None:
     ):
         diagnose.diagnose(DiagnoseConfig(finished))
     assert not (finished / "relabel.csv").exists()
+
+
+def test_the_base_model_may_have_moved(finished: Path) -> None:
+    settings, _, _ = diagnose.load(DiagnoseConfig(finished, model="elsewhere"))
+    assert settings.model == "elsewhere"
+    assert diagnose.load(DiagnoseConfig(finished))[0].model != "elsewhere"
+
+
+def test_figures_as_json(finished: Path, capsys) -> None:
+    assert remora("diagnose", finished, "--method", "tfidf", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_rows"] == 96
 
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:

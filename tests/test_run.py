@@ -9,6 +9,7 @@ import shutil
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import randomize_adapter, tiny_model
 from remora import lora, model, run
+from remora.calibration import Scored
 from remora.errors import ConfigError, ModelError, ResourceError
 
 CPU = torch.device("cpu")
@@ -209,3 +211,19 @@ def test_cells_that_would_run_as_formulas_are_defused(tmp_path):
         ("'=a", "'@b", "0.250000")
     }
     assert [p.name for p in tmp_path.iterdir()] == ["p.csv"]
+
+
+def test_probabilities_come_back_and_broken_ones_are_refused(tmp_path) -> None:
+    path = tmp_path / run.PROBABILITIES
+    scored = Scored(probabilities=np.array([[0.25, 0.75], [1.0, 0.0]]), true=np.array([1, 1]))
+    run.write_probabilities(path, ["a", "b"], {"validation": scored})
+    back = run.read_probabilities(path, ["a", "b"], "validation")
+    np.testing.assert_array_equal(back.probabilities, scored.probabilities)
+    np.testing.assert_array_equal(back.correct, [True, False])
+    assert run.read_probabilities(path, ["a", "b"], "test") is None
+    assert run.read_probabilities(tmp_path / "none", ["a", "b"], "test") is None
+    with pytest.raises(ModelError, match="is of other labels than the adapter"):
+        run.read_probabilities(path, ["b", "a"], "validation")
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ModelError, match=r"is broken .*; restore it, or delete it"):
+        run.read_probabilities(path, ["a", "b"], "validation")

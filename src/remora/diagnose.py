@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from remora import crossfit, data, relabel, run
+from remora import crossfit, data, duplicates, relabel, run
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import Dataset, Table
 from remora.errors import ConfigError, DataError
@@ -28,8 +28,6 @@ MIN_BOTH = 3
 SIGNIFICANT = 0.05
 NUM_PAIRS = 10
 NUM_NEIGHBOURS = 5
-NEAR = 0.9
-"""Cosine of the character n-grams of texts that are nearly the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,7 @@ def diagnose(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Dia
     from cleanlab.filter import find_label_issues
 
     suspected = find_label_issues(true, probabilities, n_jobs=1)
-    neighbours, near = nearest(rows.texts, NUM_NEIGHBOURS)
+    neighbours, near = duplicates.nearest(rows.texts, NUM_NEIGHBOURS)
     conflicting = np.zeros(len(rows), dtype=bool)
     conflicts = [(i, j) for i, j in near if true[i] != true[j]]
     conflicting[[row for pair in conflicts for row in pair]] = True
@@ -112,8 +110,8 @@ def diagnose(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Dia
         out_of_sample_accuracy=float((probabilities.argmax(1) == true).mean()),
         suspects=_suspects(rows, labels, true, probabilities, suspected, neighbours),
         pairs=_pairs(labels, true, probabilities, suspected, conflicts, held_out),
-        num_test_exact=_num_exact(dataset),
-        num_test_near=_num_near(dataset),
+        num_test_exact=duplicates.num_exact(dataset),
+        num_test_near=duplicates.num_near(dataset),
         num_conflicting=int(conflicting.sum()),
         accuracy=float((held_out.true == held_out.by_run).mean()),
     )
@@ -234,52 +232,6 @@ def _suspects(
         for i in ranked
         if suspected[i] and (best := int(probabilities[i].argmax())) != true[i]
     )
-
-
-# Texts that are alike
-
-
-def _characters(texts: Sequence[str]) -> Any:
-    """Return a fitted vectorizer of counted character n-grams and its matrix, rows of length 1."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), use_idf=False)
-    return vectorizer, vectorizer.fit_transform(texts)
-
-
-def nearest(
-    texts: Sequence[str], count: int, block: int = 512
-) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
-    """Return the nearest other texts of each, [texts, count], and the pairs nearly the same."""
-    _, matrix = _characters(texts)
-    count = min(count, len(texts) - 1)
-    found = np.empty((len(texts), count), dtype=np.int64)
-    near: list[tuple[int, int]] = []
-    for start in range(0, len(texts), block):
-        cosine = (matrix[start : start + block] @ matrix.T).toarray()
-        rows = np.arange(len(cosine))
-        cosine[rows, start + rows] = -1
-        found[start + rows] = np.argsort(-cosine, axis=1, kind="stable")[:, :count]
-        near += [(start + int(i), int(j)) for i, j in np.argwhere(cosine >= NEAR) if start + i < j]
-    return found, near
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _num_exact(dataset: Dataset) -> int:
-    known = {_plain(text) for text in dataset.train.texts}
-    return sum(_plain(text) in known for text in (dataset.test.texts if dataset.test else ()))
-
-
-def _num_near(dataset: Dataset, block: int = 512) -> int:
-    if dataset.test is None or not len(dataset.test):
-        return 0
-    vectorizer, matrix = _characters(dataset.train.texts)
-    test = vectorizer.transform(dataset.test.texts)
-    blocks = (test[i : i + block] @ matrix.T for i in range(0, len(dataset.test), block))
-    return sum(int((part.max(1).toarray() >= NEAR).sum()) for part in blocks)
 
 
 # Pairs of labels

@@ -240,9 +240,10 @@ def show_comparison(found: Comparison, console: Console | None = None) -> None:
             f"pairs, Holm); both wrong on {pair.both_wrong} rows ({chance}), "
             f"{pair.same_wrong_label} of them with the same label",
         )
-    if found.shared_mistakes and len(found.contenders) > 1:
+    repeated = [each for each in found.shared_mistakes if each.count > 1]
+    if repeated:
         _line(console, "\nmistakes that every run makes alike, so look at the labels first")
-    for mistake in found.shared_mistakes:
+    for mistake in repeated:
         _line(console, f"  {mistake.count:>4}  {mistake.true} taken for {mistake.predicted}")
     _line(console, "")
     for text in (*found.notes, found.bar, found.value, found.answer):
