@@ -86,6 +86,30 @@ def spliced(texts: Sequence[str], count: int, seed: int) -> list[str]:
     return result
 
 
+def exchanged(texts: Sequence[str], words: Sequence[str], count: int, seed: int) -> list[str]:
+    """Return new texts: one or two words of a text exchanged for any of the teacher's words.
+
+    So words that the corpus lacks get a meaning too.
+    """
+    rng = random.Random(seed)
+    result = []
+    while len(result) < count:
+        text = rng.choice(texts).split()
+        if 2 < len(text) <= 25:
+            for at in rng.sample(range(len(text)), rng.randint(1, 2)):
+                text[at] = rng.choice(words)
+            result.append(" ".join(text))
+    return result
+
+
+def unseen(texts: Sequence[str]) -> list[str]:
+    """Return the texts that are not in Banking77 or the sample table."""
+    refused = _held_out()
+    kept = [text for text in texts if normalized(text) not in refused]
+    print(f"{len(texts) - len(kept)} of {len(texts):,} made texts left out for the same reason")
+    return kept
+
+
 def normalized(text: str) -> str:
     """Return a text without case, punctuation and spacing."""
     return " ".join(re.findall(r"\w+", text.casefold()))
@@ -128,9 +152,9 @@ def clustered(
 
     tasks = []
     for size in sizes:
-        found = MiniBatchKMeans(size, random_state=0, batch_size=4096, n_init=1).fit_predict(
-            embeddings
-        )
+        found = MiniBatchKMeans(
+            size, init="random", n_init=1, max_iter=5, batch_size=4_096, random_state=0
+        ).fit_predict(embeddings)
         groups: dict[int, list[int]] = defaultdict(list)
         for index, cluster in enumerate(found.tolist()):
             groups[cluster].append(index)

@@ -1,20 +1,23 @@
-"""Pretrain the model, the small base model that Remora ships.
+"""Pretrain a small base model.
 
     python pretraining/pretrain.py --teacher path/to/all-MiniLM-L6-v2 --minutes 60
 
 A Qwen2 model of 5.8 million parameters learns from random weights, in each step from one task: a
-label set drawn from people's or from clusters' labels, asked in Remora's own prompt. Three losses
-are summed: the next token of messages and labels; at the token that begins the answer, the
-sentence embedding of a teacher (all-MiniLM-L6-v2) through a linear layer that is dropped later;
-and which of the step's teacher embeddings is the message's (InfoNCE).
+label set drawn from people's or from clusters' labels, asked in Remora's own prompt. Losses are
+summed: the next token of messages and labels; at the token that begins the answer, the sentence
+embedding of a teacher (all-MiniLM-L6-v2) through a linear layer that is dropped later; how alike
+the step's messages are; and which of the step's teacher embeddings is the message's (InfoNCE).
+Half of the steps are about embeddings only, of texts that need no label.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import corpus
+import phrases
 from remora import attention, tree
 from remora.prompt import Prompt, TokenSequence
 
@@ -47,15 +51,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("nano"))
     parser.add_argument("--cache", type=Path, default=Path("nano-cache"))
     parser.add_argument("--spliced", type=int, default=40_000, help="texts made of two others")
+    parser.add_argument("--written", type=int, default=80_000, help="texts made of phrases")
+    parser.add_argument("--exchanged", type=int, default=40_000, help="texts with words exchanged")
+    parser.add_argument("--init", type=Path, help="go on from the model in this folder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     texts, tasks = corpus.read()
-    texts += corpus.spliced(texts, options.spliced, options.seed)
+    made = corpus.spliced(texts, options.spliced, options.seed)
+    made += phrases.written(options.written, options.seed)
+    words = re.findall(r"^[a-z]{3,}$", (options.teacher / "vocab.txt").read_text("utf-8"), re.M)
+    made += corpus.exchanged(texts + made, words, options.exchanged, options.seed)
+    texts += corpus.unseen(made)
     targets = teacher_embeddings(texts, options.teacher, options.cache)
     tasks += corpus.clustered(texts, targets, (60, 150, 400, 1_000))
-    tokenizer = train_tokenizer(texts, tasks, options.output)
-    model = new_model(tokenizer)
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.init:
+        tokenizer, model = load(options.init, options.output)
+    else:
+        tokenizer = train_tokenizer(texts, tasks, options.output)
+        model = new_model(tokenizer)
     train(model, tokenizer, texts, tasks, torch.from_numpy(targets), options)
 
 
@@ -63,9 +78,10 @@ def teacher_embeddings(texts: list[str], folder: Path, cache: Path) -> NDArray[n
     """Return the teacher's sentence embeddings, [texts, 384], of length 1."""
     from transformers import AutoModel, AutoTokenizer
 
-    path = cache / "embeddings.npy"
-    if path.is_file() and len(found := np.load(path, allow_pickle=False)) == len(texts):
-        return found
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    path = cache / f"embeddings-{digest}.npy"
+    if path.is_file():
+        return np.load(path, allow_pickle=False)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     result = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
@@ -154,6 +170,19 @@ def new_model(tokenizer: Any) -> Any:
     return model
 
 
+def load(folder: Path, output: Path) -> tuple[Any, Any]:
+    """Return the tokenizer and the model of an earlier run, in float32, to go on from."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    attention.install(model)
+    return tokenizer, model
+
+
 class Episodes:
     """Draws the steps: a task, some of its labels, a way to ask, and messages."""
 
@@ -196,6 +225,19 @@ class Episodes:
         sequences = prompt.rows(messages, [names[label] for label in chosen])
         return sequences, members, len(prompt.prefix)
 
+    def draw_unlabelled(self, rows: int) -> tuple[list[TokenSequence], list[int], int]:
+        """Return the same for any texts, with an answer of one token that is not learned."""
+        rng = self.rng
+        instruction = (
+            corpus.INSTRUCTIONS[0] if rng.random() < 0.7 else rng.choice(corpus.INSTRUCTIONS)
+        )
+        prompt = Prompt(self.tokenizer, ["a"], instruction=instruction, max_length=2_048)
+        members = rng.sample(range(len(self.texts)), rows)
+        messages = [corpus.roughened(self.texts[i], rng) for i in members]
+        stems = prompt.stems(messages)
+        end = self.tokenizer.eos_token_id
+        return [TokenSequence([*s, end], len(s)) for s in stems], members, len(prompt.prefix)
+
 
 def train(
     model: Any,
@@ -222,8 +264,10 @@ def train(
         rate = min(1.0, (step + 1) / 200, (1 - passed) / 0.4)
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * rate
-        sequences, members, prefix = episodes.draw(options.rows)
-        losses = step_losses(model, project, sequences, targets[members], prefix)
+        labelled = step % 2 == 0
+        draw = episodes.draw if labelled else episodes.draw_unlabelled
+        sequences, members, prefix = draw(options.rows if labelled else 2 * options.rows)
+        losses = step_losses(model, project, sequences, targets[members], prefix, labelled)
         sum(losses[:3]).backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -246,7 +290,12 @@ def train(
 
 
 def step_losses(
-    model: Any, project: nn.Module, sequences: list[TokenSequence], targets: Tensor, prefix: int
+    model: Any,
+    project: nn.Module,
+    sequences: list[TokenSequence],
+    targets: Tensor,
+    prefix: int,
+    labelled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return the losses of next token, embedding and choice, and the number of tokens computed."""
     # Everything after the common prefix is learned; where the answer begins is remembered.
@@ -260,8 +309,10 @@ def step_losses(
             use_cache=False,
             **attention.inputs(model.config, packed.visible, torch.float32),
         ).last_hidden_state[0]
-        logits = model.lm_head(hidden[packed.predictors])
-    next_token = tree.loss_sum(logits, packed) / packed.num_supervised_tokens
+        next_token = torch.zeros(())
+        if labelled:
+            logits = model.lm_head(hidden[packed.predictors])
+            next_token = tree.loss_sum(logits, packed) / packed.num_supervised_tokens
     # The last token of each stem: in a preorder, rows stand in the order of their tokens.
     ends: list[int] = []
     path: list[int] = []
@@ -276,10 +327,11 @@ def step_losses(
     found = functional.normalize(project(hidden[ends].float()), dim=-1)
     wanted = targets[order]
     embedding = (1 - (found * wanted).sum(-1)).mean() * 2
+    alike = functional.mse_loss(found @ found.t(), wanted @ wanted.t())
     scores = found @ wanted.t() / 0.05
     twins = (wanted @ wanted.t() > 0.98) & ~torch.eye(len(order), dtype=torch.bool)
     which = functional.cross_entropy(scores.masked_fill(twins, -math.inf), torch.arange(len(order)))
-    return next_token, embedding, 0.5 * which, packed.num_tokens
+    return next_token, embedding + 4 * alike, 0.5 * which, packed.num_tokens
 
 
 def save(model: Any, folder: Path) -> None:

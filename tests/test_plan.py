@@ -211,11 +211,11 @@ def test_the_verb_prints_json_on_standard_output_only(weightless, capsys, monkey
 
     monkeypatch.setattr(app, "config", ())
     arguments = ["plan", weightless["data"], "--model", weightless["model"], "--device", "cpu"]
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main([*arguments, "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] is True
     assert told["seconds"] > 0
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main([*arguments, "--checkpointing", "on"])
     assert "checkpointing on" in capsys.readouterr().out
