@@ -98,3 +98,26 @@ def test_under_autocast_blocks_give_what_the_whole_mask_gives(
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.float())
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("passes_on", [True, False])
+def test_a_model_that_drops_the_blocks_computes_whole_masks(
+    passes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+
+    stock = Qwen2Attention.forward
+
+    def forgetful(self: Any, *args: Any, tree_blocks: Any = None, **kwargs: Any) -> Any:
+        return stock(self, *args, **kwargs)
+
+    if not passes_on:
+        monkeypatch.setattr(Qwen2Attention, "forward", forgetful)
+    model = tiny_model("qwen2", torch.float32)
+    ids = [*PREFIX, 50, 51, 3, 4, 2]
+    rows = [TokenSequence(ids, 23), TokenSequence([*PREFIX, 52, 3, 4, 2], 22)]
+    tree.check(model, rows)
+    implementation = model.config._attn_implementation
+    assert implementation == (attention.NAME if passes_on else "sdpa")
+    loss = tree.loss_sum(tree.answer_logits(model, many_rows()), many_rows())
+    assert loss.isfinite()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from conftest import WAYS, WORDS
-from remora import data, plan, run, train
+from remora import data, micro_batches, plan, progress, run, train
 from remora.config import TrainConfig
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 
@@ -170,11 +170,11 @@ def test_eval_chooses_its_threshold_on_validation_rows(
     assert 0 < found["out_of_scope"]["auroc"] < 1
 
 
-class Watcher(train.Reporter):
+class Watcher(progress.Reporter):
     def __init__(self) -> None:
-        self.seen: list[train.Validation] = []
+        self.seen: list[progress.Validation] = []
 
-    def validated(self, validation: train.Validation) -> None:
+    def validated(self, validation: progress.Validation) -> None:
         self.seen.append(validation)
 
 
@@ -190,7 +190,7 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     adapted, prompt, _ = run.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = data.load_dataset(config.data, seed=config.seed)
     scorer = train.Scorer(adapted, prompt)
-    accuracy, log_loss = train._validate(scorer, dataset.validation, train.Reporter())
+    accuracy, log_loss = train._validate(scorer, dataset.validation, progress.Reporter())
     assert (accuracy, log_loss) == pytest.approx((best.accuracy, best.log_loss), rel=1e-4)
 
 
@@ -234,7 +234,7 @@ def losses(result: train.TrainResult) -> list[float]:
     return [record["loss"] for record in map(json.loads, records) if "loss" in record]
 
 
-class Listener(train.Reporter):
+class Listener(progress.Reporter):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -258,15 +258,15 @@ def test_running_out_of_memory_changes_no_result(
 def test_a_run_that_ran_out_is_the_run_that_began_smaller(config: TrainConfig, monkeypatch) -> None:
     settings = replace(config, dropout=0.3, max_steps=4)
     # Untried, so that memory runs out in the first step itself, after its dropout has been drawn.
-    monkeypatch.setattr(train.MicroBatches, "try_heaviest", lambda _: 0.0)
+    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", lambda _: 0.0)
     sizes = []
-    halve = train.MicroBatches._halve
+    halve = micro_batches.MicroBatches._halve
 
     def halve_and_note(self, batch) -> None:
         halve(self, batch)
         sizes.append(self.max_tokens)
 
-    monkeypatch.setattr(train.MicroBatches, "_halve", halve_and_note)
+    monkeypatch.setattr(micro_batches.MicroBatches, "_halve", halve_and_note)
     with monkeypatch.context() as patch:
         run_out_of_memory(patch, 0, {2})  # the first call is the check at the start
         disturbed = losses(train.train(settings))
@@ -351,7 +351,7 @@ def test_no_rows_to_measure_on_is_an_error(config: TrainConfig) -> None:
 
 
 def test_speed_leaves_the_warm_up_out() -> None:
-    speed = train.Speed(warm_up_steps=2)
+    speed = progress.Speed(warm_up_steps=2)
     for seconds in (100.0, 50.0, 2.0, 2.0):
         speed.add(32, 64, seconds)
     assert speed.examples_per_second == 16

@@ -12,6 +12,7 @@ each block and calls transformers' own scaled-dot-product attention on the block
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,18 @@ def install(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
+def uninstall(model: Any) -> None:
+    """Give a model its scaled-dot-product attention over whole masks back."""
+    if model.config.get_text_config()._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
+
+
 def inputs(
-    config: Any, visible: Callable[[int | None], Tensor], dtype: torch.dtype
+    config: Any,
+    visible: Callable[[int | None], Tensor],
+    dtype: torch.dtype,
+    *,
+    in_blocks: bool = False,
 ) -> dict[str, Any]:
     """Return the arguments of a Hugging Face model's forward that make a packed row's attention.
 
@@ -66,6 +77,7 @@ def inputs(
         config: The model's (text) configuration; it names the attention of each layer.
         visible: Gives the boolean mask [queries, keys] for a sliding window, or None for no window.
         dtype: Of the additive mask that models without scaled-dot-product attention need.
+        in_blocks: Compute in blocks even where that costs more.
 
     Returns:
         `attention_mask`, one or, where layers differ, one for each layer type; and the blocks.
@@ -85,7 +97,7 @@ def inputs(
     named = {"full_attention": None, "sliding_attention": window}
     windows = {kind: named[kind] for kind in layer_types} or every
     dense = visible(None)
-    blocks = _choose_blocks(dense) if config._attn_implementation == NAME else None
+    blocks = _choose_blocks(dense, in_blocks) if config._attn_implementation == NAME else None
     masks = {}
     for kind, width in windows.items():
         mask = dense if width is None else visible(width)
@@ -103,10 +115,10 @@ def inputs(
     }
 
 
-def _choose_blocks(visible: Tensor) -> Blocks | None:
+def _choose_blocks(visible: Tensor, forced: bool = False) -> Blocks | None:
     """Cut the queries of a mask [queries, keys] into blocks, or return None where it costs more."""
     num_queries, num_keys = visible.shape
-    best, cost = None, num_queries * num_keys
+    best, cost = None, math.inf if forced else num_queries * num_keys
     for size in BLOCK_SIZES:
         rows = functional.pad(visible, (0, 0, 0, -num_queries % size))
         seen = rows.view(-1, size, num_keys).any(1)  # [G, keys]

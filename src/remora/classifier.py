@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
-from remora import data, plan, run, train
+from remora import data, plan, run, train, tree
 from remora.config import TrainConfig
 from remora.errors import DataError
 from remora.score import Scorer
@@ -129,6 +129,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             torch.manual_seed(config.seed)
             adapted, prompt, card, _ = train.prepare(config, names, precision, device)
             with train.accelerator_for(precision, device) as accelerator:
+                with accelerator.autocast():
+                    tree.check(adapted, train.short_rows(dataset.train, prompt))
                 train.fit(
                     adapted, prompt, dataset, config, accelerator=accelerator, precision=precision
                 )

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from remora import model, plan, train
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
+from remora.progress import Reporter
 from remora.prompt import Prompt
 from remora.score import Scorer
-from remora.train import Reporter
 
 Method = Literal["fast", "frozen", "tfidf", "adapters"]
 

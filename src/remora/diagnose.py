@@ -16,8 +16,8 @@ from remora import crossfit, data, duplicates, relabel, run
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import Dataset, Table
 from remora.errors import ConfigError, DataError
+from remora.progress import Reporter
 from remora.relabel import Suspect
-from remora.train import Reporter
 
 Verdict = Literal[
     "labels overlap", "rows mislabelled", "too few examples", "undertrained", "undecided"

@@ -15,7 +15,8 @@ from remora.compare import Comparison
 from remora.diagnose import Diagnosis
 from remora.evaluate import Metrics
 from remora.plan import Plan, spoken_bytes, spoken_seconds
-from remora.train import Reporter, Step, TrainResult, Validation
+from remora.progress import Reporter, Step, Validation
+from remora.train import TrainResult
 
 NUM_CONFUSIONS = 5
 

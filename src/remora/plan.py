@@ -581,7 +581,7 @@ class Planner:
         share = room / (components.peak - components.runtime)
         if share > 0:
             most = share * self._counts.total
-            yield f"a model of about {most / 1e9:.1g} billion parameters or fewer"
+            yield f"a model of about {math.floor(most / 1e7) / 100:g} billion parameters or fewer"
         yield f"a device with {spoken_bytes(components.peak)} of memory"
 
     def published_time(self, made: Plan) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import numpy as np
 from remora import calibration, data, evaluate, plan, run, train
 from remora.config import EvalConfig, PredictConfig
 from remora.errors import ConfigError
+from remora.progress import Reporter
 from remora.score import Scorer
-from remora.train import Reporter
 
 
 def load_scorer(

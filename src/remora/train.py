@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,38 +21,10 @@ from remora.calibration import Reliability, Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
+from remora.micro_batches import MicroBatches
+from remora.progress import Reporter, Speed, Step, Validation
 from remora.prompt import Prompt, TokenSequence
 from remora.score import Scorer
-
-Result = TypeVar("Result")
-
-WARM_UP_STEPS = 3
-"""Steps that the speed leaves out: memory is allocated and kernels are chosen in them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One optimizer step, as it is logged."""
-
-    step: int
-    num_steps: int
-    epoch: float
-    loss: float  # mean cross entropy of the answer tokens of the effective batch, in nats
-    grad_norm: float
-    learning_rate: float
-    examples_per_second: float
-    supervised_tokens_per_second: float
-    peak_memory_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """One evaluation on the validation rows, as it is logged."""
-
-    step: int
-    accuracy: float
-    log_loss: float
-    best: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,51 +62,6 @@ class TrainResult:
             },
             "parameters": asdict(self.parameters),
         }
-
-
-class Reporter:
-    """Is told how a run goes. This one is silent; a subclass may show it."""
-
-    def say(self, line: str) -> None:
-        """Take a sentence for the user."""
-
-    def stepped(self, step: Step) -> None:
-        """Take an optimizer step."""
-
-    def validated(self, validation: Validation) -> None:
-        """Take an evaluation on the validation rows."""
-
-    def scoring(self, what: str, done: int, total: int) -> None:
-        """Take the progress of an evaluation, in rows."""
-
-
-@dataclass
-class Speed:
-    """Counts examples and supervised tokens over the time that is spent on training steps."""
-
-    examples: int = 0
-    supervised_tokens: int = 0
-    seconds: float = 0.0
-    warm_up_steps: int = WARM_UP_STEPS
-
-    def add(self, examples: int, supervised_tokens: int, seconds: float) -> None:
-        """Count a step, unless it is one of the first."""
-        if self.warm_up_steps > 0:
-            self.warm_up_steps -= 1
-            return
-        self.examples += examples
-        self.supervised_tokens += supervised_tokens
-        self.seconds += seconds
-
-    @property
-    def examples_per_second(self) -> float:
-        """Examples a second; 0 before the warm-up is over."""
-        return self.examples / self.seconds if self.seconds else 0.0
-
-    @property
-    def supervised_tokens_per_second(self) -> float:
-        """Answer tokens a second; 0 before the warm-up is over."""
-        return self.supervised_tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,125 +194,6 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         seconds=time.perf_counter() - began,
         step_peak_bytes=step_peak_bytes,
     )
-
-
-class MicroBatches:
-    """Computes effective batches in micro-batches, smaller ones once memory has run out.
-
-    What a step averages over stays the effective batch, and the random numbers of a step that is
-    repeated are those it had, so the run is the one that would have begun with the smaller size.
-    """
-
-    def __init__(
-        self,
-        adapted: Any,
-        max_tokens: int,
-        accelerator: Any,
-        heaviest: plan.Heaviest | None,
-        reporter: Reporter,
-    ) -> None:
-        self.max_tokens = max_tokens
-        self._adapted, self._accelerator, self._reporter = adapted, accelerator, reporter
-        self._heaviest = heaviest
-        self._bytes_per_token = heaviest.bytes_per_token if heaviest else 0.0
-        self._said = False
-
-    def add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
-        """Add the gradients of an effective batch to none.
-
-        Returns:
-            The mean loss of its answer tokens, in nats, and how many they are.
-
-        Raises:
-            ResourceError: If the memory does not suffice for its longest row alone.
-        """
-        return self._repeat(batch, lambda: self._add_gradients(batch))
-
-    def try_heaviest(self) -> float:
-        """Compute the heaviest micro-batch and forget it; return the seconds for each token.
-
-        Raises:
-            ResourceError: If the memory does not suffice for its longest row alone.
-        """
-        assert self._heaviest is not None
-        rows = self._heaviest.rows
-        self._adapted.train()
-        before = _random_state(self._accelerator.device)
-        seconds = self._repeat(rows, lambda: self._time_largest(rows))
-        _set_random_state(self._accelerator.device, before)
-        self._adapted.zero_grad()
-        return seconds
-
-    def _repeat(self, batch: Sequence[TokenSequence], compute: Callable[[], Result]) -> Result:
-        before = _random_state(self._accelerator.device)
-        while True:
-            try:
-                return compute()
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_exhausted(error):
-                    raise
-            # Here the error and the tensors that its traceback holds are gone.
-            self._adapted.zero_grad()
-            memory.release(self._accelerator.device)
-            self._halve(batch)
-            _set_random_state(self._accelerator.device, before)
-
-    def _halve(self, batch: Sequence[TokenSequence]) -> None:
-        longest = max(len(row.token_ids) for row in batch)
-        largest = max(packed.num_tokens for packed in tree.split(batch, self.max_tokens))
-        if largest <= longest:
-            raise ResourceError(
-                f"the memory does not suffice for a single row of {longest} tokens; choose a "
-                "smaller model, --checkpointing on, or a smaller --max-length"
-            )
-        self.max_tokens = max(longest, largest // 2)
-        if not self._said:
-            self._reporter.say(
-                f"the memory ran out: from here on at most {self.max_tokens:,} tokens at once, "
-                "halved again where needed; the effective batch stays the same"
-            )
-            self._said = True
-
-    def _add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
-        trees = tree.split(batch, self.max_tokens)
-        num_supervised = sum(packed.num_supervised_tokens for packed in trees)
-        return sum(self._backward(packed, num_supervised) for packed in trees), num_supervised
-
-    def _time_largest(self, batch: Sequence[TokenSequence]) -> float:
-        trees = tree.split(batch, self.max_tokens)
-        largest = max(trees, key=lambda packed: packed.num_tokens)
-        began = time.perf_counter()
-        self._backward(largest, largest.num_supervised_tokens)
-        return (time.perf_counter() - began) / largest.num_tokens
-
-    def _backward(self, packed: tree.TokenTree, num_supervised: int) -> float:
-        """Add the gradients of a micro-batch; return its part of the mean loss."""
-        device = self._accelerator.device
-        memory.refuse_to_exhaust(device, int(self._bytes_per_token * packed.num_tokens))
-        packed = packed.to(device)
-        with self._accelerator.autocast():
-            logits = tree.answer_logits(self._adapted, packed)
-        part = tree.loss_sum(logits, packed) / num_supervised
-        del logits  # the largest array; its gradient is there already
-        self._accelerator.backward(part)
-        return float(part.detach())
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    elif device.type == "mps":
-        states.append(torch.mps.get_rng_state())
-    return states
-
-
-def _set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(states[1])
 
 
 def _expected_time(seconds: float, num_steps: int) -> str:
@@ -563,7 +371,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
             reporter.say(line)
         with accelerator_for(precision, device) as accelerator:
             with accelerator.autocast():
-                tree.check(adapted, _short_rows(dataset.train, prompt))
+                tree.check(adapted, short_rows(dataset.train, prompt))
             directory = run.create(config.output, config.name, config.data, config.model)
             reporter.say(f"run directory: {directory}")
             run.write_text(directory / "config.toml", config.to_toml())
@@ -685,8 +493,8 @@ def _introduce(
             )
 
 
-def _short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequence]:
-    """Return the rows with the shortest messages among the first ones."""
+def short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequence]:
+    """Return the rows with the shortest messages among the first ones, to check a model with."""
     first = sorted(range(min(len(table), 256)), key=lambda i: len(table.texts[i]))[:count]
     return prompt.rows([table.texts[i] for i in first], [table.labels[i] for i in first])
 

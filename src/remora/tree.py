@@ -151,12 +151,15 @@ def answer_logits(model: nn.Module, tree: TokenTree) -> Tensor:
     return logits
 
 
-def inputs(model: nn.Module, tree: TokenTree) -> dict[str, Any]:
-    """Return the arguments of a Hugging Face model's forward that compute a tree's logits."""
+def inputs(model: nn.Module, tree: TokenTree, *, in_blocks: bool = False) -> dict[str, Any]:
+    """Return the arguments of a Hugging Face model's forward that compute a tree's logits.
+
+    With `in_blocks` attention is computed in blocks even where that costs more.
+    """
     return {
         "input_ids": tree.token_ids[None],
         "position_ids": tree.position_ids[None],
-        **attention.inputs(text_config(model), tree.visible, _dtype(model)),
+        **attention.inputs(text_config(model), tree.visible, _dtype(model), in_blocks=in_blocks),
         "logits_to_keep": tree.predictors,
         "use_cache": False,
     }
@@ -227,7 +230,8 @@ def check(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
     """Make sure that a model's attention and positions follow the tree.
 
     Compares the summed loss of some rows, packed, with that of each row alone in the model's own
-    ordinary forward pass.
+    ordinary forward pass. A model that does not pass the blocks on to its attention computes it
+    over whole masks from then on.
 
     Raises:
         ModelError: If they differ by more than rounding explains.
@@ -237,14 +241,21 @@ def check(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
     packed = build(rows).to(next(model.parameters()).device)
     logits = answer_logits(model, packed)
     found = float(loss_sum(logits, packed))
+    tolerance = 1e-3 if logits.dtype in {torch.float32, torch.float64} else 3e-2
     expected = 0.0
     for row in rows:
         ids = torch.tensor([list(row.token_ids)], device=logits.device)
         alone = model(input_ids=ids, use_cache=False).logits[0, row.answer_start - 1 : -1]
         targets = ids[0, row.answer_start :]
         expected += float(nn.functional.cross_entropy(alone.float(), targets, reduction="sum"))
+    try:
+        blocked = model(**inputs(model, packed, in_blocks=True)).logits[0]
+        follows = abs(float(loss_sum(blocked, packed)) - expected) <= tolerance * abs(expected)
+    except (RuntimeError, TypeError, ValueError):
+        follows = False
+    if not follows:
+        attention.uninstall(model)
     model.train(was_training)
-    tolerance = 1e-3 if logits.dtype in {torch.float32, torch.float64} else 3e-2
     if not abs(found - expected) <= tolerance * abs(expected):
         raise ModelError(
             f"the token tree gives a loss of {found:.4f} where this model gives {expected:.4f}, so "

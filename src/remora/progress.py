@@ -1,0 +1,78 @@
+"""How a run goes: what is told of each step and evaluation, and the speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARM_UP_STEPS = 3
+"""Steps that the speed leaves out: memory is allocated and kernels are chosen in them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step, as it is logged."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float  # mean cross entropy of the answer tokens of the effective batch, in nats
+    grad_norm: float
+    learning_rate: float
+    examples_per_second: float
+    supervised_tokens_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """One evaluation on the validation rows, as it is logged."""
+
+    step: int
+    accuracy: float
+    log_loss: float
+    best: bool
+
+
+class Reporter:
+    """Is told how a run goes. This one is silent; a subclass may show it."""
+
+    def say(self, line: str) -> None:
+        """Take a sentence for the user."""
+
+    def stepped(self, step: Step) -> None:
+        """Take an optimizer step."""
+
+    def validated(self, validation: Validation) -> None:
+        """Take an evaluation on the validation rows."""
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """Take the progress of an evaluation, in rows."""
+
+
+@dataclass
+class Speed:
+    """Counts examples and supervised tokens over the time that is spent on training steps."""
+
+    examples: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    warm_up_steps: int = WARM_UP_STEPS
+
+    def add(self, examples: int, supervised_tokens: int, seconds: float) -> None:
+        """Count a step, unless it is one of the first."""
+        if self.warm_up_steps > 0:
+            self.warm_up_steps -= 1
+            return
+        self.examples += examples
+        self.supervised_tokens += supervised_tokens
+        self.seconds += seconds
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples a second; 0 before the warm-up is over."""
+        return self.examples / self.seconds if self.seconds else 0.0
+
+    @property
+    def supervised_tokens_per_second(self) -> float:
+        """Answer tokens a second; 0 before the warm-up is over."""
+        return self.supervised_tokens / self.seconds if self.seconds else 0.0
