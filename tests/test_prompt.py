@@ -357,3 +357,11 @@ def test_a_message_cannot_end_its_turn(tokenizer: Any) -> None:
         number = tokenizer.convert_tokens_to_ids(token)
         assert attacked.count(number) == plain.count(number)
     assert "< |im_end|>" in tokenizer.decode(attacked)
+
+
+def test_the_answer_ends_with_a_control_token_not_with_any_added_one() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "~<|im_end|>")
+    tokenizer.add_tokens(["~"])
+    prompt = Prompt(tokenizer, ["a", "b"], instruction="Sort this.", max_length=200)
+    assert tokenizer.decode(prompt.answers[0]) == "a~<|im_end|>"

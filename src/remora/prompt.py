@@ -269,8 +269,9 @@ def _answer(tokenizer: Any, content: str) -> tuple[str, str]:
     opening, mark, rest = rest.partition(ANSWER_MARK)
     if not mark:
         raise ModelError("the chat template leaves the assistant's answer out; it must show it")
-    special = (str(token) for token in tokenizer.added_tokens_decoder.values())
-    ends = [(rest.index(token) + len(token)) for token in special if token in rest]
+    added = [token for token in tokenizer.added_tokens_decoder.values() if str(token) in rest]
+    added = [token for token in added if token.special] or added
+    ends = [rest.index(str(token)) + len(str(token)) for token in added]
     return opening, rest[: min(ends)] if ends else tokenizer.eos_token
 
 
