@@ -55,7 +55,6 @@ def main() -> None:
         "seed",
         "test accuracy",
         "95% interval",
-        "log-loss",
         "mean loss, last 50 steps",
     ]
     workload.print_table(header, rows)
