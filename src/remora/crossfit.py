@@ -15,7 +15,6 @@ from remora import model, plan, train
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.progress import Reporter
-from remora.prompt import Prompt
 from remora.score import Scorer
 
 Method = Literal["fast", "frozen", "tfidf", "adapters"]
@@ -115,16 +114,7 @@ def frozen_features(
     device = plan.choose_device(settings.device)
     precision = plan.choose_precision(device, settings.precision)
     folder = model.find(settings.model)
-    tokenizer = model.load_tokenizer(folder)
-    context = model.context_length(model.load_config(folder), tokenizer)
-    prompt = Prompt(
-        tokenizer,
-        labels,
-        instruction=settings.instruction,
-        list_labels=settings.list_labels,
-        label_texts=settings.label_texts,
-        max_length=min(settings.max_length or context, context),
-    )
+    prompt = plan.load_prompt(settings, labels, folder)
     base = model.load(folder, precision.base).to(device).eval()
     stems = prompt.stems(texts)
     order = sorted(range(len(stems)), key=lambda i: len(stems[i]))

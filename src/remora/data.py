@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from remora.config import TrainConfig
 from remora.errors import ConfigError, DataError
 from remora.table import (
     FORMATS,
@@ -34,6 +35,7 @@ __all__ = [
     "Dataset",
     "Table",
     "from_lists",
+    "load",
     "load_dataset",
     "read_table",
     "stream_texts",
@@ -112,6 +114,20 @@ class Dataset:
     test: Table | None
     labels: tuple[str, ...]
     summary: DataSummary
+
+
+def load(settings: TrainConfig) -> Dataset:
+    """Return the dataset that a run's settings name; raises as `load_dataset` does."""
+    return load_dataset(
+        settings.data,
+        test=settings.test,
+        validation=settings.validation,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+        validation_fraction=settings.validation_fraction,
+        test_fraction=settings.test_fraction,
+        seed=settings.seed,
+    )
 
 
 def load_dataset(

@@ -144,19 +144,7 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     if config.model is not None:
         settings = replace(settings, model=config.model)
 
-    def read(validation_fraction: float, test_fraction: float) -> Dataset:
-        return data.load_dataset(
-            settings.data,
-            test=settings.test,
-            validation=settings.validation,
-            text_column=settings.text_column,
-            label_column=settings.label_column,
-            validation_fraction=validation_fraction,
-            test_fraction=test_fraction,
-            seed=settings.seed,
-        )
-
-    dataset = read(settings.validation_fraction, settings.test_fraction)
+    dataset = data.load(settings)
     try:
         wanted = json.loads((config.run / "data.json").read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError) as error:
@@ -166,7 +154,8 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
             f"the rows of {settings.data} are not those that {config.run} was trained on; "
             "restore them, or train again"
         )
-    return settings, dataset, read(0.0, 0.0)
+    whole = data.load(replace(settings, validation_fraction=0.0, test_fraction=0.0))
+    return settings, dataset, whole
 
 
 def _need_cleanlab() -> None:

@@ -276,16 +276,7 @@ def plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: None) -
     Raises:
         RemoraError: The settings, the data or the model; see `remora.errors`.
     """
-    dataset = data.load_dataset(
-        settings.data,
-        test=settings.test,
-        validation=settings.validation,
-        text_column=settings.text_column,
-        label_column=settings.label_column,
-        validation_fraction=settings.validation_fraction,
-        test_fraction=settings.test_fraction,
-        seed=settings.seed,
-    )
+    dataset = data.load(settings)
     elsewhere = KNOWN_DEVICES.get(settings.device)
     if elsewhere is None:
         here = choose_device(settings.device)  # type: ignore[arg-type]  # the others are known

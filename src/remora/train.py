@@ -299,16 +299,7 @@ def prepare(
         ModelError: If the model cannot be used for this.
     """
     folder = model.find(config.model)
-    tokenizer = model.load_tokenizer(folder)
-    context = model.context_length(model.load_config(folder), tokenizer)
-    prompt = Prompt(
-        tokenizer,
-        labels,
-        instruction=config.instruction,
-        list_labels=config.list_labels,
-        label_texts=config.label_texts,
-        max_length=min(config.max_length or context, context),
-    )
+    prompt = plan.load_prompt(config, labels, folder)
     base = model.load(folder, precision.base)
     adapted = lora.add_adapter(
         base,
@@ -339,16 +330,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
     if config.method == "full":
         raise ConfigError("full fine-tuning can be planned, but not trained yet; use --method lora")
     _check_trackers(config.trackers)
-    dataset = data.load_dataset(
-        config.data,
-        test=config.test,
-        validation=config.validation,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        validation_fraction=config.validation_fraction,
-        test_fraction=config.test_fraction,
-        seed=config.seed,
-    )
+    dataset = data.load(config)
     held_out, measured_on = dataset.test, "test"
     if held_out is None or not len(held_out):
         held_out, measured_on = dataset.validation, "validation"
