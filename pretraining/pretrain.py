@@ -33,7 +33,7 @@ import phrases
 from remora import attention, tree
 from remora.prompt import Prompt, TokenSequence
 
-VOCABULARY = 4_096
+VOCABULARY = 6_144
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -52,14 +52,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("nano-cache"))
     parser.add_argument("--spliced", type=int, default=40_000, help="texts made of two others")
     parser.add_argument("--written", type=int, default=80_000, help="texts made of phrases")
-    parser.add_argument("--exchanged", type=int, default=40_000, help="texts with words exchanged")
+    parser.add_argument("--exchanged", type=int, default=60_000, help="texts with words exchanged")
     parser.add_argument("--init", type=Path, help="go on from the model in this folder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     texts, tasks = corpus.read()
-    made = corpus.spliced(texts, options.spliced, options.seed)
-    made += phrases.written(options.written, options.seed)
+    made = phrases.written(options.written, options.seed)
+    made += corpus.spliced(texts + made, options.spliced, options.seed)
     words = re.findall(r"^[a-z]{3,}$", (options.teacher / "vocab.txt").read_text("utf-8"), re.M)
     made += corpus.exchanged(texts + made, words, options.exchanged, options.seed)
     texts += corpus.unseen(made)
@@ -71,7 +71,9 @@ def main() -> None:
     else:
         tokenizer = train_tokenizer(texts, tasks, options.output)
         model = new_model(tokenizer)
-    train(model, tokenizer, texts, tasks, torch.from_numpy(targets), options)
+    project = nn.Linear(model.config.hidden_size, targets.shape[1])
+    start_from_teacher(model, project, tokenizer, options.teacher, embed=not options.init)
+    train(model, project, tokenizer, texts, tasks, torch.from_numpy(targets), options)
 
 
 def teacher_embeddings(texts: list[str], folder: Path, cache: Path) -> NDArray[np.float32]:
@@ -152,7 +154,7 @@ def new_model(tokenizer: Any) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=768,
-        num_hidden_layers=6,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2_048,
@@ -168,6 +170,33 @@ def new_model(tokenizer: Any) -> Any:
     attention.install(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     return model
+
+
+@torch.no_grad()
+def start_from_teacher(
+    model: Any, project: nn.Linear, tokenizer: Any, folder: Path, *, embed: bool
+) -> None:
+    """Set the token embeddings to what the teacher says of each token alone, and `project` to fit.
+
+    The teacher's vectors, [vocabulary, 384], are cut to their principal components, as Model2Vec
+    does it: their mean over a message is already a fair embedding of the message.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    teacher_tokenizer = AutoTokenizer.from_pretrained(folder)
+    teacher = AutoModel.from_pretrained(folder).eval()
+    words = [tokenizer.decode([i]).strip() or "." for i in range(len(tokenizer))]
+    batch = teacher_tokenizer(words, padding=True, return_tensors="pt")
+    hidden = teacher(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    vectors = (hidden * mask).sum(1) / mask.sum(1)
+    mean = vectors.mean(0)
+    basis = torch.linalg.svd(vectors - mean, full_matrices=False).Vh[: project.in_features].T
+    project.weight.copy_(basis / project.in_features**0.5)
+    project.bias.copy_(mean / vectors.norm(dim=1).mean())
+    if embed:
+        reduced = (vectors - mean) @ basis
+        model.get_input_embeddings().weight.copy_(reduced * 0.04 / reduced.std())
 
 
 def load(folder: Path, output: Path) -> tuple[Any, Any]:
@@ -241,37 +270,43 @@ class Episodes:
 
 def train(
     model: Any,
+    project: nn.Linear,
     tokenizer: Any,
     texts: list[str],
     tasks: list[corpus.Task],
     targets: Tensor,
     options: argparse.Namespace,
 ) -> None:
-    project = nn.Linear(model.config.hidden_size, targets.shape[1])
     parameters = [*model.parameters(), *project.parameters()]
-    wide = [p for p in parameters if p.dim() > 1]
-    narrow = [p for p in parameters if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": wide, "weight_decay": 0.05}, {"params": narrow, "weight_decay": 0.0}],
-        lr=options.learning_rate,
-        betas=(0.9, 0.95),
-    )
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    others = [p for p in parameters if all(p is not m for m in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices,
+            lr=options.learning_rate,
+            weight_decay=0.05,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(others, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     episodes = Episodes(tokenizer, texts, tasks, options.seed)
     began = saved = time.monotonic()
     step, tokens, means = 0, 0, np.zeros(4)
     while (passed := (time.monotonic() - began) / 60 / options.minutes) < 1:
         # Warm-up in steps, then constant, then down to zero over the last 40% of the time.
         rate = min(1.0, (step + 1) / 200, (1 - passed) / 0.4)
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * rate
         labelled = step % 2 == 0
         draw = episodes.draw if labelled else episodes.draw_unlabelled
         sequences, members, prefix = draw(options.rows if labelled else 2 * options.rows)
         losses = step_losses(model, project, sequences, targets[members], prefix, labelled)
         sum(losses[:3]).backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         step, tokens = step + 1, tokens + int(losses[3])
         means = 0.98 * means + 0.02 * np.array([float(torch.as_tensor(x).detach()) for x in losses])
         if step % 50 == 0:
