@@ -157,7 +157,7 @@ def test_runs_with_other_rows_are_refused(runs, tmp_path: Path, capsys) -> None:
 
 def test_what_is_no_finished_run_is_refused(runs, tmp_path: Path) -> None:
     (runs[1] / "predictions.csv").unlink()
-    with pytest.raises(DataError, match=r"big has no predictions.csv; give run directories"):
+    with pytest.raises(DataError, match=r"big has no predictions.csv; give the directory of"):
         compare.compare(CompareConfig(runs))
     (runs[0] / "evaluation.json").write_text("{}")
     with pytest.raises(DataError, match=r"the figures in .* are broken .*; train it again"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remora import evaluate
+from remora import evaluate, results
 from remora.config import CompareConfig
 from remora.errors import ConfigError, DataError
+from remora.results import Results
 
 SIGNIFICANT = 0.05
 NUM_SHARED = 5
@@ -84,18 +83,6 @@ class Comparison:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a run directory says: its figures, and each test row with what was predicted."""
-
-    path: Path
-    figures: dict[str, Any]
-    texts: list[str]
-    true: list[str]
-    predicted: list[str]
-    baseline: list[str] | None
-
-
 def compare(config: CompareConfig) -> Comparison:
     """Compare runs that were measured on the same rows, and the baseline of the first.
 
@@ -115,7 +102,7 @@ def compare(config: CompareConfig) -> Comparison:
     }
     notes = []
     if runs[0].baseline is None:
-        notes.append(f"{runs[0].path} keeps no predictions of the baseline, so it is left out")
+        notes.append(f"{runs[0].directory} keeps no predictions of the baseline, so it is left out")
     else:
         found = _baseline(runs[0].figures["baseline"])
         contenders[found.name] = (found, runs[0].baseline)
@@ -141,45 +128,29 @@ def compare(config: CompareConfig) -> Comparison:
     )
 
 
-def _read(path: Path) -> _Run:
-    for name in ("evaluation.json", "predictions.csv"):
-        if not (path / name).is_file():
-            raise DataError(f"{path} has no {name}; give run directories of finished runs")
+def _read(path: Path) -> Results:
+    found = results.read(path)
     try:
-        figures = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
-        with (path / "predictions.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        run = _Run(
-            path,
-            figures,
-            texts=[row["text"] for row in rows],
-            true=[row["label"] for row in rows],
-            predicted=[row["predicted"] for row in rows],
-            baseline=[r["baseline"] for r in rows] if "baseline" in rows[0] else None,
-        )
-        _contender("", figures)
-        _baseline(figures["baseline"])
-        complete = figures["metrics"]["num_rows"] == len(rows) and "measured_on" in figures
-    except (ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
+        _contender("", found.figures)
+        _baseline(found.figures["baseline"])
+    except (KeyError, TypeError) as error:
         raise DataError(f"the figures in {path} are broken ({error}); train it again") from error
-    if not complete:
-        raise DataError(f"evaluation.json and predictions.csv in {path} differ; train it again")
-    return run
+    return found
 
 
-def _refuse_other_rows(first: _Run, other: _Run) -> None:
+def _refuse_other_rows(first: Results, other: Results) -> None:
     advice = "train both with the same --test table, or the same data and --seed"
     if len(first.true) != len(other.true):
         raise DataError(
-            f"{first.path} was measured on {len(first.true):,} rows, {other.path} on "
+            f"{first.directory} was measured on {len(first.true):,} rows, {other.directory} on "
             f"{len(other.true):,}; {advice}"
         )
     ours, theirs = (zip(each.texts, each.true, strict=True) for each in (first, other))
     for row, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
         if a != b:
             raise DataError(
-                f"the test rows of {first.path} and {other.path} differ, first in row {row}; "
-                f"{advice}"
+                f"the test rows of {first.directory} and {other.directory} differ, first in row "
+                f"{row}; {advice}"
             )
 
 
@@ -288,7 +259,7 @@ def difference_interval(only_first: int, only_second: int, num_rows: int) -> tup
     return center - half, center + half
 
 
-def _shared_mistakes(runs: Sequence[_Run]) -> tuple[SharedMistake, ...]:
+def _shared_mistakes(runs: Sequence[Results]) -> tuple[SharedMistake, ...]:
     answers = zip(*(each.predicted for each in runs), strict=True)
     counts = Counter(
         (true, given[0])

@@ -1,0 +1,72 @@
+"""What a finished run has shown: evaluation.json and predictions.csv, read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remora import run
+from remora.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The figures of a run, and each row it was measured on with what was predicted."""
+
+    directory: Path
+    figures: dict[str, Any]  # evaluation.json
+    texts: list[str]
+    true: list[str]
+    predicted: list[str]
+    probability: list[float]  # of the predicted label
+    baseline: list[str] | None
+
+    @property
+    def labels(self) -> list[str]:
+        """The closed label set."""
+        return [row["label"] for row in self.figures["metrics"]["per_class"]]
+
+
+def read(directory: Path) -> Results:
+    """Read what a run has shown.
+
+    Raises:
+        DataError: If the run is not finished, or its files are broken.
+    """
+    for name in ("evaluation.json", "predictions.csv"):
+        if not (directory / name).is_file():
+            raise DataError(f"{directory} has no {name}; give the directory of a finished run")
+    try:
+        figures = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
+        with (directory / "predictions.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        labels = {
+            run.defused(row["label"]): row["label"] for row in figures["metrics"]["per_class"]
+        }
+        found = Results(
+            directory=directory,
+            figures=figures,
+            texts=[_as_it_was(row["text"]) for row in rows],
+            true=[labels[row["label"]] for row in rows],
+            predicted=[labels[row["predicted"]] for row in rows],
+            probability=[float(row["probability"]) for row in rows],
+            baseline=([labels[row["baseline"]] for row in rows] if "baseline" in rows[0] else None),
+        )
+        complete = figures["metrics"]["num_rows"] == len(rows) and "measured_on" in figures
+    except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
+        raise DataError(
+            f"the figures in {directory} are broken ({error}); train it again"
+        ) from error
+    if not complete:
+        raise DataError(
+            f"evaluation.json and predictions.csv in {directory} differ; train it again"
+        )
+    return found
+
+
+def _as_it_was(cell: str) -> str:
+    """Undo `run.defused`."""
+    return cell[1:] if cell.startswith("'") and run.defused(cell[1:]) == cell else cell
