@@ -71,16 +71,18 @@ def read() -> tuple[list[str], list[Task]]:
 
 
 def spliced(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """Return new texts: two joined, or the beginning of one with the end of another."""
+    """Return new texts: two to four in a row, or the beginning of one with the end of another."""
     rng = random.Random(seed)
     result = []
     while len(result) < count:
-        first, second = rng.choice(texts).split(), rng.choice(texts).split()
-        if len(first) + len(second) > 40:
+        if rng.random() < 0.6:
+            parts = rng.sample(texts, rng.choice((2, 2, 2, 3, 3, 4)))
+            text = rng.choice((" ", ". ", ", ")).join(parts)
+            if len(text.split()) <= 70:
+                result.append(text)
             continue
-        if rng.random() < 0.5:
-            result.append(" ".join([*first, *second]))
-        elif len(first) > 3 < len(second):
+        first, second = rng.choice(texts).split(), rng.choice(texts).split()
+        if len(first) > 3 < len(second) and len(first) + len(second) <= 40:
             left, right = rng.randint(2, len(first) - 1), rng.randint(1, len(second) - 2)
             result.append(" ".join([*first[:left], *second[right:]]))
     return result
@@ -95,7 +97,7 @@ def exchanged(texts: Sequence[str], words: Sequence[str], count: int, seed: int)
     result = []
     while len(result) < count:
         text = rng.choice(texts).split()
-        if 2 < len(text) <= 25:
+        if 2 < len(text) <= 40:
             for at in rng.sample(range(len(text)), rng.randint(1, 2)):
                 text[at] = rng.choice(words)
             result.append(" ".join(text))

@@ -82,14 +82,19 @@ DOMAINS: dict[str, dict[str, str]] = {
             "coverage, broadband, router, internet, wifi, voicemail, handset, phone, upgrade, "
             "bill, direct debit, credit, text message, call, PUK code, PIN, unlock code, family "
             "plan, landline, engineer visit, installation, password, app, deal, bundle, 5G, "
-            "hotspot, minutes, provider"
+            "hotspot, minutes, provider, mobile data, allowance, line, number, parcel, refund, "
+            "invoice, account, login, screen, battery, camera, charger, charge on my bill, "
+            "instalment, late fee, exit fee, cooling-off period, network settings, price, second "
+            "line, old company, new company, tablet, watch"
         ),
         "happens": (
             "does not work, keeps dropping, is slow, is down, is too expensive, went up, ran out, "
             "was cut off, is locked, was stolen, is lost, is not recognised, has not arrived, is "
             "not active, cannot be reached, was ported, did not move, was charged by mistake, is "
             "wrong, ends soon, cannot be installed, overheats, keeps restarting, is blocked, is "
-            "not included"
+            "not included, has gone, broke, cracked, cannot be paid, was not paid, was paid "
+            "twice, will be late, is used up, crawls, shows no bars, says no service, went to my "
+            "old address, is still not here, does not charge"
         ),
         "wants": (
             "activate, cancel, keep, move, transfer, change, upgrade, downgrade, pause, unlock, "
@@ -245,7 +250,7 @@ def written(count: int, seed: int) -> list[str]:
         {kind: phrases.split(", ") for kind, phrases in domain.items()}
         for domain in DOMAINS.values()
     ]
-    weights = [0.4, 0.15, 0.15, 0.15, 0.15]
+    weights = [0.25, 0.15, 0.3, 0.15, 0.15]  # bank, shop, phone, travel, home
     times, openings, closings = TIMES.split(", "), OPENINGS.split("| "), CLOSINGS.split("|")
     result: dict[str, None] = {}
     while len(result) < count:

@@ -47,12 +47,12 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rows", type=int, default=96, help="messages a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--output", type=Path, default=Path("nano"))
     parser.add_argument("--cache", type=Path, default=Path("nano-cache"))
-    parser.add_argument("--spliced", type=int, default=40_000, help="texts made of two others")
-    parser.add_argument("--written", type=int, default=80_000, help="texts made of phrases")
-    parser.add_argument("--exchanged", type=int, default=60_000, help="texts with words exchanged")
+    parser.add_argument("--spliced", type=int, default=60_000, help="texts made of others")
+    parser.add_argument("--written", type=int, default=100_000, help="texts made of phrases")
+    parser.add_argument("--exchanged", type=int, default=80_000, help="texts with words exchanged")
     parser.add_argument("--init", type=Path, help="go on from the model in this folder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -287,17 +287,21 @@ def train(
             weight_decay=0.05,
             adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW(others, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        # Slower, so that what the teacher says of single tokens is kept.
+        torch.optim.AdamW(
+            others, lr=options.learning_rate / 3, betas=(0.9, 0.95), weight_decay=0.0
+        ),
     ]
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     episodes = Episodes(tokenizer, texts, tasks, options.seed)
     began = saved = time.monotonic()
     step, tokens, means = 0, 0, np.zeros(4)
     while (passed := (time.monotonic() - began) / 60 / options.minutes) < 1:
         # Warm-up in steps, then constant, then down to zero over the last 40% of the time.
         rate = min(1.0, (step + 1) / 200, (1 - passed) / 0.4)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * rate
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, highest in zip(groups, rates, strict=True):
+            group["lr"] = highest * rate
         labelled = step % 2 == 0
         draw = episodes.draw if labelled else episodes.draw_unlabelled
         sequences, members, prefix = draw(options.rows if labelled else 2 * options.rows)

@@ -242,15 +242,7 @@ class PlanConfig(TrainConfig):
         Raises:
             ConfigError: If it is no amount of memory.
         """
-        if self.device_memory is None:
-            return None
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", self.device_memory.strip(), re.I)
-        if not found or not float(found[1]):
-            raise ConfigError(
-                f"device_memory is {self.device_memory!r}; give an amount such as 16GB or 15.5GiB"
-            )
-        power = "KMGT".index(found[2].upper()) + 1
-        return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+        return _bytes("device_memory", self.device_memory, "16GB or 15.5GiB")
 
 
 @Parameter(name="*")
@@ -427,6 +419,100 @@ class DiagnoseConfig:
             raise ConfigError(f"folds is {self.folds}; give a whole number from 2")
         if self.output is not None and self.apply is None:
             raise ConfigError("output is given without apply; give both")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Settings of `remora report`."""
+
+    run: Path = field(kw_only=False)
+    """Directory of a finished run."""
+
+    output: Path | None = None
+    """File to write; by default report.html in the run directory."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Settings of `remora export`."""
+
+    run: Path = field(kw_only=False)
+    """Directory of a finished run."""
+
+    merge: bool = False
+    """Write base model and adapter as one model folder."""
+
+    compress: bool = False
+    """Write a smaller adapter: each layer's update cut to the rank that it deserves."""
+
+    output: Path | None = None
+    """Folder to write; by default merged or compressed in the run directory."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What weights are stored in; by default what the base model is stored in when merging, float16
+    when compressing."""
+
+    budget: str | None = None
+    """Most bytes that the compressed adapter's files may take together, such as 3MB."""
+
+    ratio: float | None = None
+    """Make the compressed adapter at least so many times smaller than the base model's weights."""
+
+    tolerance: float = 0.5
+    """Where neither budget nor ratio is given: how many points of accuracy on the validation rows
+    the compressed adapter may lose."""
+
+    model: str | None = None
+    """Base model, where it no longer is where the adapter was trained."""
+
+    micro_batch_tokens: int = 2048
+    """Most tokens computed at once; limits memory, changes no result."""
+
+    device: Device = "auto"
+    """Where to compute."""
+
+    json: bool = False
+    """Write the figures as JSON to standard output."""
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ConfigError."""
+        problems = []
+        if self.merge == self.compress:
+            given = "both are" if self.merge else "neither is"
+            problems.append(f"of merge and compress {given} given; give one of them")
+        if self.merge and (self.budget is not None or self.ratio is not None):
+            problems.append("budget and ratio are for compressing; give them with compress only")
+        if self.budget is not None and self.ratio is not None:
+            problems.append("budget and ratio are both given; give one of them")
+        problems += [
+            f"{name} is {getattr(self, name)}; give {wanted}"
+            for name, wanted, good in (
+                ("ratio", "a number above 0", self.ratio is None or 0 < self.ratio < float("inf")),
+                ("tolerance", "a number of points from 0 to 100", 0 <= self.tolerance <= 100),
+                ("micro_batch_tokens", "a whole number from 1", self.micro_batch_tokens >= 1),
+            )
+            if not good
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems))
+        self.budget_bytes()
+
+    def budget_bytes(self) -> int | None:
+        """Return the budget in bytes, None where it was not given; raises ConfigError."""
+        return _bytes("budget", self.budget, "3MB or 500kB")
+
+
+def _bytes(name: str, amount: str | None, examples: str) -> int | None:
+    """Return an amount of memory in bytes; raises ConfigError if it is none."""
+    if amount is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", amount.strip(), re.I)
+    if not found or not float(found[1]):
+        raise ConfigError(f"{name} is {amount!r}; give an amount such as {examples}")
+    power = "KMGT".index(found[2].upper()) + 1
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def _from(least: int, value: int | None) -> bool:

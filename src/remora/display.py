@@ -13,7 +13,7 @@ from rich.table import Table
 from remora.calibration import Abstention, Reliability
 from remora.compare import Comparison
 from remora.diagnose import Diagnosis
-from remora.evaluate import Metrics
+from remora.evaluate import Metrics, verdict
 from remora.plan import Plan, spoken_bytes, spoken_seconds
 from remora.progress import Reporter, Step, Validation
 from remora.train import TrainResult
@@ -132,7 +132,7 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
         f"baseline   {base.metrics.accuracy:.2%}  (95% interval {low:.1%} to {high:.1%})  "
         f"{base.description}, {base.seconds:.1f} s{note}",
     )
-    _line(console, f"           {_verdict(ours, base.metrics, result.p_value)}")
+    _line(console, f"           {verdict(ours.accuracy, base.metrics.accuracy, result.p_value)}")
     _line(
         console,
         f"adapter    {_bytes(result.adapter_bytes)}, the base model is "
@@ -300,19 +300,6 @@ def _abstention(found: Abstention) -> str:
     return (
         f"{chosen}: answers {found.coverage:.1%} of the rows, {found.accuracy:.2%} of them right "
         f"(95% interval {low:.1%} to {high:.1%})"
-    )
-
-
-def _verdict(ours: Metrics, base: Metrics, p_value: float) -> str:
-    """Say in a sentence whether the model is worth its cost."""
-    difference = 100 * (ours.accuracy - base.accuracy)
-    p = f"p = {p_value:.2g}, exact McNemar test"
-    if p_value >= 0.05:
-        return f"the difference of {difference:+.1f} points may be chance ({p})"
-    if difference > 0:
-        return f"the adapter is {difference:.1f} points better ({p})"
-    return (
-        f"the baseline is {-difference:.1f} points better: this model is not worth its cost ({p})"
     )
 
 

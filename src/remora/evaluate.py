@@ -230,3 +230,16 @@ def mcnemar(true: Sequence[str], first: Sequence[str], second: Sequence[str]) ->
     if only_first + only_second == 0:
         return 1.0
     return float(binomtest(only_first, only_first + only_second).pvalue)
+
+
+def verdict(accuracy: float, baseline: float, p_value: float) -> str:
+    """Say in a sentence whether a model is worth its cost, from its accuracy and the baseline's."""
+    difference = 100 * (accuracy - baseline)
+    p = f"p = {p_value:.2g}, exact McNemar test"
+    if p_value >= 0.05:
+        return f"the difference of {difference:+.1f} points may be chance ({p})"
+    if difference > 0:
+        return f"the adapter is {difference:.1f} points better ({p})"
+    return (
+        f"the baseline is {-difference:.1f} points better: this model is not worth its cost ({p})"
+    )

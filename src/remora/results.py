@@ -1,15 +1,22 @@
-"""What a finished run has shown: evaluation.json and predictions.csv, read back."""
+"""What a finished run has left: figures, predictions and settings, read back."""
 
 from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from remora import run
 from remora.errors import DataError
+from remora.table import one_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,40 @@ def read(directory: Path) -> Results:
             f"evaluation.json and predictions.csv in {directory} differ; train it again"
         )
     return found
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Return what config.toml says; unlike `run.read_settings` also that of other versions.
+
+    Raises:
+        DataError: If it is missing or broken.
+    """
+    path = directory / "config.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return what a JSON file of a run says, None if there is no such file.
+
+    Raises:
+        DataError: If it is broken.
+    """
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is broken ({one_line(error)}); restore it, or delete it to go without"
+        ) from error
+    return value
 
 
 def _as_it_was(cell: str) -> str:

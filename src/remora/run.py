@@ -246,21 +246,24 @@ def load_adapter(
     """Load an adapter around its base model.
 
     Args:
-        path: A run directory or an adapter's folder.
+        path: A run directory, an adapter's folder, or a merged model's that `export` wrote.
         base: Base model, where it is no longer where the card says.
         dtype: What the base is stored in.
         device: Where to.
 
     Returns:
-        PEFT's model in evaluation mode, the prompt it was trained with, and its card.
+        PEFT's model in evaluation mode, or the merged one, the prompt it was trained with, and its
+        card.
 
     Raises:
         ModelError: If a part is missing or broken, or the base model is another one.
     """
     import peft
 
-    folder = path / "adapter" if (path / "adapter").is_dir() else path
-    card = _read_card(folder)
+    folder = adapter_folder(path)
+    if (folder / "remora.json").is_file() and (folder / "config.json").is_file():
+        return _load_merged(folder, base=base, dtype=dtype, device=device)
+    card = read_card(folder)
     source = model.find(base or card.base_model)
     if model.weights_sha256(source) != card.base_sha256:
         raise ModelError(
@@ -293,6 +296,19 @@ def load_adapter(
     return adapted.to(device).eval(), prompt, card
 
 
+def _load_merged(
+    folder: Path, *, base: str | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Prompt, AdapterCard]:
+    """Load a model that has its adapter merged in; its card has the hash of its own weights."""
+    if base is not None:
+        raise ModelError(f"{folder} holds a whole model and needs no base; leave out --model")
+    card = _card(folder)
+    if model.weights_sha256(folder) != card.base_sha256:
+        raise ModelError(f"the weights in {folder} are not those that were exported; export again")
+    prompt = card.prompt(model.load_tokenizer(folder))
+    return model.load(folder, dtype).to(device).eval(), prompt, card
+
+
 def read_settings(directory: Path) -> TrainConfig:
     """Return the settings of a run from its config.toml.
 
@@ -312,13 +328,27 @@ def read_settings(directory: Path) -> TrainConfig:
         ) from error
 
 
-def _read_card(folder: Path) -> AdapterCard:
+def adapter_folder(path: Path) -> Path:
+    """Return the adapter's folder in a run directory, or the path itself if it is none."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """Return the card of an adapter's folder.
+
+    Raises:
+        ModelError: If it or a file of PEFT's is missing, or it is broken.
+    """
     for name in ("remora.json", "adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(
                 f"{folder} is no adapter of Remora, it has no {name}; "
                 "give a run directory or its adapter folder"
             )
+    return _card(folder)
+
+
+def _card(folder: Path) -> AdapterCard:
     try:
         values = json.loads((folder / "remora.json").read_text(encoding="utf-8"))
         if values["schema"] != SCHEMA:
