@@ -19,6 +19,7 @@ from remora.config import (
     CompareConfig,
     DiagnoseConfig,
     EvalConfig,
+    ExportConfig,
     PlanConfig,
     PredictConfig,
     TrainConfig,
@@ -122,6 +123,20 @@ def diagnose(config: DiagnoseConfig) -> None:
         _print_json(found.to_dict())
     else:
         display.show_diagnosis(found, config.run)
+
+
+@app.command
+def export(config: ExportConfig) -> None:
+    """Write a run's model as one plain folder, or its adapter as a smaller one, once measured."""
+    from remora import display
+    from remora import export as exporting
+
+    with display.TerminalReporter().live() as reporter:
+        written = exporting.export(config, reporter=reporter)
+    if config.json:
+        _print_json(written.to_dict())
+    else:
+        display.show_export(written)
 
 
 @app.meta.default

@@ -12,8 +12,11 @@ from rich.table import Table
 
 from remora.calibration import Abstention, Reliability
 from remora.compare import Comparison
+from remora.compress import Compressed
 from remora.diagnose import Diagnosis
 from remora.evaluate import Metrics, verdict
+from remora.export import Exported
+from remora.merge import Parity
 from remora.plan import Plan, spoken_bytes, spoken_seconds
 from remora.progress import Reporter, Step, Validation
 from remora.train import TrainResult
@@ -275,6 +278,59 @@ def show_diagnosis(found: Diagnosis, run: Path, console: Console | None = None) 
         console,
         f"suspects   {len(found.suspects):,} rows in {run / 'relabel.csv'}, the likeliest first; "
         "decide in its last column, then --apply it",
+    )
+
+
+def show_export(written: Exported, console: Console | None = None) -> None:
+    """Print what was written, and how it was measured."""
+    console = console or Console(highlight=False)
+    result, rows = written.result, f"{written.result.num_rows:,} {written.measured_on} rows"
+    if isinstance(result, Parity):
+        _show_parity(result, rows, console)
+    else:
+        _show_compressed(result, rows, console)
+    _line(console, f"written    {written.directory}, {_bytes(written.num_bytes)}")
+
+
+def _show_parity(found: Parity, rows: str, console: Console) -> None:
+    flips = "the same label on all"
+    if found.num_flips:
+        flips = f"another label on {found.num_flips:,}, where two labels are nearly alike, of"
+    _line(
+        console,
+        f"parity     {flips} {rows}; log-probabilities differ by {found.largest_difference:.2g} at "
+        f"most, {found.allowed:.2g} allowed",
+    )
+    _line(console, f"stored in  {found.dtype}")
+
+
+def _show_compressed(found: Compressed, rows: str, console: Console) -> None:
+    if found.frontier:
+        columns = ("size", "of the base", "mean rank", "accuracy", "other labels")
+        table = Table(*columns, box=None, pad_edge=False)
+        for column in table.columns:
+            column.justify = "right"
+        for point in found.frontier:
+            table.add_row(
+                _bytes(point.num_bytes),
+                f"1/{point.ratio:,.0f}",
+                f"{point.mean_rank:.2f}",
+                f"{point.accuracy:.2%}",
+                f"{point.num_flips:,}",
+            )
+        console.print(table)
+        _line(console, "\non validation rows; the smallest that is good enough, on others:")
+    chosen = found.chosen
+    _line(
+        console,
+        f"accuracy   {chosen.accuracy:.2%} on {rows}, the full adapter {found.full_accuracy:.2%}; "
+        f"another label on {chosen.num_flips:,}",
+    )
+    _line(
+        console,
+        f"size       {_bytes(chosen.num_bytes)} in {found.dtype}, mean rank "
+        f"{chosen.mean_rank:.2f}; the full adapter takes {_bytes(found.adapter_bytes)}, and the "
+        f"base model is {chosen.ratio:,.0f} times larger",
     )
 
 

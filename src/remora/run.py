@@ -309,6 +309,11 @@ def _load_merged(
     return model.load(folder, dtype).to(device).eval(), prompt, card
 
 
+def folder_bytes(folder: Path, pattern: str = "*") -> int:
+    """Return the bytes of the files in a folder, those below it not counted."""
+    return sum(path.stat().st_size for path in folder.glob(pattern) if path.is_file())
+
+
 def read_settings(directory: Path) -> TrainConfig:
     """Return the settings of a run from its config.toml.
 
