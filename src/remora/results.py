@@ -82,11 +82,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        settings: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"
         ) from error
+    return settings
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -98,14 +99,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is broken ({one_line(error)}); restore it, or delete it to go without"
         ) from error
-    return value
+    return dict(value)
 
 
 def _as_it_was(cell: str) -> str:

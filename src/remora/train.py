@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remora import calibration, data, evaluate, lora, memory, model, plan, run, tree
+from remora import calibration, data, evaluate, lora, memory, model, plan, report, run, tree
 from remora.calibration import Reliability, Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
@@ -394,7 +394,16 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
                     scorer, dataset.validation, "validation", reporter
                 )
     return _conclude(
-        config, dataset, held_out, measured_on, scores, fitted, parameters, directory, folder
+        config,
+        dataset,
+        held_out,
+        measured_on,
+        scores,
+        fitted,
+        parameters,
+        directory,
+        folder,
+        reporter,
     )
 
 
@@ -515,6 +524,7 @@ def _conclude(
     parameters: lora.ParameterCount,
     directory: Path,
     folder: Path,
+    reporter: Reporter,
 ) -> TrainResult:
     """Measure against the baseline and write down what was found."""
     probabilities = scores[measured_on].probabilities
@@ -557,29 +567,5 @@ def _conclude(
     )
     run.write_probabilities(directory / run.PROBABILITIES, dataset.labels, scores)
     run.write_json(directory / "evaluation.json", result.to_dict())
-    run.write_text(directory / "README.md", _readme(config, result))
+    report.conclude(directory, reporter.say)
     return result
-
-
-def _readme(config: TrainConfig, result: TrainResult) -> str:
-    """Say in a few lines what lies in the run directory and how good it is."""
-    ours, base = result.metrics, result.baseline.metrics
-    low, high = ours.accuracy_interval
-    confusions = [
-        f"- {c.count} of {c.true} taken for {c.predicted} ({c.share:.0%})"
-        for c in ours.confusions[:5]
-    ]
-    lines = [
-        f"# {result.directory.name}",
-        "",
-        f"A LoRA adapter (PEFT) for {config.model}, trained by Remora on {config.data}.",
-        "",
-        f"Accuracy {ours.accuracy:.2%} (95% interval {low:.1%} to {high:.1%}), macro-F1 "
-        f"{ours.macro_f1:.2%}, on {ours.num_rows:,} {result.measured_on} rows. "
-        f"{result.baseline.description}: {base.accuracy:.2%}.",
-        "",
-        *(["Largest confusions:", "", *confusions, ""] if confusions else []),
-        "    remora predict . < messages.txt",
-        "    remora train --config config.toml    # the same run again",
-    ]
-    return "\n".join(lines) + "\n"

@@ -1,0 +1,117 @@
+"""README.md of a run directory: a model card for the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from remora import evaluate, results, run
+from remora.errors import DataError
+from remora.results import Results
+
+NUM_CONFUSIONS = 5
+
+
+def write(directory: Path) -> None:
+    """Write README.md of a finished run.
+
+    Raises:
+        DataError: If the run is not finished, or its files are broken.
+        ResourceError: If it cannot be written.
+    """
+    run.write_text(directory / "README.md", card(directory))
+
+
+def card(directory: Path) -> str:
+    """Return a model card with what was measured.
+
+    https://huggingface.co/docs/hub/model-cards. The card is meant to be published: a file or folder
+    of this machine is called by its last name, and the metadata name no base model and no data set
+    but those of the hub.
+
+    Raises:
+        DataError: If the run is not finished, or its files are broken.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    found = results.read(directory)
+    metrics = found.figures["metrics"]
+    adapter = results.read_json(directory / "adapter" / "remora.json")
+    if adapter is None:
+        raise DataError(f"{directory} has no adapter; give the directory of a finished run")
+    base = adapter["base_model"]  # an absolute path, or an id of the hub
+    source = results.read_settings(directory)["data"]
+    hub_data = source.removeprefix("hf:").split(":")[0] if source.startswith("hf:") else None
+    data_name = hub_data or Path(source).name
+    measured: dict[str, Any] = {
+        "task_type": "text-classification",
+        "dataset_type": data_name,
+        "dataset_name": data_name,
+        "dataset_split": found.figures["measured_on"],
+    }
+    about = ModelCardData(
+        base_model=None if Path(base).is_absolute() else base,
+        datasets=hub_data,
+        library_name="peft",
+        pipeline_tag="text-classification",
+        tags=["lora", "remora"],
+        model_name=directory.resolve().name,
+        eval_results=[
+            EvalResult(
+                metric_type="accuracy",
+                metric_name="Accuracy",
+                metric_value=metrics["accuracy"],
+                **measured,
+            ),
+            EvalResult(
+                metric_type="f1",
+                metric_name="Macro-F1",
+                metric_value=metrics["macro_f1"],
+                metric_args={"average": "macro"},
+                **measured,
+            ),
+        ],
+    )
+    base_name = Path(base).name if Path(base).is_absolute() else base
+    text = _text(found, base_name, data_name)
+    return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
+
+
+def _text(found: Results, base: str, data: str) -> str:
+    """Say in a few lines what lies in the run directory and how good it is."""
+    figures, metrics = found.figures, found.figures["metrics"]
+    baseline, (low, high) = figures["baseline"], metrics["accuracy_interval"]
+    theirs = baseline["metrics"]["accuracy"]
+    verdict = evaluate.verdict(metrics["accuracy"], theirs, figures["p_value"])
+    confusions = [
+        f"- {c['count']} of {_code(c['true'])} taken for {_code(c['predicted'])} ({c['share']:.0%})"
+        for c in metrics["confusions"][:NUM_CONFUSIONS]
+    ]
+    lines = [
+        f"# {_code(found.directory.resolve().name)}",
+        "",
+        f"A LoRA adapter (PEFT) for {_code(base)}, trained by Remora on {_code(data)}.",
+        "",
+        f"Accuracy {metrics['accuracy']:.2%} (95% interval {low:.1%} to {high:.1%}), macro-F1 "
+        f"{metrics['macro_f1']:.2%}, on {metrics['num_rows']:,} {figures['measured_on']} rows. "
+        f"{baseline['description']}: {theirs:.2%}; {verdict}.",
+        "",
+        *(["Largest confusions:", "", *confusions, ""] if confusions else []),
+        "```sh",
+        "remora predict . < messages.txt",
+        "remora train --config config.toml    # the same run again",
+        "```",
+        "",
+        f"Whatever the message is, the answer is one of these {len(found.labels)} labels: "
+        f"{', '.join(_code(label) for label in found.labels)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """Return a text as Markdown code on one line, in which nothing has a meaning."""
+    line = " ".join(text.split())
+    longest = max((len(ticks) for ticks in re.findall("`+", line)), default=0)
+    space = " " if longest else ""
+    return f"{'`' * (longest + 1)}{space}{line}{space}{'`' * (longest + 1)}"
