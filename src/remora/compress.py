@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +82,13 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
                 break
             with tempfile.TemporaryDirectory() as trial:
                 frontier.append(trials.point(artifacts[-1], Path(trial), validation, full))
-        artifact = _smallest(artifacts, frontier, _accuracy(full, validation), config.tolerance)
+        artifact = _smallest(
+            artifacts,
+            frontier,
+            _accuracy(full, validation),
+            len(validation),
+            config.tolerance,
+        )
     measured = Table(found.texts, found.true)
     full = trials.full(measured)
     return Compressed(
@@ -115,7 +122,11 @@ class _Trials:
         with run.disk_errors(folder):
             for name, content in artifact.files.items():
                 (folder / name).write_bytes(content)
-        self._adapted.load_adapter(str(folder), adapter_name="compressed", local_files_only=True)
+        loaded = self._adapted.load_adapter(
+            str(folder), adapter_name="compressed", local_files_only=True
+        )
+        assert not loaded.missing_keys, loaded
+        assert not loaded.unexpected_keys, loaded
         self._adapted.set_adapter("compressed")
         labels = self._labels(table, plan.spoken_bytes(artifact.num_bytes))
         self._adapted.set_adapter("default")
@@ -142,24 +153,29 @@ class _Trials:
 
 
 def _smallest(
-    artifacts: Sequence[Artifact], frontier: Sequence[Point], full: float, tolerance: float
+    artifacts: Sequence[Artifact],
+    frontier: Sequence[Point],
+    full_accuracy: float,
+    num_rows: int,
+    tolerance: float,
 ) -> Artifact:
-    """Return the smallest adapter that loses at most `tolerance` points of accuracy.
+    """Return the smallest adapter that loses at most `tolerance` points, up to the next whole row.
 
     Raises:
         ModelError: If all lose more.
     """
+    spare_rows = math.ceil(tolerance * num_rows / 100 - 1e-9)
     good = [
         artifact
         for artifact, point in zip(artifacts, frontier, strict=True)
-        if 100 * (full - point.accuracy) <= tolerance + 1e-9
+        if round((full_accuracy - point.accuracy) * num_rows) <= spare_rows
     ]
     if not good:
         best = max((point.accuracy for point in frontier), default=0.0)
         raise ModelError(
             f"every compressed adapter loses more than {tolerance:g} points of accuracy, the best "
-            f"has {best:.2%} where the full one has {full:.2%} on validation rows; "
-            "give a larger --tolerance or another --dtype"
+            f"has {best:.2%} where the full one has {full_accuracy:.2%} on {num_rows:,} validation "
+            "rows; give a larger --tolerance or another --dtype"
         )
     return min(good, key=lambda artifact: artifact.num_bytes)
 

@@ -306,7 +306,7 @@ def _show_parity(found: Parity, rows: str, console: Console) -> None:
 
 def _show_compressed(found: Compressed, rows: str, console: Console) -> None:
     if found.frontier:
-        columns = ("size", "of the base", "mean rank", "accuracy", "other labels")
+        columns = ("size", "of the base", "mean rank", "accuracy", "other labels", "")
         table = Table(*columns, box=None, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
@@ -317,14 +317,16 @@ def _show_compressed(found: Compressed, rows: str, console: Console) -> None:
                 f"{point.mean_rank:.2f}",
                 f"{point.accuracy:.2%}",
                 f"{point.num_flips:,}",
+                "chosen" if point.num_bytes == found.chosen.num_bytes else "",
             )
+        _line(console, "on validation rows:")
         console.print(table)
-        _line(console, "\non validation rows; the smallest that is good enough, on others:")
+        console.print()
     chosen = found.chosen
     _line(
         console,
         f"accuracy   {chosen.accuracy:.2%} on {rows}, the full adapter {found.full_accuracy:.2%}; "
-        f"another label on {chosen.num_flips:,}",
+        f"another label than the full one on {chosen.num_flips:,}",
     )
     _line(
         console,

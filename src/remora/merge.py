@@ -105,7 +105,8 @@ def _write(
 ) -> None:
     """Merge an adapter into its base, in place, and write the model with its tokenizer and card."""
     merged = adapted.merge_and_unload().to(dtype)
-    merged.save_pretrained(folder)
+    with model.without_progress_bar():
+        merged.save_pretrained(folder)
     model.load_tokenizer(source).save_pretrained(folder)
     card = replace(card, base_sha256=model.weights_sha256(folder))
     run.write_json(folder / "remora.json", asdict(card))

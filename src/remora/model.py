@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,6 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         ModelError: If it is no causal language model or its weights cannot be read.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     config = load_config(folder)
     if not any(folder.glob("*.safetensors")):
@@ -139,27 +139,23 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder} has no weights in safetensors format; pickled weights are never read, "
             "convert them first"
         )
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=_attention(config),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with without_progress_bar():
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=_attention(config),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise ModelError(
             f"the model in {folder} cannot be loaded ({_first_line(error)}); "
             "give the folder of a Hugging Face causal language model"
         ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     loaded, info = result
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
@@ -168,6 +164,20 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
         )
     attention.install(loaded)
     return loaded
+
+
+@contextlib.contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Keep transformers from showing its own progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_empty(config: Any, dtype: torch.dtype) -> Any:
