@@ -22,6 +22,7 @@ from remora.config import (
     ExportConfig,
     PlanConfig,
     PredictConfig,
+    ReportConfig,
     TrainConfig,
 )
 from remora.errors import ConfigError, RemoraError, ResourceError
@@ -137,6 +138,15 @@ def export(config: ExportConfig) -> None:
         _print_json(written.to_dict())
     else:
         display.show_export(written)
+
+
+@app.command
+def report(config: ReportConfig) -> None:
+    """Write a run's report.html again, for instance after diagnose."""
+    from remora import display
+    from remora import report as reporting
+
+    display.show_line(f"report in {reporting.report(config)}")
 
 
 @app.meta.default

@@ -150,6 +150,8 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
         f"{_bytes(result.peak_memory_bytes)} peak memory",
     )
     _line(console, f"run        {result.directory}")
+    if (page := result.directory / "report.html").is_file():
+        _line(console, f"report     {page}")
 
 
 def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = None) -> None:
