@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import remora
 from remora import charts, evaluate, model_card, plan, results, run
 from remora.config import ReportConfig
-from remora.errors import DataError, ResourceError
+from remora.errors import ConfigError, DataError, ResourceError
 from remora.results import Results
 from remora.table import one_line
 
@@ -57,6 +57,7 @@ def report(config: ReportConfig) -> Path:
     """Write the report of a finished run; return where it is.
 
     Raises:
+        ConfigError: If the output is a folder.
         DataError: If the run is not finished, or its files are broken.
         ResourceError: If the report cannot be written.
     """
@@ -87,12 +88,13 @@ def write(directory: Path, output: Path | None = None) -> Path:
     """Write the report of a finished run, whole or not at all; return where it is.
 
     Raises:
+        ConfigError: If the output is a folder.
         DataError: If the run is not finished, or its files are broken.
         ResourceError: If the report cannot be written.
     """
     path = output or directory / "report.html"
     if path.is_dir():
-        raise ResourceError(f"{path} is a folder; give a file with --output")
+        raise ConfigError(f"{path} is a folder; give a file with --output")
     if path.exists() and not os.access(path, os.W_OK):
         raise ResourceError(f"{path} is write-protected; give another file with --output")
     run.write_text(path, page(directory))
