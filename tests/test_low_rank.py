@@ -110,7 +110,7 @@ def test_stock_peft_computes_the_nearest_updates(trained, tmp_path, budget):
 
 
 def test_a_compressed_adapter_can_be_compressed_again(trained, tmp_path):
-    base, folder, updates = trained
+    _, folder, updates = trained
     once = low_rank.fit(low_rank.read(folder), 15_000, torch.float32, CARD)
     again = low_rank.read(write(once, tmp_path / "once"))
     for name, update in again.updates.items():
@@ -164,7 +164,7 @@ def test_modules_without_an_update_get_no_rank(trained, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_are_stored_as_asked_and_float16_rounds_less(trained, tmp_path, dtype):
-    base, folder, updates = trained
+    _, folder, updates = trained
     artifact = low_rank.fit(low_rank.read(folder), 10**6, dtype, CARD)
     small = write(artifact, tmp_path / "small")
     stored = load_file(small / "adapter_model.safetensors")

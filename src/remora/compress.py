@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,14 +74,10 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
         validation = _validation(config.run, found)
         trials = _Trials(config, base_bytes, reporter)
         full = trials.full(validation)
-        artifacts = []
-        for share in SHARES:
-            try:
-                artifacts.append(low_rank.fit(adapter, adapter_bytes // share, dtype, others))
-            except ConfigError:  # too small for anything
-                break
+        artifacts = _candidates(adapter, adapter_bytes, dtype, others)
+        for candidate in artifacts:
             with tempfile.TemporaryDirectory() as trial:
-                frontier.append(trials.point(artifacts[-1], Path(trial), validation, full))
+                frontier.append(trials.point(candidate, Path(trial), validation, full))
         artifact = _smallest(
             artifacts,
             frontier,
@@ -150,6 +146,24 @@ class _Trials:
         )
         probabilities = train.score_table(scorer, table.texts, what, self._reporter)
         return [self._prompt.labels[i] for i in probabilities.argmax(1)]
+
+
+def _candidates(
+    adapter: low_rank.Adapter,
+    adapter_bytes: int,
+    dtype: torch.dtype,
+    others: Mapping[str, bytes],
+) -> list[Artifact]:
+    """Return an adapter at fractions of its bytes, the largest first; equal ones only once."""
+    found: list[Artifact] = []
+    for share in SHARES:
+        try:
+            artifact = low_rank.fit(adapter, adapter_bytes // share, dtype, others)
+        except ConfigError:  # too small for anything
+            break
+        if not found or artifact.ranks != found[-1].ranks:
+            found.append(artifact)
+    return found
 
 
 def _smallest(

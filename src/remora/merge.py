@@ -105,6 +105,11 @@ def _write(
 ) -> None:
     """Merge an adapter into its base, in place, and write the model with its tokenizer and card."""
     merged = adapted.merge_and_unload().to(dtype)
+    if not all(parameter.isfinite().all() for parameter in merged.parameters()):
+        raise ModelError(
+            f"the merged model has weights that are no numbers in {dtype}; use --dtype float32, or "
+            "train the adapter again"
+        )
     with model.without_progress_bar():
         merged.save_pretrained(folder)
     model.load_tokenizer(source).save_pretrained(folder)
