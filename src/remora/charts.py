@@ -121,8 +121,7 @@ def chart(
 ) -> Chart:
     """Lay out a chart of lines, each given as its class, its points and whether they get dots.
 
-    The height covers whole steps of the axis. Points that are not finite, such as a loss of NaN,
-    are left out.
+    The height covers whole steps of the axis.
     """
     x_low, x_high = x_range if x_range[1] > x_range[0] else (x_range[0] - 1, x_range[0] + 1)
     x_places = [place for place in ticks(x_low, x_high) if x_low <= place <= x_high]
@@ -137,13 +136,12 @@ def chart(
 
     drawn = []
     for kind, points, dotted in lines:
-        finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         dots = [
             Dot(x=x_at(x), y=y_at(y), text=f"{_text(x, x_percent)}: {_text(y, y_percent)}")
-            for x, y in finite
+            for x, y in points
             if dotted
         ]
-        places = " ".join(f"{x_at(x)},{y_at(y)}" for x, y in finite)
+        places = " ".join(f"{x_at(x)},{y_at(y)}" for x, y in points)
         drawn.append(Line(kind=kind, points=places, dots=tuple(dots)))
     return Chart(
         name=name,
@@ -180,28 +178,30 @@ def thinned(points: Sequence[Point], most: int) -> tuple[list[Point], int]:
 
 
 def training(records: Sequence[dict[str, Any]]) -> list[Chart]:
-    """Return the curves of the records in metrics.jsonl; none where no step is recorded."""
-    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    """Return the curves of the records in metrics.jsonl.
+
+    Steps whose loss is not finite were not taken and are left out.
+    """
+    losses = [(r["step"], r["loss"]) for r in records if math.isfinite(r.get("loss", math.nan))]
     accuracies = [
         (r["step"], r["validation_accuracy"]) for r in records if "validation_accuracy" in r
     ]
     if not losses:
         return []
     points, size = thinned(losses, MAX_POINTS)
-    finite = [y for _, y in points if math.isfinite(y)] or [0.0]
     each = f"; each point is the mean of {size} steps" if size > 1 else ""
     steps = (0, losses[-1][0])
     found = [
         chart(
             "loss",
             "Training loss",
-            f"From {finite[0]:.3g} at the beginning to {finite[-1]:.3g} at the end, in nats for "
-            f"each answer token{each}.",
+            f"From {points[0][1]:.3g} at the beginning to {points[-1][1]:.3g} at the end, in nats "
+            f"for each answer token{each}.",
             [("loss", points, len(points) == 1)],
             x_label="step",
             y_label="loss",
             x_range=steps,
-            y_range=(0, max(finite)),
+            y_range=(0, max(loss for _, loss in points)),
         )
     ]
     if accuracies:

@@ -136,31 +136,26 @@ function showMatrix() {
   const partners = part && kept.some((label) => !matches.has(label));
   byId("matrix-status").textContent = `${kept.length} of ${data.labels.length} labels` +
     (partners ? ", with those that they are confused with" : "");
-  const buttons = [...matrix.querySelectorAll("button")];
-  buttons.forEach((button) => { button.tabIndex = -1; });
-  if (buttons.length) buttons[0].tabIndex = 0;
+  for (const button of matrix.querySelectorAll('button[tabindex="0"]')) button.tabIndex = -1;
+  const first = matrix.querySelector("td:not(.right-hidden) button");
+  if (first) first.tabIndex = 0;
 }
 
-const STEPS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+// Left and right go through all numbers as one reads, up and down through those of a column.
+const STEPS = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1};
 matrix.addEventListener("keydown", (event) => {
   const step = STEPS[event.key];
   const from = event.target.closest("td");
   if (!step || !from) return;
   event.preventDefault();
-  const rows = matrix.tBodies[0].rows;
-  let r = from.parentNode.sectionRowIndex + step[0];
-  let c = from.cellIndex + step[1];
-  while (rows[r]?.cells[c] && c > 0) {  // the next number in that direction
-    const button = rows[r].cells[c].querySelector("button");
-    if (button && !rows[r].cells[c].classList.contains("right-hidden")) {
-      event.target.tabIndex = -1;
-      button.tabIndex = 0;
-      button.focus();
-      return;
-    }
-    r += step[0];
-    c += step[1];
-  }
+  const isUpright = event.key === "ArrowUp" || event.key === "ArrowDown";
+  const buttons = [...matrix.querySelectorAll("td:not(.right-hidden) button")]
+    .filter((button) => !isUpright || button.parentNode.cellIndex === from.cellIndex);
+  const next = buttons[buttons.indexOf(event.target) + step];
+  if (!next) return;
+  event.target.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
 });
 for (const id of ["matrix-order", "matrix-filter", "matrix-wrong"]) {
   byId(id).addEventListener("input", showMatrix);

@@ -1,0 +1,124 @@
+"""Finished runs, made up: the files that training leaves, without the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from remora import calibration, evaluate, run
+from remora.config import TrainConfig
+from remora.lora import ParameterCount
+from remora.progress import Step, Validation
+from remora.train import TrainResult
+
+PLAN = {
+    "device": "this processor",
+    "precision": "float32 arithmetic, float32 adapter",
+    "parameters": 1000,
+    "trainable": 5,
+    "num_rows": 90,
+    "padded_tokens": 30.0,
+    "tree_tokens": 10.0,
+    "operations_per_example": 2e9,
+    "num_steps": 6,
+    "batch_size": 32,
+    "micro_batch_tokens": 2048,
+    "checkpointing": False,
+    "why": "it fits",
+    "memory": {"base": 4000, "saved_activations": 3_000_000},
+    "peak_bytes": 3_004_000,
+    "measured_peak_bytes": 5_000_000,
+}
+
+
+def write(
+    path: Path,
+    *,
+    labels: Sequence[str],
+    texts: Sequence[str],
+    true: Sequence[int],
+    predicted: Sequence[int],
+    note: str = "a note",
+    model: str = "some/base",
+    data: str = "data.csv",
+) -> Path:
+    """Write a run directory; `note` stands wherever a user's word can stand in a setting."""
+    path.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    probabilities = generator.dirichlet(np.ones(len(labels)), len(texts))
+    for row, place in zip(probabilities, predicted, strict=True):  # the prediction is the largest
+        best = int(row.argmax())
+        row[[best, place]] = row[[place, best]]
+    truth, answers = [labels[i] for i in true], [labels[i] for i in predicted]
+    theirs = [labels[(i + (row % 3 == 0)) % len(labels)] for row, i in enumerate(true)]
+    scored = calibration.Scored(probabilities=probabilities, true=np.array(true))
+    result = TrainResult(
+        directory=path,
+        measured_on="test",
+        metrics=evaluate.measure(labels, truth, answers, probabilities),
+        reliability=calibration.assess(scored, scored),
+        baseline=evaluate.Baseline(
+            metrics=evaluate.measure(labels, truth, theirs),
+            predictions=theirs,
+            num_train_rows=90,
+            num_all_train_rows=90,
+            seconds=0.5,
+        ),
+        p_value=evaluate.mcnemar(truth, answers, theirs),
+        parameters=ParameterCount(trainable=5, total=1000, modules={"q_proj": 5}),
+        adapter_bytes=1_700_000,
+        base_bytes=20_000_000,
+        num_steps=6,
+        best_step=6,
+        examples_per_second=12.5,
+        supervised_tokens_per_second=125.0,
+        train_seconds=60.0,
+        peak_memory_bytes=3_000_000,
+    )
+    config = TrainConfig(data, model=model, instruction=note, label_texts={labels[0]: note})
+    run.write_text(path / "config.toml", config.to_toml())
+    run.write_json(path / "environment.json", run.environment(torch.device("cpu")))
+    run.write_json(path / "data.json", {"source": data, "text_column": note, "labels": [*labels]})
+    run.write_json(path / "plan.json", PLAN | {"why": note})
+    run.write_text(path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records()))
+    run.write_predictions(
+        path / "predictions.csv", texts, truth, answers, probabilities.max(1).tolist(), theirs
+    )
+    run.write_probabilities(path / run.PROBABILITIES, labels, {"test": scored})
+    run.write_json(path / "evaluation.json", result.to_dict())
+    (path / "adapter").mkdir()
+    run.write_json(path / "adapter" / "remora.json", {"base_model": model})
+    return path
+
+
+def diagnose(path: Path, labels: Sequence[str], reason: str) -> None:
+    """Add a diagnosis."""
+    pair = {
+        "first": labels[0],
+        "second": labels[1],
+        "verdict": "labels overlap",
+        "reason": reason,
+        "accuracy_if_merged": 0.9125,
+    }
+    figures = {"num_rows": 90, "suspects": 7, "out_of_sample_accuracy": 0.8}
+    near = {"num_test_exact": 1, "num_test_near": 2, "num_conflicting": 3}
+    found = {"method": "fast mode", "pairs": [pair], **figures, **near}
+    run.write_json(path / "diagnosis.json", found)
+
+
+def records() -> list[dict[str, float]]:
+    """The records of six steps and two evaluations."""
+    common = {"num_steps": 6, "grad_norm": 1.0, "learning_rate": 1e-3, "peak_memory_bytes": 5}
+    speeds = {"examples_per_second": 12.5, "supervised_tokens_per_second": 125.0}
+    steps = [
+        asdict(Step(step=i, epoch=i / 3, loss=3.0 / i, **common, **speeds)) for i in range(1, 7)
+    ]
+    for step, accuracy in ((3, 0.5), (6, 0.75)):
+        found = asdict(Validation(step=step, accuracy=accuracy, log_loss=1.0, best=True))
+        steps.append({k if k == "step" else f"validation_{k}": v for k, v in found.items()})
+    return steps
