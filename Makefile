@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test bench clean
+.PHONY: install check test test-durability bench clean
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -22,6 +22,9 @@ check: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-durability: install
+	$(BIN)/python -m pytest -m durability
 
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

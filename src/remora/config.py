@@ -139,6 +139,13 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
     """Experiment trackers that accelerate knows, such as tensorboard or wandb."""
 
+    checkpoint_minutes: float = 10.0
+    """Time between checkpoints, from which the same command goes on after a crash; 0 saves one
+    after every step."""
+
+    max_time: str | None = None
+    """Save and stop after this time, such as 11h30m or 45m; the same command goes on."""
+
     def __post_init__(self) -> None:
         """Check every value.
 
@@ -169,6 +176,16 @@ class TrainConfig:
                 ("seed", "a whole number from 0", self.seed >= 0),
                 ("validation_fraction", "from 0 to below 1", 0 <= self.validation_fraction < 1),
                 ("test_fraction", "from 0 to below 1", 0 <= self.test_fraction < 1),
+                (
+                    "checkpoint_minutes",
+                    "a number from 0",
+                    0 <= self.checkpoint_minutes < float("inf"),
+                ),
+                (
+                    "max_time",
+                    "a time such as 11h30m, 45m or 90s",
+                    self.max_time is None or self.max_seconds is not None,
+                ),
                 ("name", "a name without slashes", _is_plain_name(self.name)),
             )
             if not good
@@ -180,6 +197,15 @@ class TrainConfig:
     def max_tokens(self) -> int:
         """Most tokens computed at once where nobody has looked at the memory."""
         return self.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS
+
+    @property
+    def max_seconds(self) -> float | None:
+        """What `max_time` says, in seconds; None where nothing is, or no time."""
+        found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", self.max_time or "")
+        if not found or not any(found.groups()):
+            return None
+        hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return 3600.0 * hours + 60.0 * minutes + seconds
 
     def num_steps(self, num_rows: int) -> int:
         """Return how many optimizer steps training on so many rows takes."""
@@ -462,7 +488,7 @@ class ExportConfig:
 
     tolerance: float = 0.5
     """Where neither budget nor ratio is given: how many points of accuracy on the validation rows
-    the compressed adapter may lose."""
+    the compressed adapter may lose, up to the next whole row."""
 
     model: str | None = None
     """Base model, where it no longer is where the adapter was trained."""

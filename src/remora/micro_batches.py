@@ -6,10 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from remora import memory, plan, tree
+from remora.checkpoint import random_state, set_random_state
 from remora.errors import ResourceError
 from remora.progress import Reporter
 from remora.prompt import TokenSequence
@@ -58,14 +56,14 @@ class MicroBatches:
         assert self._heaviest is not None
         rows = self._heaviest.rows
         self._adapted.train()
-        before = _random_state(self._accelerator.device)
+        before = random_state(self._accelerator.device)
         seconds = self._repeat(rows, lambda: self._time_largest(rows))
-        _set_random_state(self._accelerator.device, before)
+        set_random_state(self._accelerator.device, before)
         self._adapted.zero_grad()
         return seconds
 
     def _repeat(self, batch: Sequence[TokenSequence], compute: Callable[[], Result]) -> Result:
-        before = _random_state(self._accelerator.device)
+        before = random_state(self._accelerator.device)
         while True:
             try:
                 return compute()
@@ -76,7 +74,7 @@ class MicroBatches:
             self._adapted.zero_grad()
             memory.release(self._accelerator.device)
             self._halve(batch)
-            _set_random_state(self._accelerator.device, before)
+            set_random_state(self._accelerator.device, before)
 
     def _halve(self, batch: Sequence[TokenSequence]) -> None:
         longest = max(len(row.token_ids) for row in batch)
@@ -117,20 +115,3 @@ class MicroBatches:
         del logits  # the largest array; its gradient is there already
         self._accelerator.backward(part)
         return float(part.detach())
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    elif device.type == "mps":
-        states.append(torch.mps.get_rng_state())
-    return states
-
-
-def _set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(states[1])

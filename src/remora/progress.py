@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 WARM_UP_STEPS = 3
 """Steps that the speed leaves out: memory is allocated and kernels are chosen in them."""
@@ -31,6 +32,10 @@ class Validation:
     accuracy: float
     log_loss: float
     best: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as it is logged."""
+        return {f"validation_{k}" if k != "step" else k: v for k, v in asdict(self).items()}
 
 
 class Reporter:

@@ -66,23 +66,30 @@ class AdapterCard:
         )
 
 
-def create(parent: Path, wanted: str | None, data: str, base: str) -> Path:
-    """Make a new run directory.
+def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Path]:
+    """Yield where a run may lie, the first choice first.
 
     Args:
         parent: Folder of all runs.
         wanted: Its name; None to make one from the data's and the model's names.
         data: Where the rows come from.
         base: Which base model is adapted.
+    """
+    stem = wanted or "-".join(_slug(source) for source in (data, base))
+    yield parent / stem
+    if wanted is None:
+        yield from (parent / f"{stem}-{number}" for number in range(2, 10_000))
+
+
+def create(parent: Path, wanted: str | None, data: str, base: str) -> Path:
+    """Make a new run directory; the arguments are those of `paths`.
 
     Raises:
         ConfigError: If a directory of the wanted name exists.
         ResourceError: If it cannot be made.
     """
-    stem = wanted or "-".join(_slug(source) for source in (data, base))
     with disk_errors(parent):
-        for number in range(1, 10_000):
-            path = parent / (stem if number == 1 else f"{stem}-{number}")
+        for path in paths(parent, wanted, data, base):
             try:
                 path.mkdir(parents=True)
                 return path
@@ -91,7 +98,7 @@ def create(parent: Path, wanted: str | None, data: str, base: str) -> Path:
                     raise ConfigError(
                         f"{path} exists already; give another --name or remove it"
                     ) from None
-    raise ConfigError(f"{parent} holds too many runs named {stem}; give a --name")
+    raise ConfigError(f"{parent} holds too many runs named {path.name}; give a --name")
 
 
 @contextlib.contextmanager
@@ -106,12 +113,24 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def sync(path: Path) -> None:
+    """Have the kernel bring a file or a folder to the disk."""
+    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
         try:
             temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -237,9 +256,13 @@ def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
         adapted.save_pretrained(temporary, save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)
         write_json(temporary / "remora.json", asdict(card))
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)
+        sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         return (path / "adapter_model.safetensors").stat().st_size
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remora import calibration, data, evaluate, lora, memory, model, plan, report, run, tree
+from remora import (
+    calibration,
+    checkpoint,
+    data,
+    evaluate,
+    lora,
+    memory,
+    model,
+    plan,
+    report,
+    resume,
+    run,
+    tree,
+)
 from remora.calibration import Reliability, Scored
+from remora.checkpoint import Checkpoint
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
-from remora.errors import ConfigError, DataError, DivergedError, ResourceError
+from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
 from remora.micro_batches import MicroBatches
-from remora.progress import Reporter, Speed, Step, Validation
+from remora.progress import WARM_UP_STEPS, Reporter, Speed, Step, Validation
 from remora.prompt import Prompt, TokenSequence
 from remora.score import Scorer
+from remora.stop import Stop
+
+MAX_SKIPPED = 5
+"""Steps in a row without a finite loss and gradient after which a run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +83,32 @@ class TrainResult:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """What the loop returns: its adapter is the best one, and is in the model."""
+@dataclass
+class Progress:
+    """How far a run is; with tensors and random numbers, all that it needs to go on."""
 
-    num_steps: int
-    best_step: int
-    speed: Speed
-    seconds: float
-    step_peak_bytes: int  # most memory used up to the first evaluation
+    step: int = 0
+    evaluated: int = 0  # the last step after which the validation rows were scored
+    best: tuple[float, float] | None = None  # validation accuracy, -log-loss in nats
+    best_step: int = 0
+    without_better: int = 0  # evaluations since the best
+    skipped: int = 0  # steps in a row that were not taken, for a loss or gradient not finite
+    micro_batch_tokens: int = 0
+    step_peak_bytes: int = 0  # most memory used up to the first evaluation
+    seconds: float = 0.0
+    speed: Speed = field(default_factory=Speed)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name: such names sort in the order of the run."""
+        return f"step-{self.step:08d}" + ("-evaluated" if self.evaluated == self.step else "")
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any]) -> Progress:
+        """Return what a checkpoint holds; the speed leaves out a warm-up again."""
+        best = values["best"] and tuple(values["best"])
+        speed = Speed(**{**values["speed"], "warm_up_steps": WARM_UP_STEPS})
+        return cls(**{**values, "best": best, "speed": speed})
 
 
 def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
@@ -86,8 +122,11 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     heaviest: plan.Heaviest | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
     save: Callable[[], Any] | None = None,
+    checkpoints: Path | None = None,
+    resumed: Checkpoint | None = None,
+    stop: Stop | None = None,
     reporter: Reporter | None = None,
-) -> Fit:
+) -> Progress:
     """Train the adapter of a model; it ends up with the weights that validated best.
 
     Args:
@@ -101,99 +140,136 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             what cannot fit fails in seconds.
         log: Called with each record as a dict.
         save: Called when the adapter has become better than before.
+        checkpoints: Folder to save the state in, now and then, on request and at the end.
+        resumed: What to go on from; the run ends with the bits it would have had undisturbed.
+        stop: Asked after each step whether to save and stop.
         reporter: Told how it goes.
 
     Raises:
-        DivergedError: If the loss or a gradient is not finite.
-        ResourceError: If the memory does not suffice for a single row.
+        DivergedError: If the loss or a gradient is not finite for several steps in a row.
+        ResourceError: If the memory does not suffice for a single row, or the disk fails.
+        Stopped: If that was asked for; the state is saved.
     """
-    reporter = reporter or Reporter()
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    reporter, stop = reporter or Reporter(), stop or Stop()
+    named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
     optimizer, scheduler, num_steps = _optimizer(parameters, adapted, dataset, config, accelerator)
     steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
-    best, best_step, without_better = (-1.0, -math.inf), 0, 0
+    eval_steps = config.eval_steps or steps_per_epoch
     best_weights: list[Tensor] | None = None
-    micro_batches = MicroBatches(adapted, config.max_tokens, accelerator, heaviest, reporter)
-    if heaviest:
+    progress = Progress(micro_batch_tokens=config.max_tokens)
+    scaler, device = accelerator.scaler, accelerator.device
+    if resumed:
+        progress = Progress.restored(resumed.state["progress"])
+        best_weights = checkpoint.restore(resumed, named, optimizer, scheduler, scaler, device)
+        reporter.say(f"going on after step {progress.step:,} of {num_steps:,}")
+    micro_batches = MicroBatches(
+        adapted, progress.micro_batch_tokens, accelerator, heaviest, reporter
+    )
+    if heaviest and progress.step < num_steps:
         seconds_per_token = micro_batches.try_heaviest()
-        reporter.say(_expected_time(seconds_per_token * heaviest.run_tokens, num_steps))
-    speed, began = Speed(), time.perf_counter()
-    done, step_peak_bytes = 0, 0
-    for chosen in data.batches(len(dataset.train), config.batch_size, num_steps, config.seed):
-        texts, labels = dataset.train.texts, dataset.train.labels
-        batch = prompt.rows([texts[i] for i in chosen], [labels[i] for i in chosen])
-        step_began = time.perf_counter()
-        adapted.train()
-        loss, num_supervised = micro_batches.add_gradients(batch)
-        grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
-        _refuse_non_finite(done + 1, loss, grad_norm, scaled=accelerator.scaler is not None)
-        learning_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        done += 1
-        speed.add(len(batch), num_supervised, time.perf_counter() - step_began)
-        peak = memory.peak_bytes(accelerator.device)
-        if best_weights is None:
-            step_peak_bytes = peak
-        step = Step(
-            step=done,
-            num_steps=num_steps,
-            epoch=done / steps_per_epoch,
-            loss=loss,
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            examples_per_second=speed.examples_per_second,
-            supervised_tokens_per_second=speed.supervised_tokens_per_second,
-            peak_memory_bytes=peak,
-        )
-        reporter.stepped(step)
-        if log:
-            log(asdict(step))
+        left = heaviest.run_tokens * (num_steps - progress.step) / num_steps
+        reporter.say(_expected_time(seconds_per_token * left, num_steps - progress.step))
+    began, saved = time.perf_counter() - progress.seconds, time.monotonic()
+    saved_name = resumed.name if resumed else ""
 
-        every = config.eval_steps or steps_per_epoch
-        if len(dataset.validation) and (done % every == 0 or done == num_steps):
-            scorer = Scorer(
-                adapted,
-                prompt,
-                max_tokens=config.max_tokens,
-                autocast=precision.autocast,
+    def save_checkpoint() -> None:
+        nonlocal saved, saved_name
+        if checkpoints and progress.name != saved_name:
+            progress.micro_batch_tokens = micro_batches.max_tokens
+            progress.seconds = time.perf_counter() - began
+            tensors, state = checkpoint.capture(
+                named, best_weights, optimizer, scheduler, scaler, device
             )
-            accuracy, log_loss = _validate(scorer, dataset.validation, reporter)
-            better = (accuracy, -log_loss) > best
-            without_better = 0 if better else without_better + 1
-            if better:
-                best, best_step = (accuracy, -log_loss), done
-                best_weights = [p.detach().clone() for p in parameters]
-                if save:
-                    save()
-            validation = Validation(step=done, accuracy=accuracy, log_loss=log_loss, best=better)
-            reporter.validated(validation)
-            if log:
-                log(
-                    {
-                        f"validation_{k}" if k != "step" else k: v
-                        for k, v in asdict(validation).items()
-                    }
+            state |= {"progress": asdict(progress), "checkpointing": config.checkpointing}
+            checkpoint.save(checkpoints, Checkpoint(progress.name, tensors, state))
+            saved_name = progress.name
+        saved = time.monotonic()
+
+    batches = data.batches(len(dataset.train), config.batch_size, num_steps, config.seed)
+    batches = itertools.islice(batches, progress.step, None)
+    try:
+        while True:
+            due = progress.step % eval_steps == 0 or progress.step == num_steps
+            if due and progress.evaluated < progress.step and len(dataset.validation):
+                scorer = Scorer(
+                    adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
                 )
-            if config.patience and without_better >= config.patience:
-                reporter.say(f"stopped early: no better adapter in {without_better} evaluations")
+                accuracy, log_loss = _validate(scorer, dataset.validation, reporter, stop)
+                better = progress.best is None or (accuracy, -log_loss) > progress.best
+                progress.without_better = 0 if better else progress.without_better + 1
+                if better:
+                    progress.best, progress.best_step = (accuracy, -log_loss), progress.step
+                    best_weights = [p.detach().clone() for p in parameters]
+                    if save:
+                        save()
+                validation = Validation(
+                    step=progress.step, accuracy=accuracy, log_loss=log_loss, best=better
+                )
+                reporter.validated(validation)
+                if log:
+                    log(validation.to_dict())
+                progress.evaluated = progress.step
+            if config.patience and progress.without_better >= config.patience:
+                reporter.say(
+                    f"stopped early: no better adapter in {progress.without_better} evaluations"
+                )
                 break
+            if progress.step == num_steps:
+                break
+
+            chosen = next(batches)
+            texts, labels = dataset.train.texts, dataset.train.labels
+            batch = prompt.rows([texts[i] for i in chosen], [labels[i] for i in chosen])
+            step_began = time.perf_counter()
+            adapted.train()
+            loss, num_supervised = micro_batches.add_gradients(batch)
+            grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
+            learning_rate = scheduler.get_last_lr()[0]
+            if math.isfinite(loss) and (scaler or math.isfinite(grad_norm)):
+                optimizer.step()  # a loss scaler skips it where a gradient is not finite
+                progress.skipped = 0
+            else:
+                progress.skipped += 1
+            scheduler.step()
+            optimizer.zero_grad()
+            progress.step += 1
+            progress.speed.add(len(batch), num_supervised, time.perf_counter() - step_began)
+            peak = memory.peak_bytes(device)
+            if best_weights is None:
+                progress.step_peak_bytes = peak
+            step = Step(
+                step=progress.step,
+                num_steps=num_steps,
+                epoch=progress.step / steps_per_epoch,
+                loss=loss,
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                examples_per_second=progress.speed.examples_per_second,
+                supervised_tokens_per_second=progress.speed.supervised_tokens_per_second,
+                peak_memory_bytes=peak,
+            )
+            reporter.stepped(step)
+            if log:
+                log(asdict(step))
+            _refuse_divergence(step, progress.skipped, scaler, reporter)
+            stop.check()
+            if time.monotonic() - saved >= 60 * config.checkpoint_minutes:
+                save_checkpoint()
+    except Stopped:
+        save_checkpoint()
+        raise
+    save_checkpoint()
     if best_weights is None:
-        best_step = done
+        progress.best_step = progress.step
         if save:
             save()
     else:
         with torch.no_grad():
             for parameter, weight in zip(parameters, best_weights, strict=True):
                 parameter.copy_(weight)
-    return Fit(
-        num_steps=done,
-        best_step=best_step,
-        speed=speed,
-        seconds=time.perf_counter() - began,
-        step_peak_bytes=step_peak_bytes,
-    )
+    progress.seconds = time.perf_counter() - began
+    return progress
 
 
 def _expected_time(seconds: float, num_steps: int) -> str:
@@ -237,39 +313,64 @@ def default_learning_rate(width: int) -> float:
     return 2e-4 * max(1.0, 1536 / width)
 
 
-def _refuse_non_finite(step: int, loss: float, grad_norm: float, *, scaled: bool) -> None:
-    """Stop before a step that would ruin the adapter; the loss scaler mends overflow by itself."""
-    if math.isfinite(loss) and (scaled or math.isfinite(grad_norm)):
-        return
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {grad_norm}"
-    raise DivergedError(f"{what} at step {step}; lower --learning-rate, or use --precision float32")
+def _refuse_divergence(step: Step, skipped: int, scaler: Any, reporter: Reporter) -> None:
+    """Tell of a step that was not taken, and end a run in which that goes on.
+
+    Raises:
+        DivergedError: After so many in a row, or where the loss scale has collapsed.
+    """
+    remedy = "lower --learning-rate, or use --precision float32"
+    if skipped:
+        name, value = (
+            ("loss", step.loss) if not math.isfinite(step.loss) else ("gradient", step.grad_norm)
+        )
+        if skipped == 1:
+            reporter.say(f"the {name} is {value} at step {step.step:,}; this step is not taken")
+        if skipped >= MAX_SKIPPED:
+            raise DivergedError(
+                f"the {name} is {value}, and has not been finite since step "
+                f"{step.step - skipped + 1:,}; {remedy}"
+            )
+    if scaler and scaler.get_scale() < 1:
+        raise DivergedError(
+            f"the loss scale of float16 has fallen to {scaler.get_scale():g} by step "
+            f"{step.step:,}, gradients keep overflowing; {remedy}"
+        )
 
 
-def _validate(scorer: Scorer, table: Table, reporter: Reporter) -> tuple[float, float]:
+def _validate(scorer: Scorer, table: Table, reporter: Reporter, stop: Stop) -> tuple[float, float]:
     """Return accuracy and mean log-loss, in nats, on a table."""
-    scored = score_rows(scorer, table, "validation", reporter)
+    scored = score_rows(scorer, table, "validation", reporter, stop)
     return float(scored.correct.mean()), scored.log_loss
 
 
-def score_rows(scorer: Scorer, table: Table, what: str, reporter: Reporter) -> Scored:
-    """Return the probabilities of a table's rows beside their labels."""
+def score_rows(
+    scorer: Scorer, table: Table, what: str, reporter: Reporter, stop: Stop | None = None
+) -> Scored:
+    """Return the probabilities of a table's rows beside their labels; raises Stopped."""
     place = {label: index for index, label in enumerate(scorer.prompt.labels)}
     return Scored(
-        probabilities=score_table(scorer, table.texts, what, reporter),
+        probabilities=score_table(scorer, table.texts, what, reporter, stop),
         true=np.array([place[label] for label in table.labels], dtype=np.int64),
     )
 
 
 def score_table(
-    scorer: Scorer, texts: Sequence[str], what: str, reporter: Reporter
+    scorer: Scorer,
+    texts: Sequence[str],
+    what: str,
+    reporter: Reporter,
+    stop: Stop | None = None,
 ) -> NDArray[np.float64]:
-    """Return probabilities [texts, labels] and report the progress."""
+    """Return probabilities [texts, labels] and report the progress; raises Stopped."""
     parts = []
     done = 0
     for batch, probabilities in scorer.stream(texts):
         parts.append(probabilities)
         done += len(batch)
         reporter.scoring(what, done, len(texts))
+        if stop:
+            stop.check()
     return np.concatenate(parts)
 
 
@@ -326,85 +427,121 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
     Raises:
         RemoraError: The settings, the data, the model or the disk; see `remora.errors`.
     """
-    reporter = reporter or Reporter()
+    stop = Stop(config.max_seconds)
+    with stop.listening():
+        return _train(config, stop, reporter or Reporter())
+
+
+def _train(config: TrainConfig, stop: Stop, reporter: Reporter) -> TrainResult:
     if config.method == "full":
         raise ConfigError("full fine-tuning can be planned, but not trained yet; use --method lora")
     _check_trackers(config.trackers)
     dataset = data.load(config)
-    held_out, measured_on = dataset.test, "test"
-    if held_out is None or not len(held_out):
-        held_out, measured_on = dataset.validation, "validation"
-    if not len(held_out):
-        raise DataError(
-            "there are no rows to measure on; give --test, or a --test-fraction above 0"
-        )
+    held_out, measured_on = _held_out(dataset)
     for line in dataset.summary.lines():
         reporter.say(line)
     device = plan.choose_device(config.device)
     precision = plan.choose_precision(device, config.precision)
     reporter.say(f"computing on {device.type}: {precision}")
-    planned, heaviest = _plan(config, dataset, precision, device, reporter)
+    directory = resume.unfinished(config, dataset.summary.sha256, reporter.say)
 
-    with torch.random.fork_rng():
+    with contextlib.ExitStack() as stack:
+        resumed = None
+        if directory:
+            stack.enter_context(resume.hold(directory))
+            resumed = checkpoint.newest(directory / resume.CHECKPOINTS, reporter.say)
+        planned, heaviest = _plan(
+            resume.as_before(config, resumed), dataset, precision, device, reporter
+        )
+        stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(config.seed)
         adapted, prompt, card, folder = prepare(config, dataset.labels, precision, device)
         parameters = lora.count_parameters(adapted)
         for line in _introduce(config, dataset, prompt, adapted, parameters):
             reporter.say(line)
-        with accelerator_for(precision, device) as accelerator:
-            with accelerator.autocast():
-                tree.check(adapted, short_rows(dataset.train, prompt))
+        accelerator = stack.enter_context(accelerator_for(precision, device))
+        with accelerator.autocast():
+            tree.check(adapted, short_rows(dataset.train, prompt))
+        if directory:
+            resume.refuse_other_base(directory, card.base_sha256)
+        else:
             directory = run.create(config.output, config.name, config.data, config.model)
-            reporter.say(f"run directory: {directory}")
-            run.write_text(directory / "config.toml", config.to_toml())
-            run.write_json(directory / "environment.json", run.environment(device))
-            run.write_json(directory / "data.json", dataset.summary.to_dict())
-            run.write_json(directory / "plan.json", planned.to_dict())
-            model.set_checkpointing(adapted, planned.checkpointing)
-            with _metrics_log(directory, config, accelerator) as log:
+            stack.enter_context(resume.hold(directory))
+        reporter.say(f"run directory: {directory}")
+        environment = run.environment(device) | {"base_sha256": card.base_sha256}
+        run.write_json(directory / "environment.json", environment)
+        run.write_json(directory / "data.json", dataset.summary.to_dict())
+        run.write_json(directory / "plan.json", planned.to_dict())
+        run.write_text(directory / "config.toml", config.to_toml())
+        model.set_checkpointing(adapted, planned.checkpointing)
+        with stop.deferred():
+            with _metrics_log(directory, config, resumed, accelerator) as log:
                 fitted = fit(
                     adapted,
                     prompt,
                     dataset,
-                    replace(config, micro_batch_tokens=planned.micro_batch_tokens),
+                    _as_planned(config, planned),
                     accelerator=accelerator,
                     precision=precision,
                     heaviest=heaviest,
                     log=log,
                     save=lambda: run.save_adapter(adapted, card, directory / "adapter"),
+                    checkpoints=directory / resume.CHECKPOINTS,
+                    resumed=resumed,
+                    stop=stop,
                     reporter=reporter,
                 )
+            _tell_peak(directory, planned, fitted.step_peak_bytes, reporter)
             scorer = Scorer(
-                adapted,
-                prompt,
-                max_tokens=config.max_tokens,
-                autocast=precision.autocast,
+                adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
             )
-            measured = fitted.step_peak_bytes
-            reporter.say(
-                f"memory at the peak of training: {plan.spoken_bytes(measured)} measured, "
-                f"{plan.spoken_bytes(planned.allocated_bytes)} planned"
-            )
-            run.write_json(
-                directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured}
-            )
-            scores = {measured_on: score_rows(scorer, held_out, measured_on, reporter)}
+            tables = {measured_on: held_out}
             if measured_on == "test" and len(dataset.validation):
-                scores["validation"] = score_rows(
-                    scorer, dataset.validation, "validation", reporter
-                )
-    return _conclude(
+                tables["validation"] = dataset.validation
+            scores = {
+                name: score_rows(scorer, table, name, reporter, stop)
+                for name, table in tables.items()
+            }
+        stop.check()
+        result = _conclude(
+            config,
+            dataset,
+            held_out,
+            measured_on,
+            scores,
+            fitted,
+            parameters,
+            directory,
+            folder,
+            reporter,
+        )
+        resume.finish(directory)
+    return result
+
+
+def _held_out(dataset: Dataset) -> tuple[Table, str]:
+    """Return the rows to measure on, and the name of their split."""
+    for table, name in ((dataset.test, "test"), (dataset.validation, "validation")):
+        if table is not None and len(table):
+            return table, name
+    raise DataError("there are no rows to measure on; give --test, or a --test-fraction above 0")
+
+
+def _as_planned(config: TrainConfig, planned: plan.Plan) -> TrainConfig:
+    return replace(
         config,
-        dataset,
-        held_out,
-        measured_on,
-        scores,
-        fitted,
-        parameters,
-        directory,
-        folder,
-        reporter,
+        micro_batch_tokens=planned.micro_batch_tokens,
+        checkpointing="on" if planned.checkpointing else "off",
     )
+
+
+def _tell_peak(directory: Path, planned: plan.Plan, measured: int, reporter: Reporter) -> None:
+    """Say and keep how the plan compares with what was measured."""
+    reporter.say(
+        f"memory at the peak of training: {plan.spoken_bytes(measured)} measured, "
+        f"{plan.spoken_bytes(planned.allocated_bytes)} planned"
+    )
+    run.write_json(directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured})
 
 
 def _plan(
@@ -492,9 +629,11 @@ def short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequen
 
 @contextlib.contextmanager
 def _metrics_log(
-    directory: Path, config: TrainConfig, accelerator: Any
+    directory: Path, config: TrainConfig, resumed: Checkpoint | None, accelerator: Any
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Give a function that appends a record to metrics.jsonl and to the trackers asked for."""
+    last = resumed.state["progress"] if resumed else {"step": 0, "evaluated": 0}
+    resume.cut_log(directory / "metrics.jsonl", last["step"], last["evaluated"])
     if config.trackers:
         from accelerate.tracking import filter_trackers
 
@@ -507,7 +646,11 @@ def _metrics_log(
     ):
 
         def log(record: dict[str, Any]) -> None:
-            file.write(json.dumps(record) + "\n")
+            finite = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in record.items()
+            }
+            file.write(json.dumps(finite) + "\n")
             if config.trackers:
                 accelerator.log(record, step=record["step"])
 
@@ -520,7 +663,7 @@ def _conclude(
     held_out: Table,
     measured_on: str,
     scores: Mapping[str, Scored],
-    fitted: Fit,
+    fitted: Progress,
     parameters: lora.ParameterCount,
     directory: Path,
     folder: Path,
@@ -550,7 +693,7 @@ def _conclude(
         parameters=parameters,
         adapter_bytes=weights.stat().st_size,
         base_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        num_steps=fitted.num_steps,
+        num_steps=fitted.step,
         best_step=fitted.best_step,
         examples_per_second=fitted.speed.examples_per_second,
         supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,

@@ -1,0 +1,228 @@
+"""Checkpoints: the state of a run, saved whole or not at all, and found again.
+
+A checkpoint is a folder such as `step-00000120` with the tensors, the state and, written last, a
+manifest of their SHA-256. It is made under another name, everything is synced, then it is renamed
+and its parent synced, and only then is the one before deleted. So from the first checkpoint on
+there is a whole one at any instant, whatever kills the process or the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remora.errors import ModelError
+from remora.run import disk_errors, sync
+from remora.table import one_line
+
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+SCHEMA = 1
+_NAME = re.compile(r"step-\d{8,}(-evaluated)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run was between two steps.
+
+    Its name tells the order: after a step, and after the evaluation that may follow it.
+    """
+
+    name: str  # step-00000120 or step-00000120-evaluated
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]  # as JSON holds it
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint and delete those before it; return where it is.
+
+    Args:
+        folder: The folder of all checkpoints of the run.
+        checkpoint: What to save.
+
+    Raises:
+        ResourceError: If the disk fails. The checkpoint before is still there then.
+    """
+    from safetensors.torch import save_file
+
+    final, temporary = folder / checkpoint.name, folder / f"{checkpoint.name}.tmp"
+    with disk_errors(folder):
+        if not folder.is_dir():
+            folder.mkdir()
+            sync(folder.parent)
+        for path in (temporary, final):  # of an interrupted save, or a damaged one
+            shutil.rmtree(path, ignore_errors=True)
+        temporary.mkdir()
+        tensors = {k: v.detach().contiguous() for k, v in checkpoint.tensors.items()}
+        save_file(tensors, temporary / TENSORS)
+        sync(temporary / TENSORS)
+        _write(temporary / STATE, {"schema": SCHEMA, **checkpoint.state})
+        digests = {name: sha256(temporary / name) for name in (TENSORS, STATE)}
+        _write(temporary / MANIFEST, digests)
+        sync(temporary)
+        temporary.rename(final)
+        sync(folder)
+        for path in folder.iterdir():
+            if path != final:
+                # What is half deleted must not look whole: the manifest goes first.
+                with contextlib.suppress(OSError):
+                    (path / MANIFEST).unlink()
+                shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, and None where there has been none.
+
+    What interrupted saves have left is deleted.
+
+    Args:
+        folder: The folder of all checkpoints of the run.
+        say: Told of each one that is damaged.
+
+    Raises:
+        ModelError: If there are checkpoints and all are damaged.
+    """
+    if not folder.is_dir():
+        return None
+    for path in folder.glob("*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    found = sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+    for path in found:
+        try:
+            return load(path)
+        except ModelError as error:
+            say(str(error))
+    if found:
+        raise ModelError(
+            f"no checkpoint in {folder} is whole; restore one, or remove {folder.parent} to begin "
+            "again"
+        )
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint and verify it.
+
+    Raises:
+        ModelError: If a file is missing, or is not what was written.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name in (TENSORS, STATE):
+            if sha256(path / name) != manifest[name]:
+                raise ValueError(f"{name} is not what was written")
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state["schema"] != SCHEMA:
+            raise ValueError(f"schema {state['schema']}, this version reads {SCHEMA}")
+        return Checkpoint(path.name, load_file(path / TENSORS), state)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the checkpoint {path} is damaged ({one_line(error)})") from error
+
+
+def sha256(path: Path) -> str:
+    """Return the digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def capture(
+    parameters: Mapping[str, Tensor],
+    best: Sequence[Tensor] | None,
+    optimizer: Any,
+    scheduler: Any,
+    scaler: Any,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the state that a loop needs to go on as if nothing had happened."""
+    tensors = {f"weights/{name}": p for name, p in parameters.items()}
+    if best is not None:
+        tensors |= {f"best/{n}": w for n, w in zip(parameters, best, strict=True)}
+    saved = optimizer.state_dict()
+    for index, entries in saved["state"].items():
+        for key, value in entries.items():
+            tensors[f"optimizer/{index}/{key}"] = torch.as_tensor(value)
+    tensors |= {f"random/{i}": s for i, s in enumerate(random_state(device))}
+    state = {
+        "optimizer": saved["param_groups"],
+        "scheduler": scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    return {k: v.detach().cpu() for k, v in tensors.items()}, state
+
+
+@torch.no_grad()
+def restore(
+    saved: Checkpoint,
+    parameters: Mapping[str, Tensor],
+    optimizer: Any,
+    scheduler: Any,
+    scaler: Any,
+    device: torch.device,
+) -> list[Tensor] | None:
+    """Set everything to what `capture` saw; return the best weights, if there are any.
+
+    Raises:
+        ModelError: If the checkpoint is of other parameters.
+    """
+    tensors, state = saved.tensors, saved.state
+    for name, parameter in parameters.items():
+        weight = tensors.get(f"weights/{name}")
+        if weight is None or weight.shape != parameter.shape:
+            raise ModelError(f"the checkpoint does not fit {name}; remove the run to begin again")
+        parameter.copy_(weight)
+    entries: dict[int, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        if path.startswith("optimizer/"):
+            _, index, key = path.split("/")
+            entries.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": state["optimizer"]})
+    scheduler.load_state_dict(state["scheduler"])
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    set_random_state(device, [tensors[f"random/{i}"] for i in range(_count(tensors, "random/"))])
+    if not _count(tensors, "best/"):
+        return None
+    return [tensors[f"best/{name}"].to(p.device) for name, p in parameters.items()]
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Return the states of torch's random numbers: the processor's, and the device's."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type == "mps":
+        states.append(torch.mps.get_rng_state())
+    return states
+
+
+def set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Set the states that `random_state` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states[1])
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    return sum(name.startswith(prefix) for name in tensors)

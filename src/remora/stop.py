@@ -1,0 +1,66 @@
+"""Asked to stop: by a signal or by the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from remora.errors import Stopped
+
+AGAIN = "run the same command again to go on"
+
+
+class Stop:
+    """Knows whether a run was asked to stop; the run looks where its state can be saved.
+
+    Args:
+        max_seconds: The time after which it is asked to; None for no limit.
+    """
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self._reason: str | None = None
+        self._deferred = False
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT as requests to stop; elsewhere than in the main thread, don't."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, self._take) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note requests, for `check`; outside of this they stop the run at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self) -> None:
+        """Stop if that was asked for.
+
+        Raises:
+            Stopped: If it was.
+        """
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._reason = self._reason or "the time is up"
+        if self._reason:
+            raise Stopped(f"stopped ({self._reason}); {AGAIN}")
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._reason = signal.Signals(number).name
+        if not self._deferred:
+            self.check()
