@@ -53,4 +53,11 @@ OTHERS = [
 NUL = ["a NUL \0 inside", "\0"] if sys.version_info >= (3, 11) else []  # csv cannot read it before
 
 TEXTS = [way.replace("{}", attack) for way in WAYS_OUT for attack in ATTACKS] + OTHERS + NUL
-LABELS = [*ATTACKS, *OTHERS[:9], *OTHERS[11:17], WAYS_OUT[1].replace("{}", ATTACKS[0]), "\u2028"]
+LABELS = [
+    *ATTACKS,
+    *OTHERS[:9],
+    *OTHERS[11:17],
+    WAYS_OUT[1].replace("{}", ATTACKS[0]),
+    "\u2028",
+    *NUL[:1],
+]

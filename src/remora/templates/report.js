@@ -136,9 +136,12 @@ function showMatrix() {
   const partners = part && kept.some((label) => !matches.has(label));
   byId("matrix-status").textContent = `${kept.length} of ${data.labels.length} labels` +
     (partners ? ", with those that they are confused with" : "");
-  for (const button of matrix.querySelectorAll('button[tabindex="0"]')) button.tabIndex = -1;
-  const first = matrix.querySelector("td:not(.right-hidden) button");
-  if (first) first.tabIndex = 0;
+  makeReachable(matrix.querySelector("td:not(.right-hidden) button"));
+}
+
+function makeReachable(button) {  // by the tab key; one number of the matrix is
+  for (const other of matrix.querySelectorAll('button[tabindex="0"]')) other.tabIndex = -1;
+  if (button) button.tabIndex = 0;
 }
 
 // Left and right go through all numbers as one reads, up and down through those of a column.
@@ -151,12 +154,9 @@ matrix.addEventListener("keydown", (event) => {
   const isUpright = event.key === "ArrowUp" || event.key === "ArrowDown";
   const buttons = [...matrix.querySelectorAll("td:not(.right-hidden) button")]
     .filter((button) => !isUpright || button.parentNode.cellIndex === from.cellIndex);
-  const next = buttons[buttons.indexOf(event.target) + step];
-  if (!next) return;
-  event.target.tabIndex = -1;
-  next.tabIndex = 0;
-  next.focus();
+  buttons[buttons.indexOf(event.target) + step]?.focus();
 });
+matrix.addEventListener("focusin", (event) => makeReachable(event.target));
 for (const id of ["matrix-order", "matrix-filter", "matrix-wrong"]) {
   byId(id).addEventListener("input", showMatrix);
 }
