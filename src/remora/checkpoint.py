@@ -52,8 +52,6 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         ResourceError: If the disk fails. The checkpoint before is still there then.
     """
-    from safetensors.torch import save_file
-
     final, temporary = folder / checkpoint.name, folder / f"{checkpoint.name}.tmp"
     with disk_errors(folder):
         if not folder.is_dir():
@@ -61,15 +59,12 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             sync(folder.parent)
         for path in (temporary, final):  # of an interrupted save, or a damaged one
             shutil.rmtree(path, ignore_errors=True)
-        temporary.mkdir()
-        tensors = {k: v.detach().contiguous() for k, v in checkpoint.tensors.items()}
-        save_file(tensors, temporary / TENSORS)
-        sync(temporary / TENSORS)
-        _write(temporary / STATE, {"schema": SCHEMA, **checkpoint.state})
-        digests = {name: sha256(temporary / name) for name in (TENSORS, STATE)}
-        _write(temporary / MANIFEST, digests)
-        sync(temporary)
-        temporary.rename(final)
+        try:
+            _write_all(temporary, checkpoint)
+            temporary.rename(final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         sync(folder)
         for path in folder.iterdir():
             if path != final:
@@ -138,6 +133,18 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _write_all(folder: Path, checkpoint: Checkpoint) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {k: v.detach().contiguous() for k, v in checkpoint.tensors.items()}
+    save_file(tensors, folder / TENSORS)
+    sync(folder / TENSORS)
+    _write(folder / STATE, {"schema": SCHEMA, **checkpoint.state})
+    _write(folder / MANIFEST, {name: sha256(folder / name) for name in (TENSORS, STATE)})
+    sync(folder)
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
