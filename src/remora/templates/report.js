@@ -3,6 +3,7 @@
 // Texts come into the page as text contents only.
 
 const byId = (id) => document.getElementById(id);
+const byName = new Intl.Collator("en").compare;
 const data = JSON.parse(byId("data").textContent);
 const messages = data.messages.map(([row, text, label, predicted, probability, baseline]) =>
   ({row, text, label, predicted, probability, baseline}));
@@ -73,7 +74,7 @@ function goToMessages(label, predicted, from) {
 for (const id of ["message-true", "message-predicted"]) {
   data.labels
     .map((label, place) => new Option(label, place))
-    .sort((a, b) => a.text.localeCompare(b.text))
+    .sort((a, b) => byName(a.text, b.text))
     .forEach((option) => byId(id).append(option));
 }
 for (const id of ["message-filter", "message-true", "message-predicted", "message-order", "message-wrong"]) {
@@ -123,7 +124,7 @@ function showMatrix() {
   const order = byId("matrix-order").value;
   if (order === "mistakes") kept.sort((a, b) => data.mistakes[b] - data.mistakes[a]);
   if (order === "rows") kept.sort((a, b) => data.rows[b] - data.rows[a]);
-  if (order === "name") kept.sort((a, b) => data.labels[a].localeCompare(data.labels[b]));
+  if (order === "name") kept.sort((a, b) => byName(data.labels[a], data.labels[b]));
   head.replaceChildren(head.cells[0], ...kept.map((label) => headOf.get(label)));
   matrix.tBodies[0].replaceChildren(...kept.map((label) => rowOf.get(label)));
   for (const label of kept) {
@@ -192,7 +193,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     cell.setAttribute("aria-sort", rises ? "ascending" : "descending");
     const rows = [...table.tBodies[0].rows].sort((a, b) => {
       const [x, y] = [valueOf(a, column), valueOf(b, column)];
-      const order = typeof x === "string" ? x.localeCompare(y) : x - y;
+      const order = typeof x === "string" ? byName(x, y) : x - y;
       return rises ? order : -order;
     });
     table.tBodies[0].append(...rows);
