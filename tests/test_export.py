@@ -502,6 +502,27 @@ def test_what_is_no_run_is_refused(place: Path, capsys, what: str) -> None:
     refused(place, capsys, 4, "is no adapter of Remora", "run", what)
 
 
+@pytest.mark.parametrize("what", [["--merge"], ["--compress", "--budget", "12kB"]])
+def test_a_base_that_was_moved_is_given(place: Path, capsys, what: list[str]) -> None:
+    Path("base").rename("moved")
+    refused(place, capsys, 4, "there is no folder", "run", *what)
+    assert remora("run", *what, "--model", "moved", "--output", "out") == 0
+
+
+@pytest.mark.parametrize("what", [["--merge"], ["--compress", "--budget", "12kB"]])
+def test_the_tokens_at_once_are_limited(place: Path, monkeypatch, what: list[str]) -> None:
+    limits = set()
+    stock = train.Scorer.__init__
+
+    def note(scorer, *args, max_tokens, **kwargs):
+        limits.add(max_tokens)
+        stock(scorer, *args, max_tokens=max_tokens, **kwargs)
+
+    monkeypatch.setattr(train.Scorer, "__init__", note)
+    assert remora("run", *what, "--micro-batch-tokens", "77") == 0
+    assert limits == {77}
+
+
 def test_an_empty_folder_may_be_the_output(place: Path) -> None:
     Path("out").mkdir()
     assert remora("run", "--compress", "--budget", "12kB", "--output", "out") == 0

@@ -151,6 +151,17 @@ def test_the_ranks_keep_as_much_as_any_others_of_the_same_bytes():
         assert all(rank == 3 or cost[n] > budget - spent for n, rank in found.items())
 
 
+def test_of_equal_values_the_cheaper_is_kept() -> None:
+    values = torch.tensor([1.0])
+    updates = {
+        "dear": low_rank.Update(torch.zeros(30, 1), values, torch.zeros(1, 30)),
+        "cheap": low_rank.Update(torch.zeros(10, 1), values, torch.zeros(1, 10)),
+        "strong": low_rank.Update(torch.zeros(30, 1), 2 * values, torch.zeros(1, 30)),
+    }
+    found = low_rank.allocate(updates, 240, torch.float16)
+    assert found == {"dear": 0, "cheap": 1, "strong": 1}  # 20 and 60 numbers of 2 bytes
+
+
 def test_modules_without_an_update_get_no_rank(trained, tmp_path):
     _, folder, updates = trained
     path = folder / "adapter_model.safetensors"
@@ -210,11 +221,12 @@ def test_other_files_count(trained):
 
 def test_what_is_no_plain_lora_is_refused(trained, tmp_path):
     _, folder, _ = trained
-    dora = peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
-    wide = peft.get_peft_model(tiny_model("qwen2", torch.float32), dora)
-    wide.save_pretrained(tmp_path / "dora", save_embedding_layers=False)
-    with pytest.raises(ModelError, match="no plain LoRA"):
-        low_rank.read(tmp_path / "dora")
+    for name in ("use_dora", "use_rslora"):
+        config = peft.LoraConfig(target_modules=["q_proj"], **{name: True})
+        other = peft.get_peft_model(tiny_model("qwen2", torch.float32), config)
+        other.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        with pytest.raises(ModelError, match="no plain LoRA"):
+            low_rank.read(tmp_path / name)
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ModelError, match=r"cannot be read \(.*\); train it again or restore it"):

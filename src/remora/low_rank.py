@@ -107,7 +107,7 @@ def read(folder: Path) -> Adapter:
             f"the adapter in {folder} cannot be read ({one_line(error)}); "
             "train it again or restore it"
         ) from error
-    plain = isinstance(config, peft.LoraConfig) and not (config.use_dora or config.use_rslora)
+    plain = isinstance(config, peft.LoraConfig) and not config.use_rslora
     names = {name.replace(".lora_B.", ".lora_A.") for name in tensors}
     if not plain or not names or 2 * len(names) != len(tensors):
         raise ModelError(
