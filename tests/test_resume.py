@@ -6,6 +6,8 @@ import csv
 import hashlib
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from remora import checkpoint, resume, run, train
 from remora.config import TrainConfig
 from remora.errors import ConfigError, ModelError, Stopped
 from remora.progress import Reporter, Step
+from remora.stop import Stop
 
 TIMED = {"examples_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
 
@@ -244,8 +247,6 @@ def test_another_run_is_refused_with_the_difference(
 
 
 def test_another_base_is_refused(config: TrainConfig, tmp_path: Path, base: Path) -> None:
-    import shutil
-
     copied = shutil.copytree(base, tmp_path / base.name)
     interrupted(replace(config, model=str(copied)), Interrupter(step=1))
     weights = copied / "model.safetensors"
@@ -319,6 +320,7 @@ def test_the_log_loses_what_came_after_the_checkpoint(tmp_path: Path) -> None:
 
 
 def remora(config: TrainConfig) -> list[str]:
+    config.output.parent.mkdir(parents=True, exist_ok=True)
     run.write_text(config.output.parent / "settings.toml", config.to_toml())
     settings = config.output.parent / "settings.toml"
     return [sys.executable, "-m", "remora", "train", "--config", str(settings)]
@@ -369,3 +371,50 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
     result = train.train(config, reporter=reporter)
     assert any("going on after step" in line for line in reporter.lines)
     assert outcome(result.directory) == undisturbed
+
+
+@pytest.mark.durability
+def test_sigterm_at_any_moment_saves_and_is_out_at_once(
+    config: TrainConfig, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    generator = random.Random(0)
+    for number in range(30):
+        attempt = replace(config, output=tmp_path / str(number) / "runs")
+        moment = time.monotonic() + generator.uniform(0.5, 8)
+        code, errors, seconds = killed(
+            attempt, signal.SIGTERM, lambda moment=moment: time.monotonic() > moment
+        )
+        if code != 0:  # else it was done before
+            assert code == 75, errors
+            assert seconds < 2.5, errors  # a step takes less than half a second here
+        if not list(attempt.output.glob("*/evaluation.json")):
+            assert outcome(train.train(attempt).directory) == undisturbed, number
+
+
+@pytest.mark.durability
+def test_sigkill_at_any_moment_loses_nothing(
+    config: TrainConfig, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    generator = random.Random(1)
+    for number in range(30):
+        attempt = replace(
+            config, output=tmp_path / str(number) / "runs", checkpoint_minutes=0, name="mine"
+        )
+        moment = time.monotonic() + generator.uniform(0.5, 8)
+        killed(attempt, signal.SIGKILL, lambda moment=moment: time.monotonic() > moment)
+        finished = attempt.output / "mine" / "evaluation.json"
+        if not finished.is_file() or (finished.parent / "checkpoints").is_dir():
+            assert outcome(train.train(attempt).directory) == undisturbed, number
+
+
+def test_a_signal_before_training_is_not_taken_by_a_library() -> None:
+    def library() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except Exception:
+            pytest.fail("it was caught on the way")
+
+    stop = Stop()
+    with pytest.raises(Stopped, match="SIGTERM"), stop.listening():
+        library()

@@ -62,11 +62,14 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
     json:
         Write the figures as JSON to standard output.
     """
-    from remora import display
-    from remora import train as training
+    from remora.stop import Stop
 
-    with display.TerminalReporter().live() as reporter:
-        result = training.train(config, reporter=reporter)
+    with Stop().listening():  # while it imports; the run has its own
+        from remora import display
+        from remora import train as training
+
+        with display.TerminalReporter().live() as reporter:
+            result = training.train(config, reporter=reporter)
     if json:
         _print_json(result.to_dict())
     else:

@@ -11,7 +11,9 @@ from types import FrameType
 
 from remora.errors import Stopped
 
-AGAIN = "run the same command again to go on"
+
+class _StopNow(BaseException):
+    """Raised in the middle of anything; no `except Exception` of a library takes it."""
 
 
 class Stop:
@@ -28,13 +30,19 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT as requests to stop; elsewhere than in the main thread, don't."""
+        """Take SIGTERM and SIGINT as requests to stop; elsewhere than in the main thread, don't.
+
+        Raises:
+            Stopped: If one came when nothing was to be saved.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {s: signal.signal(s, self._take) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
+        except _StopNow:
+            raise self._stopped() from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -57,10 +65,13 @@ class Stop:
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._reason = self._reason or "the time is up"
         if self._reason:
-            raise Stopped(f"stopped ({self._reason}); {AGAIN}")
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        return Stopped(f"stopped ({self._reason}); run the same command again to go on")
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         del frame
         self._reason = signal.Signals(number).name
         if not self._deferred:
-            self.check()
+            raise _StopNow
