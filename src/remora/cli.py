@@ -23,6 +23,7 @@ from remora.config import (
     PlanConfig,
     PredictConfig,
     ReportConfig,
+    ServeConfig,
     TrainConfig,
 )
 from remora.errors import ConfigError, RemoraError, ResourceError
@@ -150,6 +151,19 @@ def report(config: ReportConfig) -> None:
     from remora import report as reporting
 
     display.show_line(f"report in {reporting.report(config)}")
+
+
+@app.command
+def serve(config: ServeConfig) -> None:
+    """Answer requests over HTTP, for many adapters of one base model; SIGTERM drains and ends it.
+
+    An adapter whose folder was replaced is taken over on SIGHUP.
+    """
+    from remora import display
+    from remora import serve as serving
+
+    with serving.ended_by_sigterm():
+        serving.Service(config, say=display.TerminalReporter().say).run()
 
 
 @app.meta.default
