@@ -10,13 +10,16 @@ generation of its adapter, whose SHA-256 its answer bears.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import logging
+import shutil
+import tempfile
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 from remora import lora, model, run
 from remora.errors import ModelError
@@ -35,8 +39,11 @@ from remora.table import one_line
 BATCH_TEXTS = 64
 """Texts at which a batch takes no further request; as many as `predict` scores at a time."""
 
-READS = 3
-"""How often a folder is read anew that is replaced while it is read."""
+FILES = ("adapter_config.json", "adapter_model.safetensors", "remora.json")
+"""The files of an adapter; its SHA-256 is that of all three, one after the other."""
+
+COPIES = 5
+"""How often a folder is looked at that is replaced meanwhile, or is not there for a moment."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,13 +89,12 @@ class _Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Files:
-    """The files of an adapter, read at one moment."""
+class _Copy:
+    """An adapter's files as they were at one moment."""
 
+    folder: Path
     sha256: str
-    config: dict[str, Any]
     card: run.AdapterCard
-    weights: bytes
 
 
 class Engine:
@@ -126,8 +132,7 @@ class Engine:
         self._max_queue = max_queue
         self._on_batch = on_batch
         cards = {name: run.read_card(folder) for name, folder in self._folders.items()}
-        first = next(iter(cards.values()))
-        source = model.find(base or first.base_model)
+        source = model.find(base or next(iter(cards.values())).base_model)
         self.base_sha256 = model.weights_sha256(source)
         for name, card in cards.items():
             self._refuse_other_base(name, card)
@@ -137,13 +142,14 @@ class Engine:
         self._num_loaded = 0
         self._generations: dict[str, Generation] = {}
         for name, folder in self._folders.items():
-            self._generations[name] = self._add(name, _read(folder))
+            with _copied(folder) as copy:
+                self._refuse_other_base(name, copy.card)
+                self._generations[name] = self._add(name, copy)
         self._changed = threading.Condition()
         self._waiting: deque[_Request] = deque()
         self._num_waiting = 0  # texts
-        self._loads: deque[tuple[str, _Files, Future[bool]]] = deque()
+        self._loads: deque[tuple[str, _Copy, Future[bool]]] = deque()
         self._stopping = False
-        self._is_idle = True
         self._thread = threading.Thread(target=self._work, name="remora-engine", daemon=True)
         self._thread.start()
 
@@ -156,12 +162,6 @@ class Engine:
     def num_waiting(self) -> int:
         """Texts that wait."""
         return self._num_waiting
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing waits and nothing is computed."""
-        with self._changed:
-            return self._is_idle and not self._waiting
 
     def classify(self, adapter: str, texts: Sequence[str]) -> Future[Answer]:
         """Hand texts in for an adapter that there is; the answer's future can be cancelled.
@@ -186,13 +186,15 @@ class Engine:
         Raises:
             ModelError: If what is there cannot be used; what was served goes on being served.
         """
-        files = _read(self._folders[adapter])
-        self._refuse_other_base(adapter, files.card)
-        future: Future[bool] = Future()
-        with self._changed:
-            self._loads.append((adapter, files, future))
-            self._changed.notify()
-        return future.result()
+        with _copied(self._folders[adapter]) as copy:
+            self._refuse_other_base(adapter, copy.card)
+            future: Future[bool] = Future()
+            with self._changed:
+                if self._stopping:
+                    raise ModelError("the service is stopping; start it again")
+                self._loads.append((adapter, copy, future))
+                self._changed.notify()
+            return future.result()
 
     def stop(self) -> None:
         """Answer what waits, take nothing more, and end the thread."""
@@ -208,32 +210,28 @@ class Engine:
                 "served; serve it by itself, or give the base model with --model"
             )
 
-    def _add(self, adapter: str, files: _Files) -> Generation:
+    def _add(self, adapter: str, copy: _Copy) -> Generation:
         """Put an adapter beside the others."""
         import peft
-        from safetensors.torch import load
 
         self._num_loaded += 1
         # PEFT finds an adapter's weights by looking for its name in theirs: none may hold another.
         module = f"generation_{self._num_loaded:09d}"
+        settings: dict[str, Any] = {"adapter_name": module, "low_cpu_mem_usage": True}
         try:
-            kind: Any = peft.PeftConfig
-            config = kind.from_peft_type(**files.config)
-            tensors = {name: tensor.float() for name, tensor in load(files.weights).items()}
-            prompt = files.card.prompt(self._tokenizer)
-            if self._adapted is None:
-                self._adapted = peft.get_peft_model(
-                    self._base, config, adapter_name=module, low_cpu_mem_usage=True
-                )
-            else:
-                self._adapted.add_adapter(module, config, low_cpu_mem_usage=True)
-            expected = set(_state(self._adapted, module))
-            if different := sorted(set(tensors) ^ expected):
-                verb = "has" if different[0] in tensors else "lacks"
-                raise ModelError(f"it {verb} {different[0]}, against its configuration")
-            peft.set_peft_model_state_dict(
-                self._adapted, tensors, adapter_name=module, low_cpu_mem_usage=True
-            )
+            prompt = copy.card.prompt(self._tokenizer)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+                if self._adapted is None:
+                    self._adapted = peft.PeftModel.from_pretrained(
+                        self._base, copy.folder, local_files_only=True, **settings
+                    )
+                else:
+                    self._adapted.load_adapter(
+                        copy.folder, local_files_only=True, torch_device="cpu", **settings
+                    )
+            self._refuse_missing(module, copy.folder)
         except Exception as error:  # of PEFT, of safetensors or of the configuration's values
             if self._adapted is not None and module in self._adapted.peft_config:
                 self._adapted.delete_adapter(module)
@@ -249,14 +247,24 @@ class Engine:
             max_tokens=self._micro_batch_tokens,
             autocast=self._precision.autocast,
         )
-        return Generation(
-            sha256=files.sha256, labels=files.card.labels, module=module, scorer=scorer
+        return Generation(sha256=copy.sha256, labels=copy.card.labels, module=module, scorer=scorer)
+
+    def _refuse_missing(self, module: str, folder: Path) -> None:
+        """Refuse an adapter that PEFT has left random weights in: it only warns of those."""
+        import peft
+
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            names = set(file.keys())
+        state: Any = peft.get_peft_model_state_dict(
+            self._adapted, adapter_name=module, save_embedding_layers=False
         )
+        if different := sorted(names ^ set(state)):
+            verb = "has" if different[0] in names else "lacks"
+            raise ModelError(f"it {verb} {different[0]}, which does not fit its configuration")
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._is_idle = True
                 while not (self._waiting or self._loads or self._stopping):
                     self._changed.wait()
                 loads = list(self._loads)
@@ -264,9 +272,8 @@ class Engine:
                 taken = self._take()
                 if not (loads or taken or self._waiting) and self._stopping:
                     return
-                self._is_idle = False
-            for adapter, files, future in loads:
-                self._swap(adapter, files, future)
+            for adapter, copy, future in loads:
+                self._swap(adapter, copy, future)
             if taken:
                 self._answer(taken)
 
@@ -287,15 +294,16 @@ class Engine:
         self._waiting = left
         return [r for r in taken if r.future.set_running_or_notify_cancel()]
 
-    def _swap(self, adapter: str, files: _Files, future: Future[bool]) -> None:
+    def _swap(self, adapter: str, copy: _Copy, future: Future[bool]) -> None:
         before = self._generations[adapter]
-        if files.sha256 == before.sha256:
+        if copy.sha256 == before.sha256:
             future.set_result(False)
             return
         try:
-            self._generations[adapter] = self._add(adapter, files)
-            self._adapted.set_adapter(self._generations[adapter].module)
+            after = self._add(adapter, copy)
+            self._adapted.set_adapter(after.module)
             self._adapted.delete_adapter(before.module)
+            self._generations[adapter] = after
         except Exception as error:
             future.set_exception(error)
         else:
@@ -338,57 +346,34 @@ class Engine:
             start = end
 
 
-def _state(adapted: Any, module: str) -> dict[str, Any]:
-    import peft
-
-    state: dict[str, Any] = peft.get_peft_model_state_dict(
-        adapted, adapter_name=module, save_embedding_layers=False
-    )
-    return state
-
-
-def _read(folder: Path) -> _Files:
-    """Read an adapter's files, all from the same folder even while another takes its place.
+@contextlib.contextmanager
+def _copied(folder: Path) -> Iterator[_Copy]:
+    """Copy an adapter's files, all from one folder even while another takes its place.
 
     Raises:
         ModelError: If one is missing or broken.
     """
-    for attempt in range(READS):
-        try:
-            before = folder.stat()
-            card = run.read_card(folder)
-            contents = {
-                name: (folder / name).read_bytes()
-                for name in ("adapter_config.json", "adapter_model.safetensors", "remora.json")
-            }
-            after = folder.stat()
-            same = (before.st_ino, before.st_dev) == (after.st_ino, after.st_dev)
-            if same and card == run.read_card(folder):
-                break
-        except (OSError, ModelError) as error:
-            if attempt + 1 == READS:
-                if isinstance(error, ModelError):
-                    raise
-                raise ModelError(
-                    f"the adapter in {folder} cannot be read ({one_line(error)}); restore it"
-                ) from error
-        time.sleep(0.05)
-    else:
-        raise ModelError(f"{folder} changes while it is read; put the finished folder in place")
-    digest = hashlib.sha256()
-    for _, content in sorted(contents.items()):
-        digest.update(content)
-    try:
-        config = json.loads(contents["adapter_config.json"])
-        if config["peft_type"] != "LORA":
-            raise ValueError(f"it is of the kind {config['peft_type']}, not LORA")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder / 'adapter_config.json'} is broken ({one_line(error)}); restore it"
-        ) from error
-    return _Files(
-        sha256=digest.hexdigest(),
-        config=config,
-        card=card,
-        weights=contents["adapter_model.safetensors"],
-    )
+    with tempfile.TemporaryDirectory(prefix="remora-") as made:
+        for attempt in range(COPIES):
+            last = attempt + 1 == COPIES
+            try:
+                before = folder.stat()
+                digest = hashlib.sha256()
+                for name in FILES:
+                    shutil.copyfile(folder / name, Path(made, name), follow_symlinks=False)
+                    digest.update(Path(made, name).read_bytes())
+                after = folder.stat()
+                if (before.st_ino, before.st_dev) == (after.st_ino, after.st_dev):
+                    break
+            except OSError as error:
+                if last:
+                    run.read_card(folder)  # which says what is missing
+                    raise ModelError(
+                        f"{folder} cannot be read ({one_line(error)}); restore it"
+                    ) from error
+            if last:
+                raise ModelError(f"{folder} changes while it is read; try again when it is whole")
+            time.sleep(0.05)
+            for path in Path(made).iterdir():
+                path.unlink()
+        yield _Copy(folder=Path(made), sha256=digest.hexdigest(), card=run.read_card(Path(made)))
