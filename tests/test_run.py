@@ -128,7 +128,9 @@ def test_a_missing_file_is_named(copy, name):
 )
 def test_a_broken_card_is_refused(copy, text):
     (copy / "adapter" / "remora.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ModelError, match=r"remora.json is broken \(.*\); restore it"):
+    with pytest.raises(
+        ModelError, match=r"remora.json (is broken|cannot be read) \(.*\); restore it"
+    ):
         load(copy)
 
 
@@ -151,7 +153,7 @@ def test_broken_incomplete_and_foreign_weights_are_refused(copy):
     with pytest.raises(ModelError, match=f"has {foreign}, .*; train it again or restore it"):
         load(copy)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=r"cannot be loaded \(.*\); train it again or restore it"):
+    with pytest.raises(ModelError, match=r"cannot be loaded \(.*\); restore it"):
         load(copy)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from remora import attention
+from remora import admit, attention
 from remora.errors import ModelError
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -116,6 +116,7 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
+    admit.configuration(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -139,6 +140,9 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder} has no weights in safetensors format; pickled weights are never read, "
             "convert them first"
         )
+    parameters = {id(p): p.numel() for p in load_empty(config, dtype).parameters()}
+    quantized = getattr(config, "quantization_config", None) is not None
+    admit.weights(folder, sum(parameters.values()), quantized=quantized)
     try:
         with without_progress_bar():
             result: Any = AutoModelForCausalLM.from_pretrained(
@@ -194,7 +198,7 @@ def load_empty(config: Any, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             make: Any = AutoModelForCausalLM.from_config
             empty = make(config, dtype=dtype)
-    except ValueError as error:
+    except Exception as error:  # of a configuration whose values do not go together
         raise ModelError(
             f"there is no causal language model for this configuration ({_first_line(error)}); "
             "give the folder of a Hugging Face causal language model"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 import remora
-from remora import lora, model
+from remora import admit, lora, model
 from remora.calibration import Scored
 from remora.config import TrainConfig
 from remora.errors import ConfigError, ModelError, ResourceError
@@ -299,6 +299,7 @@ def load_adapter(
         )
     prompt = card.prompt(model.load_tokenizer(source))
     loaded = model.load(source, dtype)
+    admit.adapter(folder, loaded)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -381,18 +382,37 @@ def read_card(folder: Path) -> AdapterCard:
 
 
 def _card(folder: Path) -> AdapterCard:
+    path = folder / "remora.json"
+    values = admit.read_json(path)
+    if values.get("schema", SCHEMA) != SCHEMA:
+        raise ModelError(
+            f"{folder} has schema {values['schema']}, this version reads {SCHEMA}; "
+            "use the version of Remora that wrote it"
+        )
     try:
-        values = json.loads((folder / "remora.json").read_text(encoding="utf-8"))
-        if values["schema"] != SCHEMA:
-            raise ModelError(
-                f"{folder} has schema {values['schema']}, this version reads {SCHEMA}; "
-                "use the version of Remora that wrote it"
-            )
-        return AdapterCard(**{**values, "labels": tuple(values["labels"])})
-    except (ValueError, TypeError, KeyError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{folder / 'remora.json'} is broken ({error}); restore it") from error
+        card = AdapterCard(**{**values, "labels": tuple(values["labels"])})
+    except (TypeError, KeyError) as error:
+        raise ModelError(f"{path} is broken ({one_line(error)}); restore it") from error
+    texts = [card.base_model, card.base_sha256, card.instruction, card.remora_version]
+    if not (
+        all(_is_text(text) for text in (*texts, *card.labels))
+        and isinstance(card.label_texts, dict)
+        and all(_is_text(t) and label in card.labels for label, t in card.label_texts.items())
+        and 2 <= len(card.labels) == len(set(card.labels))
+        and isinstance(card.list_labels, bool)
+        and isinstance(card.max_length, int)
+        and 1 <= card.max_length <= admit.MAX_SIZE
+    ):
+        raise ModelError(f"{path} is broken (a value is not of its kind); restore it")
+    return card
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is a text that UTF-8 can write: JSON also has half characters."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _slug(source: str) -> str:
