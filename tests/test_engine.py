@@ -65,7 +65,9 @@ def same(answer: Answer, expected: list[list[tuple[str, float]]]) -> bool:
 
 def sha256(folder: Path) -> str:
     names = ("adapter_config.json", "adapter_model.safetensors", "remora.json")
-    return hashlib.sha256(b"".join((folder / "adapter" / n).read_bytes() for n in names)).hexdigest()
+    return hashlib.sha256(
+        b"".join((folder / "adapter" / n).read_bytes() for n in names)
+    ).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["bank", "mail", "few"])

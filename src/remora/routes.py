@@ -319,6 +319,15 @@ def _strict_json(body: bytes) -> Any:
         raise _Refused(400, f"the body cannot be read as JSON: {error}") from None
 
 
+def _is_encodable(text: str) -> bool:
+    """Whether a text can be written in UTF-8; JSON can spell texts that cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
     # In ASCII, since a client's own words may hold what cannot be encoded.
     content = json.dumps({"error": " ".join(detail.split())[:500]})
@@ -389,6 +398,8 @@ def _routes(state: State) -> FastAPI:  # noqa: PLR0915 - the routes, one after t
                 )
             if not text.strip():
                 raise _Refused(422, f"text {place} is blank; leave it out")
+            if not _is_encodable(text):
+                raise _Refused(422, f"text {place} holds half of a surrogate pair; correct it")
         answer = await _answer(state, name, body.texts)
         num_labels = len(answer.labels)
         if body.top_k > num_labels:
