@@ -18,8 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from conftest import WORDS, randomize_adapter
 
+from conftest import WORDS, randomize_adapter
 from remora import lora, model, run
 from remora.config import PredictConfig, ServeConfig
 from remora.predict import predictions

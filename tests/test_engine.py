@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from serving import predicted, write_adapter
 
 from remora import plan
 from remora.engine import Answer, Batch, Engine, QueueFullError
 from remora.errors import ModelError
+from serving import predicted, write_adapter
 
 TEXTS = ["Where is my card?", "the refund again", "Still no top up!", "why card why", "refund"]
 
@@ -115,8 +115,7 @@ def test_what_waits_together_is_computed_together(folders: dict[str, Path]) -> N
     futures = [made.classify("bank", ["the first"])]
     while not batches:
         time.sleep(0.001)
-    for i in range(8):
-        futures.append(made.classify("bank" if i % 2 else "mail", [f"card {i}"]))
+    futures += [made.classify("bank" if i % 2 else "mail", [f"card {i}"]) for i in range(8)]
     first.set()
     for future in futures:
         future.result()
@@ -229,7 +228,7 @@ def test_adapters_of_two_bases_are_refused(changing: dict[str, Path], base: Path
 def swap_under_requests(
     folders: dict[str, Path], base: Path, parent: Path, num_swaps: int, num_requests: int
 ) -> None:
-    """Check that each answer is that of the generation whose hash it bears, and never an old one."""
+    """Check that an answer is that of the generation whose hash it bears, and of no old one."""
     versions = [write_adapter(parent / f"version-{i}", base, 10 + i) for i in range(4)]
     expected = {sha256(v): predicted(v, TEXTS, top_k=3) for v in versions}
     assert len({best[0][0][1] for best in expected.values()}) == len(versions)
@@ -265,7 +264,7 @@ def swap_under_requests(
     asking = threading.Thread(target=ask)
     asking.start()
     for number in range(num_swaps):
-        served.append(replace(versions[number % 4]))
+        served += [replace(versions[number % 4])]
     asking.join()
     made.stop()
     assert not problems
