@@ -208,37 +208,39 @@ class _Protocol(H11Protocol):
     as soon as a byte of them has come.
     """
 
-    _timer: asyncio.TimerHandle | None = None
+    _without_headers: asyncio.TimerHandle | None = None
+    _without_reader: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait(self._give_up)
+        self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._wait(None)
+        _cancel(self._without_headers)
+        _cancel(self._without_reader)
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
-            self._wait(None)  # the headers are there; who reads the body, times it
+            _cancel(self._without_headers)  # they are there; who reads the body, times it
 
     def on_response_complete(self) -> None:
-        self._wait(self._give_up)
+        self._await_headers()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._wait(self.transport.abort)
+        _cancel(self._without_reader)
+        self._without_reader = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._wait(None)
+        _cancel(self._without_reader)
 
-    def _wait(self, then: Callable[[], None] | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = then and self.loop.call_later(self.timeout_keep_alive, then)
+    def _await_headers(self) -> None:
+        _cancel(self._without_headers)
+        self._without_headers = self.loop.call_later(self.timeout_keep_alive, self._give_up)
 
     def _give_up(self) -> None:
         if self.transport.is_closing():
@@ -246,6 +248,11 @@ class _Protocol(H11Protocol):
         if self.conn.trailing_data[0]:  # a part of the headers
             self.transport.write(TIMED_OUT)
         self.transport.close()
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 def _token(config: ServeConfig) -> bytes | None:
