@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from conftest import ARCHITECTURES, randomize_adapter, tiny_model
 from remora import lora
-from remora.errors import ModelError
+from remora.errors import ConfigError
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 5, 40, 41, 42, 43, 3]])
 
@@ -322,7 +322,7 @@ def test_only_the_requested_modules_get_an_adapter() -> None:
 @pytest.mark.parametrize("wrong", ["q_porj", "lm_head", "embed_tokens", ""])
 def test_a_module_that_is_not_there_is_refused(wrong: str) -> None:
     choices = ", ".join(sorted(SEVEN))
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ConfigError) as caught:
         lora.add_adapter(
             tiny_model("qwen2"), rank=4, alpha=8, dropout=0.0, modules=["q_proj", wrong]
         )

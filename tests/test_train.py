@@ -20,6 +20,7 @@ from conftest import WAYS, WORDS
 from remora import data, micro_batches, plan, progress, run, train
 from remora.config import TrainConfig
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
+from remora.stop import Stop
 
 
 def write_table(path: Path, repeats: int = 6) -> None:
@@ -191,7 +192,7 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     adapted, prompt, _ = run.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = data.load_dataset(config.data, seed=config.seed)
     scorer = train.Scorer(adapted, prompt)
-    accuracy, log_loss = train._validate(scorer, dataset.validation, progress.Reporter())
+    accuracy, log_loss = train._validate(scorer, dataset.validation, progress.Reporter(), Stop())
     assert (accuracy, log_loss) == pytest.approx((best.accuracy, best.log_loss), rel=1e-4)
 
 
@@ -339,11 +340,46 @@ def test_the_loss_of_the_first_step_is_the_stock_loss(config: TrainConfig, base:
     assert first["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_diverging_run_ends_with_six(config: TrainConfig, monkeypatch) -> None:
-    monkeypatch.setattr(train.tree, "loss_sum", lambda logits, _: logits.sum() * float("nan"))
+def diverging(monkeypatch, steps: set[int]) -> list[str]:
+    """Make the loss of some steps not finite; return what is logged."""
+    loss_sum, done = train.tree.loss_sum, [0]
+
+    def spoilt(logits, packed):
+        done[0] += 1
+        return loss_sum(logits, packed) * (float("nan") if done[0] in steps else 1.0)
+
+    monkeypatch.setattr(train.tree, "loss_sum", spoilt)
     monkeypatch.setattr(train.tree, "check", lambda *_: None)
-    with pytest.raises(DivergedError, match="the loss is nan at step 1; lower --learning-rate"):
+
+
+def test_a_diverging_run_ends_with_six_and_says_where_it_began(
+    config: TrainConfig, monkeypatch
+) -> None:
+    # The plan and the trial of the heaviest micro-batch come first; here a step has one.
+    diverging(monkeypatch, set(range(5, 100)))
+    with pytest.raises(
+        DivergedError, match="the loss is nan, and has not been finite since step 3; lower"
+    ):
         train.train(config)
+    (directory,) = config.output.iterdir()
+    log = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [r["loss"] is None for r in log if "loss" in r] == [False] * 2 + [True] * 5
+
+
+def test_a_step_that_is_not_finite_is_not_taken(config: TrainConfig, monkeypatch) -> None:
+    lines: list[str] = []
+
+    class Listener(progress.Reporter):
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+    diverging(monkeypatch, {4, 6, 7})
+    result = train.train(config, reporter=Listener())
+    assert [line for line in lines if "not taken" in line] == [
+        "the loss is nan at step 2; this step is not taken",
+        "the loss is nan at step 4; this step is not taken",
+    ]
+    assert result.metrics.accuracy > 0.5
 
 
 def test_no_rows_to_measure_on_is_an_error(config: TrainConfig) -> None:

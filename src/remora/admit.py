@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from remora.errors import ModelError
 from remora.table import one_line
 
+AGAIN = "train it again or restore it"
 MAX_JSON_BYTES = 32_000_000
 MAX_LAYERS = 1_000
 MAX_SIZE = 10_000_000
@@ -152,11 +153,11 @@ def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str]]:
 
     values = read_json(path)
     if values.get("peft_type") != "LORA":
-        raise ModelError(f"{path} has peft_type {values.get('peft_type')!r}, not 'LORA'")
+        raise ModelError(f"{path} has peft_type {values.get('peft_type')!r}, not 'LORA'; {AGAIN}")
     usual = dataclasses.asdict(LoraConfig())
     for key, value in values.items():
         if key not in _ADAPTER_KEYS and value and value != usual.get(key):
-            raise ModelError(f"{path} sets {key}, which Remora's adapters do not have")
+            raise ModelError(f"{path} sets {key}, which Remora's adapters do not have; {AGAIN}")
     targets, rank = values.get("target_modules"), values.get("r")
     ranks, scales = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
     if not (
@@ -165,20 +166,21 @@ def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str]]:
         and isinstance(scales, dict)
         and all(_is_plain(name) for name in (*targets, *ranks, *scales))
     ):
-        raise ModelError(f"{path} names layers by something else than lists of plain names")
+        raise ModelError(
+            f"{path} names layers by something else than lists of plain names; {AGAIN}"
+        )
     if not all(_is_rank(number) for number in (rank, *ranks.values())):
-        raise ModelError(f"{path} has a rank that is no whole number from 1")
+        raise ModelError(f"{path} has a rank that is no whole number from 1; {AGAIN}")
     scalars = [values.get("lora_alpha", 1), values.get("lora_dropout", 0), *scales.values()]
     if not all(isinstance(n, int | float) and abs(n) < 1e6 for n in scalars):
-        raise ModelError(f"{path} has an alpha or dropout that is no number in reason")
+        raise ModelError(f"{path} has an alpha or dropout that is no number in reason; {AGAIN}")
     assert isinstance(rank, int)
     return ranks, rank, targets
 
 
 def _misfit(folder: Path, what: str) -> ModelError:
     return ModelError(
-        f"the adapter in {folder} {what}, which does not fit its configuration; train it again or "
-        "restore it"
+        f"the adapter in {folder} {what}, which does not fit its configuration; {AGAIN}"
     )
 
 

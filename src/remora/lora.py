@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from remora.config import TrainConfig
-from remora.errors import ModelError
+from remora.errors import ConfigError
 
 SEED_RECIPE_MODULES = (
     "q_proj",
@@ -56,7 +56,7 @@ def target_modules(model: Any, requested: Sequence[str] = ()) -> list[str]:
             where the model has them all, otherwise every linear layer but the head.
 
     Raises:
-        ModelError: If the model has no linear layer of a requested name.
+        ConfigError: If the model has no linear layer of a requested name.
     """
     head = model.get_output_embeddings()
     present = {
@@ -65,7 +65,7 @@ def target_modules(model: Any, requested: Sequence[str] = ()) -> list[str]:
         if _is_linear(module) and module is not head
     }
     if missing := [name for name in requested if name not in present]:
-        raise ModelError(
+        raise ConfigError(
             f"the model has no linear layer named {missing[0]!r}; "
             f"choose from {', '.join(sorted(present))}"
         )
@@ -90,7 +90,7 @@ def add_adapter(
     the outputs are the base model's, bit for bit.
 
     Raises:
-        ModelError: If the model has no linear layer of a requested name.
+        ConfigError: If the model has no linear layer of a requested name.
     """
     import peft
 
@@ -118,7 +118,7 @@ def adapt(base: Any, config: TrainConfig) -> Any:
     """Make a base model trainable as the settings say: with an adapter, or in all its weights.
 
     Raises:
-        ModelError: If the model has no linear layer of a requested name.
+        ConfigError: If the model has no linear layer of a requested name.
     """
     if config.method == "full":
         base.requires_grad_(True)

@@ -94,6 +94,7 @@ def load_tokenizer(folder: Path) -> Any:
     # Without a vocabulary transformers makes an empty tokenizer, and says nothing.
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise ModelError(f"{folder} has no tokenizer; copy the base model's tokenizer.json into it")
+    admit.configuration(folder)  # which transformers looks into
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

@@ -151,8 +151,9 @@ def _differences(
         if field.name not in FREE and getattr(began, field.name) != getattr(config, field.name)
     ]
     sha256 = str(_read_json(directory / "data.json").get("sha256"))
-    data = [f"data {sha256[:12]} there, {data_sha256[:12]} here"] if sha256 != data_sha256 else []
-    return settings, data
+    if settings or sha256 == data_sha256:  # the hash is of the splits, which settings make
+        return settings, []
+    return [], [f"data {sha256[:12]} there, {data_sha256[:12]} here"]
 
 
 _FIRST_FILES = {"environment.json", "data.json", "plan.json", LOCK, "holder.json"} | {

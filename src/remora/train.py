@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -196,7 +197,9 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                     adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
                 )
                 accuracy, log_loss = _validate(scorer, dataset.validation, reporter, stop)
-                better = progress.best is None or (accuracy, -log_loss) > progress.best
+                better = math.isfinite(log_loss) and (
+                    progress.best is None or (accuracy, -log_loss) > progress.best
+                )
                 progress.without_better = 0 if better else progress.without_better + 1
                 if better:
                     progress.best, progress.best_step = (accuracy, -log_loss), progress.step
@@ -231,7 +234,9 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                 progress.skipped = 0
             else:
                 progress.skipped += 1
-            scheduler.step()
+            with warnings.catch_warnings():  # of a first step that was not taken
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
+                scheduler.step()
             optimizer.zero_grad()
             progress.step += 1
             progress.speed.add(len(batch), num_supervised, time.perf_counter() - step_began)

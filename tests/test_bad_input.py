@@ -1,0 +1,305 @@
+"""Every bad input ends with its exit code and one line; docs/errors.md is the table of them.
+
+python -m pytest tests/test_bad_input.py        # compares
+REMORA_WRITE_DOCS=1 python -m pytest tests/test_bad_input.py    # writes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import WAYS, WORDS
+from remora import cli
+
+DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
+HEAD = (
+    "# Bad input\n\n"
+    "What a user may get wrong, with the exit code and the line on standard error. "
+    "`tests/test_bad_input.py` makes each of these mistakes through the command line and writes "
+    "this table; names of folders are shortened.\n\n"
+)
+
+
+def call(arguments: list[str]) -> int:
+    """Run the command line in this process; return its exit code."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@dataclass
+class Workshop:
+    """A folder with good and bad things, which commands are run in."""
+
+    folder: Path
+    base: Path
+    run: Path
+
+    def write(self, name: str, content: str | bytes) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return name
+
+    def copy_of_base(self) -> Path:
+        return shutil.copytree(self.base, self.folder / "copy", dirs_exist_ok=True)
+
+    def copy_of_run(self) -> Path:
+        return shutil.copytree(self.run, self.folder / "copy", dirs_exist_ok=True)
+
+
+GOOD_ROWS = [(way.format(word), label) for label, word in WORDS.items() for way in WAYS * 2]
+
+
+def table(rows: list[tuple[str, str]], header: str = "text,label") -> str:
+    return header + "\n" + "".join(f'"{text}","{label}"\n' for text, label in rows)
+
+
+@pytest.fixture(scope="module")
+def shop(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    folder = tmp_path_factory.mktemp("shop")
+    before = Path.cwd()
+    os.chdir(folder)
+    shutil.copytree(base, folder / "base")
+    made = Workshop(folder, folder / "base", folder / "runs" / "good")
+    made.write("good.csv", table(GOOD_ROWS))
+    settings = ["--model", "base", "--device", "cpu", "--max-steps", "1", "--name", "good"]
+    assert call(["train", "good.csv", *settings]) == 0
+    yield made
+    os.chdir(before)
+
+
+Case = tuple[str, int, Callable[[Workshop], list[str]]]
+
+
+def train(data: str, *more: str, model: str = "base") -> list[str]:
+    return ["train", data, "--model", model, "--device", "cpu", "--max-steps", "1", *more]
+
+
+def broken_adapter(shop: Workshop, **changes: object) -> list[str]:
+    path = shop.copy_of_run() / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return ["eval", "copy", "good.csv"]
+
+
+def broken_base(shop: Workshop, **changes: object) -> list[str]:
+    path = shop.copy_of_base() / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return train("good.csv", model="copy")
+
+
+def damaged(shop: Workshop, name: str, content: bytes) -> list[str]:
+    (shop.copy_of_base() / name).write_bytes(content)
+    return train("good.csv", model="copy")
+
+
+def unfinished(shop: Workshop, *more: str) -> list[str]:
+    path = shop.folder / "runs" / "mine"
+    if not path.exists():
+        assert call(train("good.csv", "--name", "mine", "--max-time", "0s")) == 75
+    return train("good.csv", "--name", "mine", *more)
+
+
+def damaged_checkpoint(shop: Workshop) -> list[str]:
+    command = unfinished(shop)
+    (path,) = (shop.folder / "runs" / "mine" / "checkpoints").glob("*/tensors.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    return command
+
+
+CASES: list[Case] = [
+    # settings
+    ("a misspelt flag", 2, lambda s: train("good.csv", "--lerning-rate", "1e-3")),
+    ("no model", 2, lambda s: ["train", "good.csv"]),
+    (
+        "a rank of 0 and a dropout of 1",
+        2,
+        lambda s: train("good.csv", "--rank", "0", "--dropout", "1"),
+    ),
+    ("a negative learning rate", 2, lambda s: train("good.csv", "--learning-rate", "-1")),
+    ("an absurd learning rate", 2, lambda s: train("good.csv", "--learning-rate", "1e9")),
+    ("a batch of 0", 2, lambda s: train("good.csv", "--batch-size", "0")),
+    ("a word for a number", 2, lambda s: train("good.csv", "--epochs", "many")),
+    ("a precision that there is not", 2, lambda s: train("good.csv", "--precision", "float8")),
+    ("float16 on a processor", 2, lambda s: train("good.csv", "--precision", "float16")),
+    ("a device that is not here", 2, lambda s: [*train("good.csv")[:5], "cuda"]),
+    (
+        "fractions of 1 in sum",
+        2,
+        lambda s: train("good.csv", "--validation-fraction", "0.5", "--test-fraction", "0.5"),
+    ),
+    ("a time limit that is none", 2, lambda s: train("good.csv", "--max-time", "soon")),
+    ("a name with a slash", 2, lambda s: train("good.csv", "--name", "../mine")),
+    ("a name that is taken", 2, lambda s: train("good.csv", "--name", "good")),
+    ("another seed for an unfinished run", 2, lambda s: unfinished(s, "--seed", "7")),
+    ("a settings file that is not there", 2, lambda s: ["train", "--config", "none.toml"]),
+    ("a tracker that there is not", 2, lambda s: train("good.csv", "--trackers", "carrier-pigeon")),
+    ("full fine-tuning, not there yet", 2, lambda s: train("good.csv", "--method", "full")),
+    (
+        "modules that the model has not",
+        2,
+        lambda s: train("good.csv", "--target-modules", "nothing"),
+    ),
+    # tables
+    ("no such table", 3, lambda s: train("none.csv")),
+    ("an empty file", 3, lambda s: train(s.write("empty.csv", ""))),
+    ("a header and no rows", 3, lambda s: train(s.write("header.csv", "text,label\n"))),
+    ("columns of other names", 3, lambda s: train(s.write("names.csv", table(GOOD_ROWS, "a,b")))),
+    ("a column that is not there", 3, lambda s: train("good.csv", "--label-column", "topic")),
+    (
+        "a label in one row of all",
+        3,
+        lambda s: train(s.write("one.csv", table([(t, "same") for t, _ in GOOD_ROWS]))),
+    ),
+    (
+        "an empty label",
+        3,
+        lambda s: train(s.write("blank.csv", table([*GOOD_ROWS, ("a text", "")]))),
+    ),
+    (
+        "a row with too many cells",
+        3,
+        lambda s: train(s.write("wide.csv", table(GOOD_ROWS) + "a,b,c\n")),
+    ),
+    (
+        "bytes that are no UTF-8",
+        3,
+        lambda s: train(s.write("bytes.csv", table(GOOD_ROWS).encode() + b"caf\xe9,refund\n")),
+    ),
+    (
+        "broken JSON lines",
+        3,
+        lambda s: train(s.write("broken.jsonl", '{"text": "a", "label": "b"}\n{"text": \n')),
+    ),
+    ("a broken Parquet file", 3, lambda s: train(s.write("broken.parquet", b"PAR1nothing"))),
+    ("a file of another kind", 3, lambda s: train(s.write("table.xlsx", b"PK\x03\x04"))),
+    (
+        "a test table with an unknown label",
+        3,
+        lambda s: train("good.csv", "--test", s.write("test.csv", table([("a", "unknown")]))),
+    ),
+    # models and adapters
+    ("no such model folder", 4, lambda s: train("good.csv", model="nothing")),
+    ("a folder that holds no model", 4, lambda s: train("good.csv", model="runs")),
+    ("a file for a model", 4, lambda s: train("good.csv", model="good.csv")),
+    ("a configuration that is no JSON", 4, lambda s: damaged(s, "config.json", b"{")),
+    ("an unknown architecture", 4, lambda s: broken_base(s, model_type="unheard-of")),
+    ("a configuration of a billion layers", 4, lambda s: broken_base(s, num_hidden_layers=10**9)),
+    (
+        "a configuration wider than its weights",
+        4,
+        lambda s: broken_base(s, intermediate_size=60_000),
+    ),
+    (
+        "weights that were cut short",
+        4,
+        lambda s: damaged(
+            s, "model.safetensors", (s.base / "model.safetensors").read_bytes()[:5_000]
+        ),
+    ),
+    (
+        "no tokenizer",
+        4,
+        lambda s: ((s.copy_of_base() / "tokenizer.json").unlink(), train("good.csv", model="copy"))[
+            1
+        ],
+    ),
+    ("a folder that is no adapter", 4, lambda s: ["eval", "base", "good.csv"]),
+    (
+        "an adapter with a pattern for names",
+        4,
+        lambda s: broken_adapter(s, target_modules="(a+)+$"),
+    ),
+    ("an adapter of a rank it does not have", 4, lambda s: broken_adapter(s, r=10**9)),
+    (
+        "an adapter with other trained layers",
+        4,
+        lambda s: broken_adapter(s, modules_to_save=["lm_head"]),
+    ),
+    ("a damaged checkpoint and no other", 4, damaged_checkpoint),
+    # the disk
+    (
+        "an output folder that cannot be made",
+        5,
+        lambda s: train("good.csv", "--output", "good.csv/runs"),
+    ),
+    # training
+    (
+        "a run that diverges",
+        6,
+        lambda s: [
+            "train",
+            "good.csv",
+            "--model",
+            "base",
+            "--device",
+            "cpu",
+            "--precision",
+            "float32",
+            "--learning-rate",
+            "1",
+            "--max-grad-norm",
+            "1e30",
+            "--alpha",
+            "1e37",
+            "--epochs",
+            "20",
+            "--schedule",
+            "constant",
+            "--patience",
+            "0",
+            "--name",
+            "wild",
+        ],
+    ),
+    (
+        "a time limit that is over",
+        75,
+        lambda s: train("good.csv", "--name", "late", "--max-time", "0s"),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def rows(shop: Workshop) -> Iterator[list[str]]:
+    found: list[str] = []
+    yield found
+    text = HEAD + "| input | exit code | line |\n|---|---:|---|\n" + "".join(found)
+    if os.environ.get("REMORA_WRITE_DOCS"):
+        DOCS.write_text(text, encoding="utf-8")
+    elif len(found) == len(CASES):
+        assert DOCS.read_text(encoding="utf-8") == text, "run it with REMORA_WRITE_DOCS=1"
+
+
+def shortened(line: str, folder: Path) -> str:
+    line = line.replace(f"{folder}/", "").replace(str(folder), ".")
+    return line.replace("|", "\\|").replace("<", "\\<")
+
+
+@pytest.mark.parametrize(("what", "code", "command"), CASES, ids=[c[0] for c in CASES])
+def test_it_ends_with_its_code_and_one_line(
+    what: str,
+    code: int,
+    command: Callable[[Workshop], list[str]],
+    shop: Workshop,
+    rows: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.rmtree(shop.folder / "copy", ignore_errors=True)
+    arguments = command(shop)
+    capsys.readouterr()
+    assert call(arguments) == code
+    shown = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in shown if line.startswith("error: ")]
+    assert len(errors) == 1, shown
+    assert errors[0] == shown[-1]
+    assert "Traceback" not in "\n".join(shown)
+    rows.append(f"| {what} | {code} | `{shortened(errors[0], shop.folder)}` |\n")
