@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import build_tokenizer, tiny_model
 from remora import plan
 from remora.engine import Answer, Batch, Engine, QueueFullError
 from remora.errors import ModelError
@@ -84,6 +85,20 @@ def test_each_adapter_answers_as_predict_does(
         other.result()
     apart = predicted(folders["bank" if name != "bank" else "few"], TEXTS, top_k=2)
     assert not all(abs(a[0][1] - b[0][1]) < 1e-4 for a, b in zip(expected, apart, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "mistral"])
+def test_other_architectures_answer_as_predict_does(architecture: str, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = tiny_model(architecture, torch.float32, scale=2, vocabulary=len(tokenizer))
+    base.save_pretrained(tmp_path / "base")
+    folders = {n: write_adapter(tmp_path / n, tmp_path / "base", ord(n)) for n in "ab"}
+    made = engine(folders)
+    for name in "aba":
+        expected = predicted(folders[name], TEXTS, top_k=3)
+        assert same(made.classify(name, TEXTS).result(), expected)
+    made.stop()
 
 
 def test_the_layers_are_computed_fused(loaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +217,10 @@ def test_what_cannot_be_used_leaves_the_one_before(changing: dict[str, Path], ba
     }
     for name, content in broken.items():
         (adapter / name).write_bytes(content)
-        with pytest.raises(ModelError):
+        with pytest.raises(ModelError) as failure:
             made.reload("bank")
+        assert str(adapter) in str(failure.value)
+        assert "remora-" not in str(failure.value)
         (adapter / name).write_bytes(whole[name])
     shutil.rmtree(adapter)
     with pytest.raises(ModelError):

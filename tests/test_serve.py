@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import os
 import re
@@ -325,8 +326,14 @@ async def ask_at_once(url: str, num_requests: int) -> list[int]:
     async def ask() -> int:
         reader, writer = await asyncio.open_connection(place.hostname, place.port)
         writer.write(request)
-        answer = await reader.read()
-        writer.close()
+        try:
+            answer = await reader.read()
+        except ConnectionError:
+            return -1  # reset
+        finally:
+            writer.close()
+        if not answer:
+            return 0  # closed without an answer
         head, _, rest = answer.partition(b"\r\n\r\n")
         length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
         assert len(rest) == length
@@ -340,7 +347,7 @@ async def ask_at_once(url: str, num_requests: int) -> list[int]:
 def requests_at_once(server: Process, num_requests: int) -> None:
     found = asyncio.run(ask_at_once(server.url, num_requests))
     assert len(found) == num_requests
-    assert set(found) <= {200, 429, 503}
+    assert set(found) <= {200, 429, 503}, collections.Counter(found)
     assert found.count(200) >= min(num_requests, 1024) // 2
 
 

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from remora import lora, model, run
+from remora import admit, lora, model, run
 from remora.errors import ModelError
 from remora.plan import Precision
 from remora.score import Scorer
@@ -138,6 +138,8 @@ class Engine:
             self._refuse_other_base(name, card)
         self._tokenizer = model.load_tokenizer(source)
         self._base = model.load(source, precision.base).to(device).eval()
+        # Names and shapes as they are without adapters, to hold adapters against.
+        self._skeleton = model.load_empty(model.load_config(source), precision.base)
         self._adapted: Any = None
         self._num_loaded = 0
         self._generations: dict[str, Generation] = {}
@@ -162,6 +164,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Texts that wait."""
         return self._num_waiting
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no request would be taken."""
+        return self._num_waiting >= self._max_queue
 
     def classify(self, adapter: str, texts: Sequence[str]) -> Future[Answer]:
         """Hand texts in for an adapter that there is; the answer's future can be cancelled.
@@ -219,6 +226,7 @@ class Engine:
         module = f"generation_{self._num_loaded:09d}"
         settings: dict[str, Any] = {"adapter_name": module, "low_cpu_mem_usage": True}
         try:
+            admit.adapter(copy.folder, self._skeleton)
             prompt = copy.card.prompt(self._tokenizer)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
@@ -235,9 +243,12 @@ class Engine:
         except Exception as error:  # of PEFT, of safetensors or of the configuration's values
             if self._adapted is not None and module in self._adapted.peft_config:
                 self._adapted.delete_adapter(module)
+            folder = self._folders[adapter]
+            if isinstance(error, ModelError):
+                raise _named(error, copy.folder, folder) from error
             raise ModelError(
-                f"the adapter {adapter} in {self._folders[adapter]} cannot be loaded "
-                f"({one_line(error)}); train it again or restore it"
+                f"the adapter in {folder} cannot be loaded ({one_line(error)}); train it again or "
+                "restore it"
             ) from error
         lora.make_fast(self._adapted)
         self._adapted.to(self._device).eval()
@@ -260,7 +271,10 @@ class Engine:
         )
         if different := sorted(names ^ set(state)):
             verb = "has" if different[0] in names else "lacks"
-            raise ModelError(f"it {verb} {different[0]}, which does not fit its configuration")
+            raise ModelError(
+                f"the adapter in {folder} {verb} {different[0]}, which does not fit its "
+                "configuration; train it again or restore it"
+            )
 
     def _work(self) -> None:
         while True:
@@ -376,4 +390,13 @@ def _copied(folder: Path) -> Iterator[_Copy]:
             time.sleep(0.05)
             for path in Path(made).iterdir():
                 path.unlink()
-        yield _Copy(folder=Path(made), sha256=digest.hexdigest(), card=run.read_card(Path(made)))
+        try:
+            card = run.read_card(Path(made))
+        except ModelError as error:
+            raise _named(error, Path(made), folder) from error
+        yield _Copy(folder=Path(made), sha256=digest.hexdigest(), card=card)
+
+
+def _named(error: ModelError, copy: Path, folder: Path) -> ModelError:
+    """Return an error of a copy as one of the folder that was copied."""
+    return ModelError(str(error).replace(str(copy), str(folder)))

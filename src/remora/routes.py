@@ -35,6 +35,7 @@ OPEN_ROUTE = "/health"
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 RETRY_SECONDS = 1
+FULL = "too many texts are waiting"
 HELD_BODIES = 64
 """How many bodies of the largest size may be held at a time, whole or in part."""
 
@@ -236,7 +237,7 @@ class _Guard:
             await (refusal or self._app)(scope, receive, watch)
         finally:
             state.num_in_flight -= 1
-            route = getattr(scope.get("route"), "path", "other")
+            route = "refused" if refusal else getattr(scope.get("route"), "path", "other")
             state.metrics.requests.labels(route, str(status)).inc()
             state.metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
@@ -258,6 +259,8 @@ class _Guard:
         if state.is_draining and path.startswith("/v1/"):
             headers_back = {"retry-after": str(RETRY_SECONDS), "connection": "close"}
             return _problem(503, "the service is stopping", headers_back)
+        if path == "/v1/classify" and state.engine.is_full:  # before anything is spent on it
+            return _problem(503, FULL, {"retry-after": str(RETRY_SECONDS)})
         return None
 
 
@@ -496,7 +499,7 @@ async def _answer(state: State, adapter: str, texts: list[str]) -> Answer:
     try:
         future = state.engine.classify(adapter, texts)
     except QueueFullError:
-        raise _busy("too many texts are waiting") from None
+        raise _busy(FULL) from None
     try:
         return await asyncio.wait_for(asyncio.wrap_future(future), state.config.timeout_seconds)
     except asyncio.TimeoutError:
