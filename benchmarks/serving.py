@@ -1,0 +1,212 @@
+"""Requests per second and latency of `remora serve`, against generate() behind the same framework.
+
+craftgpt-5m with an adapter trained for a short while on Banking77, float32. Three services answer
+the same requests of one message each, from clients that send the next as soon as they are answered:
+
+- `remora serve`;
+- FastAPI and uvicorn around `model.generate()`, one request at a time, the text matched to a label;
+- the same, but what waits is generated together, padded, up to 64 at a time.
+
+Each service is a process of its own, the clients are in this one.
+
+    python benchmarks/serving.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import scoring
+import workload
+
+ARMS = ("remora", "generate, one at a time", "generate, batched")
+LARGEST_BATCH = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train-steps", type=int, default=300)
+    parser.add_argument("--requests", type=int, default=1_024)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        generate(options.adapter, options.port, batched=options.arm == ARMS[2])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "banking77"
+        texts, true = train(adapter, options.train_steps)
+        compare(adapter, texts[: options.requests], true[: options.requests], options.clients)
+
+
+def train(directory: Path, steps: int) -> tuple[list[str], list[str]]:
+    """Train an adapter, save it, and return the test rows."""
+    from remora import model, run
+
+    base = workload.SHARED / "models" / "craftgpt-5m"
+    adapted, prompt, dataset = scoring.trained(steps)
+    card = run.AdapterCard(
+        base_model=str(base),
+        base_sha256=model.weights_sha256(base),
+        labels=prompt.labels,
+        instruction=prompt.instruction,
+        list_labels=prompt.list_labels,
+        label_texts=prompt.label_texts,
+        max_length=prompt.max_length,
+    )
+    directory.mkdir()
+    run.save_adapter(adapted, card, directory / "adapter")
+    return list(dataset.test.texts), list(dataset.test.labels)
+
+
+def compare(adapter: Path, texts: list[str], true: list[str], clients: list[int]) -> None:
+    results: dict[str, Any] = {"requests": len(texts)}
+    answers: dict[str, list[str | None]] = {}
+    rows = []
+    for arm in ARMS:
+        with service(arm, adapter) as port:
+            asyncio.run(load(port, texts[:16], 4))  # warm-up
+            for number in clients:
+                seconds, each, answers[arm] = asyncio.run(load(port, texts, number))
+                p50, p99 = np.percentile(each, [50, 99])
+                figures = {
+                    "per_second": len(texts) / seconds,
+                    "p50_seconds": p50,
+                    "p99_seconds": p99,
+                }
+                results[f"{arm}, {number} clients"] = figures
+                rows.append(
+                    [
+                        arm,
+                        str(number),
+                        f"{len(texts) / seconds:.0f}",
+                        f"{1e3 * p50:.0f}",
+                        f"{1e3 * p99:.0f}",
+                    ]
+                )
+    workload.print_table(["service", "clients", "requests/s", "p50 ms", "p99 ms"], rows)
+    ours = answers[ARMS[0]]
+    for arm in ARMS:
+        same = sum(a == b for a, b in zip(answers[arm], ours, strict=True))
+        right = sum(a == b for a, b in zip(answers[arm], true, strict=True))
+        results[f"{arm}, answers"] = {"as_remora": same, "right": right}
+        print(f"{arm}: the answer of remora serve on {same} of {len(texts)} rows, right on {right}")
+    workload.write("serving", results)
+
+
+@contextlib.contextmanager
+def service(arm: str, adapter: Path) -> Iterator[int]:
+    """Start a service in a process of its own; give its port once it is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ours = ["-m", "remora", "serve", str(adapter), "--precision", "float32", "--device", "cpu"]
+    theirs = [__file__, "--arm", arm, "--adapter", str(adapter)]
+    command = [sys.executable, *(ours if arm == ARMS[0] else theirs), "--port", str(port)]
+    process = subprocess.Popen(command)
+    try:
+        while True:
+            with (
+                contextlib.suppress(ConnectionError),
+                socket.create_connection(("127.0.0.1", port)),
+            ):
+                break
+            if process.poll() is not None:
+                raise SystemExit(f"error: the service ended: {' '.join(command)}")
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+async def load(
+    port: int, texts: list[str], num_clients: int
+) -> tuple[float, list[float], list[str | None]]:
+    """Send the texts from some clients; return the seconds in all and for each, and the labels."""
+    waiting = iter(enumerate(texts))
+    seconds = [0.0] * len(texts)
+    labels: list[str | None] = [None] * len(texts)
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for place, text in waiting:
+            body = json.dumps({"texts": [text]}).encode()
+            head = (
+                "POST /v1/classify HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            )
+            began = time.perf_counter()
+            writer.write(head.encode() + body)
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            assert answer.startswith("http/1.1 200 "), answer
+            length = int(answer.split("content-length: ")[1].split("\r\n")[0])
+            found = json.loads(await reader.readexactly(length))
+            seconds[place] = time.perf_counter() - began
+            labels[place] = found["results"][0]["labels"][0]["label"]
+        writer.close()
+        await writer.wait_closed()
+
+    began = time.perf_counter()
+    await asyncio.gather(*[client() for _ in range(num_clients)])
+    return time.perf_counter() - began, seconds, labels
+
+
+def generate(adapter: Path, port: int, *, batched: bool) -> None:
+    """Serve generate() in the ordinary way: a thread takes what waits, and writes labels."""
+    import torch
+    import uvicorn
+    from fastapi import FastAPI
+
+    from remora import run
+
+    model, prompt, _ = run.load_adapter(
+        adapter, base=None, dtype=torch.float32, device=torch.device("cpu")
+    )
+    write = scoring.generating(model, prompt, LARGEST_BATCH)
+    waiting: queue.Queue[tuple[str, Future[str | None]]] = queue.Queue()
+
+    def work() -> None:
+        while True:
+            taken = [waiting.get()]
+            with contextlib.suppress(queue.Empty):
+                while batched and len(taken) < LARGEST_BATCH:
+                    taken.append(waiting.get_nowait())
+            labels = write([text for text, _ in taken])
+            for (_, future), label in zip(taken, labels, strict=True):
+                future.set_result(label)
+
+    threading.Thread(target=work, daemon=True).start()
+    app = FastAPI()
+
+    @app.post("/v1/classify")
+    async def classify(body: dict[str, list[str]]) -> dict[str, Any]:
+        futures: list[Future[str | None]] = [Future() for _ in body["texts"]]
+        for text, future in zip(body["texts"], futures, strict=True):
+            waiting.put((text, future))
+        labels = [await asyncio.wrap_future(future) for future in futures]
+        return {"results": [{"labels": [{"label": label}]} for label in labels]}
+
+    uvicorn.run(app, port=port, log_level="error", access_log=False)
+
+
+if __name__ == "__main__":
+    main()
