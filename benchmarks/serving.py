@@ -1,9 +1,10 @@
 """Requests per second and latency of `remora serve`, against generate() behind the same framework.
 
-craftgpt-5m with an adapter trained for a short while on Banking77, float32. Three services answer
+craftgpt-5m with an adapter trained for a short while on Banking77, float32. Four services answer
 the same requests of one message each, from clients that send the next as soon as they are answered:
 
-- `remora serve`;
+- `remora serve`, with probabilities to 0.01;
+- `remora serve --tolerance 1`, which makes sure of the likeliest label only;
 - FastAPI and uvicorn around `model.generate()`, one request at a time, the text matched to a label;
 - the same, but what waits is generated together, padded, up to 64 at a time.
 
@@ -35,7 +36,7 @@ import numpy as np
 import scoring
 import workload
 
-ARMS = ("remora", "generate, one at a time", "generate, batched")
+ARMS = ("remora", "remora, tolerance 1", "generate, one at a time", "generate, batched")
 LARGEST_BATCH = 64
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
-        generate(options.adapter, options.port, batched=options.arm == ARMS[2])
+        generate(options.adapter, options.port, batched=options.arm == ARMS[3])
         return
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "banking77"
@@ -120,7 +121,9 @@ def service(arm: str, adapter: Path) -> Iterator[int]:
         port = free.getsockname()[1]
     ours = ["-m", "remora", "serve", str(adapter), "--precision", "float32", "--device", "cpu"]
     theirs = [__file__, "--arm", arm, "--adapter", str(adapter)]
-    command = [sys.executable, *(ours if arm == ARMS[0] else theirs), "--port", str(port)]
+    if arm == ARMS[1]:
+        ours += ["--tolerance", "1"]
+    command = [sys.executable, *(ours if arm in ARMS[:2] else theirs), "--port", str(port)]
     process = subprocess.Popen(command)
     try:
         while True:

@@ -54,11 +54,15 @@ def write_adapter(
     return folder
 
 
-def predicted(adapter: Path, texts: Sequence[str], top_k: int) -> list[list[tuple[str, float]]]:
+def predicted(
+    adapter: Path, texts: Sequence[str], top_k: int, **settings: Any
+) -> list[list[tuple[str, float]]]:
     """Return what `remora predict` says of some texts."""
     table = adapter / "texts.jsonl"
     table.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    config = PredictConfig(adapter=adapter, source=str(table), top_k=top_k, precision="float32")
+    config = PredictConfig(
+        adapter=adapter, source=str(table), top_k=top_k, precision="float32", **settings
+    )
     return [best for _, best in predictions(config)]
 
 

@@ -32,6 +32,7 @@ def engine(folders: dict[str, Path], **settings) -> Engine:
             "precision": precision,
             "device": torch.device("cpu"),
             "micro_batch_tokens": 2048,
+            "tolerance": 0.01,
             "max_queue": 1024,
             **settings,
         },

@@ -56,6 +56,20 @@ def test_answers_are_those_of_predict(
     assert answer.json["adapter"] == name
 
 
+def test_the_tolerance_is_that_of_predict(folders: dict[str, Path]) -> None:
+    found = {}
+    for tolerance in (0.0, 1.0):
+        expected = predicted(folders["bank"], TEXTS, top_k=3, tolerance=tolerance)
+        with running(folders["bank"], tolerance=tolerance) as service:
+            results = call(service.url, "/v1/classify", {"texts": TEXTS, "top_k": 3}).json[
+                "results"
+            ]
+        found[tolerance] = [[one["probability"] for one in r["labels"]] for r in results]
+        for mine, theirs in zip(found[tolerance], expected, strict=True):
+            assert mine == pytest.approx([p for _, p in theirs], abs=1e-5)
+    assert found[0.0] != found[1.0]
+
+
 def test_labels_are_listed(service: Service) -> None:
     answer = call(service.url, "/v1/labels?adapter=post")
     assert answer.json["labels"] == ["spam", "ham"]

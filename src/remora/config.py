@@ -294,6 +294,10 @@ class PredictConfig:
     model: str | None = None
     """Base model, where it no longer is where the adapter was trained."""
 
+    tolerance: float = 0.01
+    """Most probability that the labels not looked at may hold together. 1 only makes sure of the
+    likeliest label: that is faster, and the probabilities are rough."""
+
     micro_batch_tokens: int = 2048
     """Most tokens computed at once; limits memory, changes no result."""
 
@@ -310,6 +314,8 @@ class PredictConfig:
         """Check every value; raises ConfigError."""
         if self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}; give a whole number from 1")
+        if not 0 <= self.tolerance <= 1:
+            raise ConfigError(f"tolerance is {self.tolerance}; give a number from 0 to 1")
         if self.micro_batch_tokens < 1:
             raise ConfigError(
                 f"micro_batch_tokens is {self.micro_batch_tokens}; give a whole number from 1"
@@ -571,6 +577,10 @@ class ServeConfig:
     model: str | None = None
     """Base model, where it no longer is where the adapters were trained."""
 
+    tolerance: float = 0.01
+    """Most probability that the labels not looked at may hold together. 1 only makes sure of the
+    likeliest label: that is faster, and the probabilities are rough."""
+
     micro_batch_tokens: int = 2048
     """Most tokens computed at once; limits memory, changes no result."""
 
@@ -590,6 +600,7 @@ class ServeConfig:
                 ("max_texts", "a whole number from 1", self.max_texts >= 1),
                 ("max_queue", "at least max_texts", self.max_queue >= self.max_texts),
                 ("timeout_seconds", "a number above 0", 0 < self.timeout_seconds < math.inf),
+                ("tolerance", "a number from 0 to 1", 0 <= self.tolerance <= 1),
                 ("read_seconds", "a number above 0", 0 < self.read_seconds < math.inf),
                 ("micro_batch_tokens", "a whole number from 1", self.micro_batch_tokens >= 1),
             )

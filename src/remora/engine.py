@@ -108,6 +108,7 @@ class Engine:
         precision: Precision,
         device: torch.device,
         micro_batch_tokens: int,
+        tolerance: float,
         max_queue: int,
         on_batch: Callable[[Batch], None] = lambda _: None,
     ) -> None:
@@ -119,6 +120,7 @@ class Engine:
             precision: The arithmetic.
             device: Where to compute.
             micro_batch_tokens: Most tokens computed at once.
+            tolerance: Most probability that labels not looked at may hold together.
             max_queue: Most texts that wait.
             on_batch: Told of each batch, in the engine's thread.
 
@@ -129,6 +131,7 @@ class Engine:
         self._device = device
         self._precision = precision
         self._micro_batch_tokens = micro_batch_tokens
+        self._tolerance = tolerance
         self._max_queue = max_queue
         self._on_batch = on_batch
         cards = {name: run.read_card(folder) for name, folder in self._folders.items()}
@@ -256,6 +259,7 @@ class Engine:
             self._adapted,
             prompt,
             max_tokens=self._micro_batch_tokens,
+            tolerance=self._tolerance,
             autocast=self._precision.autocast,
         )
         return Generation(sha256=copy.sha256, labels=copy.card.labels, module=module, scorer=scorer)

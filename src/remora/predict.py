@@ -46,7 +46,7 @@ def predictions(config: PredictConfig) -> Iterator[tuple[str, list[tuple[str, fl
     Raises:
         RemoraError: If the adapter, its base model or a message cannot be used.
     """
-    scorer, _ = load_scorer(config)
+    scorer, _ = load_scorer(config, tolerance=config.tolerance)
     labels = scorer.prompt.labels
     if config.top_k > len(labels):
         raise ConfigError(f"top_k is {config.top_k}; the adapter has {len(labels)} labels")

@@ -61,6 +61,7 @@ class Service:
                 precision=plan.choose_precision(device, config.precision),
                 device=device,
                 micro_batch_tokens=config.micro_batch_tokens,
+                tolerance=config.tolerance,
                 max_queue=config.max_queue,
                 on_batch=metrics.batch,
             )
