@@ -114,7 +114,8 @@ def running(*adapters: str | Path, **settings: Any) -> Iterator[Service]:
         wait(lambda: call(service.url, "/health").status == 200)
         yield service
     finally:
-        service.stop()
+        if not service._state.is_draining:
+            service.stop()
         thread.join(30)
         assert not thread.is_alive()
 
@@ -137,7 +138,18 @@ class Process:
 @contextlib.contextmanager
 def process(log: Path, *arguments: str | Path) -> Iterator[Process]:
     """Run `remora serve`; what is still there at the end is killed."""
-    command = [sys.executable, "-m", "remora", "serve", "--port", "0", "--precision", "float32"]
+    few_files = ["sh", "-c", 'ulimit -Sn 1000; exec "$@"', "sh"]
+    command = [
+        *few_files,
+        sys.executable,
+        "-m",
+        "remora",
+        "serve",
+        "--port",
+        "0",
+        "--precision",
+        "float32",
+    ]
     with log.open("w") as file:
         popen = subprocess.Popen(
             [*command, *map(str, arguments)],
