@@ -47,8 +47,8 @@ class Task:
     members: dict[str, list[int]]  # by label, indices into the texts
 
 
-def read() -> tuple[list[str], list[Task]]:
-    """Return all texts, without repeats, and the tasks that people have labelled."""
+def read() -> tuple[list[str], list[Task], list[str]]:
+    """Return all texts without repeats, the tasks that people have labelled, and our own texts."""
     refused = _held_out()
     texts: list[str] = []
     place: dict[str, int] = {}
@@ -67,7 +67,8 @@ def read() -> tuple[list[str], list[Task]]:
         if label is not None:
             tasks[source][label].append(place[key])
     print(f"{len(texts):,} texts; {dropped} left out, being in Banking77 or the sample table too")
-    return texts, [Task(name, dict(members)) for name, members in tasks.items()]
+    own = [texts[place[k]] for k in map(normalized, _own_texts()) if k in place]
+    return texts, [Task(name, dict(members)) for name, members in tasks.items()], own
 
 
 def spliced(texts: Sequence[str], count: int, seed: int) -> list[str]:
@@ -128,7 +129,14 @@ def _rows() -> list[tuple[str, str, str | None]]:
                 label = None if name.startswith("oos") else row["category"]
                 rows.append((source, row["text"], label))
     lines = (SHARED / "service_utterances" / "utterances.txt").read_text("utf-8").splitlines()
-    return rows + [("service_utterances", line.strip(), None) for line in lines]
+    rows += [("service_utterances", line.strip(), None) for line in lines]
+    return rows + [("own", text, None) for text in _own_texts()]
+
+
+def _own_texts() -> list[str]:
+    """Return the messages written for this project, one by one, to services of many kinds."""
+    paths = sorted((Path(__file__).parent / "texts").glob("*.txt"))
+    return [line.strip() for path in paths for line in path.read_text("utf-8").splitlines()]
 
 
 def _held_out() -> set[str]:

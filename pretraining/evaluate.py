@@ -29,7 +29,7 @@ from remora.score import Scorer
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("REMORA_SHARED", ROOT.parent / "shared"))
-RATES = {"lora": (1e-3, 2e-3, 4e-3), "full": (2e-4, 5e-4, 1e-3), "random": (1e-3, 2e-3, 4e-3)}
+RATES = {"lora": (2e-3, 4e-3, 8e-3), "full": (5e-4, 1e-3, 2e-3), "random": (2e-3, 4e-3, 8e-3)}
 EPOCHS = {"all": 3.0, "10": 20.0}
 
 

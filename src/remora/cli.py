@@ -65,16 +65,18 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
     """
     from remora.stop import Stop
 
-    with Stop().listening():  # while it imports; the run has its own
+    stop = Stop()  # for what is outside of the run, which has its own
+    with stop.listening():
         from remora import display
         from remora import train as training
 
         with display.TerminalReporter().live() as reporter:
             result = training.train(config, reporter=reporter)
-    if json:
-        _print_json(result.to_dict())
-    else:
-        display.show_result(result)
+        with stop.deferred():  # all is done; show it, whatever comes
+            if json:
+                _print_json(result.to_dict())
+            else:
+                display.show_result(result)
 
 
 @app.command(name="eval")
