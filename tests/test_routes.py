@@ -322,7 +322,7 @@ def test_fuzzed_requests_make_no_failure(service: Service) -> None:
 
 @pytest.mark.durability
 def test_many_fuzzed_requests_make_no_failure(service: Service) -> None:
-    fuzz(service, 20_000)
+    fuzz(service, 10_000)
 
 
 def test_the_token_is_asked_for_on_every_route_but_health(

@@ -238,6 +238,17 @@ def test_slow_clients_are_cut_off(service: Service, name: str) -> None:
         assert said.startswith(b"HTTP/1.1 408 ")
 
 
+def test_who_is_slow_while_the_service_is_behind_is_not_cut_off(service: Service) -> None:
+    place = urlsplit(service.url)
+    with socket.create_connection((place.hostname, place.port), timeout=5) as connection:
+        time.sleep(0.2)
+        assert service._loop is not None
+        service._loop.call_soon_threadsafe(time.sleep, 1)
+        time.sleep(1.2)
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
 def test_by_default_it_takes_less_than_5_seconds(server: Process) -> None:
     with ThreadPoolExecutor(len(SLOW)) as pool:
         each = list(pool.map(lambda slow: closed_after(server.url, *slow, limit=8), SLOW.values()))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -20,6 +22,7 @@ from remora.errors import ConfigError, ModelError
 
 try:
     import uvicorn
+    import uvicorn.server
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from remora import routes
@@ -29,6 +32,9 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 TOKEN_VARIABLE = "REMORA_TOKEN"
+
+BEHIND_SECONDS = 0.5
+"""A server is behind if what it does every tenth of a second takes longer to come round."""
 
 TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -193,8 +199,39 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _State(uvicorn.server.ServerState):
+    """uvicorn's state, and when the server was last behind its work."""
+
+    _ticked = math.inf
+    _behind = -math.inf
+
+    def tick(self) -> None:
+        """Note that a tenth of a second should have passed."""
+        self.was_behind_within(0)
+        self._ticked = time.monotonic()
+
+    def was_behind_within(self, seconds: float) -> bool:
+        """Whether the server was behind in the last seconds, or is."""
+        now = time.monotonic()
+        if now - self._ticked > BEHIND_SECONDS:
+            self._behind = now
+        return now - self._behind <= seconds
+
+
 class _Server(uvicorn.Server):
-    """uvicorn's server; it leaves signals alone, after which it would not end with 0."""
+    """uvicorn's server; it leaves signals alone, after which it would not end with 0.
+
+    It notes when it was last behind, which its protocol has to know.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.server_state: _State = _State()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Note that it came round, which it should each tenth of a second."""
+        self.server_state.tick()
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -245,6 +282,11 @@ class _Protocol(H11Protocol):
 
     def _give_up(self) -> None:
         if self.transport.is_closing():
+            return
+        state = self.server_state
+        assert isinstance(state, _State)
+        if state.was_behind_within(self.timeout_keep_alive):
+            self._await_headers()  # so many have come at once that a client may well be slow
             return
         if self.conn.trailing_data[0]:  # a part of the headers
             self.transport.write(TIMED_OUT)
