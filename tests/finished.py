@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from remora import calibration, evaluate, run
+from remora.conclude import TrainResult
 from remora.config import TrainConfig
 from remora.lora import ParameterCount
 from remora.progress import Step, Validation
-from remora.train import TrainResult
 
 PLAN = {
     "device": "this processor",

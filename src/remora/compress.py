@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from remora import data, low_rank, model, plan, run, train
+from remora import data, low_rank, model, plan, run, score
 from remora.config import ExportConfig
 from remora.data import Table
 from remora.errors import ConfigError, DataError, ModelError
@@ -144,7 +144,7 @@ class _Trials:
             tolerance=1,
             autocast=self._precision.autocast,
         )
-        probabilities = train.score_table(scorer, table.texts, what, self._reporter)
+        probabilities = score.score_table(scorer, table.texts, what, self._reporter)
         return [self._prompt.labels[i] for i in probabilities.argmax(1)]
 
 

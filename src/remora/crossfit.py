@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora import model, plan, train
+from remora import model, plan, score, train
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.progress import Reporter
@@ -205,5 +205,5 @@ def _adapters(
                 )
         scorer = Scorer(adapted, prompt, tolerance=1e-3, autocast=precision.autocast)
         texts = [rows.texts[i] for i in own]
-        result[own] = train.score_table(scorer, texts, f"fold {number}", reporter)
+        result[own] = score.score_table(scorer, texts, f"fold {number}", reporter)
     return result

@@ -13,13 +13,13 @@ from rich.table import Table
 from remora.calibration import Abstention, Reliability
 from remora.compare import Comparison
 from remora.compress import Compressed
+from remora.conclude import TrainResult
 from remora.diagnose import Diagnosis
 from remora.evaluate import Metrics, verdict
 from remora.export import Exported
 from remora.merge import Parity
 from remora.plan import Plan, spoken_bytes, spoken_seconds
 from remora.progress import Reporter, Step, Validation
-from remora.train import TrainResult
 
 NUM_CONFUSIONS = 5
 

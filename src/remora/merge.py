@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora import model, plan, run, train
+from remora import model, plan, run, score
 from remora.config import ExportConfig
 from remora.errors import ModelError
 from remora.progress import Reporter
@@ -79,7 +79,7 @@ def merge(config: ExportConfig, folder: Path, found: Results, reporter: Reporter
             scored, prompt, max_tokens=config.micro_batch_tokens, tolerance=SEARCH_TOLERANCE
         )
 
-    wanted = train.score_table(scorer(adapted, prompt), found.texts, "adapter", reporter)
+    wanted = score.score_table(scorer(adapted, prompt), found.texts, "adapter", reporter)
     tolerance = TOLERANCES.get(name, TOLERANCES["bfloat16"])
     with adapted.disable_adapter():
         effect = _effect(scorer(adapted, prompt), found.texts, wanted, enough=10 * tolerance)
@@ -93,7 +93,7 @@ def merge(config: ExportConfig, folder: Path, found: Results, reporter: Reporter
     del adapted
     gc.collect()  # the layers hold on to themselves
     merged, prompt, _ = run.load_adapter(folder, base=None, dtype=torch.float32, device=device)
-    got = train.score_table(scorer(merged, prompt), found.texts, "merged", reporter)
+    got = score.score_table(scorer(merged, prompt), found.texts, "merged", reporter)
     parity = _compare(wanted, got, dtype=name, allowed=min(tolerance, effect / 10))
     if not parity.holds:
         raise ModelError(_refusal(parity))

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import numpy as np
 
-from remora import calibration, data, evaluate, plan, run, train
+from remora import calibration, data, evaluate, plan, run, score
 from remora.config import EvalConfig, PredictConfig
 from remora.errors import ConfigError
 from remora.progress import Reporter
@@ -102,7 +102,7 @@ def evaluate_adapter(
         outside = list(data.stream_texts(config.out_of_scope, text_column=config.text_column))
     validation = run.read_probabilities(config.adapter / run.PROBABILITIES, labels, "validation")
     reporter.say(f"{len(table):,} rows; {precision}")
-    scored = train.score_rows(scorer, table, "test", reporter)
+    scored = score.score_rows(scorer, table, "test", reporter)
     reliability = calibration.assess(
         scored,
         validation,

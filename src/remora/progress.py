@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 WARM_UP_STEPS = 3
@@ -81,3 +82,31 @@ class Speed:
     def supervised_tokens_per_second(self) -> float:
         """Answer tokens a second; 0 before the warm-up is over."""
         return self.supervised_tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Progress:
+    """How far a run is; with tensors and random numbers, all that it needs to go on."""
+
+    step: int = 0
+    evaluated: int = 0  # the last step after which the validation rows were scored
+    best: tuple[float, float] | None = None  # validation accuracy, -log-loss in nats
+    best_step: int = 0
+    without_better: int = 0  # evaluations since the best
+    skipped: int = 0  # steps in a row that were not taken, for a loss or gradient not finite
+    micro_batch_tokens: int = 0
+    step_peak_bytes: int = 0  # most memory used up to the first evaluation
+    seconds: float = 0.0
+    speed: Speed = field(default_factory=Speed)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name: such names sort in the order of the run."""
+        return f"step-{self.step:08d}" + ("-evaluated" if self.evaluated == self.step else "")
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any]) -> Progress:
+        """Return what a checkpoint holds; the speed leaves out a warm-up again."""
+        best = values["best"] and tuple(values["best"])
+        speed = Speed(**{**values["speed"], "warm_up_steps": WARM_UP_STEPS})
+        return cls(**{**values, "best": best, "speed": speed})

@@ -24,7 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remora import attention, tree
+from remora.calibration import Scored
+from remora.data import Table
+from remora.progress import Reporter
 from remora.prompt import Prompt, common_prefix_length
+from remora.stop import Stop
 
 
 @dataclass(slots=True)
@@ -389,3 +393,33 @@ def _trie(answers: Sequence[Sequence[int]]) -> _Node:
             node.labels_below.append(label)
         node.label = label
     return root
+
+
+def score_rows(
+    scorer: Scorer, table: Table, what: str, reporter: Reporter, stop: Stop | None = None
+) -> Scored:
+    """Return the probabilities of a table's rows beside their labels; raises Stopped."""
+    place = {label: index for index, label in enumerate(scorer.prompt.labels)}
+    return Scored(
+        probabilities=score_table(scorer, table.texts, what, reporter, stop),
+        true=np.array([place[label] for label in table.labels], dtype=np.int64),
+    )
+
+
+def score_table(
+    scorer: Scorer,
+    texts: Sequence[str],
+    what: str,
+    reporter: Reporter,
+    stop: Stop | None = None,
+) -> NDArray[np.float64]:
+    """Return probabilities [texts, labels] and report the progress; raises Stopped."""
+    parts = []
+    done = 0
+    for batch, probabilities in scorer.stream(texts):
+        parts.append(probabilities)
+        done += len(batch)
+        reporter.scoring(what, done, len(texts))
+        if stop:
+            stop.check()
+    return np.concatenate(parts)

@@ -4,112 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from remora import (
-    calibration,
-    checkpoint,
-    data,
-    evaluate,
-    lora,
-    memory,
-    model,
-    plan,
-    report,
-    resume,
-    run,
-    tree,
-)
-from remora.calibration import Reliability, Scored
+from remora import checkpoint, data, lora, memory, model, plan, resume, run, score, tracking, tree
 from remora.checkpoint import Checkpoint
+from remora.conclude import TrainResult, conclude
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
 from remora.micro_batches import MicroBatches
-from remora.progress import WARM_UP_STEPS, Reporter, Speed, Step, Validation
+from remora.progress import Progress, Reporter, Step, Validation
 from remora.prompt import Prompt, TokenSequence
 from remora.score import Scorer
 from remora.stop import Stop
 
 MAX_SKIPPED = 5
 """Steps in a row without a finite loss and gradient after which a run ends."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a run has shown."""
-
-    directory: Path
-    measured_on: str  # "test" or "validation"
-    metrics: evaluate.Metrics
-    reliability: Reliability
-    baseline: evaluate.Baseline
-    p_value: float  # exact McNemar test of the model against the baseline
-    parameters: lora.ParameterCount
-    adapter_bytes: int
-    base_bytes: int
-    num_steps: int
-    best_step: int
-    examples_per_second: float
-    supervised_tokens_per_second: float
-    train_seconds: float
-    peak_memory_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON holds them."""
-        return {
-            **{k: v for k, v in vars(self).items() if isinstance(v, int | float | str)},
-            "directory": str(self.directory),
-            "metrics": self.metrics.to_dict(),
-            "reliability": self.reliability.to_dict(),
-            "baseline": {
-                "description": self.baseline.description,
-                "num_train_rows": self.baseline.num_train_rows,
-                "seconds": self.baseline.seconds,
-                "metrics": self.baseline.metrics.to_dict(),
-            },
-            "parameters": asdict(self.parameters),
-        }
-
-
-@dataclass
-class Progress:
-    """How far a run is; with tensors and random numbers, all that it needs to go on."""
-
-    step: int = 0
-    evaluated: int = 0  # the last step after which the validation rows were scored
-    best: tuple[float, float] | None = None  # validation accuracy, -log-loss in nats
-    best_step: int = 0
-    without_better: int = 0  # evaluations since the best
-    skipped: int = 0  # steps in a row that were not taken, for a loss or gradient not finite
-    micro_batch_tokens: int = 0
-    step_peak_bytes: int = 0  # most memory used up to the first evaluation
-    seconds: float = 0.0
-    speed: Speed = field(default_factory=Speed)
-
-    @property
-    def name(self) -> str:
-        """The checkpoint's name: such names sort in the order of the run."""
-        return f"step-{self.step:08d}" + ("-evaluated" if self.evaluated == self.step else "")
-
-    @classmethod
-    def restored(cls, values: Mapping[str, Any]) -> Progress:
-        """Return what a checkpoint holds; the speed leaves out a warm-up again."""
-        best = values["best"] and tuple(values["best"])
-        speed = Speed(**{**values["speed"], "warm_up_steps": WARM_UP_STEPS})
-        return cls(**{**values, "best": best, "speed": speed})
 
 
 def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
@@ -345,38 +264,8 @@ def _refuse_divergence(step: Step, skipped: int, scaler: Any, reporter: Reporter
 
 def _validate(scorer: Scorer, table: Table, reporter: Reporter, stop: Stop) -> tuple[float, float]:
     """Return accuracy and mean log-loss, in nats, on a table."""
-    scored = score_rows(scorer, table, "validation", reporter, stop)
+    scored = score.score_rows(scorer, table, "validation", reporter, stop)
     return float(scored.correct.mean()), scored.log_loss
-
-
-def score_rows(
-    scorer: Scorer, table: Table, what: str, reporter: Reporter, stop: Stop | None = None
-) -> Scored:
-    """Return the probabilities of a table's rows beside their labels; raises Stopped."""
-    place = {label: index for index, label in enumerate(scorer.prompt.labels)}
-    return Scored(
-        probabilities=score_table(scorer, table.texts, what, reporter, stop),
-        true=np.array([place[label] for label in table.labels], dtype=np.int64),
-    )
-
-
-def score_table(
-    scorer: Scorer,
-    texts: Sequence[str],
-    what: str,
-    reporter: Reporter,
-    stop: Stop | None = None,
-) -> NDArray[np.float64]:
-    """Return probabilities [texts, labels] and report the progress; raises Stopped."""
-    parts = []
-    done = 0
-    for batch, probabilities in scorer.stream(texts):
-        parts.append(probabilities)
-        done += len(batch)
-        reporter.scoring(what, done, len(texts))
-        if stop:
-            stop.check()
-    return np.concatenate(parts)
 
 
 @contextlib.contextmanager
@@ -440,7 +329,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
 def _train(config: TrainConfig, stop: Stop, reporter: Reporter) -> TrainResult:
     if config.method == "full":
         raise ConfigError("full fine-tuning can be planned, but not trained yet; use --method lora")
-    _check_trackers(config.trackers)
+    tracking.check(config.trackers)
     dataset = data.load(config)
     held_out, measured_on = _held_out(dataset)
     for line in dataset.summary.lines():
@@ -480,7 +369,7 @@ def _train(config: TrainConfig, stop: Stop, reporter: Reporter) -> TrainResult:
         run.write_text(directory / "config.toml", config.to_toml())
         model.set_checkpointing(adapted, planned.checkpointing)
         with stop.deferred():
-            with _metrics_log(directory, config, resumed, accelerator) as log:
+            with tracking.metrics_log(directory, config, resumed, accelerator) as log:
                 fitted = fit(
                     adapted,
                     prompt,
@@ -504,11 +393,11 @@ def _train(config: TrainConfig, stop: Stop, reporter: Reporter) -> TrainResult:
             if measured_on == "test" and len(dataset.validation):
                 tables["validation"] = dataset.validation
             scores = {
-                name: score_rows(scorer, table, name, reporter, stop)
+                name: score.score_rows(scorer, table, name, reporter, stop)
                 for name, table in tables.items()
             }
         stop.check()
-        result = _conclude(
+        result = conclude(
             config,
             dataset,
             held_out,
@@ -580,21 +469,6 @@ def _plan(
     return planned, planner.heaviest(planned)
 
 
-def _check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate does not know, or would leave out because of a package."""
-    if not names:
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known, available = set(LOGGER_TYPE_TO_CLASS), {str(t) for t in get_available_trackers()}
-    for name in names:
-        if name not in known:
-            choices = ", ".join(sorted(known))
-            raise ConfigError(f"there is no tracker {name!r}; choose from {choices}")
-        if name not in available:
-            raise ConfigError(f"the tracker {name} is not installed; install its package first")
-
-
 def _introduce(
     config: TrainConfig,
     dataset: Dataset,
@@ -630,90 +504,3 @@ def short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequen
     """Return the rows with the shortest messages among the first ones, to check a model with."""
     first = sorted(range(min(len(table), 256)), key=lambda i: len(table.texts[i]))[:count]
     return prompt.rows([table.texts[i] for i in first], [table.labels[i] for i in first])
-
-
-@contextlib.contextmanager
-def _metrics_log(
-    directory: Path, config: TrainConfig, resumed: Checkpoint | None, accelerator: Any
-) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that appends a record to metrics.jsonl and to the trackers asked for."""
-    last = resumed.state["progress"] if resumed else {"step": 0, "evaluated": 0}
-    resume.cut_log(directory / "metrics.jsonl", last["step"], last["evaluated"])
-    if config.trackers:
-        from accelerate.tracking import filter_trackers
-
-        accelerator.project_configuration.set_directories(str(directory))
-        accelerator.log_with = filter_trackers(list(config.trackers), str(directory))
-        accelerator.init_trackers(directory.name)
-    with (
-        run.disk_errors(directory),
-        (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1) as file,
-    ):
-
-        def log(record: dict[str, Any]) -> None:
-            finite = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in record.items()
-            }
-            file.write(json.dumps(finite) + "\n")
-            if config.trackers:
-                accelerator.log(record, step=record["step"])
-
-        yield log
-
-
-def _conclude(
-    config: TrainConfig,
-    dataset: Dataset,
-    held_out: Table,
-    measured_on: str,
-    scores: Mapping[str, Scored],
-    fitted: Progress,
-    parameters: lora.ParameterCount,
-    directory: Path,
-    folder: Path,
-    reporter: Reporter,
-) -> TrainResult:
-    """Measure against the baseline and write down what was found."""
-    probabilities = scores[measured_on].probabilities
-    predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
-    baseline = evaluate.baseline(
-        dataset.train.texts,
-        dataset.train.labels,
-        held_out.texts,
-        held_out.labels,
-        dataset.labels,
-        seed=config.seed,
-    )
-    weights = directory / "adapter" / "adapter_model.safetensors"
-    result = TrainResult(
-        directory=directory,
-        measured_on=measured_on,
-        metrics=evaluate.measure(dataset.labels, held_out.labels, predicted, probabilities),
-        reliability=calibration.assess(
-            scores[measured_on], scores.get("validation") if measured_on == "test" else None
-        ),
-        baseline=baseline,
-        p_value=evaluate.mcnemar(held_out.labels, predicted, baseline.predictions),
-        parameters=parameters,
-        adapter_bytes=weights.stat().st_size,
-        base_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        num_steps=fitted.step,
-        best_step=fitted.best_step,
-        examples_per_second=fitted.speed.examples_per_second,
-        supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,
-        train_seconds=fitted.seconds,
-        peak_memory_bytes=memory.peak_bytes(plan.choose_device(config.device)),
-    )
-    run.write_predictions(
-        directory / "predictions.csv",
-        held_out.texts,
-        held_out.labels,
-        predicted,
-        probabilities.max(1).tolist(),
-        baseline.predictions,
-    )
-    run.write_probabilities(directory / run.PROBABILITIES, dataset.labels, scores)
-    run.write_json(directory / "evaluation.json", result.to_dict())
-    report.conclude(directory, reporter.say)
-    return result

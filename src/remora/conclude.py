@@ -1,0 +1,108 @@
+"""What a run has shown: measured against the baseline, and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from remora import calibration, evaluate, lora, memory, plan, report, run
+from remora.calibration import Reliability, Scored
+from remora.config import TrainConfig
+from remora.data import Dataset, Table
+from remora.progress import Progress, Reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run has shown."""
+
+    directory: Path
+    measured_on: str  # "test" or "validation"
+    metrics: evaluate.Metrics
+    reliability: Reliability
+    baseline: evaluate.Baseline
+    p_value: float  # exact McNemar test of the model against the baseline
+    parameters: lora.ParameterCount
+    adapter_bytes: int
+    base_bytes: int
+    num_steps: int
+    best_step: int
+    examples_per_second: float
+    supervised_tokens_per_second: float
+    train_seconds: float
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON holds them."""
+        return {
+            **{k: v for k, v in vars(self).items() if isinstance(v, int | float | str)},
+            "directory": str(self.directory),
+            "metrics": self.metrics.to_dict(),
+            "reliability": self.reliability.to_dict(),
+            "baseline": {
+                "description": self.baseline.description,
+                "num_train_rows": self.baseline.num_train_rows,
+                "seconds": self.baseline.seconds,
+                "metrics": self.baseline.metrics.to_dict(),
+            },
+            "parameters": asdict(self.parameters),
+        }
+
+
+def conclude(
+    config: TrainConfig,
+    dataset: Dataset,
+    held_out: Table,
+    measured_on: str,
+    scores: Mapping[str, Scored],
+    fitted: Progress,
+    parameters: lora.ParameterCount,
+    directory: Path,
+    folder: Path,
+    reporter: Reporter,
+) -> TrainResult:
+    """Measure against the baseline and write down what was found."""
+    probabilities = scores[measured_on].probabilities
+    predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
+    baseline = evaluate.baseline(
+        dataset.train.texts,
+        dataset.train.labels,
+        held_out.texts,
+        held_out.labels,
+        dataset.labels,
+        seed=config.seed,
+    )
+    weights = directory / "adapter" / "adapter_model.safetensors"
+    result = TrainResult(
+        directory=directory,
+        measured_on=measured_on,
+        metrics=evaluate.measure(dataset.labels, held_out.labels, predicted, probabilities),
+        reliability=calibration.assess(
+            scores[measured_on], scores.get("validation") if measured_on == "test" else None
+        ),
+        baseline=baseline,
+        p_value=evaluate.mcnemar(held_out.labels, predicted, baseline.predictions),
+        parameters=parameters,
+        adapter_bytes=weights.stat().st_size,
+        base_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        num_steps=fitted.step,
+        best_step=fitted.best_step,
+        examples_per_second=fitted.speed.examples_per_second,
+        supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,
+        train_seconds=fitted.seconds,
+        peak_memory_bytes=memory.peak_bytes(plan.choose_device(config.device)),
+    )
+    run.write_predictions(
+        directory / "predictions.csv",
+        held_out.texts,
+        held_out.labels,
+        predicted,
+        probabilities.max(1).tolist(),
+        baseline.predictions,
+    )
+    run.write_probabilities(directory / run.PROBABILITIES, dataset.labels, scores)
+    run.write_json(directory / "evaluation.json", result.to_dict())
+    report.conclude(directory, reporter.say)
+    return result
