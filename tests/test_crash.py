@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from remora import checkpoint
+from remora import checkpoint, lora, model, run
 from remora.checkpoint import Checkpoint
 from remora.errors import ResourceError
 
@@ -155,6 +155,35 @@ def test_a_save_into_the_final_place_does_not_survive_the_same(tmp_path: Path) -
     folder = tmp_path / "checkpoints"
     lost = sum(not survives_naively(folder) for _ in deaths(save_naively, tmp_path, folder))
     assert lost > 0
+
+
+@needs_strace
+@pytest.mark.durability
+def test_an_adapter_whose_save_died_is_saved_again(base: Path, tmp_path: Path) -> None:
+    loaded = model.load(base, torch.float32)
+    adapted = lora.add_adapter(loaded, rank=4, alpha=8, dropout=0)
+    card = run.AdapterCard(
+        base_model=str(base),
+        base_sha256=model.weights_sha256(base),
+        labels=("a", "b"),
+        instruction="",
+        list_labels=False,
+        label_texts={},
+        max_length=64,
+    )
+
+    def save(folder: Path, _: Checkpoint) -> Path:
+        run.save_adapter(adapted, card, folder / "adapter")
+        return folder
+
+    folder = tmp_path / "run"
+    kept = 0
+    for _ in deaths(save, tmp_path, folder):
+        kept += (folder / "adapter").is_dir()
+        save(folder, state(3))
+        run.load_adapter(folder, base=None, dtype=torch.float32, device=torch.device("cpu"))
+        assert [path.name for path in folder.iterdir()] == ["adapter"]
+    assert kept > 20
 
 
 @needs_strace

@@ -175,6 +175,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_adapter(trained, copy):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {p.name: p.read_bytes() for p in (copy / "adapter").iterdir()} == before
+    assert not (copy / "adapter.tmp").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(trained, tmp_path):

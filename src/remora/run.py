@@ -249,19 +249,24 @@ def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
     temporary = path.with_name(path.name + ".tmp")
     replaced = path.with_name(path.name + ".old")
     with disk_errors(path):
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (temporary, replaced):  # by a save that was interrupted
+            shutil.rmtree(left, ignore_errors=True)
         for config in adapted.peft_config.values():
             config.base_model_name_or_path = card.base_model
-        # Embeddings are never trained; looking whether they are would ask the hub.
-        adapted.save_pretrained(temporary, save_embedding_layers=False)
-        (temporary / "README.md").unlink(missing_ok=True)
-        write_json(temporary / "remora.json", asdict(card))
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
+        try:
+            # Embeddings are never trained; looking whether they are would ask the hub.
+            adapted.save_pretrained(temporary, save_embedding_layers=False)
+            (temporary / "README.md").unlink(missing_ok=True)
+            write_json(temporary / "remora.json", asdict(card))
+            for file in temporary.iterdir():
+                sync(file)
+            sync(temporary)
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         return (path / "adapter_model.safetensors").stat().st_size
