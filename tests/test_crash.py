@@ -234,6 +234,34 @@ def test_all_is_synced_before_the_rename_and_nothing_deleted_before_the_next_syn
     assert ("delete", "") not in events[:rename]
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB, where the machine allows one to be made."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_ends_with_5_and_keeps_the_checkpoint_before(small_disk: Path) -> None:
+    folder = small_disk / "checkpoints"
+    checkpoint.save(folder, state(1))
+    (small_disk / "other").write_bytes(bytes(2_010_000))
+    with pytest.raises(ResourceError, match=r"No space left on device.*; free space"):
+        checkpoint.save(folder, state(2))
+    assert survivor(folder) == 1
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    (small_disk / "other").unlink()
+    checkpoint.save(folder, state(2))
+    assert survivor(folder) == 2
+
+
 def test_what_an_interrupted_save_left_is_cleared_at_the_start(tmp_path: Path) -> None:
     folder = fresh(checkpoint.save, tmp_path / "checkpoints")
     (folder / "step-00000002.tmp").mkdir()
