@@ -26,14 +26,21 @@ OTHER_FORMATS = ("consolidated*", "*/*")
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+EMBEDDED = Path(__file__).parent / "bases"
+"""Base models that come with the package, a folder each."""
+
+
 def find(name: str, *, weights: bool = True) -> Path:
     """Return the folder of a base model, fetched from the hub if `name` is an id there.
 
-    Without `weights` only its configuration and its tokenizer are fetched.
+    `nano` is the model that comes with the package; a folder of that name is given as ./nano.
+    Without `weights` only a model's configuration and its tokenizer are fetched.
 
     Raises:
         ModelError: If there is no such folder or id, or it cannot be fetched.
     """
+    if re.fullmatch(r"\w+", name) and (EMBEDDED / name).is_dir():
+        return EMBEDDED / name
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -46,8 +53,8 @@ def find(name: str, *, weights: bool = True) -> Path:
         raise ModelError(f"{name} is a file; give the folder of a Hugging Face model")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ModelError(
-            f"there is no folder {name}; give the folder of a Hugging Face model or a hub id "
-            "such as Qwen/Qwen2.5-1.5B-Instruct"
+            f"there is no folder {name}; give the folder of a Hugging Face model, a hub id such as "
+            "Qwen/Qwen2.5-1.5B-Instruct, or nano, the small model in this package"
         )
     return _fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
 
