@@ -273,11 +273,24 @@ def test_a_start_that_was_cut_off_is_begun_again(config: TrainConfig) -> None:
     assert train.train(config).directory == config.output / "mine"
 
 
-def test_a_folder_of_something_else_is_refused(config: TrainConfig) -> None:
-    (config.output / "mine").mkdir(parents=True)
-    (config.output / "mine" / "thesis.txt").write_text("dear")
-    with pytest.raises(ConfigError, match=r"it holds thesis\.txt"):
+def test_a_folder_of_something_else_is_refused_or_passed_over(config: TrainConfig) -> None:
+    config = replace(config, max_steps=1)
+    mine, (usual, second) = (
+        config.output / "mine",
+        [
+            path
+            for path, _ in zip(
+                run.paths(config.output, None, config.data, config.model), "12", strict=False
+            )
+        ],
+    )
+    for folder in (mine, usual):
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="other files and no config"):
         train.train(replace(config, name="mine"))
+    assert train.train(config).directory == second
+    assert [path.name for path in usual.iterdir()] == ["thesis.txt"]
 
 
 def test_a_run_that_another_process_holds_is_refused(config: TrainConfig) -> None:

@@ -37,7 +37,7 @@ def unfinished(config: TrainConfig, data_sha256: str, say: Callable[[str], None]
     for path in run.paths(config.output, config.name, config.data, config.model):
         if not path.is_dir():
             return None
-        if is_finished(path):
+        if is_finished(path) or (config.name is None and not _is_run(path)):
             continue
         settings, data = _differences(path, config, data_sha256)
         if data or (settings and config.name):
@@ -137,13 +137,20 @@ def is_finished(directory: Path) -> bool:
     return (directory / "evaluation.json").is_file() and not (directory / CHECKPOINTS).is_dir()
 
 
+def _is_run(directory: Path) -> bool:
+    """Return whether a folder is a run's, or one that was cut off while it was made."""
+    names = {path.name for path in directory.iterdir()}
+    return "config.toml" in names or names <= _FIRST_FILES
+
+
 def _differences(
     directory: Path, config: TrainConfig, data_sha256: str
 ) -> tuple[list[str], list[str]]:
     """Return what differs between an unfinished run and this one: settings, and data."""
+    if not _is_run(directory):
+        return [], ["it holds other files and no config.toml"]
     if not (directory / "config.toml").is_file():  # cut off while it was made
-        strangers = [p.name for p in directory.iterdir() if p.name not in _FIRST_FILES]
-        return ([], [f"it holds {sorted(strangers)[0]} and no config.toml"] if strangers else [])
+        return [], []
     began = run.read_settings(directory)
     settings = [
         f"{field.name} {getattr(began, field.name)} there, {getattr(config, field.name)} here"

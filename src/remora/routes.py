@@ -29,6 +29,7 @@ from remora import memory
 from remora.config import ServeConfig
 from remora.engine import Answer, Batch, Engine, QueueFullError
 from remora.errors import ModelError
+from remora.run import is_text
 
 OPEN_ROUTE = "/health"
 """The one route that needs no token."""
@@ -322,15 +323,6 @@ def _strict_json(body: bytes) -> Any:
         raise _Refused(400, f"the body cannot be read as JSON: {error}") from None
 
 
-def _is_encodable(text: str) -> bool:
-    """Whether a text can be written in UTF-8; JSON can spell texts that cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
     # In ASCII, since a client's own words may hold what cannot be encoded.
     content = json.dumps({"error": " ".join(detail.split())[:500]})
@@ -401,7 +393,7 @@ def _routes(state: State) -> FastAPI:  # noqa: PLR0915 - the routes, one after t
                 )
             if not text.strip():
                 raise _Refused(422, f"text {place} is blank; leave it out")
-            if not _is_encodable(text):
+            if not is_text(text):
                 raise _Refused(422, f"text {place} holds half of a surrogate pair; correct it")
         answer = await _answer(state, name, body.texts)
         num_labels = len(answer.labels)

@@ -400,9 +400,9 @@ def _card(folder: Path) -> AdapterCard:
         raise ModelError(f"{path} is broken ({one_line(error)}); restore it") from error
     texts = [card.base_model, card.base_sha256, card.instruction, card.remora_version]
     if not (
-        all(_is_text(text) for text in (*texts, *card.labels))
+        all(is_text(text) for text in (*texts, *card.labels))
         and isinstance(card.label_texts, dict)
-        and all(_is_text(t) and label in card.labels for label, t in card.label_texts.items())
+        and all(is_text(t) and label in card.labels for label, t in card.label_texts.items())
         and 2 <= len(card.labels) == len(set(card.labels))
         and isinstance(card.list_labels, bool)
         and isinstance(card.max_length, int)
@@ -412,7 +412,7 @@ def _card(folder: Path) -> AdapterCard:
     return card
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Return whether a value is a text that UTF-8 can write: JSON also has half characters."""
     try:
         return isinstance(value, str) and value.encode() is not None

@@ -148,11 +148,10 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             loss, num_supervised = micro_batches.add_gradients(batch)
             grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
             learning_rate = scheduler.get_last_lr()[0]
-            if math.isfinite(loss) and (scaler or math.isfinite(grad_norm)):
-                optimizer.step()  # a loss scaler skips it where a gradient is not finite
-                progress.skipped = 0
-            else:
-                progress.skipped += 1
+            finite = math.isfinite(loss) and (scaler or math.isfinite(grad_norm))
+            if finite or scaler:  # a loss scaler skips the step by itself, and has to be told
+                optimizer.step()
+            progress.skipped = 0 if finite else progress.skipped + 1
             with warnings.catch_warnings():  # of a first step that was not taken
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
                 scheduler.step()
