@@ -301,3 +301,32 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         DiagnoseConfig(tmp_path, output=tmp_path / "x.csv")
     with pytest.raises(ConfigError, match=r"config.toml cannot be read .*; give the directory"):
         diagnose.load(DiagnoseConfig(tmp_path))
+
+
+def test_a_samples_wrong_labels_are_known() -> None:
+    wrong = data.planted_errors("sample:support")
+    rows = data.load_dataset("sample:support", validation_fraction=0.0).train
+    assert len(wrong) == 69
+    assert all(rows.labels[row - 1] != true for row, true in wrong.items())
+    assert rows.texts[next(iter(wrong)) - 1].startswith("what's the cheapest way of getting rid")
+    assert data.planted_errors("data.csv") == {}
+
+
+def test_how_many_planted_errors_were_found() -> None:
+    def suspect(row: int, suggested: str) -> relabel.Suspect:
+        return relabel.Suspect(
+            row=row,
+            text="",
+            label="a",
+            suggested=suggested,
+            p_label=0.1,
+            p_suggested=0.9,
+            neighbours=0,
+        )
+
+    found = diagnose._planted(
+        {3: "b", 7: "c", 9: "b"}, [suspect(7, "c"), suspect(4, "b"), suspect(3, "c")]
+    )
+    assert found == diagnose.Planted(num_wrong=3, num_listed=3, num_found=2, num_suggested=1)
+    assert (found.precision, found.recall) == (2 / 3, 2 / 3)
+    assert diagnose._planted({}, [suspect(7, "c")]) is None

@@ -4,6 +4,7 @@ A source is a table, a folder of tables, a sample of this package or a dataset o
 Hub. Reading and checking the rows is `remora.table`'s, whose names are also here.
 """
 
+import csv
 import hashlib
 import importlib.resources
 import re
@@ -298,13 +299,29 @@ def _source_parts(source: str) -> dict[str, list[Part]]:
     if source.startswith("hf:"):
         return _hub_parts(source)
     if source.startswith("sample:"):
-        samples = Path(str(importlib.resources.files("remora") / "samples"))
-        names = sorted(path.name for path in samples.iterdir() if path.is_dir())
-        if (name := source.removeprefix("sample:")) not in names:
-            raise DataError(f"there is no sample {quote(name)}; choose one of {listed(names)}")
-        return _folder_parts(samples / name)
+        return _folder_parts(_sample_folder(source))
     path = Path(source)
     return _folder_parts(path) if path.is_dir() else {"train": [file_part(path)]}
+
+
+def _sample_folder(source: str) -> Path:
+    samples = Path(str(importlib.resources.files("remora") / "samples"))
+    names = sorted(path.name for path in samples.iterdir() if path.is_dir())
+    if (name := source.removeprefix("sample:")) not in names:
+        raise DataError(f"there is no sample {quote(name)}; choose one of {listed(names)}")
+    return samples / name
+
+
+def planted_errors(source: str) -> dict[int, str]:
+    """Return the right labels of a sample's training rows that are labelled wrong on purpose.
+
+    Keys are row numbers from 1, without the header. Empty for any other source.
+    """
+    if not source.startswith("sample:"):
+        return {}
+    path = _sample_folder(source) / "planted_errors.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        return {int(row["row"]) + 1: row["true"] for row in csv.DictReader(file)}
 
 
 def _hub_parts(source: str) -> dict[str, list[Part]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,26 @@ class PairDiagnosis:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planted:
+    """How many of a sample's labels that are wrong on purpose were found."""
+
+    num_wrong: int
+    num_listed: int  # rows in relabel.csv
+    num_found: int  # wrong ones among them
+    num_suggested: int  # of those found, how many come with the right label
+
+    @property
+    def precision(self) -> float:
+        """Share of the rows listed that are wrong."""
+        return self.num_found / max(1, self.num_listed)
+
+    @property
+    def recall(self) -> float:
+        """Share of the wrong rows that are listed."""
+        return self.num_found / self.num_wrong
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnosis:
     """What was found."""
 
@@ -64,6 +84,7 @@ class Diagnosis:
     num_test_near: int  # test rows that are nearly a training text, those included
     num_conflicting: int  # training rows with a nearly identical text under another label
     accuracy: float  # of the run
+    planted: Planted | None  # for a sample, whose wrong labels are known
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them; the suspects are in relabel.csv."""
@@ -104,16 +125,18 @@ def diagnose(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Dia
     conflicting = np.zeros(len(rows), dtype=bool)
     conflicts = [(i, j) for i, j in near if true[i] != true[j]]
     conflicting[[row for pair in conflicts for row in pair]] = True
+    suspects = _suspects(rows, labels, true, probabilities, suspected, neighbours)
     found = Diagnosis(
         method=crossfit.DESCRIPTIONS[config.method],
         num_rows=len(rows),
         out_of_sample_accuracy=float((probabilities.argmax(1) == true).mean()),
-        suspects=_suspects(rows, labels, true, probabilities, suspected, neighbours),
+        suspects=suspects,
         pairs=_pairs(labels, true, probabilities, suspected, conflicts, held_out),
         num_test_exact=duplicates.num_exact(dataset),
         num_test_near=duplicates.num_near(dataset),
         num_conflicting=int(conflicting.sum()),
         accuracy=float((held_out.true == held_out.by_run).mean()),
+        planted=_planted(data.planted_errors(settings.data), suspects),
     )
     relabel.write(config.run / "relabel.csv", found.suspects)
     run.write_json(config.run / "diagnosis.json", found.to_dict())
@@ -220,6 +243,18 @@ def _suspects(
         )
         for i in ranked
         if suspected[i] and (best := int(probabilities[i].argmax())) != true[i]
+    )
+
+
+def _planted(wrong: Mapping[int, str], suspects: Sequence[Suspect]) -> Planted | None:
+    if not wrong:
+        return None
+    listed = [suspect for suspect in suspects if suspect.row in wrong]
+    return Planted(
+        num_wrong=len(wrong),
+        num_listed=len(suspects),
+        num_found=len(listed),
+        num_suggested=sum(suspect.suggested == wrong[suspect.row] for suspect in listed),
     )
 
 

@@ -281,6 +281,13 @@ def show_diagnosis(found: Diagnosis, run: Path, console: Console | None = None) 
         f"suspects   {len(found.suspects):,} rows in {run / 'relabel.csv'}, the likeliest first; "
         "decide in its last column, then --apply it",
     )
+    if planted := found.planted:
+        _line(
+            console,
+            f"planted    {planted.num_found:,} of the {planted.num_wrong:,} labels that are wrong "
+            f"on purpose in this sample are among those: recall {planted.recall:.1%}, precision "
+            f"{planted.precision:.1%}; {planted.num_suggested:,} with the right label suggested",
+        )
 
 
 def show_export(written: Exported, console: Console | None = None) -> None:
