@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections import Counter
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 import remora.data
+from hub import running
 from remora.data import Table, from_lists, load_dataset
 from remora.errors import ConfigError, DataError
 from test_table import write, write_csv, write_parquet
@@ -342,67 +339,6 @@ def test_the_hash_is_of_the_rows_and_not_of_the_file(tmp_path):
 # The hub
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hugging Face Hub's HTTP interface that loading a dataset uses."""
-
-    protocol_version = "HTTP/1.1"
-    files: dict[str, bytes]
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_GET(self):
-        path, api = self.path.split("?")[0], "/api/datasets/owner/name"
-        if path in (api, f"{api}/revision/main", f"{api}/revision/{self.commit}"):
-            siblings = [{"rfilename": name} for name in self.files]
-            self.reply({"id": "owner/name", "sha": self.commit, "tags": [], "siblings": siblings})
-        elif path == f"{api}/tree/{self.commit}":
-            self.reply(
-                [
-                    {"type": "file", "path": name, "size": len(content), "oid": self.etag(content)}
-                    for name, content in self.files.items()
-                ]
-            )
-        elif path.startswith(f"{api}/tree/"):  # there are no folders
-            self.reply({}, 404, {"X-Error-Code": "EntryNotFound"})
-        elif path.startswith("/datasets/owner/name/resolve/"):
-            content = self.files.get(path.rsplit("/", 1)[1])
-            if content is None:
-                self.reply({}, 404, {"X-Error-Code": "EntryNotFound"})
-            else:
-                self.reply(content, 200, {"ETag": f'"{self.etag(content)}"'})
-        else:
-            self.reply({}, 404, {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET  # noqa: N815
-
-    @staticmethod
-    def etag(content):
-        return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
-
-    def reply(self, content, status=200, headers=()):
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in dict(headers, **{"X-Repo-Commit": self.commit}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@contextmanager
-def hub(files):
-    handler = type("Handler", (Hub,), {"files": files})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-
-
 def test_a_dataset_of_the_hub(tmp_path):
     features = {
         "text": {"dtype": "string", "_type": "Value"},
@@ -425,11 +361,12 @@ for source in ("hf:owner/nowhere", "hf:owner/name:english"):
         answer.append(str(error))
 print(json.dumps(answer))
 """
-    with hub({"train.parquet": train, "test.parquet": test}) as endpoint:
+    with running() as hub:
+        hub.publish("datasets/owner/name", {"train.parquet": train, "test.parquet": test})
         outside = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env={**outside, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")},
+            env=outside | hub.environment(tmp_path / "home"),
             capture_output=True,
             text=True,
             check=False,

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from conftest import tiny_config, tiny_model
+from hub import running
 from remora import attention, model
 from remora.errors import ModelError
 
@@ -148,113 +148,104 @@ def test_the_context_is_the_shorter_of_models_and_tokenizers():
     assert model.context_length(config, SimpleNamespace(model_max_length=64)) == 64
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download needs."""
-
-    folder = None
-    requested: list[str]
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def answer(self, body):
-        path = self.path.split("?")[0]
-        self.requested.append(path)
-        sha = "0" * 40
-        headers = {"X-Repo-Commit": sha}
-        if path.startswith("/api/models/own/base"):
-            files = sorted(p.name for p in self.folder.iterdir())
-            content = json.dumps(
-                [{"type": "file", "path": n, "size": 1, "oid": n} for n in files]
-                if "/tree/" in path
-                else {"id": "own/base", "sha": sha, "siblings": [{"rfilename": n} for n in files]}
-            ).encode()
-            headers["Content-Type"] = "application/json"
-            status = 200
-        elif path.startswith("/own/base/resolve/"):
-            content = (self.folder / path.rsplit("/", 1)[-1]).read_bytes()
-            headers["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
-            status = 200
-        else:
-            content, status = b"{}", 404
-            headers["X-Error-Code"] = "RepoNotFound"
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def hub(copy):
-    (copy / "pytorch_model.bin").write_bytes(b"pickled")
-    (copy / "modeling.py").write_text("")
-    (copy / "consolidated.safetensors").write_bytes(b"the weights again")
-    handler = type("Handler", (Hub,), {"folder": copy, "requested": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield SimpleNamespace(port=server.server_port, requested=handler.requested)
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub(copy, tmp_path, monkeypatch):
+    """A hub with own/base, connected to this process."""
+    with running() as hub:
+        hub.publish("models/own/base", copy)
+        hub.connect(monkeypatch, tmp_path / "home")
+        yield hub
 
 
-def find_in_a_process(name, port, home):
-    code = (
-        "import sys\nfrom remora import errors, model\n"
-        "try: print(model.find(sys.argv[1]))\n"
-        "except errors.ModelError as error: print('refused', error)"
-    )
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()
-    }
-    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home)}
+def cached(home):
+    (folder,) = (home / "hub" / "models--own--base" / "snapshots").iterdir()
+    return folder
+
+
+def test_a_hub_id_is_fetched_without_pickles_and_code(hub, saved, copy):
+    refused_files = ("pytorch_model.bin", "modeling.py", "consolidated.safetensors")
+    hub.publish("models/own/base", copy).files.update(dict.fromkeys(refused_files, b"x"))
+    folder = model.find("own/base")
+    assert {p.name for p in folder.iterdir()} == {p.name for p in copy.iterdir()}
+    assert model.weights_sha256(folder) == model.weights_sha256(saved)
+    assert model.load(folder, torch.float32).config.model_type == "qwen2"
+    assert not [line for line in hub.requests if line.endswith(refused_files)]
+
+
+def test_a_process_finds_the_hub_by_its_variables(hub, tmp_path):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", code, name],
-        env=kept | settings | {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"},
-        cwd=home,
+        [sys.executable, "-c", "from remora import model; print(model.find('own/base'))"],
+        env=kept | hub.environment(tmp_path / "other"),
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    return done.stdout.strip()
+    assert done.stdout.strip() == str(cached(tmp_path / "other"))
 
 
-def test_a_hub_id_is_fetched_without_pickles_and_code(hub, saved, copy, tmp_path):
-    from pathlib import Path
-
-    folder = Path(find_in_a_process("own/base", hub.port, tmp_path))
-    expected = {p.name for p in copy.iterdir()} - {
-        "pytorch_model.bin",
-        "modeling.py",
-        "consolidated.safetensors",
-    }
-    assert {p.name for p in folder.iterdir()} == expected
-    assert model.weights_sha256(folder) == model.weights_sha256(saved)
-    refused_files = (".bin", ".py", "consolidated.safetensors")
-    assert not [path for path in hub.requested if path.endswith(refused_files)]
+def test_an_unknown_hub_id_is_refused(hub):
+    refused(lambda: model.find("own/none"), "there is neither a folder nor a hub model own/none; ")
 
 
-def test_an_unknown_hub_id_is_refused(hub, tmp_path):
-    told = find_in_a_process("own/none", hub.port, tmp_path)
-    assert told.startswith("refused there is neither a folder nor a hub model own/none; ")
-    assert "\n" not in told
+def test_a_gated_model_is_refused_until_its_terms_are_accepted(hub):
+    hub.repositories["models/own/base"].gated = True
+    refused(lambda: model.find("own/base"), "own/base is gated on the hub; accept its terms")
+    hub.repositories["models/own/base"].gated = False
+    model.load_config(model.find("own/base"))
 
 
-def test_a_hub_that_does_not_answer_is_refused(tmp_path):
+def test_a_hub_that_does_not_answer_is_refused(hub, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = find_in_a_process("own/base", port, tmp_path)
-    assert told.startswith("refused own/base is no folder here and could not be fetched")
-    assert "\n" not in told
+        hub.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    hub.connect(monkeypatch, tmp_path / "home")
+    refused(lambda: model.find("own/base"), "own/base is no folder here and could not be fetched")
+
+
+def test_a_connection_that_is_cut_goes_on_where_it_ended(hub, saved, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1_000)  # what it writes down at once
+    hub.cut_after["model.safetensors"] = 30_000
+    assert model.weights_sha256(model.find("own/base")) == model.weights_sha256(saved)
+    path = f"/own/base/resolve/{hub.repositories['models/own/base'].sha}/model.safetensors"
+    asked = [line for line in hub.requests if line.startswith(f"GET {path}")]
+    assert asked == [f"GET {path}", f"GET {path} from 30000"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("what", ["altered", "cut short"])
+def test_a_file_that_the_hub_does_not_have_is_refused(hub, name, what):
+    whole = hub.repositories["models/own/base"].files[name]
+    middle = len(whole) // 2
+    altered = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    hub.served[name] = altered if what == "altered" else whole[:middle]
+    for _ in range(2):  # it stays refused
+        told = refused(lambda: model.find("own/base"), f"{name} is not the file that the hub has")
+    del hub.served[name]
+    os.remove(told.split("; remove ")[1].removesuffix(" and run the command again"))
+    model.load(model.find("own/base"), torch.float32)
+
+
+def test_what_was_fetched_is_there_without_the_hub(hub, tmp_path, monkeypatch):
+    folder = model.find("own/base", weights=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(lambda: model.find("own/none"), "own/none is no folder here and could not be fetched")
+    assert model.find("own/base", weights=False) == folder
+    refused(lambda: model.find("own/base"), "is incomplete")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert model.find("own/base") == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = list(hub.requests)
+    assert model.find("own/base") == folder
+    assert hub.requests == before
+
+
+def test_blobs_that_repositories_share_are_let_in(hub, tmp_path):
+    link = model.find("own/base") / "model.safetensors"
+    blob = link.parent / os.readlink(link)
+    shared = tmp_path / "home" / "hub" / "blobs" / "ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    model.load(model.find("own/base"), torch.float32)

@@ -42,8 +42,7 @@ def adapter(folder: Path, base: Any) -> None:
         ModelError: If something is not; nothing was allocated then.
     """
     for name in _ADAPTER_FILES:
-        if (folder / name).is_symlink():
-            raise ModelError(f"{folder / name} is a link; put the file itself there")
+        followed(folder / name)
     ranks, default, targets = _read_ranks(folder / "adapter_config.json")
     shapes = read_shapes([folder / "adapter_model.safetensors"])
     for name, module in base.named_modules():
@@ -98,17 +97,35 @@ def weights(folder: Path, num_parameters: int, *, quantized: bool) -> None:
         for name in set(map(str, names.values())):
             if Path(name).name != name or not (folder / name).is_file():
                 raise ModelError(f"{index} names {name!r}, which is no file beside it")
-    # Where the hub's client keeps what it has fetched, files are links to blobs beside.
-    homes = (folder.resolve(), folder.parent.parent.resolve() / "blobs")
     for path in (*paths, folder / "config.json", folder / "tokenizer.json"):
-        if path.is_symlink() and not any(h in path.resolve().parents for h in homes):
-            raise ModelError(f"{path} is a link that leaves its folder; put the file itself there")
+        followed(path)
     held = sum(_size(shape) for shape in read_shapes(paths).values())
     if num_parameters > 1.1 * held * (8 if quantized else 1) + 1_000_000:
         raise ModelError(
             f"the weights in {folder} are {held:,} numbers and its configuration asks for "
             f"{num_parameters:,}; the folder is incomplete, fetch it again"
         )
+
+
+def followed(path: Path) -> Path:
+    """Return the file itself where a path may be a link.
+
+    In the cache of the hub's client, files are links to blobs beside the snapshots. Those may be
+    links to blobs that all repositories share.
+
+    Raises:
+        ModelError: If it is a link to a file outside of its folder and of that cache.
+    """
+    if not path.is_symlink():
+        return path
+    homes = [path.parent.resolve()]
+    if path.parent.parent.name == "snapshots":
+        repository = path.parent.parent.parent.resolve()
+        homes += [repository / "blobs", repository.parent / "blobs"]
+    target = path.resolve()
+    if not any(home in target.parents for home in homes):
+        raise ModelError(f"{path} is a link that leaves its folder; put the file itself there")
+    return target
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -378,7 +378,8 @@ def _copied(folder: Path) -> Iterator[_Copy]:
                 before = folder.stat()
                 digest = hashlib.sha256()
                 for name in FILES:
-                    shutil.copyfile(folder / name, Path(made, name), follow_symlinks=False)
+                    source = admit.followed(folder / name)
+                    shutil.copyfile(source, Path(made, name), follow_symlinks=False)
                     digest.update(Path(made, name).read_bytes())
                 after = folder.stat()
                 if (before.st_ino, before.st_dev) == (after.st_ino, after.st_dev):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,10 +57,15 @@ def find(name: str, *, weights: bool = True) -> Path:
             f"there is no folder {name}; give the folder of a Hugging Face model, a hub id such as "
             "Qwen/Qwen2.5-1.5B-Instruct, or nano, the small model in this package"
         )
-    return _fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
+    return fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
 
 
-def _fetch(name: str, patterns: Sequence[str]) -> Path:
+def fetch(name: str, patterns: Sequence[str]) -> Path:
+    """Return the folder with a hub repository's files of these patterns, fetched if need be.
+
+    Raises:
+        ModelError: If it cannot be fetched, or a file is not the one that the hub has.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -67,7 +73,7 @@ def _fetch(name: str, patterns: Sequence[str]) -> Path:
     )
 
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 name, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FORMATS)
             )
@@ -88,6 +94,37 @@ def _fetch(name: str, patterns: Sequence[str]) -> Path:
             f"{name} is no folder here and could not be fetched from the hub ({reason}); "
             "check the name and the connection, or give a folder"
         ) from error
+    for path in sorted(folder.glob("*")):
+        if any(path.match(pattern) for pattern in patterns):
+            _check_download(path)
+    return folder
+
+
+def _check_download(path: Path) -> None:
+    """Refuse a file that is not the one that the hub has; its client looks at the size only.
+
+    In the client's cache a file is a link to a blob. The blob's name is the SHA-256 of the file, or
+    git's SHA-1 of it if it is small.
+
+    Raises:
+        ModelError: If it is another one.
+    """
+    if not path.is_symlink():  # on a system without links the client keeps no checksums
+        return
+    expected = Path(os.readlink(path)).name
+    if len(expected) == 64:
+        found = _sha256([path])
+    elif len(expected) == 40:
+        content = path.read_bytes()
+        blob = b"blob %d\0%b" % (len(content), content)
+        found = hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+    else:
+        return
+    if found != expected:
+        raise ModelError(
+            f"{path} is not the file that the hub has, its checksum differs; "
+            f"remove {path.resolve()} and run the command again"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -250,8 +287,12 @@ def context_length(config: Any, tokenizer: Any) -> int:
 
 def weights_sha256(folder: Path) -> str:
     """Return one SHA-256 over a model's weight files, in the order of their names."""
+    return _sha256(sorted(folder.glob("*.safetensors")))
+
+
+def _sha256(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
