@@ -166,7 +166,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.hub.objects[found[1]] = body
             self.reply({})
         elif found := re.fullmatch(rf"/api/(models/{name})/commit/main", path):
-            self.commit(self.to_write(found[1]), body)
+            self.commit(found[1], body)
         else:
             raise _RefusalError(404, "RepoNotFound", "Repository not found")
 
@@ -263,7 +263,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             objects.append(each | wanted)
         self.reply({"transfer": "basic", "objects": objects})
 
-    def commit(self, repository: Repository, body: bytes) -> None:
+    def commit(self, name: str, body: bytes) -> None:
+        repository = self.to_write(name)
         changed: dict[str, bytes] = {}
         for line in body.splitlines():
             operation = json.loads(line)
@@ -274,8 +275,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 changed[value["path"]] = self.hub.objects[value["oid"]]
         repository.files.update(changed)
         repository.commits.append(sorted(changed))
-        sha = repository.sha
-        self.reply({"commitUrl": f"{self.hub.url}/commit/{sha}", "commitOid": sha})
+        url = f"{self.hub.url}/{name.partition('/')[2]}/commit/{repository.sha}"
+        self.reply({"commitUrl": url, "commitOid": repository.sha})
 
     # Answering
 

@@ -148,6 +148,8 @@ CASES: list[Case] = [
         2,
         lambda s: train("good.csv", "--target-modules", "nothing"),
     ),
+    ("a repository without an owner", 2, lambda s: ["push", "runs/good", "bank"]),
+    ("a push while HF_HUB_OFFLINE is set", 2, lambda s: ["push", "runs/good", "me/bank"]),
     # tables
     ("no such table", 3, lambda s: train("none.csv")),
     ("an empty file", 3, lambda s: train(s.write("empty.csv", ""))),
@@ -186,6 +188,7 @@ CASES: list[Case] = [
         3,
         lambda s: train("good.csv", "--test", s.write("test.csv", table([("a", "unknown")]))),
     ),
+    ("a push of what is no finished run", 3, lambda s: ["push", "base", "me/bank"]),
     # models and adapters
     ("no such model folder", 4, lambda s: train("good.csv", model="nothing")),
     ("a folder that holds no model", 4, lambda s: train("good.csv", model="runs")),
@@ -212,6 +215,7 @@ CASES: list[Case] = [
             1
         ],
     ),
+    ("an adapter that was never fetched, offline", 4, lambda s: ["eval", "me/none", "good.csv"]),
     ("a folder that is no adapter", 4, lambda s: ["eval", "base", "good.csv"]),
     (
         "an adapter with a pattern for names",

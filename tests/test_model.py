@@ -230,9 +230,9 @@ def test_a_file_that_the_hub_does_not_have_is_refused(hub, name, what):
 def test_what_was_fetched_is_there_without_the_hub(hub, tmp_path, monkeypatch):
     folder = model.find("own/base", weights=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(lambda: model.find("own/none"), "own/none is no folder here and could not be fetched")
+    refused(lambda: model.find("own/none"), "own/none is neither a folder", "HF_HUB_OFFLINE is set")
     assert model.find("own/base", weights=False) == folder
-    refused(lambda: model.find("own/base"), "is incomplete")
+    refused(lambda: model.find("own/base"), "nor whole in the hub's cache", "HF_HUB_OFFLINE is set")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert model.find("own/base") == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from remora.errors import ModelError
 from remora.table import one_line
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "remora.json")
 AGAIN = "train it again or restore it"
 MAX_JSON_BYTES = 32_000_000
 MAX_LAYERS = 1_000
@@ -26,7 +27,6 @@ MAX_SIZE = 10_000_000
 """No width, vocabulary or context of a model is larger."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.]{0,200}")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "remora.json")
 # Of LoraConfig. Every other key must have its default, or say nothing.
 _ADAPTER_KEYS = {
     *("alpha_pattern", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
@@ -41,7 +41,7 @@ def adapter(folder: Path, base: Any) -> None:
     Raises:
         ModelError: If something is not; nothing was allocated then.
     """
-    for name in _ADAPTER_FILES:
+    for name in ADAPTER_FILES:
         followed(folder / name)
     ranks, default, targets = _read_ranks(folder / "adapter_config.json")
     shapes = read_shapes([folder / "adapter_model.safetensors"])

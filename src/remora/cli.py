@@ -22,6 +22,7 @@ from remora.config import (
     ExportConfig,
     PlanConfig,
     PredictConfig,
+    PushConfig,
     ReportConfig,
     ServeConfig,
     TrainConfig,
@@ -144,6 +145,20 @@ def export(config: ExportConfig) -> None:
         _print_json(written.to_dict())
     else:
         display.show_export(written)
+
+
+@app.command
+def push(config: PushConfig) -> None:
+    """Publish a run's adapter and its model card on the Hugging Face hub, privately by default."""
+    from remora import display
+    from remora import push as pushing
+
+    with display.TerminalReporter().live() as reporter:
+        published = pushing.push(config, reporter=reporter)
+    if config.json:
+        _print_json(published.to_dict())
+    else:
+        display.show_push(published)
 
 
 @app.command

@@ -277,7 +277,7 @@ class PredictConfig:
     """Settings of `remora predict`."""
 
     adapter: Path = field(kw_only=False)
-    """A run directory, or an adapter's folder."""
+    """A run directory, an adapter's folder, or the id of one on the Hugging Face hub."""
 
     source: str = field(kw_only=False, default="-")
     """Messages: a CSV, TSV, JSONL, Parquet or text file, or - for lines on standard input."""
@@ -328,7 +328,7 @@ class EvalConfig:
     """Settings of `remora eval`."""
 
     adapter: Path = field(kw_only=False)
-    """A run directory, or an adapter's folder."""
+    """A run directory, an adapter's folder, or the id of one on the Hugging Face hub."""
 
     data: str = field(kw_only=False)
     """Table of texts and labels to measure on."""
@@ -538,12 +538,35 @@ class ExportConfig:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Settings of `remora push`."""
+
+    run: Path = field(kw_only=False)
+    """Directory of a finished run."""
+
+    repo_id: str = field(kw_only=False)
+    """Repository on the Hugging Face hub, as owner/name; it is made if there is none."""
+
+    public: bool = False
+    """Let everybody read it; by default it is private."""
+
+    json: bool = False
+    """Write what was published as JSON to standard output."""
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ConfigError."""
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", self.repo_id):
+            raise ConfigError(f"repo_id is {self.repo_id!r}; give it as owner/name")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Settings of `remora serve`."""
 
     adapters: tuple[str, ...] = field(kw_only=False)
-    """Run directories or adapters' folders, of one base model. Each is named by its run, or as
-    NAME=FOLDER."""
+    """Run directories, adapters' folders or ids on the Hugging Face hub, of one base model. Each is
+    named by its run, or as NAME=FOLDER."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Any but a loopback address needs a token, in the environment variable

@@ -20,6 +20,7 @@ from remora.export import Exported
 from remora.merge import Parity
 from remora.plan import Plan, spoken_bytes, spoken_seconds
 from remora.progress import Reporter, Step, Validation
+from remora.push import Pushed
 
 NUM_CONFUSIONS = 5
 
@@ -343,6 +344,18 @@ def _show_compressed(found: Compressed, rows: str, console: Console) -> None:
         f"{chosen.mean_rank:.2f}; the full adapter takes {_bytes(found.adapter_bytes)}, and the "
         f"base model is {chosen.ratio:,.0f} times larger",
     )
+
+
+def show_push(published: Pushed, console: Console | None = None) -> None:
+    """Print where an adapter was published, and how to use it from there."""
+    console = console or Console(highlight=False)
+    size = _bytes(sum(published.files.values()))
+    _line(
+        console,
+        f"published  {published.url}, {'public' if published.public else 'private'}: "
+        f"{len(published.files)} files, {size}",
+    )
+    _line(console, f"use it     remora predict {published.repo_id} < messages.txt")
 
 
 def show_line(text: str) -> None:

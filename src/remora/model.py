@@ -26,6 +26,7 @@ OTHER_FORMATS = ("consolidated*", "*/*")
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 EMBEDDED = Path(__file__).parent / "bases"
 """Base models that come with the package, a folder each."""
@@ -52,7 +53,7 @@ def find(name: str, *, weights: bool = True) -> Path:
         return folder.resolve()
     if folder.exists():
         raise ModelError(f"{name} is a file; give the folder of a Hugging Face model")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name):
         raise ModelError(
             f"there is no folder {name}; give the folder of a Hugging Face model, a hub id such as "
             "Qwen/Qwen2.5-1.5B-Instruct, or nano, the small model in this package"
@@ -66,7 +67,7 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
     Raises:
         ModelError: If it cannot be fetched, or a file is not the one that the hub has.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
@@ -89,6 +90,11 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
             "`hf auth login` if it is private"
         ) from error
     except Exception as error:  # of the connection, the disk or the hub: all end here
+        if is_offline_mode():
+            raise ModelError(
+                f"{name} is neither a folder here nor whole in the hub's cache, and HF_HUB_OFFLINE "
+                "is set; unset it to fetch what is missing, or give a folder"
+            ) from error
         reason = _first_line(error)
         raise ModelError(
             f"{name} is no folder here and could not be fetched from the hub ({reason}); "

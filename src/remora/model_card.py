@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from remora import evaluate, results, run
+from remora import evaluate, model, results, run
 from remora.errors import DataError
 from remora.results import Results
 
@@ -51,7 +51,7 @@ def card(directory: Path) -> str:
         "dataset_split": found.figures["measured_on"],
     }
     about = ModelCardData(
-        base_model=None if Path(base).is_absolute() else base,
+        base_model=base if model.HUB_ID.fullmatch(base) else None,
         datasets=hub_data,
         library_name="peft",
         pipeline_tag="text-classification",
@@ -99,8 +99,7 @@ def _text(found: Results, base: str, data: str) -> str:
         "",
         *(["Largest confusions:", "", *confusions, ""] if confusions else []),
         "```sh",
-        "remora predict . < messages.txt",
-        "remora train --config config.toml    # the same run again",
+        "remora predict . < messages.txt    # in this folder, or give its id on the hub",
         "```",
         "",
         f"Whatever the message is, the answer is one of these {len(found.labels)} labels: "

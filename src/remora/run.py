@@ -367,8 +367,40 @@ def read_settings(directory: Path) -> TrainConfig:
 
 
 def adapter_folder(path: Path) -> Path:
-    """Return the adapter's folder in a run directory, or the path itself if it is none."""
+    """Return the adapter's folder in a run directory, or the path itself if it is none.
+
+    What is no folder here and reads like an id of the hub is fetched from there.
+
+    Raises:
+        ModelError: If it cannot be fetched.
+    """
+    if _is_hub_id(path):
+        return _fetch(path.as_posix())
     return path / "adapter" if (path / "adapter").is_dir() else path
+
+
+def _is_hub_id(path: Path) -> bool:
+    """Return whether a path is an id of the hub, such as owner/name.
+
+    It is none where there is a folder `owner`, and in that of all runs: a run whose name is
+    misspelt must not become somebody else's adapter.
+    """
+    return (
+        model.HUB_ID.fullmatch(path.as_posix()) is not None
+        and path.parent != TrainConfig.output
+        and not path.parent.exists()
+    )
+
+
+def _fetch(name: str) -> Path:
+    """Fetch a repository of the hub, its large files only if it is one of Remora."""
+    folder = model.fetch(name, ("*.json",))
+    if not (folder / "remora.json").is_file():
+        raise ModelError(
+            f"{name} on the hub is no adapter of Remora, it has no remora.json; "
+            "give one that `remora push` has published"
+        )
+    return model.fetch(name, model.HUB_FILES)
 
 
 def read_card(folder: Path) -> AdapterCard:
