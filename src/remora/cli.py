@@ -153,8 +153,7 @@ def push(config: PushConfig) -> None:
     from remora import display
     from remora import push as pushing
 
-    with display.TerminalReporter().live() as reporter:
-        published = pushing.push(config, reporter=reporter)
+    published = pushing.push(config, reporter=display.TerminalReporter())
     if config.json:
         _print_json(published.to_dict())
     else:
