@@ -46,6 +46,7 @@ def write(
     note: str = "a note",
     model: str = "some/base",
     data: str = "data.csv",
+    method: str = "lora",
 ) -> Path:
     """Write a run directory; `note` stands wherever a user's word can stand in a setting."""
     path.mkdir(parents=True)
@@ -59,6 +60,7 @@ def write(
     scored = calibration.Scored(probabilities=probabilities, true=np.array(true))
     result = TrainResult(
         directory=path,
+        method=method,
         measured_on="test",
         metrics=evaluate.measure(labels, truth, answers, probabilities),
         reliability=calibration.assess(scored, scored),
@@ -91,8 +93,9 @@ def write(
     )
     run.write_probabilities(path / run.PROBABILITIES, labels, {"test": scored})
     run.write_json(path / "evaluation.json", result.to_dict())
-    (path / "adapter").mkdir()
-    run.write_json(path / "adapter" / "remora.json", {"base_model": model})
+    trained = path / run.FOLDERS[method]
+    trained.mkdir()
+    run.write_json(trained / "remora.json", {"base_model": model, "method": method})
     return path
 
 

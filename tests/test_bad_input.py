@@ -142,7 +142,6 @@ CASES: list[Case] = [
     ("another seed for an unfinished run", 2, lambda s: unfinished(s, "--seed", "7")),
     ("a settings file that is not there", 2, lambda s: ["train", "--config", "none.toml"]),
     ("a tracker that there is not", 2, lambda s: train("good.csv", "--trackers", "carrier-pigeon")),
-    ("full fine-tuning, not there yet", 2, lambda s: train("good.csv", "--method", "full")),
     (
         "modules that the model has not",
         2,

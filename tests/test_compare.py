@@ -30,12 +30,14 @@ def write_run(
     base_bytes: int = 1000,
     baseline: list[str] | None = None,
     true: list[str] = TRUE,
+    method: str = "lora",
 ) -> Path:
     baseline = baseline or wrong(*range(60))
     path.mkdir()
     labels = list("abcd")
     ours, theirs = (evaluate.measure(labels, true, p).to_dict() for p in (predicted, baseline))
     figures = {
+        "method": method,
         "metrics": ours,
         "measured_on": "test",
         "baseline": {"description": "TF-IDF + linear SVM", "seconds": 0.5, "metrics": theirs},
@@ -82,6 +84,13 @@ def test_error_consistency_is_scikit_learns_kappa(runs) -> None:
     pair = next(p for p in found.pairs if p.second == "small")
     right = [[a == t for a, t in zip(p, TRUE, strict=True)] for p in map(predictions, runs)]
     assert pair.error_consistency == pytest.approx(cohen_kappa_score(*right))
+
+
+def test_a_model_that_trained_in_all_weights_needs_no_base(runs, tmp_path: Path) -> None:
+    full = write_run(tmp_path / "full", wrong(0), base_bytes=9000, method="full")
+    found = {each.name: each for each in compare.compare(CompareConfig((*runs, full))).contenders}
+    assert found["big"].num_bytes == 9050  # base and adapter
+    assert found["full"].num_bytes == found["full"].artifact_bytes == 50
 
 
 def remora(*arguments: str | Path) -> int:

@@ -181,7 +181,7 @@ def test_a_merged_model_needs_no_base_and_is_checked(place: Path, capsys) -> Non
     assert row["label"] == "card arrival"
     shutil.copy("base/model.safetensors", "out/model.safetensors")
     assert remora("out", "m.txt", verb="predict") == 4
-    assert "are not those that were exported" in capsys.readouterr().err
+    assert "are not those that were written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -377,8 +377,8 @@ def test_the_tolerance_decides_the_size(place: Path, capsys) -> None:
 
 
 def test_stock_peft_predicts_the_same_from_a_compressed_adapter(place: Path) -> None:
-    assert remora("run", "--compress", "--budget", "12kB", "--output", "out") == 0
-    assert sum(path.stat().st_size for path in Path("out").iterdir()) <= 12_000
+    assert remora("run", "--compress", "--budget", "13kB", "--output", "out") == 0
+    assert sum(path.stat().st_size for path in Path("out").iterdir()) <= 13_000
     stock = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained("base"), "out"
     ).eval()

@@ -42,6 +42,15 @@ def test_the_hub_reads_what_was_measured(tmp_path: Path) -> None:
     assert "for `Qwen/Qwen2.5-0.5B`, trained by Remora on `owner/table`" in found.text
 
 
+def test_a_model_that_trained_in_all_weights_is_called_that(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", model="Qwen/Qwen2.5-0.5B", method="full")
+    found = ModelCard(model_card.card(run))
+    assert found.data.base_model == "Qwen/Qwen2.5-0.5B"
+    assert found.data.library_name == "transformers"
+    assert found.data.tags == ["remora"]
+    assert "All weights of `Qwen/Qwen2.5-0.5B`, trained by Remora on `data.csv`" in found.text
+
+
 def test_folders_of_this_machine_are_not_published(tmp_path: Path) -> None:
     model, data = tmp_path / "secret" / "base", tmp_path / "secret" / "table.csv"
     text = model_card.card(write(tmp_path / "run", model=str(model), data=str(data)))

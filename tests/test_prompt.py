@@ -113,7 +113,7 @@ def test_a_template_that_trims_hides_blanks_around_the_message() -> None:
 def test_a_model_that_can_think_is_told_not_to() -> None:
     prompt = make(with_template(THINKING_TEMPLATE))
     (row,) = prompt.rows(["why"], ["card"])
-    tokenizer = prompt._tokenizer
+    tokenizer = prompt.tokenizer
     whole = rendered_ids(tokenizer, conversation("why", "card"), False)
     assert row.token_ids == whole[: len(row.token_ids)]
     assert tokenizer.decode(row.token_ids).endswith("</think>\n\ncard<|im_end|>")

@@ -22,12 +22,14 @@ from remora.score import Scorer
 class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A text classifier: a frozen language model with a small trained LoRA adapter.
 
+    With `method="full"` the language model itself trains, in all its weights.
+
     Every argument but the model may be None, which stands for the default of `TrainConfig`, where
     each is described.
 
     Attributes:
         classes_: The labels seen in `fit`, sorted, [n_classes].
-        model_: PEFT's model.
+        model_: PEFT's model, or the plain one where all its weights trained.
         prompt_: How messages are asked and labels are answered.
 
     Example:
@@ -43,6 +45,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         list_labels: bool | None = None,
         label_texts: dict[str, str] | None = None,
         max_length: int | None = None,
+        method: str | None = None,
         rank: int | None = None,
         alpha: float | None = None,
         dropout: float | None = None,
@@ -67,6 +70,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.list_labels = list_labels
         self.label_texts = label_texts
         self.max_length = max_length
+        self.method = method
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -87,7 +91,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.seed = seed
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> TextClassifier:
-        """Train an adapter.
+        """Train on texts and their labels.
 
         Args:
             X: Texts, [n_samples].
@@ -123,7 +127,9 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             seed=config.seed,
         )
         device = plan.choose_device(config.device)
-        precision = plan.choose_precision(device, config.precision)
+        precision = plan.choose_precision(
+            device, config.precision, trains_base=config.method == "full"
+        )
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
@@ -159,10 +165,10 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return result
 
     def save(self, path: str | Path) -> None:
-        """Save the adapter in PEFT's format, beside what Remora needs to load it."""
+        """Save the adapter in PEFT's format, or the model, beside what Remora needs to load it."""
         check_is_fitted(self)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        run.save_adapter(self.model_, self._card, Path(path))
+        run.save(self.model_, self.prompt_, self._card, Path(path))
 
     @classmethod
     def load(
@@ -173,7 +179,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         precision: str = "auto",
         device: str = "auto",
     ) -> TextClassifier:
-        """Load a saved classifier, or the adapter of a run directory.
+        """Load a saved classifier, or what lies in a run directory.
 
         Args:
             path: Where it was saved, or a run directory.
@@ -189,11 +195,15 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         config = TrainConfig("", model=model or "", precision=precision, device=device)  # type: ignore[arg-type]
         where = plan.choose_device(config.device)
-        decided = plan.choose_precision(where, config.precision)
+        decided = plan.choose_precision(
+            where, config.precision, trains_base=run.is_full(Path(path))
+        )
         adapted, prompt, card = run.load_adapter(
             Path(path), base=model, dtype=decided.base, device=where
         )
-        loaded = cls(model or card.base_model, precision=precision, device=device)
+        loaded = cls(
+            model or card.base_model, method=card.method, precision=precision, device=device
+        )
         loaded.classes_ = np.array(card.labels)
         loaded.model_, loaded.prompt_ = adapted, prompt
         loaded._card, loaded._precision = card, decided

@@ -31,7 +31,7 @@ class Contender:
     accuracy_interval: tuple[float, float]  # 95 %, Wilson (1927)
     macro_f1: float
     train_seconds: float
-    num_bytes: int = 0  # what it takes to predict: base model and adapter; 0 for the baseline
+    num_bytes: int = 0  # weights that it takes to predict; 0 for the baseline
     artifact_bytes: int | None = None  # what the run has added
     trainable_share: float | None = None
     examples_per_second: float | None = None  # of training
@@ -109,7 +109,7 @@ def compare(config: CompareConfig) -> Comparison:
         if any(each.baseline not in (None, runs[0].baseline) for each in runs):
             notes.append(f"the baseline is that of {names[0]}; the training rows differ")
     if any(each.figures["measured_on"] != "test" for each in runs):
-        notes.append("the rows also chose the adapters: all figures are a little too good")
+        notes.append("the rows also chose the weights: all figures are a little too good")
     ordered = sorted(
         contenders.values(), key=lambda each: (each[0].num_bytes, each[0].train_seconds)
     )
@@ -163,13 +163,15 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _contender(name: str, figures: dict[str, Any]) -> Contender:
     metrics = figures["metrics"]
     parameters = figures["parameters"]
+    # An adapter needs its base model, a model that trained in all its weights does not.
+    base_bytes = 0 if figures.get("method") == "full" else figures["base_bytes"]
     return Contender(
         name=name,
         accuracy=metrics["accuracy"],
         accuracy_interval=tuple(metrics["accuracy_interval"]),
         macro_f1=metrics["macro_f1"],
         train_seconds=figures["train_seconds"],
-        num_bytes=figures["base_bytes"] + figures["adapter_bytes"],
+        num_bytes=base_bytes + figures["adapter_bytes"],
         artifact_bytes=figures["adapter_bytes"],
         trainable_share=parameters["trainable"] / parameters["total"],
         examples_per_second=figures["examples_per_second"],

@@ -19,13 +19,14 @@ class TrainResult:
     """What a run has shown."""
 
     directory: Path
+    method: str  # "lora" or "full"
     measured_on: str  # "test" or "validation"
     metrics: evaluate.Metrics
     reliability: Reliability
     baseline: evaluate.Baseline
     p_value: float  # exact McNemar test of the model against the baseline
     parameters: lora.ParameterCount
-    adapter_bytes: int
+    adapter_bytes: int  # the weights of what was trained
     base_bytes: int
     num_steps: int
     best_step: int
@@ -74,9 +75,9 @@ def conclude(
         dataset.labels,
         seed=config.seed,
     )
-    weights = directory / "adapter" / "adapter_model.safetensors"
     result = TrainResult(
         directory=directory,
+        method=config.method,
         measured_on=measured_on,
         metrics=evaluate.measure(dataset.labels, held_out.labels, predicted, probabilities),
         reliability=calibration.assess(
@@ -85,8 +86,8 @@ def conclude(
         baseline=baseline,
         p_value=evaluate.mcnemar(held_out.labels, predicted, baseline.predictions),
         parameters=parameters,
-        adapter_bytes=weights.stat().st_size,
-        base_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        adapter_bytes=run.folder_bytes(run.adapter_folder(directory), "*.safetensors"),
+        base_bytes=run.folder_bytes(folder, "*.safetensors"),
         num_steps=fitted.step,
         best_step=fitted.best_step,
         examples_per_second=fitted.speed.examples_per_second,

@@ -55,7 +55,7 @@ class TrainConfig:
     """Column with the labels; by default found by its name."""
 
     validation_fraction: float = 0.1
-    """Share of the training rows set aside to choose the best adapter by, 2,000 rows at most."""
+    """Share of the training rows set aside to choose the best weights by, 2,000 rows at most."""
 
     test_fraction: float = 0.1
     """Share of the training rows set aside for the final figures where no test rows are given,
@@ -74,7 +74,7 @@ class TrainConfig:
     """Longest sequence in tokens, longer messages are cut; by default the model's context."""
 
     method: Method = "lora"
-    """What trains: a LoRA adapter, or with full every weight, which can be planned only so far."""
+    """What trains: a LoRA adapter, or with full every weight of the model."""
 
     rank: int = 16
     """Rank r of the adapter's matrices."""
@@ -90,7 +90,7 @@ class TrainConfig:
     architectures every linear layer but the head."""
 
     learning_rate: float | None = None
-    """Peak learning rate of AdamW; by default chosen from the model's width."""
+    """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
 
     epochs: float = 3.0
     """Passes over the training rows."""
@@ -116,7 +116,7 @@ class TrainConfig:
     """Share of the steps over which the learning rate rises."""
 
     weight_decay: float = 0.0
-    """AdamW's weight decay on the adapter."""
+    """AdamW's weight decay on what trains."""
 
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
@@ -125,7 +125,7 @@ class TrainConfig:
     """Steps between evaluations on the validation rows; by default once an epoch."""
 
     patience: int = 3
-    """Stop after this many evaluations in a row without a better adapter; 0 never stops early."""
+    """Stop after this many evaluations in a row without a better one; 0 never stops early."""
 
     precision: Precision = "auto"
     """Arithmetic of the forward and backward pass; what trains is float32 in any case."""
@@ -277,7 +277,8 @@ class PredictConfig:
     """Settings of `remora predict`."""
 
     adapter: Path = field(kw_only=False)
-    """A run directory, an adapter's folder, or the id of one on the Hugging Face hub."""
+    """A run directory, the folder of an adapter or of a whole model, or an adapter's id on the
+    Hugging Face hub."""
 
     source: str = field(kw_only=False, default="-")
     """Messages: a CSV, TSV, JSONL, Parquet or text file, or - for lines on standard input."""
@@ -328,7 +329,8 @@ class EvalConfig:
     """Settings of `remora eval`."""
 
     adapter: Path = field(kw_only=False)
-    """A run directory, an adapter's folder, or the id of one on the Hugging Face hub."""
+    """A run directory, the folder of an adapter or of a whole model, or an adapter's id on the
+    Hugging Face hub."""
 
     data: str = field(kw_only=False)
     """Table of texts and labels to measure on."""

@@ -186,7 +186,9 @@ def _adapters(
     rows = dataset.train
     result = np.zeros((len(rows), len(dataset.labels)))
     device = plan.choose_device(settings.device)
-    precision = plan.choose_precision(device, settings.precision)
+    precision = plan.choose_precision(
+        device, settings.precision, trains_base=settings.method == "full"
+    )
     for number, (others, own) in enumerate(folds, 1):
         reporter.say(f"training adapter {number} of {len(folds)}, on {len(others):,} rows")
         part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])

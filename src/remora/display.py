@@ -137,12 +137,12 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
         f"{base.description}, {base.seconds:.1f} s{note}",
     )
     _line(console, f"           {verdict(ours.accuracy, base.metrics.accuracy, result.p_value)}")
-    _line(
-        console,
-        f"adapter    {_bytes(result.adapter_bytes)}, the base model is "
-        f"{result.base_bytes / result.adapter_bytes:.0f} times larger; "
-        f"{result.parameters.share:.2%} of the parameters trained",
-    )
+    size = _bytes(result.adapter_bytes)
+    trained = f"model      {size}"
+    if result.method == "lora":
+        larger = result.base_bytes / result.adapter_bytes
+        trained = f"adapter    {size}, the base model is {larger:.0f} times larger"
+    _line(console, f"{trained}; {result.parameters.share:.2%} of the parameters trained")
     _line(
         console,
         f"speed      {result.examples_per_second:.1f} examples/s, "
@@ -175,7 +175,7 @@ def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = N
             f"for the second, {pair.second_as_first} for the first ({share:.0%} of their rows)",
         )
     low, high = metrics.accuracy_interval
-    note = "" if measured_on == "test" else ", rows that also chose the adapter: a little too good"
+    note = "" if measured_on == "test" else ", rows that also chose the weights: a little too good"
     _line(
         console,
         f"\naccuracy   {metrics.accuracy:.2%}  (95% interval {low:.1%} to {high:.1%})  "

@@ -121,7 +121,7 @@ def adapt(base: Any, config: TrainConfig) -> Any:
         ConfigError: If the model has no linear layer of a requested name.
     """
     if config.method == "full":
-        base.requires_grad_(True)
+        base.float().requires_grad_(True)
         make_fast(base)
         return base
     return add_adapter(
@@ -134,7 +134,7 @@ def adapt(base: Any, config: TrainConfig) -> Any:
 
 
 def count_parameters(model: Any) -> ParameterCount:
-    """Count the parameters of an adapted model, and check the count against r * (in + out).
+    """Count the parameters of a model, and check those of adapters against r * (in + out).
 
     Returns:
         The counts; tied weights count once.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,7 @@ def _write(
             f"the merged model has weights that are no numbers in {dtype}; use --dtype float32, or "
             "train the adapter again"
         )
-    with model.without_progress_bar():
-        merged.save_pretrained(folder)
-    model.load_tokenizer(source).save_pretrained(folder)
-    card = replace(card, base_sha256=model.weights_sha256(folder))
-    run.write_json(folder / "remora.json", asdict(card))
+    run.write_model(merged, model.load_tokenizer(source), card, folder)
 
 
 def _effect(

@@ -37,10 +37,11 @@ def card(directory: Path) -> str:
 
     found = results.read(directory)
     metrics = found.figures["metrics"]
-    adapter = results.read_json(directory / "adapter" / "remora.json")
-    if adapter is None:
+    trained = results.read_json(run.adapter_folder(directory) / "remora.json")
+    if trained is None:
         raise DataError(f"{directory} has no adapter; give the directory of a finished run")
-    base = adapter["base_model"]  # an absolute path, or an id of the hub
+    is_full = trained.get("method") == "full"
+    base = trained["base_model"]  # an absolute path, or an id of the hub
     source = results.read_settings(directory)["data"]
     hub_data = source.removeprefix("hf:").split(":")[0] if source.startswith("hf:") else None
     data_name = hub_data or Path(source).name
@@ -53,9 +54,9 @@ def card(directory: Path) -> str:
     about = ModelCardData(
         base_model=base if model.HUB_ID.fullmatch(base) else None,
         datasets=hub_data,
-        library_name="peft",
+        library_name="transformers" if is_full else "peft",
         pipeline_tag="text-classification",
-        tags=["lora", "remora"],
+        tags=["remora"] if is_full else ["lora", "remora"],
         model_name=directory.resolve().name,
         eval_results=[
             EvalResult(
@@ -74,11 +75,12 @@ def card(directory: Path) -> str:
         ],
     )
     base_name = Path(base).name if Path(base).is_absolute() else base
-    text = _text(found, base_name, data_name)
+    what = "All weights of" if is_full else "A LoRA adapter (PEFT) for"
+    text = _text(found, f"{what} {_code(base_name)}", data_name)
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
 
 
-def _text(found: Results, base: str, data: str) -> str:
+def _text(found: Results, trained: str, data: str) -> str:
     """Say in a few lines what lies in the run directory and how good it is."""
     figures, metrics = found.figures, found.figures["metrics"]
     baseline, (low, high) = figures["baseline"], metrics["accuracy_interval"]
@@ -91,7 +93,7 @@ def _text(found: Results, base: str, data: str) -> str:
     lines = [
         f"# {_code(found.directory.resolve().name)}",
         "",
-        f"A LoRA adapter (PEFT) for {_code(base)}, trained by Remora on {_code(data)}.",
+        f"{trained}, trained by Remora on {_code(data)}.",
         "",
         f"Accuracy {metrics['accuracy']:.2%} (95% interval {low:.1%} to {high:.1%}), macro-F1 "
         f"{metrics['macro_f1']:.2%}, on {metrics['num_rows']:,} {figures['measured_on']} rows. "

@@ -20,13 +20,15 @@ from remora.score import Scorer
 def load_scorer(
     config: PredictConfig | EvalConfig, *, tolerance: float = 1e-2
 ) -> tuple[Scorer, plan.Precision]:
-    """Load an adapter around its base model, ready to score.
+    """Load an adapter around its base model, or a whole model, ready to score.
 
     Raises:
         ModelError: If a part is missing or broken, or the base model is another one.
     """
     device = plan.choose_device(config.device)
-    precision = plan.choose_precision(device, config.precision)
+    precision = plan.choose_precision(
+        device, config.precision, trains_base=run.is_full(config.adapter)
+    )
     adapted, prompt, _ = run.load_adapter(
         config.adapter, base=config.model, dtype=precision.base, device=device
     )

@@ -31,6 +31,7 @@ class Prompt:
     """How a message is asked and how a label is answered, for one tokenizer and one set of labels.
 
     Attributes:
+        tokenizer: The Hugging Face tokenizer.
         labels: The closed label set, in the order that scores are reported in.
         label_texts: What is written for a label that is not written as it is: what the user gave,
             and labels that the tokenizer cannot write otherwise.
@@ -69,7 +70,7 @@ class Prompt:
         self.list_labels = list_labels
         self.label_texts = dict(label_texts or {})
         self.max_length = max_length
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._control = _control_tokens(tokenizer)
         if unknown := [label for label in self.label_texts if label not in self.labels]:
             raise ConfigError(
@@ -137,7 +138,7 @@ class Prompt:
         return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", message)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer(
+        encoded = self.tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         ids: list[list[int]] = encoded["input_ids"]
@@ -188,7 +189,7 @@ class Prompt:
         A small vocabulary may lack the underscore of `card_arrival`; such a label is written with
         spaces, if that helps, rather than as the token for the unknown.
         """
-        unknown = self._tokenizer.unk_token_id
+        unknown = self.tokenizer.unk_token_id
         plain = [label for label in self.labels if label not in self.label_texts]
         if unknown is None or not plain:
             return {}

@@ -155,6 +155,7 @@ def _hash(code: str) -> str:
 
 def _context(found: Results) -> dict[str, Any]:
     directory, figures, labels = found.directory, found.figures, found.labels
+    trained = "model" if figures.get("method") == "full" else "adapter"
     counts = _counts(found)
     shown = _matrix_labels(counts)
     kept = _kept(_messages(found))
@@ -166,13 +167,14 @@ def _context(found: Results) -> dict[str, Any]:
     return {
         "name": directory.resolve().name,
         "version": remora.__version__,
+        "trained": trained,
         "figures": figures,
         "metrics": figures["metrics"],
         "baseline": figures["baseline"],
         "verdict": verdict[0].upper() + verdict[1:],
         "intervals": charts.intervals(
             [
-                ("ours", "adapter", figures["metrics"]),
+                ("ours", trained, figures["metrics"]),
                 ("baseline", figures["baseline"]["description"], figures["baseline"]["metrics"]),
             ]
         ),

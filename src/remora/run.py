@@ -1,4 +1,4 @@
-"""The run directory: what a run leaves on disk, and an adapter's way back into memory."""
+"""The run directory: what a run leaves on disk, and the way of what it trained back into memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,23 @@ else:
 
 SCHEMA = 1
 PROBABILITIES = "probabilities.safetensors"
+FOLDERS = {"lora": "adapter", "full": "model"}
+"""Where in a run directory lies what was trained, by the method."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCard:
-    """remora.json: what PEFT's files do not say of an adapter."""
+    """remora.json: what the files of PEFT or transformers do not say of what was trained."""
 
     base_model: str
-    base_sha256: str
+    base_sha256: str  # of a whole model, its own
     labels: tuple[str, ...]
     instruction: str
     list_labels: bool
     label_texts: Mapping[str, str]
     max_length: int
+    method: str = "lora"
     remora_version: str = remora.__version__
     schema: int = SCHEMA
 
@@ -240,24 +243,56 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def save(trained: Any, prompt: Prompt, card: AdapterCard, path: Path) -> int:
+    """Save what was trained beside its card, whole or not at all; return its weights' bytes.
+
+    Raises:
+        ResourceError: If the disk fails.
+    """
+    import peft
+
+    if isinstance(trained, peft.PeftModel):
+        return save_adapter(trained, card, path)
+    with _replacing(path) as folder:
+        write_model(trained, prompt.tokenizer, card, folder)
+    return folder_bytes(path, "*.safetensors")
+
+
 def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
     """Save an adapter in PEFT's format beside its card, whole or not at all; return its bytes.
 
     Raises:
         ResourceError: If the disk fails.
     """
+    with _replacing(path) as folder:
+        for config in adapted.peft_config.values():
+            config.base_model_name_or_path = card.base_model
+        # Embeddings are never trained; looking whether they are would ask the hub.
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)
+        write_json(folder / "remora.json", asdict(card))
+    return (path / "adapter_model.safetensors").stat().st_size
+
+
+def write_model(whole: Any, tokenizer: Any, card: AdapterCard, folder: Path) -> None:
+    """Write a whole model with its tokenizer and card, which gets the hash of these weights."""
+    with model.without_progress_bar():
+        whole.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card = replace(card, base_sha256=model.weights_sha256(folder))
+    write_json(folder / "remora.json", asdict(card))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a folder to make, which takes the place of another once it is whole."""
     temporary = path.with_name(path.name + ".tmp")
     replaced = path.with_name(path.name + ".old")
     with disk_errors(path):
         for left in (temporary, replaced):  # by a save that was interrupted
             shutil.rmtree(left, ignore_errors=True)
-        for config in adapted.peft_config.values():
-            config.base_model_name_or_path = card.base_model
         try:
-            # Embeddings are never trained; looking whether they are would ask the hub.
-            adapted.save_pretrained(temporary, save_embedding_layers=False)
-            (temporary / "README.md").unlink(missing_ok=True)
-            write_json(temporary / "remora.json", asdict(card))
+            yield temporary
             for file in temporary.iterdir():
                 sync(file)
             sync(temporary)
@@ -269,22 +304,22 @@ def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
             raise
         sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        return (path / "adapter_model.safetensors").stat().st_size
 
 
 def load_adapter(
     path: Path, *, base: str | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Prompt, AdapterCard]:
-    """Load an adapter around its base model.
+    """Load an adapter around its base model, or a whole model.
 
     Args:
-        path: A run directory, an adapter's folder, or a merged model's that `export` wrote.
+        path: A run directory, an adapter's folder, or the folder of a whole model that `export` or
+            training wrote.
         base: Base model, where it is no longer where the card says.
-        dtype: What the base is stored in.
+        dtype: What the base, or the whole model, is stored in.
         device: Where to.
 
     Returns:
-        PEFT's model in evaluation mode, or the merged one, the prompt it was trained with, and its
+        PEFT's model in evaluation mode, or the whole one, the prompt it was trained with, and its
         card.
 
     Raises:
@@ -293,8 +328,8 @@ def load_adapter(
     import peft
 
     folder = adapter_folder(path)
-    if (folder / "remora.json").is_file() and (folder / "config.json").is_file():
-        return _load_merged(folder, base=base, dtype=dtype, device=device)
+    if _is_whole(folder):
+        return _load_whole(folder, base=base, dtype=dtype, device=device)
     card = read_card(folder)
     source = model.find(base or card.base_model)
     if model.weights_sha256(source) != card.base_sha256:
@@ -329,15 +364,18 @@ def load_adapter(
     return adapted.to(device).eval(), prompt, card
 
 
-def _load_merged(
+def _load_whole(
     folder: Path, *, base: str | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Prompt, AdapterCard]:
-    """Load a model that has its adapter merged in; its card has the hash of its own weights."""
+    """Load a model that needs no base; its card has the hash of its own weights."""
     if base is not None:
         raise ModelError(f"{folder} holds a whole model and needs no base; leave out --model")
     card = _card(folder)
     if model.weights_sha256(folder) != card.base_sha256:
-        raise ModelError(f"the weights in {folder} are not those that were exported; export again")
+        raise ModelError(
+            f"the weights in {folder} are not those that were written; restore them, or export or "
+            "train again"
+        )
     prompt = card.prompt(model.load_tokenizer(folder))
     return model.load(folder, dtype).to(device).eval(), prompt, card
 
@@ -367,7 +405,7 @@ def read_settings(directory: Path) -> TrainConfig:
 
 
 def adapter_folder(path: Path) -> Path:
-    """Return the adapter's folder in a run directory, or the path itself if it is none.
+    """Return the folder of what a run directory's run trained, or the path itself if it is none.
 
     What is no folder here and reads like an id of the hub is fetched from there.
 
@@ -376,7 +414,8 @@ def adapter_folder(path: Path) -> Path:
     """
     if _is_hub_id(path):
         return _fetch(path.as_posix())
-    return path / "adapter" if (path / "adapter").is_dir() else path
+    folders = (path / name for name in FOLDERS.values())
+    return next((folder for folder in folders if folder.is_dir()), path)
 
 
 def _is_hub_id(path: Path) -> bool:
@@ -403,12 +442,30 @@ def _fetch(name: str) -> Path:
     return model.fetch(name, model.HUB_FILES)
 
 
+def is_full(path: Path) -> bool:
+    """Return whether a run directory or a folder holds a model that trained in all its weights.
+
+    Raises:
+        ModelError: If its card is broken.
+    """
+    folder = adapter_folder(path)
+    return _is_whole(folder) and _card(folder).method == "full"
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "remora.json").is_file() and (folder / "config.json").is_file()
+
+
 def read_card(folder: Path) -> AdapterCard:
     """Return the card of an adapter's folder.
 
     Raises:
         ModelError: If it or a file of PEFT's is missing, or it is broken.
     """
+    if _is_whole(folder):
+        raise ModelError(
+            f"{folder} holds a whole model and no adapter; give a run that trained an adapter"
+        )
     for name in ("remora.json", "adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(
@@ -433,6 +490,7 @@ def _card(folder: Path) -> AdapterCard:
     texts = [card.base_model, card.base_sha256, card.instruction, card.remora_version]
     if not (
         all(is_text(text) for text in (*texts, *card.labels))
+        and card.method in FOLDERS
         and isinstance(card.label_texts, dict)
         and all(is_text(t) and label in card.labels for label, t in card.label_texts.items())
         and 2 <= len(card.labels) == len(set(card.labels))

@@ -18,9 +18,9 @@ from torch import Tensor
 from remora import checkpoint, data, lora, memory, model, plan, resume, run, score, tracking, tree
 from remora.checkpoint import Checkpoint
 from remora.conclude import TrainResult, conclude
-from remora.config import TrainConfig
+from remora.config import Method, TrainConfig
 from remora.data import Dataset, Table
-from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
+from remora.errors import DataError, DivergedError, ResourceError, Stopped
 from remora.micro_batches import MicroBatches
 from remora.progress import Progress, Reporter, Step, Validation
 from remora.prompt import Prompt, TokenSequence
@@ -47,10 +47,10 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     stop: Stop | None = None,
     reporter: Reporter | None = None,
 ) -> Progress:
-    """Train the adapter of a model; it ends up with the weights that validated best.
+    """Train an adapter or a whole model; it ends up with the weights that validated best.
 
     Args:
-        adapted: PEFT's model, its trainable parameters in float32.
+        adapted: PEFT's model, or a plain one; its trainable parameters are in float32.
         prompt: How messages are asked and labels are answered.
         dataset: Rows to train and to validate on; without validation rows the last weights stay.
         config: The settings.
@@ -59,7 +59,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         heaviest: The batch that needs most memory, which is tried before the first step, so that
             what cannot fit fails in seconds.
         log: Called with each record as a dict.
-        save: Called when the adapter has become better than before.
+        save: Called when the weights have become better than before.
         checkpoints: Folder to save the state in, now and then, on request and at the end.
         resumed: What to go on from; the run ends with the bits it would have had undisturbed.
         stop: Asked after each step whether to save and stop.
@@ -122,7 +122,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                 progress.without_better = 0 if better else progress.without_better + 1
                 if better:
                     progress.best, progress.best_step = (accuracy, -log_loss), progress.step
-                    best_weights = [p.detach().clone() for p in parameters]
+                    best_weights = _copied(parameters, best_weights)
                     if save:
                         save()
                 validation = Validation(
@@ -134,7 +134,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                 progress.evaluated = progress.step
             if config.patience and progress.without_better >= config.patience:
                 reporter.say(
-                    f"stopped early: no better adapter in {progress.without_better} evaluations"
+                    f"stopped early: nothing better in {progress.without_better} evaluations"
                 )
                 break
             if progress.step == num_steps:
@@ -195,6 +195,16 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     return progress
 
 
+@torch.no_grad()
+def _copied(parameters: Sequence[Tensor], before: list[Tensor] | None) -> list[Tensor]:
+    """Return a copy of the weights, in the place of an earlier one so that there is only one."""
+    if before is None:
+        return [p.detach().clone() for p in parameters]
+    for kept, parameter in zip(before, parameters, strict=True):
+        kept.copy_(parameter)
+    return before
+
+
 def _expected_time(seconds: float, num_steps: int) -> str:
     return (
         f"about {plan.spoken_seconds(seconds)} for {num_steps:,} steps, estimated from the largest "
@@ -216,7 +226,7 @@ def _optimizer(
     width = tree.text_config(adapted).hidden_size
     optimizer = torch.optim.AdamW(
         list(parameters),
-        lr=config.learning_rate or default_learning_rate(width),
+        lr=config.learning_rate or default_learning_rate(width, config.method),
         weight_decay=config.weight_decay,
     )
     scheduler = get_scheduler(
@@ -228,12 +238,14 @@ def _optimizer(
     return accelerator.prepare_optimizer(optimizer), scheduler, num_steps
 
 
-def default_learning_rate(width: int) -> float:
-    """Return the peak learning rate for an adapter on a model of a hidden size.
+def default_learning_rate(width: int, method: Method) -> float:
+    """Return the peak learning rate for a model of a hidden size; docs/log.md says why.
 
-    2e-4 from a width of 1536 on, as in the LoRA recipes in use; more for narrower models.
+    From a width of 1536 on 2e-4 for an adapter and 2e-5 for all weights, as in the recipes in use;
+    more for narrower models.
     """
-    return 2e-4 * max(1.0, 1536 / width)
+    narrower = max(1.0, 1536 / width)
+    return 2e-5 * narrower**2 if method == "full" else 2e-4 * narrower
 
 
 def _refuse_divergence(step: Step, skipped: int, scaler: Any, reporter: Reporter) -> None:
@@ -284,10 +296,10 @@ def accelerator_for(precision: plan.Precision, device: torch.device) -> Iterator
 def prepare(
     config: TrainConfig, labels: Sequence[str], precision: plan.Precision, device: torch.device
 ) -> tuple[Any, Prompt, run.AdapterCard, Path]:
-    """Load the base model and add a new adapter.
+    """Load the base model and make it trainable: with a new adapter, or in all its weights.
 
     Returns:
-        PEFT's model, the prompt, the card that goes with the adapter, and the base's folder.
+        What trains, the prompt, the card that goes with it, and the base's folder.
 
     Raises:
         ModelError: If the model cannot be used for this.
@@ -295,13 +307,7 @@ def prepare(
     folder = model.find(config.model)
     prompt = plan.load_prompt(config, labels, folder)
     base = model.load(folder, precision.base)
-    adapted = lora.add_adapter(
-        base,
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        modules=config.target_modules,
-    ).to(device)
+    adapted = lora.adapt(base, config).to(device)
     card = run.AdapterCard(
         base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,
         base_sha256=model.weights_sha256(folder),
@@ -310,12 +316,13 @@ def prepare(
         list_labels=config.list_labels,
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
+        method=config.method,
     )
     return adapted, prompt, card, folder
 
 
 def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResult:
-    """Train an adapter as the settings say, measure it, and leave everything in a run directory.
+    """Train as the settings say, measure what was trained, and leave everything in a run directory.
 
     Raises:
         RemoraError: The settings, the data, the model or the disk; see `remora.errors`.
@@ -326,15 +333,13 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
 
 
 def _train(config: TrainConfig, stop: Stop, reporter: Reporter) -> TrainResult:
-    if config.method == "full":
-        raise ConfigError("full fine-tuning can be planned, but not trained yet; use --method lora")
     tracking.check(config.trackers)
     dataset = data.load(config)
     held_out, measured_on = _held_out(dataset)
     for line in dataset.summary.lines():
         reporter.say(line)
     device = plan.choose_device(config.device)
-    precision = plan.choose_precision(device, config.precision)
+    precision = plan.choose_precision(device, config.precision, trains_base=config.method == "full")
     reporter.say(f"computing on {device.type}: {precision}")
     directory = resume.unfinished(config, dataset.summary.sha256, reporter.say)
 
@@ -378,7 +383,9 @@ def _train(config: TrainConfig, stop: Stop, reporter: Reporter) -> TrainResult:
                     precision=precision,
                     heaviest=heaviest,
                     log=log,
-                    save=lambda: run.save_adapter(adapted, card, directory / "adapter"),
+                    save=lambda: run.save(
+                        adapted, prompt, card, directory / run.FOLDERS[config.method]
+                    ),
                     checkpoints=directory / resume.CHECKPOINTS,
                     resumed=resumed,
                     stop=stop,
@@ -477,13 +484,14 @@ def _introduce(
 ) -> Iterator[str]:
     """Say what will be trained on what, each derived setting with where it comes from."""
     layers = ", ".join(f"{name} {count:,}" for name, count in parameters.modules.items())
+    where = f"r={config.rank}: {layers}" if config.method == "lora" else "all weights"
     yield (
         f"training {parameters.trainable:,} of {parameters.total:,} parameters "
-        f"({parameters.share:.2%}), r={config.rank}: {layers}"
+        f"({parameters.share:.2%}), {where}"
     )
     width = tree.text_config(adapted).hidden_size
     if config.learning_rate is None:
-        rate = default_learning_rate(width)
+        rate = default_learning_rate(width, config.method)
         yield f"learning rate {rate:.1e}, chosen for a model {width} wide"
     if prompt.label_texts.keys() - config.label_texts.keys():
         label, text = next(iter(prompt.label_texts.items()))
