@@ -177,6 +177,16 @@ def test_what_trains_in_full_is_stored_in_float32(weightless):
     assert "float32 weights" in full.precision
 
 
+def test_the_copy_of_the_best_weights_and_the_checkpoints_are_counted(weightless):
+    with_rows = planned(weightless, device="t4", method="full")
+    without = planned(weightless, device="t4", method="full", validation_fraction=0.0)
+    assert with_rows.memory.best == 4 * with_rows.parameters
+    assert without.memory.best == 0
+    assert with_rows.allocated_bytes == with_rows.peak_bytes - 600_000_000 - with_rows.memory.best
+    download = 4 * with_rows.parameters  # stored in float32
+    assert with_rows.disk_bytes - download == 40 * with_rows.parameters
+
+
 def test_less_memory_gives_smaller_micro_batches_then_alternatives(weightless):
     roomy = planned(weightless, device="t4", batch_size=32)
     assert not roomy.checkpointing

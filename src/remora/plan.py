@@ -196,6 +196,7 @@ class Components:
 
     base: int  # the frozen model; its buffers too
     adapter: int  # what trains, in float32
+    best: int  # a copy of it as it validated best
     gradients: int  # those that are there at that moment
     optimizer: int  # two float32 moments of each trained weight
     saved_activations: int  # what the forward pass keeps for the backward pass
@@ -257,8 +258,11 @@ class Plan:
 
     @property
     def allocated_bytes(self) -> int:
-        """What can be measured of the peak: CUDA's context is not among what torch allocates."""
-        return self.peak_bytes - (self.memory.runtime if self.is_cuda else 0)
+        """What can be measured of the peak up to the first evaluation.
+
+        CUDA's context is not among what torch allocates, and nothing has validated best so far.
+        """
+        return self.peak_bytes - self.memory.best - (self.memory.runtime if self.is_cuda else 0)
 
     @property
     def fits(self) -> bool:
@@ -458,6 +462,7 @@ class Planner:
         return Components(
             base=self._base_bytes,
             adapter=trainable,
+            best=trainable if len(self._dataset.validation) else 0,
             gradients=gradients,
             optimizer=2 * trainable,
             saved_activations=saved,
@@ -526,8 +531,9 @@ class Planner:
             why=why,
             memory=components,
             available_bytes=self._available,
-            # While the adapter is saved, the one before is still there.
-            disk_bytes=8 * trainable + (0 if is_here else download),
+            # What trains in float32, and checkpoints with four arrays of its size: the weights, the
+            # best ones, two moments. While either is saved, the one before is still there.
+            disk_bytes=2 * (1 + 4) * 4 * trainable + (0 if is_here else download),
             seconds=None,
             seconds_are="not estimated",
             alternatives=() if fits else tuple(self._alternatives(components)),
