@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from remora.errors import ModelError
+from remora.ranks import Ranks
 from remora.run import disk_errors, sync
 from remora.table import one_line
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
 _NAME = re.compile(r"step-\d{8,}(-evaluated)?")
 
 
@@ -159,8 +160,12 @@ def capture(
     scheduler: Any,
     scaler: Any,
     device: torch.device,
+    ranks: Ranks,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the state that a loop needs to go on as if nothing had happened."""
+    """Return the tensors and the state that a loop needs to go on as if nothing had happened.
+
+    All processes call it together. They differ in their random numbers only.
+    """
     tensors = {f"weights/{name}": p for name, p in parameters.items()}
     if best is not None:
         tensors |= {f"best/{n}": w for n, w in zip(parameters, best, strict=True)}
@@ -168,7 +173,9 @@ def capture(
     for index, entries in saved["state"].items():
         for key, value in entries.items():
             tensors[f"optimizer/{index}/{key}"] = torch.as_tensor(value)
-    tensors |= {f"random/{i}": s for i, s in enumerate(random_state(device))}
+    for i, own in enumerate(random_state(device)):
+        for rank, found in enumerate(ranks.gather_arrays(own.numpy())):
+            tensors[f"random/{rank}/{i}"] = torch.from_numpy(found)
     state = {
         "optimizer": saved["param_groups"],
         "scheduler": scheduler.state_dict(),
@@ -185,8 +192,11 @@ def restore(
     scheduler: Any,
     scaler: Any,
     device: torch.device,
+    ranks: Ranks,
 ) -> list[Tensor] | None:
     """Set everything to what `capture` saw; return the best weights, if there are any.
+
+    A process that there was not then keeps its own random numbers.
 
     Raises:
         ModelError: If the checkpoint is of other parameters.
@@ -206,7 +216,9 @@ def restore(
     scheduler.load_state_dict(state["scheduler"])
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    set_random_state(device, [tensors[f"random/{i}"] for i in range(_count(tensors, "random/"))])
+    own = f"random/{ranks.rank}/"
+    if count := _count(tensors, own):
+        set_random_state(device, [tensors[f"{own}{i}"] for i in range(count)])
     if not _count(tensors, "best/"):
         return None
     return [tensors[f"best/{name}"].to(p.device) for name, p in parameters.items()]

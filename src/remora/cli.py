@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Toml
 
 import remora
+from remora import launch
 from remora.config import (
     CompareConfig,
     DiagnoseConfig,
@@ -64,6 +65,8 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
     json:
         Write the figures as JSON to standard output.
     """
+    if config.devices > 1 and launch.world_size() == 1:
+        raise SystemExit(launch.run(config.devices, sys.argv[1:]))
     from remora.stop import Stop
 
     stop = Stop()  # for what is outside of the run, which has its own
@@ -217,8 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RemoraError, cyclopts.CycloptsError) as error:
         if "--debug" in given:
             raise
-        code = error.exit_code if isinstance(error, RemoraError) else ConfigError.exit_code
-        return _fail(str(error), code)
+        if not isinstance(error, RemoraError):
+            return _fail(str(error), ConfigError.exit_code)
+        return _fail(str(error), error.exit_code) if launch.speaks(error) else error.exit_code
     except (MemoryError, RuntimeError) as error:
         from remora import memory
 

@@ -133,6 +133,9 @@ class TrainConfig:
     device: Device = "auto"
     """Where to compute."""
 
+    devices: int = 1
+    """Train on so many devices of this machine, one process each."""
+
     seed: int = 0
     """Seed of the splits, the order of rows, the adapter's start and the dropout."""
 
@@ -172,6 +175,7 @@ class TrainConfig:
                 ("warmup_fraction", "a number from 0 to 1", 0 <= self.warmup_fraction <= 1),
                 ("weight_decay", "a number from 0", 0 <= self.weight_decay < float("inf")),
                 ("max_grad_norm", "a number above 0", self.max_grad_norm > 0),
+                ("devices", "a whole number from 1", self.devices >= 1),
                 ("patience", "a whole number from 0", self.patience >= 0),
                 ("seed", "a whole number from 0", self.seed >= 0),
                 ("validation_fraction", "from 0 to below 1", 0 <= self.validation_fraction < 1),

@@ -17,6 +17,8 @@ class RemoraError(Exception):
     """The base of every error that is the user's to mend; `exit_code` is what the CLI ends with."""
 
     exit_code = 1
+    is_shared = False
+    """Whether every process of a run has this error, so that one has to tell it."""
 
 
 class ConfigError(RemoraError, ValueError):

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import os
 import re
 import sys
 import weakref
@@ -279,7 +280,8 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     limits = [_proc_bytes("/proc/meminfo", "MemAvailable"), _group_bytes(), _address_bytes()]
     known = [limit for limit in limits if limit is not None]
-    return max(0, min(known)) if known else None
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # they share it
+    return max(0, min(known)) // processes if known else None
 
 
 def is_exhausted(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from remora.checkpoint import random_state, set_random_state
 from remora.errors import ResourceError
 from remora.progress import Reporter
 from remora.prompt import TokenSequence
+from remora.ranks import Ranks
 
 Result = TypeVar("Result")
 
@@ -28,24 +29,31 @@ class MicroBatches:
         max_tokens: int,
         accelerator: Any,
         heaviest: plan.Heaviest | None,
+        ranks: Ranks,
         reporter: Reporter,
     ) -> None:
         self.max_tokens = max_tokens
         self._adapted, self._accelerator, self._reporter = adapted, accelerator, reporter
-        self._heaviest = heaviest
+        self._heaviest, self._ranks = heaviest, ranks
         self._bytes_per_token = heaviest.bytes_per_token if heaviest else 0.0
         self._said = False
 
     def add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
-        """Add the gradients of an effective batch to none.
+        """Add this process's part of the gradients of an effective batch to none.
 
         Returns:
-            The mean loss of its answer tokens, in nats, and how many they are.
+            The part of the mean loss of the batch's answer tokens, in nats, and how many those of
+            the whole batch are. Parts add up: the mean is over all processes' rows.
 
         Raises:
             ResourceError: If the memory does not suffice for its longest row alone.
         """
-        return self._repeat(batch, lambda: self._add_gradients(batch))
+        num_supervised = sum(len(row.token_ids) - row.answer_start for row in batch)
+        # Rows that share most are computed in one process.
+        own = self._ranks.part(sorted(batch, key=lambda row: row.token_ids))
+        if not own:
+            return 0.0, num_supervised
+        return self._repeat(own, lambda: self._add_gradients(own, num_supervised)), num_supervised
 
     def try_heaviest(self) -> float:
         """Compute the heaviest micro-batch and forget it; return the seconds for each token.
@@ -92,10 +100,9 @@ class MicroBatches:
             )
             self._said = True
 
-    def _add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
-        trees = tree.split(batch, self.max_tokens)
-        num_supervised = sum(packed.num_supervised_tokens for packed in trees)
-        return sum(self._backward(packed, num_supervised) for packed in trees), num_supervised
+    def _add_gradients(self, rows: Sequence[TokenSequence], num_supervised: int) -> float:
+        trees = tree.split(rows, self.max_tokens)
+        return sum(self._backward(packed, num_supervised) for packed in trees)
 
     def _time_largest(self, batch: Sequence[TokenSequence]) -> float:
         trees = tree.split(batch, self.max_tokens)

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from remora import run
+from remora import checkpoint, run
 from remora.checkpoint import Checkpoint
 from remora.config import TrainConfig
 from remora.errors import ConfigError
+from remora.ranks import Ranks
 
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
@@ -23,7 +24,7 @@ FREE = {
     *("data", "validation", "test", "text_column", "label_column"),  # the rows' hash tells
     "model",  # the weights' hash tells
     *("name", "output", "trackers", "checkpoint_minutes", "max_time"),
-    *("micro_batch_tokens", "checkpointing"),  # change no result but by rounding
+    *("micro_batch_tokens", "checkpointing", "devices"),  # change no result but by rounding
 }
 """Settings that may differ when a run goes on."""
 
@@ -52,6 +53,48 @@ def unfinished(config: TrainConfig, data_sha256: str, say: Callable[[str], None]
             continue
         return path
     return None
+
+
+def find(
+    config: TrainConfig,
+    data_sha256: str,
+    ranks: Ranks,
+    stack: contextlib.ExitStack,
+    say: Callable[[str], None],
+) -> tuple[Path | None, Checkpoint | None]:
+    """Return the run directory to go on in and its newest checkpoint, if there are any.
+
+    Args:
+        config: The settings of this run.
+        data_sha256: The hash of its rows.
+        ranks: The first process looks and holds the directory; the others read what it has found.
+        stack: Where the directory is held until the end.
+        say: Told of what is passed over.
+
+    Raises:
+        ConfigError: If the run of the wanted name is another one, or the data has changed.
+        ModelError: If all checkpoints are damaged.
+    """
+    directory, resumed = None, None
+    with ranks.together():
+        if ranks.is_first and (directory := unfinished(config, data_sha256, say)):
+            stack.enter_context(hold(directory))
+            resumed = checkpoint.newest(directory / CHECKPOINTS, say)
+    found = ranks.share([directory and str(directory), resumed and resumed.name])
+    with ranks.together():
+        if not ranks.is_first and found[0]:
+            directory = Path(found[0])
+            resumed = checkpoint.load(directory / CHECKPOINTS / found[1]) if found[1] else None
+    return directory, resumed
+
+
+def fixed(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that may not differ: between processes, and when a run goes on."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(TrainConfig)
+        if field.name not in FREE
+    }
 
 
 def as_before(config: TrainConfig, resumed: Checkpoint | None) -> TrainConfig:
@@ -153,9 +196,9 @@ def _differences(
         return [], []
     began = run.read_settings(directory)
     settings = [
-        f"{field.name} {getattr(began, field.name)} there, {getattr(config, field.name)} here"
-        for field in dataclasses.fields(TrainConfig)
-        if field.name not in FREE and getattr(began, field.name) != getattr(config, field.name)
+        f"{name} {getattr(began, name)} there, {value} here"
+        for name, value in fixed(config).items()
+        if getattr(began, name) != value
     ]
     sha256 = str(_read_json(directory / "data.json").get("sha256"))
     if settings or sha256 == data_sha256:  # the hash is of the splits, which settings make

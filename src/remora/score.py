@@ -28,7 +28,11 @@ from remora.calibration import Scored
 from remora.data import Table
 from remora.progress import Reporter
 from remora.prompt import Prompt, common_prefix_length
+from remora.ranks import Ranks
 from remora.stop import Stop
+
+BATCH_ROWS = 256
+"""Messages that are scored at a time."""
 
 
 @dataclass(slots=True)
@@ -126,7 +130,7 @@ class Scorer:
         return np.concatenate(parts) if parts else np.empty((0, len(self.prompt.labels)))
 
     def stream(
-        self, messages: Iterable[str], batch_rows: int = 256
+        self, messages: Iterable[str], batch_rows: int = BATCH_ROWS
     ) -> Iterator[tuple[list[str], NDArray[np.float64]]]:
         """Yield batches of messages with their probabilities, holding one batch at a time."""
         batch: list[str] = []
@@ -396,12 +400,17 @@ def _trie(answers: Sequence[Sequence[int]]) -> _Node:
 
 
 def score_rows(
-    scorer: Scorer, table: Table, what: str, reporter: Reporter, stop: Stop | None = None
+    scorer: Scorer,
+    table: Table,
+    what: str,
+    reporter: Reporter,
+    stop: Stop | None = None,
+    ranks: Ranks | None = None,
 ) -> Scored:
     """Return the probabilities of a table's rows beside their labels; raises Stopped."""
     place = {label: index for index, label in enumerate(scorer.prompt.labels)}
     return Scored(
-        probabilities=score_table(scorer, table.texts, what, reporter, stop),
+        probabilities=score_table(scorer, table.texts, what, reporter, stop, ranks),
         true=np.array([place[label] for label in table.labels], dtype=np.int64),
     )
 
@@ -412,14 +421,18 @@ def score_table(
     what: str,
     reporter: Reporter,
     stop: Stop | None = None,
+    ranks: Ranks | None = None,
 ) -> NDArray[np.float64]:
-    """Return probabilities [texts, labels] and report the progress; raises Stopped."""
+    """Return probabilities [texts, labels] and report the progress; raises Stopped.
+
+    With several processes each scores a part, and all get all.
+    """
+    ranks = ranks or Ranks()
     parts = []
-    done = 0
-    for batch, probabilities in scorer.stream(texts):
-        parts.append(probabilities)
-        done += len(batch)
-        reporter.scoring(what, done, len(texts))
+    for start in range(0, len(texts), BATCH_ROWS * ranks.size):
+        batch = texts[start : start + BATCH_ROWS * ranks.size]
+        parts += ranks.gather_arrays(scorer.probabilities(ranks.part(batch)))
+        reporter.scoring(what, start + len(batch), len(texts))
         if stop:
             stop.check()
     return np.concatenate(parts)

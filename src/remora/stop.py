@@ -8,8 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from remora.errors import Stopped
+
+if TYPE_CHECKING:  # a request may come before torch is imported
+    from remora.ranks import Ranks
 
 
 class _StopNow(BaseException):
@@ -21,9 +25,13 @@ class Stop:
 
     Args:
         max_seconds: The time after which it is asked to; None for no limit.
+
+    Attributes:
+        ranks: The processes that stop together once one of them was asked to, if there are several.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
+        self.ranks: Ranks | None = None
         self._reason: str | None = None
         self._deferred = False
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
@@ -57,18 +65,20 @@ class Stop:
             self._deferred = False
 
     def check(self) -> None:
-        """Stop if that was asked for.
+        """Stop if that was asked for; all processes ask this together.
 
         Raises:
             Stopped: If it was.
         """
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._reason = self._reason or "the time is up"
-        if self._reason:
+        asked = self._reason is not None
+        if self.ranks.any(asked) if self.ranks else asked:
             raise self._stopped()
 
     def _stopped(self) -> Stopped:
-        return Stopped(f"stopped ({self._reason}); run the same command again to go on")
+        reason = self._reason or "another process was"
+        return Stopped(f"stopped ({reason}); run the same command again to go on")
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         del frame

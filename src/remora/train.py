@@ -24,6 +24,7 @@ from remora.errors import DataError, DivergedError, ResourceError, Stopped
 from remora.micro_batches import MicroBatches
 from remora.progress import Progress, Reporter, Step, Validation
 from remora.prompt import Prompt, TokenSequence
+from remora.ranks import Ranks, join
 from remora.score import Scorer
 from remora.stop import Stop
 
@@ -45,6 +46,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     checkpoints: Path | None = None,
     resumed: Checkpoint | None = None,
     stop: Stop | None = None,
+    ranks: Ranks | None = None,
     reporter: Reporter | None = None,
 ) -> Progress:
     """Train an adapter or a whole model; it ends up with the weights that validated best.
@@ -63,6 +65,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         checkpoints: Folder to save the state in, now and then, on request and at the end.
         resumed: What to go on from; the run ends with the bits it would have had undisturbed.
         stop: Asked after each step whether to save and stop.
+        ranks: The processes that train together, each in such a call; the first one saves.
         reporter: Told how it goes.
 
     Raises:
@@ -70,7 +73,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         ResourceError: If the memory does not suffice for a single row, or the disk fails.
         Stopped: If that was asked for; the state is saved.
     """
-    reporter, stop = reporter or Reporter(), stop or Stop()
+    reporter, stop, ranks = reporter or Reporter(), stop or Stop(), ranks or Ranks()
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     parameters = list(named.values())
     optimizer, scheduler, num_steps = _optimizer(parameters, adapted, dataset, config, accelerator)
@@ -81,10 +84,12 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     scaler, device = accelerator.scaler, accelerator.device
     if resumed:
         progress = Progress.restored(resumed.state["progress"])
-        best_weights = checkpoint.restore(resumed, named, optimizer, scheduler, scaler, device)
+        best_weights = checkpoint.restore(
+            resumed, named, optimizer, scheduler, scaler, device, ranks
+        )
         reporter.say(f"going on after step {progress.step:,} of {num_steps:,}")
     micro_batches = MicroBatches(
-        adapted, progress.micro_batch_tokens, accelerator, heaviest, reporter
+        adapted, progress.micro_batch_tokens, accelerator, heaviest, ranks, reporter
     )
     if heaviest and progress.step < num_steps:
         seconds_per_token = micro_batches.try_heaviest()
@@ -99,10 +104,11 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             progress.micro_batch_tokens = micro_batches.max_tokens
             progress.seconds = time.perf_counter() - began
             tensors, state = checkpoint.capture(
-                named, best_weights, optimizer, scheduler, scaler, device
+                named, best_weights, optimizer, scheduler, scaler, device, ranks
             )
             state |= {"progress": asdict(progress), "checkpointing": config.checkpointing}
-            checkpoint.save(checkpoints, Checkpoint(progress.name, tensors, state))
+            if ranks.is_first:
+                checkpoint.save(checkpoints, Checkpoint(progress.name, tensors, state))
             saved_name = progress.name
         saved = time.monotonic()
 
@@ -115,7 +121,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                 scorer = Scorer(
                     adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
                 )
-                accuracy, log_loss = _validate(scorer, dataset.validation, reporter, stop)
+                accuracy, log_loss = _validate(scorer, dataset.validation, reporter, stop, ranks)
                 better = math.isfinite(log_loss) and (
                     progress.best is None or (accuracy, -log_loss) > progress.best
                 )
@@ -123,7 +129,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                 if better:
                     progress.best, progress.best_step = (accuracy, -log_loss), progress.step
                     best_weights = _copied(parameters, best_weights)
-                    if save:
+                    if save and ranks.is_first:
                         save()
                 validation = Validation(
                     step=progress.step, accuracy=accuracy, log_loss=log_loss, best=better
@@ -145,7 +151,9 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             batch = prompt.rows([texts[i] for i in chosen], [labels[i] for i in chosen])
             step_began = time.perf_counter()
             adapted.train()
-            loss, num_supervised = micro_batches.add_gradients(batch)
+            own_loss, num_supervised = micro_batches.add_gradients(batch)
+            loss = ranks.total(own_loss)
+            ranks.sum_gradients(parameters)
             grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
             learning_rate = scheduler.get_last_lr()[0]
             finite = math.isfinite(loss) and (scaler or math.isfinite(grad_norm))
@@ -177,7 +185,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                 log(asdict(step))
             _refuse_divergence(step, progress.skipped, scaler, reporter)
             stop.check()
-            if time.monotonic() - saved >= 60 * config.checkpoint_minutes:
+            if ranks.any(time.monotonic() - saved >= 60 * config.checkpoint_minutes):
                 save_checkpoint()
     except Stopped:
         save_checkpoint()
@@ -185,7 +193,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     save_checkpoint()
     if best_weights is None:
         progress.best_step = progress.step
-        if save:
+        if save and ranks.is_first:
             save()
     else:
         with torch.no_grad():
@@ -273,9 +281,11 @@ def _refuse_divergence(step: Step, skipped: int, scaler: Any, reporter: Reporter
         )
 
 
-def _validate(scorer: Scorer, table: Table, reporter: Reporter, stop: Stop) -> tuple[float, float]:
+def _validate(
+    scorer: Scorer, table: Table, reporter: Reporter, stop: Stop, ranks: Ranks
+) -> tuple[float, float]:
     """Return accuracy and mean log-loss, in nats, on a table."""
-    scored = score.score_rows(scorer, table, "validation", reporter, stop)
+    scored = score.score_rows(scorer, table, "validation", reporter, stop, ranks)
     return float(scored.correct.mean()), scored.log_loss
 
 
@@ -289,7 +299,8 @@ def accelerator_for(precision: plan.Precision, device: torch.device) -> Iterator
     try:
         yield accelerator
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -326,54 +337,66 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
 
     Raises:
         RemoraError: The settings, the data, the model or the disk; see `remora.errors`.
+        SystemExit: In other processes than the first, where several train together.
     """
     stop = Stop(config.max_seconds)
     with stop.listening():
         return _train(config, stop, reporter or Reporter())
 
 
-def _train(config: TrainConfig, stop: Stop, reporter: Reporter) -> TrainResult:
-    tracking.check(config.trackers)
-    dataset = data.load(config)
-    held_out, measured_on = _held_out(dataset)
-    for line in dataset.summary.lines():
-        reporter.say(line)
-    device = plan.choose_device(config.device)
-    precision = plan.choose_precision(device, config.precision, trains_base=config.method == "full")
-    reporter.say(f"computing on {device.type}: {precision}")
-    directory = resume.unfinished(config, dataset.summary.sha256, reporter.say)
-
+def _train(  # noqa: PLR0915 - what a run does, in its order
+    config: TrainConfig, stop: Stop, reporter: Reporter
+) -> TrainResult:
     with contextlib.ExitStack() as stack:
-        resumed = None
-        if directory:
-            stack.enter_context(resume.hold(directory))
-            resumed = checkpoint.newest(directory / resume.CHECKPOINTS, reporter.say)
-        planned, heaviest = _plan(
-            resume.as_before(config, resumed), dataset, precision, device, reporter
-        )
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(config.seed)
-        adapted, prompt, card, folder = prepare(config, dataset.labels, precision, device)
-        parameters = lora.count_parameters(adapted)
-        for line in _introduce(config, dataset, prompt, adapted, parameters):
-            reporter.say(line)
-        accelerator = stack.enter_context(accelerator_for(precision, device))
-        with accelerator.autocast():
-            tree.check(adapted, short_rows(dataset.train, prompt))
-        if directory:
-            resume.refuse_other_base(directory, card.base_sha256)
-        else:
-            directory = run.create(config.output, config.name, config.data, config.model)
-            stack.enter_context(resume.hold(directory))
-        reporter.say(f"run directory: {directory}")
-        environment = run.environment(device) | {"base_sha256": card.base_sha256}
-        run.write_json(directory / "environment.json", environment)
-        run.write_json(directory / "data.json", dataset.summary.to_dict())
-        run.write_json(directory / "plan.json", planned.to_dict())
-        run.write_text(directory / "config.toml", config.to_toml())
+        ranks = stop.ranks = stack.enter_context(join())
+        reporter = reporter if ranks.is_first else Reporter()
+        with ranks.together():
+            tracking.check(config.trackers)
+            dataset = data.load(config)
+            measured_on, held_out = next(iter(_measured(dataset).items()))
+            for line in dataset.summary.lines():
+                reporter.say(line)
+            device = plan.choose_device(config.device)
+            full = config.method == "full"
+            precision = plan.choose_precision(device, config.precision, trains_base=full)
+            reporter.say(f"computing on {_spoken_devices(device, ranks)}: {precision}")
+        sha256 = dataset.summary.sha256
+        ranks.refuse_differences({"data": sha256, **resume.fixed(config), "model": config.model})
+        directory, resumed = resume.find(config, sha256, ranks, stack, reporter.say)
+        with ranks.together():
+            planned, heaviest = _plan(
+                resume.as_before(config, resumed), dataset, precision, device, reporter
+            )
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(config.seed)
+            adapted, prompt, card, folder = prepare(config, dataset.labels, precision, device)
+            parameters = lora.count_parameters(adapted)
+            for line in _introduce(config, dataset, prompt, adapted, parameters):
+                reporter.say(line)
+            accelerator = stack.enter_context(accelerator_for(precision, device))
+            with accelerator.autocast():
+                tree.check(adapted, short_rows(dataset.train, prompt))
+            if directory:
+                resume.refuse_other_base(directory, card.base_sha256)
+            elif ranks.is_first:
+                directory = run.create(config.output, config.name, config.data, config.model)
+                stack.enter_context(resume.hold(directory))
+            if directory and ranks.is_first:
+                reporter.say(f"run directory: {directory}")
+                environment = run.environment(device) | {"base_sha256": card.base_sha256}
+                _write_settings(directory, environment, dataset, planned, config)
+        ranks.refuse_differences({"base model": card.base_sha256})
+        directory = Path(ranks.share(str(directory)))
         model.set_checkpointing(adapted, planned.checkpointing)
+        if not ranks.is_first:
+            torch.manual_seed(config.seed + ranks.rank)  # for dropout of its own
         with stop.deferred():
-            with tracking.metrics_log(directory, config, resumed, accelerator) as log:
+            with contextlib.ExitStack() as logging:
+                log = None
+                if ranks.is_first:
+                    log = logging.enter_context(
+                        tracking.metrics_log(directory, config, resumed, accelerator)
+                    )
                 fitted = fit(
                     adapted,
                     prompt,
@@ -389,42 +412,65 @@ def _train(config: TrainConfig, stop: Stop, reporter: Reporter) -> TrainResult:
                     checkpoints=directory / resume.CHECKPOINTS,
                     resumed=resumed,
                     stop=stop,
+                    ranks=ranks,
                     reporter=reporter,
                 )
-            _tell_peak(directory, planned, fitted.step_peak_bytes, reporter)
+            if ranks.is_first:
+                _tell_peak(directory, planned, fitted.step_peak_bytes, reporter)
             scorer = Scorer(
                 adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
             )
-            tables = {measured_on: held_out}
-            if measured_on == "test" and len(dataset.validation):
-                tables["validation"] = dataset.validation
             scores = {
-                name: score.score_rows(scorer, table, name, reporter, stop)
-                for name, table in tables.items()
+                name: score.score_rows(scorer, table, name, reporter, stop, ranks)
+                for name, table in _measured(dataset).items()
             }
         stop.check()
-        result = conclude(
-            config,
-            dataset,
-            held_out,
-            measured_on,
-            scores,
-            fitted,
-            parameters,
-            directory,
-            folder,
-            reporter,
-        )
-        resume.finish(directory)
+        result = None
+        if ranks.is_first:
+            result = conclude(
+                config,
+                dataset,
+                held_out,
+                measured_on,
+                scores,
+                fitted,
+                parameters,
+                directory,
+                folder,
+                reporter,
+            )
+            resume.finish(directory)
+    if result is None:
+        raise SystemExit(0)  # the first process has all results
     return result
 
 
-def _held_out(dataset: Dataset) -> tuple[Table, str]:
-    """Return the rows to measure on, and the name of their split."""
-    for table, name in ((dataset.test, "test"), (dataset.validation, "validation")):
-        if table is not None and len(table):
-            return table, name
-    raise DataError("there are no rows to measure on; give --test, or a --test-fraction above 0")
+def _spoken_devices(device: torch.device, ranks: Ranks) -> str:
+    return device.type if ranks.size == 1 else f"{ranks.size} times {device.type}"
+
+
+def _write_settings(
+    directory: Path,
+    environment: dict[str, Any],
+    dataset: Dataset,
+    planned: plan.Plan,
+    config: TrainConfig,
+) -> None:
+    run.write_json(directory / "environment.json", environment)
+    run.write_json(directory / "data.json", dataset.summary.to_dict())
+    run.write_json(directory / "plan.json", planned.to_dict())
+    run.write_text(directory / "config.toml", config.to_toml())
+
+
+def _measured(dataset: Dataset) -> dict[str, Table]:
+    """Return the tables to measure on by split, the one that counts first."""
+    tables = {"test": dataset.test, "validation": dataset.validation}
+    found = {name: table for name, table in tables.items() if table is not None and len(table)}
+    if not found:
+        raise DataError(
+            "there are no rows to measure on; give --test, or a --test-fraction above 0"
+        )
+    return found
 
 
 def _as_planned(config: TrainConfig, planned: plan.Plan) -> TrainConfig:
