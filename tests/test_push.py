@@ -317,9 +317,12 @@ def test_an_id_is_asked_of_the_hub_only_where_it_can_be_no_folder(
     assert run.read_card(run.adapter_folder(Path("mine/bank"))).base_model == "own/base"
 
 
-def test_a_base_model_is_no_adapter(hub: stand_in.Hub, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="own/base on the hub is no adapter of Remora, it has no"):
-        run.adapter_folder(Path("own/base"))
+def test_of_a_base_model_that_is_no_adapter_no_weights_are_fetched(
+    hub: stand_in.Hub, base: Path
+) -> None:
+    hub.publish("models/own/other", base)
+    with pytest.raises(ModelError, match="own/other on the hub is no adapter of Remora, it has no"):
+        run.adapter_folder(Path("own/other"))
     assert not [line for line in hub.requests if line.endswith("safetensors")]
 
 
