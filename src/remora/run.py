@@ -487,7 +487,7 @@ def _card(folder: Path) -> AdapterCard:
         card = AdapterCard(**{**values, "labels": tuple(values["labels"])})
     except (TypeError, KeyError) as error:
         raise ModelError(f"{path} is broken ({one_line(error)}); restore it") from error
-    texts = [card.base_model, card.base_sha256, card.instruction, card.remora_version]
+    texts = [card.base_model, card.base_sha256, card.instruction, card.method, card.remora_version]
     if not (
         all(is_text(text) for text in (*texts, *card.labels))
         and card.method in FOLDERS
