@@ -164,6 +164,15 @@ def test_a_16_bit_base_trains_in_float32_and_is_measured_as_it_is_used(
     assert measured_again(directory, "bfloat16") == measured(directory)
 
 
+def test_a_float32_base_is_not_rounded_where_16_bits_are_computed_in(
+    base: Path, table: Path, tmp_path: Path
+) -> None:
+    config = settings(base, table, tmp_path, precision="bfloat16", learning_rate=1e-8, max_steps=1)
+    after = load_file(train.train(config).directory / "model" / "model.safetensors")
+    for name, weight in load_file(base / "model.safetensors").items():
+        torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-7)
+
+
 class Watcher(Reporter):
     def __init__(self) -> None:
         self.seen: list[Validation] = []
@@ -242,7 +251,7 @@ def test_the_command_line_trains_measures_and_reports(
     assert call(*train_it, "--max-steps", "2", "--method", "full") == 0
     shown = capsys.readouterr()
     assert "(100.00%), all weights" in shown.err
-    assert "; 100.00% of the parameters trained" in shown.out
+    assert re.search("^model      .*; 100.00% of the parameters trained$", shown.out, re.M)
     (directory,) = tmp_path.iterdir()
     assert json.loads((directory / "evaluation.json").read_text())["method"] == "full"
     assert "<dt>model</dt>" in (directory / "report.html").read_text("utf-8")
