@@ -173,15 +173,6 @@ def test_a_float32_base_is_not_rounded_where_16_bits_are_computed_in(
         torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-7)
 
 
-def test_a_float32_base_is_not_rounded_where_16_bits_are_computed_in(
-    base: Path, table: Path, tmp_path: Path
-) -> None:
-    config = settings(base, table, tmp_path, precision="bfloat16", learning_rate=1e-8, max_steps=1)
-    after = load_file(train.train(config).directory / "model" / "model.safetensors")
-    for name, weight in load_file(base / "model.safetensors").items():
-        torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-7)
-
-
 class Watcher(Reporter):
     def __init__(self) -> None:
         self.seen: list[Validation] = []
