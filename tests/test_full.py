@@ -290,7 +290,10 @@ def test_other_weights_and_unknown_methods_are_refused(trained, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("width", "method", "rate"),
-    [(4096, "lora", 2e-4), (1536, "full", 2e-5), (8192, "full", 2e-5), (768, "full", 8e-5)],
+    [
+        *((4096, "lora", 2e-4), (192, "lora", 6.4e-3), (48, "lora", 6.4e-3)),
+        *((1536, "full", 2e-5), (8192, "full", 2e-5), (768, "full", 8e-5), (48, "full", 1.28e-3)),
+    ],
 )
 def test_all_weights_learn_slower_than_an_adapter(width: int, method: Any, rate: float) -> None:
     assert train.default_learning_rate(width, method) == pytest.approx(rate)

@@ -250,10 +250,12 @@ def default_learning_rate(width: int, method: Method) -> float:
     """Return the peak learning rate for a model of a hidden size; docs/log.md says why.
 
     From a width of 1536 on 2e-4 for an adapter and 2e-5 for all weights, as in the recipes in use;
-    more for narrower models.
+    more for narrower models, down to a width of 192.
     """
-    narrower = max(1.0, 1536 / width)
-    return 2e-5 * narrower**2 if method == "full" else 2e-4 * narrower
+    narrower = min(8.0, max(1.0, 1536 / width))
+    if method == "full":
+        return 2e-5 * narrower**2.0
+    return 2e-4 * narrower ** (5 / 3)
 
 
 def _refuse_divergence(step: Step, skipped: int, scaler: Any, reporter: Reporter) -> None:
