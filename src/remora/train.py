@@ -254,8 +254,8 @@ def default_learning_rate(width: int, method: Method) -> float:
     """
     narrower = min(8.0, max(1.0, 1536 / width))
     if method == "full":
-        return 2e-5 * narrower**2.0
-    return 2e-4 * narrower ** (5 / 3)
+        return 2e-5 * narrower**2
+    return 2e-4 * math.pow(narrower, 5 / 3)
 
 
 def _refuse_divergence(step: Step, skipped: int, scaler: Any, reporter: Reporter) -> None:
