@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test test-durability bench clean
+.PHONY: install check test test-durability demo bench clean
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -25,6 +25,15 @@ test: install
 
 test-durability: install
 	$(BIN)/python -m pytest -m durability
+
+# Without a network: trains on the sample table, says why the adapter errs and how many of the
+# table's wrong labels it finds, makes the adapter smaller, and asks it something.
+demo: install
+	HF_HUB_OFFLINE=1 $(BIN)/remora train sample:support --model nano --epochs 5
+	@run=$$(ls -td runs/sample-support-nano* | head -1) && set -x && \
+	$(BIN)/remora diagnose $$run && \
+	$(BIN)/remora export $$run --compress && \
+	echo "I ordered a sim two weeks ago and nothing came" | $(BIN)/remora predict $$run --top-k 3
 
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

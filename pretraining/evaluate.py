@@ -110,7 +110,12 @@ def run(folder: Path, method: str, rows: str, rate: float, epochs: float, seed: 
     """Train one model and measure it."""
     dataset = dataset_of(rows, seed)
     config = TrainConfig(
-        "banking77", model=str(folder), learning_rate=rate, epochs=epochs, seed=seed
+        "banking77",
+        model=str(folder),
+        learning_rate=rate,
+        epochs=epochs,
+        eval_steps=None if rows == "all" else 100,  # about four epochs
+        seed=seed,
     )
     device = torch.device("cpu")
     precision = plan.choose_precision(device, "auto")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,13 @@ def remora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_instant() -> None:
+    """Time on the processor, so that other work on the machine does not count."""
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert remora("--help").returncode == 0
-        seconds.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert statistics.median(seconds) < 0.3
 
 

@@ -20,6 +20,7 @@ from conftest import WAYS, WORDS
 from remora import data, micro_batches, plan, progress, run, train
 from remora.config import TrainConfig
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
+from remora.ranks import Ranks
 from remora.stop import Stop
 
 
@@ -192,7 +193,9 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     adapted, prompt, _ = run.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = data.load_dataset(config.data, seed=config.seed)
     scorer = train.Scorer(adapted, prompt)
-    accuracy, log_loss = train._validate(scorer, dataset.validation, progress.Reporter(), Stop())
+    accuracy, log_loss = train._validate(
+        scorer, dataset.validation, progress.Reporter(), Stop(), Ranks()
+    )
     assert (accuracy, log_loss) == pytest.approx((best.accuracy, best.log_loss), rel=1e-4)
 
 
