@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+import finished
 from conftest import WAYS, WORDS
 from remora import cli
 
@@ -23,7 +28,7 @@ HEAD = (
     "# Bad input\n\n"
     "What a user may get wrong, with the exit code and the line on standard error. "
     "`tests/test_bad_input.py` makes each of these mistakes through the command line and writes "
-    "this table; names of folders are shortened.\n\n"
+    "this table; names of folders are shortened, and the port is another.\n\n"
 )
 
 
@@ -42,6 +47,10 @@ class Workshop:
     folder: Path
     base: Path
     run: Path
+    held: ExitStack = field(default_factory=ExitStack)  # what is undone after each command
+
+    def patch(self) -> pytest.MonkeyPatch:
+        return self.held.enter_context(pytest.MonkeyPatch.context())
 
     def write(self, name: str, content: str | bytes) -> str:
         path = self.folder / name
@@ -101,11 +110,76 @@ def damaged(shop: Workshop, name: str, content: bytes) -> list[str]:
     return train("good.csv", model="copy")
 
 
+def of_unfinished(shop: Workshop, *verb: str) -> list[str]:
+    unfinished(shop)
+    return [*verb[:1], "runs/mine", *verb[1:]]
+
+
 def unfinished(shop: Workshop, *more: str) -> list[str]:
     path = shop.folder / "runs" / "mine"
     if not path.exists():
         assert call(train("good.csv", "--name", "mine", "--max-time", "0s")) == 75
     return train("good.csv", "--name", "mine", *more)
+
+
+def other_base(shop: Workshop, *command: str) -> list[str]:
+    path = shop.copy_of_run() / "adapter" / "remora.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_sha256": "0" * 64}))
+    return list(command)
+
+
+def full(shop: Workshop, verb: str, *more: str) -> list[str]:
+    run, whole = shop.copy_of_run(), shop.folder / "copy" / "model"
+    shutil.copytree(shop.base, whole)
+    card = json.loads((run / "adapter" / "remora.json").read_text())
+    (whole / "remora.json").write_text(json.dumps({**card, "method": "full"}))
+    shutil.rmtree(run / "adapter")
+    return [verb, "copy", *more]
+
+
+def taken_port(shop: Workshop) -> list[str]:
+    listening = socket.create_server(("127.0.0.1", 0))
+    shop.held.callback(listening.close)
+    return ["serve", "runs/good", "--port", str(listening.getsockname()[1])]
+
+
+def open_to_all(shop: Workshop) -> list[str]:
+    shop.patch().delenv("REMORA_TOKEN", raising=False)
+    return ["serve", "runs/good", "--host", "0.0.0.0", "--port", "0"]
+
+
+def without(shop: Workshop, module: str, command: list[str]) -> list[str]:
+    shop.patch().setitem(sys.modules, module, None)
+    return command
+
+
+def measured(shop: Workshop, texts: list[str]) -> str:
+    """Write a finished run of other test rows than those of runs/good."""
+    labels, true = list(WORDS), [0] * len(texts)
+    finished.write(shop.folder / "copy", labels=labels, texts=texts, true=true, predicted=true)
+    return "copy"
+
+
+def other_rows(shop: Workshop) -> str:
+    lines = (shop.run / "predictions.csv").read_text().splitlines()
+    return measured(shop, ["another text"] * len(lines[1:]))
+
+
+def broken_run(shop: Workshop, name: str, content: str, *command: str) -> list[str]:
+    (shop.copy_of_run() / name).write_text(content)
+    return list(command)
+
+
+def changed_table(shop: Workshop, *command: str) -> list[str]:
+    shop.write("changed.csv", table(GOOD_ROWS[1:]))
+    settings = (shop.run / "config.toml").read_text()
+    assert '"good.csv"' in settings
+    return broken_run(shop, "config.toml", settings.replace("good.csv", "changed.csv"), *command)
+
+
+def relabelled(shop: Workshop, *row: str) -> list[str]:
+    shop.write("relabel.csv", "row,text,label,decision\n" + ",".join(row) + "\n")
+    return ["diagnose", "runs/good", "--apply", "relabel.csv"]
 
 
 def damaged_checkpoint(shop: Workshop) -> list[str]:
@@ -146,6 +220,55 @@ CASES: list[Case] = [
         "modules that the model has not",
         2,
         lambda s: train("good.csv", "--target-modules", "nothing"),
+    ),
+    ("a number of devices of 0", 2, lambda s: train("good.csv", "--devices", "0")),
+    ("an export that says not what", 2, lambda s: ["export", "runs/good"]),
+    (
+        "an export of both kinds",
+        2,
+        lambda s: ["export", "runs/good", "--merge", "--compress"],
+    ),
+    (
+        "an export to a folder that is not empty",
+        2,
+        lambda s: ["export", "runs/good", "--merge", "--output", "base"],
+    ),
+    (
+        "a budget that is no amount",
+        2,
+        lambda s: ["export", "runs/good", "--compress", "--budget", "small"],
+    ),
+    (
+        "a budget that nothing fits into",
+        2,
+        lambda s: ["export", "runs/good", "--compress", "--budget", "1kB"],
+    ),
+    ("a cost without a volume", 2, lambda s: ["compare", "runs/good", "--cost-per-error", "2"]),
+    ("more answers than labels", 2, lambda s: ["predict", "runs/good", "good.csv", "--top-k", "9"]),
+    ("a comparison of nothing", 2, lambda s: ["compare"]),
+    ("a run compared with itself", 2, lambda s: ["compare", "runs/good", "runs/good/"]),
+    (
+        "a diagnosis without cleanlab",
+        2,
+        lambda s: without(s, "cleanlab.filter", ["diagnose", "runs/good"]),
+    ),
+    (
+        "a report to where a folder is",
+        2,
+        lambda s: ["report", "runs/good", "--output", "runs"],
+    ),
+    ("a service of nothing", 2, lambda s: ["serve"]),
+    ("a service on a port that is taken", 2, taken_port),
+    ("a service open to other machines without a token", 2, open_to_all),
+    (
+        "a token file that is not there",
+        2,
+        lambda s: ["serve", "runs/good", "--port", "0", "--token-file", "none"],
+    ),
+    (
+        "two adapters of one name",
+        2,
+        lambda s: ["serve", "runs/good", "runs/good/adapter", "--port", "0"],
     ),
     ("a repository without an owner", 2, lambda s: ["push", "runs/good", "bank"]),
     ("a push while HF_HUB_OFFLINE is set", 2, lambda s: ["push", "runs/good", "me/bank"]),
@@ -188,6 +311,76 @@ CASES: list[Case] = [
         lambda s: train("good.csv", "--test", s.write("test.csv", table([("a", "unknown")]))),
     ),
     ("a push of what is no finished run", 3, lambda s: ["push", "base", "me/bank"]),
+    (
+        "an evaluation table with an unknown label",
+        3,
+        lambda s: ["eval", "runs/good", s.write("test.csv", table([("a", "unknown")]))],
+    ),
+    # runs
+    ("an export of no run", 3, lambda s: ["export", "runs/none", "--merge"]),
+    ("an export of an unfinished run", 3, lambda s: of_unfinished(s, "export", "--merge")),
+    ("a comparison with no run", 3, lambda s: ["compare", "runs/good", "runs/none"]),
+    (
+        "a comparison with an unfinished run",
+        3,
+        lambda s: ["compare", "runs/good", *of_unfinished(s)],
+    ),
+    (
+        "a comparison over other numbers of rows",
+        3,
+        lambda s: ["compare", "runs/good", measured(s, ["one text"])],
+    ),
+    ("a comparison over other rows", 3, lambda s: ["compare", "runs/good", other_rows(s)]),
+    (
+        "an evaluation.json that is no JSON",
+        3,
+        lambda s: broken_run(s, "evaluation.json", "{", "compare", "runs/good", "copy"),
+    ),
+    (
+        "an evaluation.json without figures",
+        3,
+        lambda s: broken_run(s, "evaluation.json", "{}", "compare", "runs/good", "copy"),
+    ),
+    ("a diagnosis of no run", 3, lambda s: ["diagnose", "runs/none"]),
+    ("a diagnosis of an unfinished run", 3, lambda s: of_unfinished(s, "diagnose")),
+    ("a diagnosis whose table has changed", 3, lambda s: changed_table(s, "diagnose", "copy")),
+    (
+        "an export whose table has changed",
+        3,
+        lambda s: changed_table(s, "export", "copy", "--compress"),
+    ),
+    (
+        "decisions for no run",
+        3,
+        lambda s: ["diagnose", "runs/none", "--apply", "relabel.csv"],
+    ),
+    (
+        "decisions that are not there",
+        3,
+        lambda s: ["diagnose", "runs/good", "--apply", "none.csv"],
+    ),
+    (
+        "a decision for an unknown label",
+        3,
+        lambda s: relabelled(s, "1", *GOOD_ROWS[0], "refunds"),
+    ),
+    (
+        "decisions whose rows have moved",
+        3,
+        lambda s: relabelled(s, "2", *GOOD_ROWS[0], "refund"),
+    ),
+    (
+        "a decision for a row too many",
+        3,
+        lambda s: relabelled(s, "99", *GOOD_ROWS[0], "refund"),
+    ),
+    ("a report of no run", 3, lambda s: ["report", "runs/none"]),
+    ("a report of an unfinished run", 3, lambda s: of_unfinished(s, "report")),
+    (
+        "a report of a broken run",
+        3,
+        lambda s: broken_run(s, "data.json", "{", "report", "copy"),
+    ),
     # models and adapters
     ("no such model folder", 4, lambda s: train("good.csv", model="nothing")),
     ("a folder that holds no model", 4, lambda s: train("good.csv", model="runs")),
@@ -226,6 +419,43 @@ CASES: list[Case] = [
         "an adapter with other trained layers",
         4,
         lambda s: broken_adapter(s, modules_to_save=["lm_head"]),
+    ),
+    ("an evaluation of no run", 4, lambda s: ["eval", "runs/none", "good.csv"]),
+    ("an evaluation of an unfinished run", 4, lambda s: [*of_unfinished(s, "eval"), "good.csv"]),
+    ("a prediction of no run", 4, lambda s: ["predict", "runs/none", "good.csv"]),
+    (
+        "an adapter whose card is broken",
+        4,
+        lambda s: broken_run(s, "adapter/remora.json", "{", "predict", "copy", "good.csv"),
+    ),
+    (
+        "an adapter whose card lacks its labels",
+        4,
+        lambda s: broken_run(s, "adapter/remora.json", "{}", "predict", "copy", "good.csv"),
+    ),
+    (
+        "an adapter whose weights were cut short",
+        4,
+        lambda s: broken_run(
+            s, "adapter/adapter_model.safetensors", "cut", "predict", "copy", "good.csv"
+        ),
+    ),
+    (
+        "an export of a model that trained whole",
+        4,
+        lambda s: full(s, "export", "--merge"),
+    ),
+    ("a service of no run", 4, lambda s: ["serve", "runs/none", "--port", "0"]),
+    (
+        "a service of an adapter of another base model",
+        4,
+        lambda s: other_base(s, "serve", "runs/good", "copy", "--port", "0"),
+    ),
+    ("an adapter of another base model", 4, lambda s: other_base(s, "eval", "copy", "good.csv")),
+    (
+        "a service of a model that trained whole",
+        4,
+        lambda s: full(s, "serve", "--port", "0"),
     ),
     ("a damaged checkpoint and no other", 4, damaged_checkpoint),
     # the disk
@@ -284,6 +514,7 @@ def rows(shop: Workshop) -> Iterator[list[str]]:
 
 def shortened(line: str, folder: Path) -> str:
     line = line.replace(f"{folder}/", "").replace(str(folder), ".")
+    line = re.sub(r"port \d+", "port 8000", line)
     return line.replace("|", "\\|").replace("<", "\\<")
 
 
@@ -299,7 +530,8 @@ def test_it_ends_with_its_code_and_one_line(
     shutil.rmtree(shop.folder / "copy", ignore_errors=True)
     arguments = command(shop)
     capsys.readouterr()
-    assert call(arguments) == code
+    with shop.held:
+        assert call(arguments) == code
     shown = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in shown if line.startswith("error: ")]
     assert len(errors) == 1, shown

@@ -261,7 +261,7 @@ def test_decisions_for_other_rows_are_refused(finished: Path) -> None:
     text = path.read_text()
     for old, new, told in (
         ("5,", "6,", "line 2 is not row 6 of the data any more"),
-        ("5,", "97,", "line 2 is of row '97', which the data do not have"),
+        ("5,", "97,", "line 2 is of row '97', which the data do not have; use"),
         ("decision", "choice", "has no column decision"),
         (",refund\n", "\n", "line 2 has too few or too many fields"),
     ):
@@ -299,7 +299,7 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         DiagnoseConfig(tmp_path, folds=1)
     with pytest.raises(ConfigError, match="output is given without apply"):
         DiagnoseConfig(tmp_path, output=tmp_path / "x.csv")
-    with pytest.raises(ConfigError, match=r"config.toml cannot be read .*; give the directory"):
+    with pytest.raises(DataError, match=r"has no config.toml; give the directory of a finished"):
         diagnose.load(DiagnoseConfig(tmp_path))
 
 

@@ -204,7 +204,7 @@ def test_no_folder_of_this_machine_is_published(
 def test_a_run_that_is_not_finished_is_refused(
     hub: stand_in.Hub, trained: Path, tmp_path: Path
 ) -> None:
-    refused(DataError, PushConfig(tmp_path / "none", "me/bank"), "has no evaluation.json")
+    refused(DataError, PushConfig(tmp_path / "none", "me/bank"), "there is no folder")
     copy = shutil.copytree(trained, tmp_path / "bank")
     (copy / "evaluation.json").unlink()
     refused(DataError, PushConfig(copy, "me/bank"), "has no evaluation.json")

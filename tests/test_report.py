@@ -290,7 +290,7 @@ def test_what_cannot_be_reported_is_one_line(run: Path, tmp_path: Path, capsys) 
     for arguments, code, told in (
         ((broken,), 3, "has no predictions.csv; give the directory of a finished run"),
         ((tmp_path,), 3, "has no evaluation.json; give the directory of a finished run"),
-        ((tmp_path / "nothing",), 3, "has no evaluation.json"),
+        ((tmp_path / "nothing",), 3, "there is no folder"),
         ((other,), 3, "do not fit this version of Remora"),
         ((run, "--output", tmp_path), 2, "is a folder; give a file with --output"),
         ((run, "--output", tmp_path / "no" / "x.html"), 5, "cannot write to"),

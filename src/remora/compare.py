@@ -17,6 +17,7 @@ from remora import evaluate, results
 from remora.config import CompareConfig
 from remora.errors import ConfigError, DataError
 from remora.results import Results
+from remora.table import one_line
 
 SIGNIFICANT = 0.05
 NUM_SHARED = 5
@@ -134,7 +135,9 @@ def _read(path: Path) -> Results:
         _contender("", found.figures)
         _baseline(found.figures["baseline"])
     except (KeyError, TypeError) as error:
-        raise DataError(f"the figures in {path} are broken ({error}); train it again") from error
+        raise DataError(
+            f"the figures in {path} are broken ({one_line(error)}); train it again"
+        ) from error
     return found
 
 

@@ -18,6 +18,7 @@ from remora.data import Dataset, Table
 from remora.errors import ConfigError, DataError
 from remora.progress import Reporter
 from remora.relabel import Suspect
+from remora.table import one_line
 
 Verdict = Literal[
     "labels overlap", "rows mislabelled", "too few examples", "undertrained", "undecided"
@@ -163,6 +164,7 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     Raises:
         DataError: If the rows are not those that the run was trained on.
     """
+    _need_file(config.run, "config.toml")
     settings = run.read_settings(config.run)
     if config.model is not None:
         settings = replace(settings, model=config.model)
@@ -190,17 +192,24 @@ def _need_cleanlab() -> None:
         ) from error
 
 
+def _need_file(directory: Path, name: str) -> None:
+    advice = "give the directory of a finished run"
+    if not directory.is_dir():
+        raise DataError(f"there is no folder {directory}; {advice}")
+    if not (directory / name).is_file():
+        raise DataError(f"{directory} has no {name}; {advice}")
+
+
 def _held_out(directory: Path) -> _HeldOut:
     path = directory / "predictions.csv"
-    if not path.is_file():
-        raise DataError(f"{directory} has no predictions.csv; give the directory of a finished run")
+    _need_file(directory, path.name)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         true, by_run = (np.array([row[name] for row in rows]) for name in ("label", "predicted"))
         baseline = np.array([row["baseline"] for row in rows]) if "baseline" in rows[0] else None
     except (ValueError, KeyError, IndexError, csv.Error) as error:
-        raise DataError(f"{path} is broken ({error}); train the run again") from error
+        raise DataError(f"{path} is broken ({one_line(error)}); train the run again") from error
     return _HeldOut(true, by_run, baseline)
 
 

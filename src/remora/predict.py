@@ -51,7 +51,9 @@ def predictions(config: PredictConfig) -> Iterator[tuple[str, list[tuple[str, fl
     scorer, _ = load_scorer(config, tolerance=config.tolerance)
     labels = scorer.prompt.labels
     if config.top_k > len(labels):
-        raise ConfigError(f"top_k is {config.top_k}; the adapter has {len(labels)} labels")
+        raise ConfigError(
+            f"top_k is {config.top_k} and the adapter has {len(labels)} labels; give no more"
+        )
     texts = data.stream_texts(
         config.source, text_column=config.text_column, format=config.input_format
     )

@@ -103,7 +103,8 @@ def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
             reader = csv.DictReader(file, strict=True)
             records = [(reader.line_num, record) for record in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({error}); give a relabel.csv") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read ({reason}); give a relabel.csv") from error
     needed = ("row", "text", "label", "decision")
     if missing := [name for name in needed if name not in (reader.fieldnames or ())]:
         raise DataError(f"{path} has no column {missing[0]}; give a relabel.csv with decisions")
@@ -119,7 +120,8 @@ def _row(path: Path, line: int, record: dict[str, str], table: Table) -> int:
     row = int(number) - 1 if number.isdecimal() else -1
     if not 0 <= row < len(table):
         raise DataError(
-            f"{path}: line {line} is of row {quote(number)}, which the data do not have"
+            f"{path}: line {line} is of row {quote(number)}, which the data do not have; "
+            "use it with the table it was made from"
         )
     found = run.defused(table.texts[row]), run.defused(table.labels[row])
     if found != (record["text"], record["label"]):

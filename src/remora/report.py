@@ -140,6 +140,8 @@ def page(directory: Path) -> str:
             script=Markup(script),
             script_hash=_hash(script),
         )
+    except DataError:  # of a file, which it names
+        raise
     except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"the files in {directory} do not fit this version of Remora ({one_line(error)}); "

@@ -43,6 +43,8 @@ def read(directory: Path) -> Results:
     Raises:
         DataError: If the run is not finished, or its files are broken.
     """
+    if not directory.is_dir():
+        raise DataError(f"there is no folder {directory}; give the directory of a finished run")
     for name in ("evaluation.json", "predictions.csv"):
         if not (directory / name).is_file():
             raise DataError(f"{directory} has no {name}; give the directory of a finished run")
@@ -65,7 +67,7 @@ def read(directory: Path) -> Results:
         complete = figures["metrics"]["num_rows"] == len(rows) and "measured_on" in figures
     except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
         raise DataError(
-            f"the figures in {directory} are broken ({error}); train it again"
+            f"the figures in {directory} are broken ({one_line(error)}); train it again"
         ) from error
     if not complete:
         raise DataError(

@@ -466,6 +466,13 @@ def read_card(folder: Path) -> AdapterCard:
         raise ModelError(
             f"{folder} holds a whole model and no adapter; give a run that trained an adapter"
         )
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}; give a run directory or its adapter folder")
+    if (folder / "checkpoints").is_dir():
+        raise ModelError(
+            f"the run in {folder} is unfinished and has no adapter yet; "
+            "finish it with the command that began it"
+        )
     for name in ("remora.json", "adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(

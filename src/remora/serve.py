@@ -345,6 +345,8 @@ def _bind(config: ServeConfig, *, has_token: bool) -> socket.socket:
         except BaseException:
             taken.close()
             raise
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(

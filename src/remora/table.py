@@ -534,5 +534,6 @@ def close_match(name: str, names: Iterable[str]) -> str | None:
 
 def one_line(error: BaseException) -> str:
     """Return the message of a foreign error on one line and not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    said = f"no {error}" if isinstance(error, KeyError) else str(error)
+    text = " ".join(said.split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
