@@ -28,7 +28,7 @@ HEAD = (
     "# Bad input\n\n"
     "What a user may get wrong, with the exit code and the line on standard error. "
     "`tests/test_bad_input.py` makes each of these mistakes through the command line and writes "
-    "this table; names of folders are shortened, and the port is another.\n\n"
+    "this table; names of folders are shortened, a port and a size are examples.\n\n"
 )
 
 
@@ -515,6 +515,7 @@ def rows(shop: Workshop) -> Iterator[list[str]]:
 def shortened(line: str, folder: Path) -> str:
     line = line.replace(f"{folder}/", "").replace(str(folder), ".")
     line = re.sub(r"port \d+", "port 8000", line)
+    line = re.sub(r"takes [\d,]+;", "takes 2,000;", line)  # there are folders' names in it
     return line.replace("|", "\\|").replace("<", "\\<")
 
 
