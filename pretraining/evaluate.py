@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from remora import data, evaluate, lora, model, plan, train
 from remora.config import TrainConfig
@@ -124,7 +125,8 @@ def run(folder: Path, method: str, rows: str, rate: float, epochs: float, seed: 
     torch.manual_seed(seed)
     base = model.load(folder, torch.float32 if method == "full" else precision.base)
     if method == "random":
-        base.apply(base._init_weights)
+        fresh = AutoModelForCausalLM.from_config(base.config)
+        base.load_state_dict(fresh.state_dict())
     if method == "full":
         trained = base.requires_grad_()
     else:
