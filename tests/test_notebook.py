@@ -14,7 +14,7 @@ def test_it_runs_and_measures(tmp_path: Path) -> None:
     notebook = nbformat.read(PATH, as_version=4)
     settings = notebook.cells[1]
     assert "EPOCHS = 5 if" in settings.source
-    settings.source += "\nEPOCHS = 0.2"
+    settings.source += "\nEPOCHS = 1"
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
     shown = "\n".join(
         output.text
