@@ -16,7 +16,7 @@ from remora.errors import DivergedError, PeerLostError, RemoraError, Stopped
 LAUNCHER = "REMORA_LAUNCHER"
 """Environment variable with the process that started this one, and without which it ends."""
 
-GRACE_SECONDS = 8.0
+GRACE_SECONDS = 5.0
 """So long the others have to end by themselves after the first has failed."""
 
 
