@@ -292,6 +292,8 @@ def test_who_prints_an_error(
 def test_wrong_numbers_of_devices_are_refused(config: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="devices is 0"):
         replace(config, devices=0)
+    with pytest.raises(ConfigError, match="devices is 2 and there are 1 processes"):
+        train.train(replace(config, devices=2))
 
 
 def test_the_number_of_devices_may_change_when_a_run_goes_on(config: TrainConfig) -> None:

@@ -15,12 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remora import checkpoint, data, lora, memory, model, plan, resume, run, score, tracking, tree
+from remora import (
+    checkpoint,
+    data,
+    launch,
+    lora,
+    memory,
+    model,
+    plan,
+    resume,
+    run,
+    score,
+    tracking,
+    tree,
+)
 from remora.checkpoint import Checkpoint
 from remora.conclude import TrainResult, conclude
 from remora.config import Method, TrainConfig
 from remora.data import Dataset, Table
-from remora.errors import DataError, DivergedError, ResourceError, Stopped
+from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
 from remora.micro_batches import MicroBatches
 from remora.progress import Progress, Reporter, Step, Validation
 from remora.prompt import Prompt, TokenSequence
@@ -341,6 +354,11 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
         RemoraError: The settings, the data, the model or the disk; see `remora.errors`.
         SystemExit: In other processes than the first, where several train together.
     """
+    if config.devices not in {1, launch.world_size()}:
+        raise ConfigError(
+            f"devices is {config.devices} and there are {launch.world_size()} processes; use the "
+            "command line, which starts them, or leave it out under torchrun"
+        )
     stop = Stop(config.max_seconds)
     with stop.listening():
         return _train(config, stop, reporter or Reporter())
