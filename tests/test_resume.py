@@ -374,6 +374,23 @@ def test_the_command_line_saves_on_sigterm_and_goes_on(
     assert outcome(result.directory) == undisturbed
 
 
+@pytest.mark.parametrize(("verb", "code"), [("train", 75), ("predict", -signal.SIGTERM)])
+def test_sigterm_before_the_command_line_is_read(verb: str, code: int) -> None:
+    body = (
+        "import os, signal, sys\n"
+        "class AtImport:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'remora.cli': os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.meta_path.insert(0, AtImport()); sys.argv = ['remora', {verb!r}, 'data.csv']\n"
+        "from remora.__main__ import run\n"
+        "sys.exit(run())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    told = "error: stopped (SIGTERM); run the same command again to go on\n"
+    assert done.stderr == (told if verb == "train" else "")
+
+
 def test_a_killed_process_goes_on_from_its_last_checkpoint(
     config: TrainConfig, undisturbed: dict[str, Any]
 ) -> None:
@@ -393,7 +410,7 @@ def test_sigterm_at_any_moment_saves_and_is_out_at_once(
     generator = random.Random(0)
     for number in range(30):
         attempt = replace(config, output=tmp_path / str(number) / "runs")
-        moment = time.monotonic() + generator.uniform(0.5, 8)
+        moment = time.monotonic() + generator.uniform(0.2, 8)
         code, errors, seconds = killed(
             attempt, signal.SIGTERM, lambda moment=moment: time.monotonic() > moment
         )

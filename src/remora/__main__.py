@@ -1,7 +1,31 @@
-"""`python -m remora`, the same as `remora`."""
+"""`remora`, the same as `python -m remora`: it can be stopped before anything is imported."""
 
+from __future__ import annotations
+
+import os
+import signal
 import sys
+from types import FrameType
 
-from remora.cli import main
 
-sys.exit(main())
+def run() -> int:
+    """Run the command line; a SIGTERM before `train` listens itself ends it like a later one."""
+    if sys.argv[1:2] == ["train"]:
+        signal.signal(signal.SIGTERM, _stop)
+    from remora.cli import main
+
+    code = main()
+    if sys.argv[1:2] == ["train"]:  # what the code says is so already
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return code
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Exit with the code of `errors.Stopped`, in the middle of anything."""
+    del number, frame
+    os.write(2, b"error: stopped (SIGTERM); run the same command again to go on\n")
+    os._exit(75)
+
+
+if __name__ == "__main__":
+    sys.exit(run())
