@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -9,10 +10,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,64 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
         interrupted(attempt, Interrupter(step=step))
         result = train.train(attempt)
         assert outcome(result.directory) == undisturbed, step
+
+
+@pytest.mark.durability
+def test_two_processes_stopped_after_any_step_end_with_the_same_bits(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """A sample of this is in test_ranks, through the command line."""
+    steps = range(1, 21)
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(socket.socket()) for _ in range(1 + 2 * len(steps))]
+        for each in found:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in found]
+    body = f"import test_resume; test_resume.stop_at_each({str(tmp_path)!r}, {[*steps]}, {ports})"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", body],
+            cwd=Path(__file__).parent,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+            | {"WORLD_SIZE": "2", "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    undisturbed, *others = [outcome(config.output / f"{n}" / "run") for n in (0, *steps)]
+    assert undisturbed["log"][-1]["step"] == 20
+    for step, other in zip(steps, others, strict=True):
+        assert other == undisturbed, step
+
+
+def stop_at_each(folder: str, steps: Sequence[int], ports: Sequence[int]) -> None:
+    """What one of two processes does: a run undisturbed, and one stopped after each of some steps.
+
+    Args:
+        folder: Where the settings of the runs are.
+        steps: Where to stop.
+        ports: Where the processes meet, one for each time.
+    """
+    resume.finish = lambda directory: None  # keeps checkpoints
+    meeting = iter(ports)
+    config = replace(run.read_settings(Path(folder)), name="run")
+
+    def attempt(number: int, reporter: Interrupter) -> None:
+        os.environ["MASTER_PORT"] = str(next(meeting))
+        with contextlib.suppress(SystemExit):  # of the process that has no results
+            train.train(replace(config, output=config.output / str(number)), reporter=reporter)
+
+    attempt(0, Interrupter())
+    for step in steps:
+        reporter = Interrupter(step=step)
+        with pytest.raises(Stopped):
+            attempt(step, reporter)
+        assert os.environ["RANK"] == "1" or reporter.last.step == step
+        attempt(step, Interrupter())
 
 
 def test_a_run_stopped_while_it_evaluates_ends_with_the_same_bits(
