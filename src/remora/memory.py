@@ -34,6 +34,15 @@ from remora.tree import TokenTree
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
 """Matrix products, by which argument is their first factor."""
 
+KEPT_KERNELS = 128
+"""Kernels that a processor's library keeps compiled, one for each shape of a product; see below."""
+
+# torch's 16-bit products on processors compile a kernel for each shape and keep 1,024 of them, half
+# a megabyte each. Micro-batches are of ever new lengths, so none but those of the same length, in
+# other layers, are of use again. Both caches look here when the first product is computed.
+for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, str(KEPT_KERNELS))
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
