@@ -26,7 +26,7 @@ from conftest import WAYS, WORDS
 from remora import data, launch, resume, train
 from remora.config import TrainConfig
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
-from remora.ranks import Ranks
+from remora.ranks import BEAT_SECONDS, LOST_BEATS, Ranks
 
 TIMED = {"examples_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
 
@@ -112,7 +112,7 @@ def test_three_processes_take_the_steps_of_one(config: TrainConfig, tmp_path: Pa
     train.train(config)
     together = replace(config, output=tmp_path / "three", devices=3)
     code, said = ended(together)
-    assert code == 0
+    assert code == 0, "\n".join(said)
     assert sum("computing on 3 times cpu" in line for line in said) == 1
     alone, several = records(config), records(together)
     assert len(alone) == len(several)
@@ -129,7 +129,8 @@ def test_two_processes_stopped_together_go_on_to_the_same_bits(
 ) -> None:
     config = replace(config, devices=2, epochs=4)
     undisturbed = replace(config, output=tmp_path / "undisturbed")
-    assert ended(undisturbed)[0] == 0
+    code, said = ended(undisturbed)
+    assert code == 0, "\n".join(said)
     with begun(config) as (parent, _):
         parent.send_signal(signal.SIGTERM)
         assert parent.stderr is not None
@@ -139,7 +140,8 @@ def test_two_processes_stopped_together_go_on_to_the_same_bits(
         "error: stopped (SIGTERM); run the same command again to go on"
     ]
     assert len(records(config)) < len(records(undisturbed))
-    assert ended(config)[0] == 0
+    code, said = ended(config)
+    assert code == 0, "\n".join(said)
     assert outcome(config) == outcome(undisturbed)
 
 
@@ -171,6 +173,25 @@ def lost(config: TrainConfig, number: signal.Signals, rank: int) -> None:
     assert len(errors) == 1
     assert errors[0].startswith(f"error: process {rank} of 2 ")
     assert "Traceback" not in "".join(said)
+
+
+@pytest.mark.durability
+def test_processes_that_all_slept_go_on(config: TrainConfig) -> None:
+    """As on a laptop that is shut, or after Ctrl-Z."""
+    with begun(replace(config, devices=2, epochs=1_000)) as (parent, children):
+        for pid in children:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(BEAT_SECONDS * LOST_BEATS + 5)
+        taken = len(records(config))
+        for pid in children:
+            os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 60
+        while len(records(config)) <= taken:
+            assert parent.poll() is None, parent.stderr and parent.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        parent.send_signal(signal.SIGTERM)
+    assert parent.returncode == Stopped.exit_code
 
 
 def test_nothing_is_left_when_the_launcher_is_killed(config: TrainConfig) -> None:

@@ -16,6 +16,9 @@ from remora.errors import DivergedError, PeerLostError, RemoraError, Stopped
 LAUNCHER = "REMORA_LAUNCHER"
 """Environment variable with the process that started this one, and without which it ends."""
 
+LISTENER = "REMORA_LISTENER"
+"""Environment variable with the first process's open socket, at which the others find it."""
+
 GRACE_SECONDS = 5.0
 """So long the others have to end by themselves after the first has failed."""
 
@@ -44,11 +47,14 @@ def run(num_processes: int, arguments: Sequence[str]) -> int:
         num_processes: How many, one for each device.
         arguments: The command line of each.
     """
+    host = "127.0.0.1"
+    listener = socket.create_server((host, 0))  # handed on open, so that nobody takes the port
     common = {
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(listener.getsockname()[1]),
+        LISTENER: str(listener.fileno()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(num_processes))),
         LAUNCHER: str(os.getpid()),
     }
@@ -64,7 +70,14 @@ def run(num_processes: int, arguments: Sequence[str]) -> int:
     try:
         for rank in range(num_processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env={**os.environ, **common, **own}))
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, **common, **own},
+                    pass_fds=() if rank else (listener.fileno(),),
+                )
+            )
+        listener.close()
         return _wait(processes)
     finally:
         for process in processes:
@@ -114,9 +127,3 @@ def _tell_killed(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _threads(num_processes: int) -> int:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (available or 1) // num_processes)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -24,14 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remora.errors import ConfigError, PeerLostError, RemoraError
-from remora.launch import LAUNCHER, world_size
+from remora.launch import LAUNCHER, LISTENER, world_size
 
 Result = TypeVar("Result")
 
 JOIN_SECONDS = 120
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 12.0
-"""A process that has given no sign of life for so long is lost."""
+LOST_BEATS = 12
+"""A process that gives no sign of life while another gives so many is lost.
+
+They are counted, not timed: processes that all slept, with the machine or by Ctrl-Z, go on.
+"""
 
 
 class Ranks:
@@ -179,7 +182,6 @@ def join() -> Iterator[Ranks]:
         return
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
     _watch_launcher()
     if torch.cuda.is_available():
@@ -191,7 +193,7 @@ def join() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     try:
         waiting = datetime.timedelta(seconds=JOIN_SECONDS)
-        store, rank, size = next(rendezvous("env://", timeout=waiting))
+        store, rank, size = _meet(waiting)
         pulse = _Pulse(store.clone(), rank, size)
         store.set_timeout(waiting)
         distributed.init_process_group(
@@ -218,6 +220,27 @@ def join() -> Iterator[Ranks]:
             distributed.destroy_process_group()
 
 
+def _meet(waiting: datetime.timedelta) -> tuple[Any, int, int]:
+    """Return the store that all processes write to, this one's rank and their number."""
+    from torch.distributed import TCPStore
+    from torch.distributed.rendezvous import rendezvous
+
+    listener = os.environ.get(LISTENER)
+    if listener is None:
+        store, rank, size = next(rendezvous("env://", timeout=waiting))
+        return store, rank, size
+    rank, size = int(os.environ["RANK"]), world_size()
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=rank == 0,
+        timeout=waiting,
+        master_listen_fd=int(listener) if rank == 0 else None,
+    )
+    return store, rank, size
+
+
 class _Pulse(threading.Thread):
     """Gives signs of life, and ends this process once another gives none."""
 
@@ -225,13 +248,12 @@ class _Pulse(threading.Thread):
         super().__init__(daemon=True)
         self._store, self._rank, self._size = store, rank, size
         self._stopped = threading.Event()
-        store.set_timeout(datetime.timedelta(seconds=LOST_SECONDS))
+        store.set_timeout(datetime.timedelta(seconds=BEAT_SECONDS * LOST_BEATS))
         store.set(f"beat/{rank}", "0")
 
     def run(self) -> None:
         names = [f"beat/{rank}" for rank in range(self._size)]
-        seen = [b""] * self._size
-        since = [time.monotonic()] * self._size
+        seen, changed = [b""] * self._size, [0] * self._size
         count = 0
         while not self._stopped.wait(BEAT_SECONDS):
             count += 1
@@ -241,17 +263,18 @@ class _Pulse(threading.Thread):
             except RuntimeError:  # the process that keeps the store is gone
                 self._end(0)
                 return
-            now = time.monotonic()
             for rank, beat in enumerate(beats):
                 if beat != seen[rank]:
-                    seen[rank], since[rank] = beat, now
-                elif now - since[rank] > LOST_SECONDS:
+                    seen[rank], changed[rank] = beat, count
+                elif count - changed[rank] > LOST_BEATS:
                     self._end(rank)
                     return
 
     def stop(self) -> None:
         """Give no more signs of life, and expect none."""
         self._stopped.set()
+        if self.is_alive():
+            self.join(BEAT_SECONDS)  # a thread in the store's code must not see Python shut down
 
     def _end(self, lost: int) -> None:
         if self._stopped.wait(2 * BEAT_SECONDS):  # the others have left, and so does this one
