@@ -118,18 +118,23 @@ def chart(
     y_range: Point,
     x_percent: bool = False,
     y_percent: bool = False,
+    x_places: Sequence[float] | None = None,
 ) -> Chart:
     """Lay out a chart of lines, each given as its class, its points and whether they get dots.
 
-    The height covers whole steps of the axis.
+    The height covers whole steps of the axis. The width does so too, unless it is given places
+    above 0 to mark, which are then laid out by their logarithm.
     """
     x_low, x_high = x_range if x_range[1] > x_range[0] else (x_range[0] - 1, x_range[0] + 1)
-    x_places = [place for place in ticks(x_low, x_high) if x_low <= place <= x_high]
+    scale = math.log if x_places else float
+    if x_places is None:
+        x_places = [place for place in ticks(x_low, x_high) if x_low <= place <= x_high]
     y_places = ticks(*y_range)
     y_low, y_high = y_places[0], y_places[-1]
 
     def x_at(x: float) -> float:
-        return round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
+        share = (scale(x) - scale(x_low)) / (scale(x_high) - scale(x_low))
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
     def y_at(y: float) -> float:
         return round(TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
@@ -259,6 +264,37 @@ def calibration(reliability: dict[str, Any] | None) -> list[Chart]:
             y_percent=True,
         ),
     ]
+
+
+def learning_curve(found: dict[str, Any] | None) -> Chart | None:
+    """Return accuracy against training rows, as learning_curve.json has it."""
+    if not found:
+        return None
+    sizes, further = found["sizes"], found["extrapolation"]
+    ours = [(s["num_rows"], s["accuracy"]) for s in sizes]
+    theirs = [(s["num_rows"], s["baseline_accuracy"]) for s in sizes]
+    intervals = [
+        ("whisker", [(s["num_rows"], bound) for bound in s["accuracy_interval"]], False)
+        for s in sizes
+    ]
+    ahead = []
+    if further:
+        ahead = [("ideal", [ours[-1], (further["num_rows"], further["accuracy"])], False)]
+    values = [y for _, points, _ in [("", theirs, True), *intervals, *ahead] for _, y in points]
+    return chart(
+        "learning-curve",
+        "Accuracy by training rows",
+        f"From {ours[0][1]:.1%} with {ours[0][0]:,} rows to {ours[-1][1]:.1%} with "
+        f"{ours[-1][0]:,}; the bars are 95% intervals, the other line is the baseline"
+        + (", the dashed one the extrapolation." if further else "."),
+        [*intervals, ("baseline", theirs, True), *ahead, ("accuracy", ours, True)],
+        x_label="training rows",
+        y_label="accuracy",
+        x_range=(ours[0][0], further["num_rows"] if further else ours[-1][0]),
+        y_range=(min(values), max(values)),
+        y_percent=True,
+        x_places=[rows for rows, _ in ours],
+    )
 
 
 def _text(value: float, percent: bool) -> str:

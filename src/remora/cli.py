@@ -71,16 +71,23 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
 
     stop = Stop()  # for what is outside of the run, which has its own
     with stop.listening():
-        from remora import display
+        from remora import display, learning_curve
         from remora import train as training
 
+        curve = None
         with display.TerminalReporter().live() as reporter:
-            result = training.train(config, reporter=reporter)
+            if config.learning_curve:
+                result, curve = learning_curve.learn(config, reporter=reporter)
+            else:
+                result = training.train(config, reporter=reporter)
         with stop.deferred():  # all is done; show it, whatever comes
             if json:
-                _print_json(result.to_dict())
-            else:
-                display.show_result(result)
+                found = {"learning_curve": curve.to_dict()} if curve else {}
+                _print_json(result.to_dict() | found)
+                return
+            display.show_result(result)
+            if curve:
+                display.show_learning_curve(curve)
 
 
 @app.command(name="eval")

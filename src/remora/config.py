@@ -61,6 +61,14 @@ class TrainConfig:
     """Share of the training rows set aside for the final figures where no test rows are given,
     10,000 rows at most."""
 
+    rows_per_class: int | None = None
+    """Train on so many rows of each class, drawn by the seed, or on all that it has; by default on
+    all of each class."""
+
+    learning_curve: str | None = None
+    """Train once for each of these numbers of rows per class, such as 5,10,20,50,all, to see
+    whether more rows would help."""
+
     instruction: str = "Classify the message."
     """What the model is told before each message."""
 
@@ -191,11 +199,39 @@ class TrainConfig:
                     self.max_time is None or self.max_seconds is not None,
                 ),
                 ("name", "a name without slashes", _is_plain_name(self.name)),
+                ("rows_per_class", "a whole number from 1", _from(1, self.rows_per_class)),
+                (
+                    "learning_curve",
+                    "two or more whole numbers that increase, such as 5,10,20,50,all",
+                    self.learning_curve is None or bool(self.curve_sizes),
+                ),
             )
             if not good
         ]
+        if self.learning_curve is not None:
+            if self.rows_per_class is not None:
+                problems.append("rows_per_class and learning_curve are given; give one of them")
+            if self.devices > 1:
+                problems.append("a learning curve is trained on one device; leave out devices")
         if problems:
             raise ConfigError("; ".join(problems))
+
+    @property
+    def curve_sizes(self) -> tuple[int | None, ...]:
+        """The rows per class that `learning_curve` asks for, None for all; () if they are wrong."""
+        words = (self.learning_curve or "").replace(" ", "").split(",")
+        numbers = words[:-1] if words[-1] == "all" else words
+        if len(words) < 2 or not all(re.fullmatch(r"0*[1-9]\d{0,8}", each) for each in numbers):
+            return ()
+        sizes = [int(each) for each in numbers]
+        if sizes != sorted(set(sizes)):
+            return ()
+        return (*sizes, *([None] if words[-1] == "all" else []))
+
+    @property
+    def num_per_class(self) -> int | None:
+        """Rows of each class to train on, None for all: with a learning curve its last size."""
+        return self.curve_sizes[-1] if self.learning_curve else self.rows_per_class
 
     @property
     def max_tokens(self) -> int:

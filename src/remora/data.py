@@ -10,7 +10,7 @@ import importlib.resources
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ class Dataset:
 
 def load(settings: TrainConfig) -> Dataset:
     """Return the dataset that a run's settings name; raises as `load_dataset` does."""
-    return load_dataset(
+    dataset = load_dataset(
         settings.data,
         test=settings.test,
         validation=settings.validation,
@@ -129,6 +129,30 @@ def load(settings: TrainConfig) -> Dataset:
         test_fraction=settings.test_fraction,
         seed=settings.seed,
     )
+    return limit(dataset, settings.num_per_class, settings.seed)
+
+
+def limit(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:
+    """Return the dataset with so many training rows of each class, or all that it has.
+
+    The rows are drawn by `seed`; those of a smaller number are among those of a larger one.
+    """
+    import numpy as np
+
+    if per_class is None:
+        return dataset
+    rows, seen, kept = dataset.train, Counter[str](), []
+    for row in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        seen[rows.labels[row]] += 1
+        if seen[rows.labels[row]] <= per_class:
+            kept.append(row)
+    train = Table(*([column[i] for i in sorted(kept)] for column in (rows.texts, rows.labels)))
+    tables = {"train": train, "validation": dataset.validation}
+    if dataset.test is not None:
+        tables["test"] = dataset.test
+    old = dataset.summary
+    found = _summarize(old.source, [old.text_column, old.label_column], tables, dataset.labels)
+    return replace(dataset, train=train, summary=found)
 
 
 def load_dataset(

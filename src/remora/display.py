@@ -17,6 +17,7 @@ from remora.conclude import TrainResult
 from remora.diagnose import Diagnosis
 from remora.evaluate import Metrics, verdict
 from remora.export import Exported
+from remora.learning_curve import LearningCurve
 from remora.merge import Parity
 from remora.plan import Plan, spoken_bytes, spoken_seconds
 from remora.progress import Reporter, Step, Validation
@@ -60,7 +61,9 @@ class TerminalReporter(Reporter):
             self._training = self._progress.add_task("train", total=step.num_steps, figures="")
         speed = f"{step.examples_per_second:.1f} examples/s  " if step.examples_per_second else ""
         figures = f"{speed}loss {step.loss:.3f}  {_bytes(step.peak_memory_bytes)} peak"
-        self._progress.update(self._training, completed=step.step, figures=figures)
+        self._progress.update(
+            self._training, completed=step.step, total=step.num_steps, figures=figures
+        )
 
     def validated(self, validation: Validation) -> None:
         """Print a line for an evaluation."""
@@ -153,6 +156,48 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
     _line(console, f"run        {result.directory}")
     if (page := result.directory / "report.html").is_file():
         _line(console, f"report     {page}")
+
+
+def show_learning_curve(found: LearningCurve, console: Console | None = None) -> None:
+    """Print what each number of rows per class gave, where that leads, and the answer last."""
+    console = console or Console(highlight=False)
+    table = Table(
+        *("rows per class", "rows", "accuracy", "95% interval", "baseline", "p", "time"),
+        box=None,
+        pad_edge=False,
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for size in found.sizes:
+        low, high = size.accuracy_interval
+        table.add_row(
+            "all" if size.per_class is None else f"{size.per_class:,}",
+            f"{size.num_rows:,}",
+            f"{size.accuracy:.2%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{size.baseline_accuracy:.2%}",
+            f"{size.p_value:.2g}",
+            spoken_seconds(size.train_seconds),
+        )
+    _line(console, "")
+    console.print(table)
+    _line(console, f"\non {found.num_measured:,} {found.measured_on} rows, the same for all sizes")
+    for size in found.sizes:
+        if size.num_short:
+            _line(
+                console,
+                f"{size.spoken}: {size.num_short:,} classes have fewer and give all they have",
+            )
+    if further := found.extrapolation:
+        low, high = further.accuracy_interval
+        _line(
+            console,
+            f"{further.num_rows:,} rows should give {further.accuracy:.1%} ({low:.1%} to "
+            f"{high:.1%}): error {further.floor:.3f} + {further.scale:.3f} "
+            f"(rows / {further.num_rows // 2:,})^-{further.exponent:.2f}",
+        )
+    _line(console, found.caution)
+    _line(console, found.answer)
 
 
 def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = None) -> None:

@@ -162,6 +162,7 @@ def _context(found: Results) -> dict[str, Any]:
     shown = _matrix_labels(counts)
     kept = _kept(_messages(found))
     records = _records(directory)
+    learned = results.read_json(directory / "learning_curve.json")
     planned = results.read_json(directory / "plan.json")
     summary = results.read_json(directory / "data.json")
     theirs = figures["baseline"]["metrics"]["accuracy"]
@@ -184,6 +185,8 @@ def _context(found: Results) -> dict[str, Any]:
         "labels": labels,
         "places": {label: place for place, label in enumerate(labels)},
         "curves": charts.training(records),
+        "learned": learned,
+        "learning_curve": charts.learning_curve(learned),
         "validations": [r for r in records if "validation_accuracy" in r],
         "calibration": charts.calibration(figures.get("reliability")),
         "shown": shown,

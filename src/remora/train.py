@@ -361,18 +361,34 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
         )
     stop = Stop(config.max_seconds)
     with stop.listening():
-        return _train(config, stop, reporter or Reporter())
+        return train_until(config, stop, reporter or Reporter())
 
 
-def _train(  # noqa: PLR0915 - what a run does, in its order
-    config: TrainConfig, stop: Stop, reporter: Reporter
+def train_until(  # noqa: PLR0915 - what a run does, in its order
+    config: TrainConfig,
+    stop: Stop,
+    reporter: Reporter,
+    *,
+    load: Callable[[TrainConfig], Dataset] = data.load,
+    prepare: Callable[..., tuple[Any, Prompt, run.AdapterCard, Path]] = prepare,
+    concluded: Callable[[TrainResult], None] = lambda result: None,
 ) -> TrainResult:
+    """Train as `train` does, as a part of something larger that listens to requests to stop.
+
+    Args:
+        config: The settings.
+        stop: Whether to stop.
+        reporter: Told how it goes.
+        load: Gives the rows.
+        prepare: Gives what trains.
+        concluded: Called once the results are written, before the run counts as finished.
+    """
     with contextlib.ExitStack() as stack:
         ranks = stop.ranks = stack.enter_context(join())
         reporter = reporter if ranks.is_first else Reporter()
         with ranks.together():
             tracking.check(config.trackers)
-            dataset = data.load(config)
+            dataset = load(config)
             measured_on, held_out = next(iter(_measured(dataset).items()))
             for line in dataset.summary.lines():
                 reporter.say(line)
@@ -459,6 +475,7 @@ def _train(  # noqa: PLR0915 - what a run does, in its order
                 folder,
                 reporter,
             )
+            concluded(result)
             resume.finish(directory)
     if result is None:
         raise SystemExit(0)  # the first process has all results
