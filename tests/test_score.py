@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, tiny_model
+from remora import score
 from remora.prompt import Prompt
 from remora.score import Scorer
 
@@ -92,6 +93,23 @@ def test_the_prefix_is_computed_once(tokenizer):
     total = count_tokens(model)
     scorer.probabilities(MESSAGES * 3)
     assert first - total() == len(prompt.prefix)
+
+
+def test_no_pass_has_more_logits_than_it_may(tokenizer, monkeypatch):
+    model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="Sort this.", max_length=200)
+    free = Scorer(model, prompt, tolerance=0).probabilities(MESSAGES)
+    kept = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: kept.append(len(kwargs["logits_to_keep"])), with_kwargs=True
+    )
+    for most, longest_path in ((20, 20), (2, 8)):  # a path without a branch is computed at once
+        monkeypatch.setattr(score, "LOGIT_ELEMENTS", most * len(tokenizer))
+        kept.clear()
+        found = Scorer(model, prompt, tolerance=0).probabilities(MESSAGES)
+        assert max(kept) <= longest_path
+        np.testing.assert_allclose(found, free, atol=1e-9)
+    handle.remove()
 
 
 def test_no_messages_give_no_rows(tokenizer):

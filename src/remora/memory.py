@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from remora import model, tree
+from remora import attention, model, tree
 from remora.errors import ModelError
 from remora.tree import TokenTree
 
@@ -103,14 +103,8 @@ class Skeleton:
             ModelError: If the model looks at values while it computes, which fake tensors lack.
         """
         model.set_checkpointing(self._model, checkpointing)
-        try:
+        with _told():
             return self._count(packed, accumulates)
-        except RuntimeError as error:  # among them torch's errors for what depends on data
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ModelError(
-                f"the memory of this model cannot be counted ({reason}); "
-                "train it with a --micro-batch-tokens of your choice"
-            ) from error
 
     def _count(self, packed: TokenTree, accumulates: bool) -> StepMemory:
         adapted = self._model
@@ -158,6 +152,53 @@ class Skeleton:
             operations=ledger.operations,
         )
 
+    def count_scoring(self, num_tokens: int, num_kept: int) -> StepMemory:
+        """Return what a pass of closed-set scoring needs at most, keys and values included.
+
+        Args:
+            num_tokens: Tokens of the packed row.
+            num_kept: Positions that logits are computed for.
+
+        Raises:
+            ModelError: If the model looks at values while it computes, which fake tensors lack.
+        """
+        adapted = self._model.eval()
+        with _told():
+            found = self._count_scoring(num_tokens, num_kept)
+        adapted.train()
+        return found
+
+    def _count_scoring(self, num_tokens: int, num_kept: int) -> StepMemory:
+        from transformers import DynamicCache
+
+        visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool)
+        config = tree.text_config(self._model)
+        dtype = self._autocast or next(self._model.parameters()).dtype
+        arguments = attention.inputs(config, lambda _: visible, dtype)
+        ledger = _Ledger([*self._model.parameters(), *self._model.buffers()])
+        with self._mode, ledger, torch.no_grad():
+            arguments = self._faked(arguments)
+            positions = torch.arange(num_tokens)
+            with torch.autocast("cpu", self._autocast, enabled=self._autocast is not None):
+                logits = self._model(
+                    input_ids=positions[None],
+                    position_ids=positions[None],
+                    **arguments,
+                    past_key_values=DynamicCache(),
+                    use_cache=True,
+                    logits_to_keep=positions[:num_kept],
+                ).logits
+            size = _bytes(logits)
+            ledger.retag(lambda tag, found: "logits" if found == size else tag)
+        peak = max(ledger.peak, sum(ledger.totals.values()))
+        return StepMemory(
+            gradients=0,
+            saved=0,
+            logits=ledger.totals["logits"],
+            workspace=peak - ledger.totals["logits"],
+            operations=ledger.operations,
+        )
+
     def _faked(self, value: Any) -> Any:
         """Return a structure with its tensors replaced by fake ones."""
         if isinstance(value, Tensor):
@@ -167,6 +208,19 @@ class Skeleton:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return dataclasses.replace(value, **self._faked(vars(value)))
         return value
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Make a ModelError of torch's errors for what depends on data."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"the memory of this model cannot be counted ({reason}); "
+            "train it with a --micro-batch-tokens of your choice"
+        ) from error
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -187,7 +241,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live.clear()
         tags = ("forward", "gradients", "logits", "saved", "workspace")
         self.totals = dict.fromkeys(tags, 0)
-        self.at_peak, self._peak, self._total = dict(self.totals), 0, 0
+        self.at_peak, self.peak, self._total = dict(self.totals), 0, 0
         self.operations = 0
 
     def __torch_dispatch__(
@@ -211,8 +265,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live[key] = (self.tag, storage.nbytes(), reference)
         self.totals[self.tag] += storage.nbytes()
         self._total += storage.nbytes()
-        if self._total > self._peak:
-            self._peak, self.at_peak = self._total, dict(self.totals)
+        if self._total > self.peak:
+            self.peak, self.at_peak = self._total, dict(self.totals)
 
     def _remove(self, key: int) -> None:
         if key in self._live:
@@ -264,6 +318,9 @@ def peak_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
+    own = _proc_bytes("/proc/self/status", "VmHWM")  # the one below begins with the parent's
+    if own is not None:
+        return own
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -324,8 +381,13 @@ def release(device: torch.device) -> None:
     elif device.type == "mps":
         torch.mps.empty_cache()
     else:
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
-            ctypes.CDLL(None).malloc_trim(0)
+        trim()
+
+
+def trim() -> None:
+    """Give back what the process has freed and its allocator holds on to, in pieces."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _proc_bytes(path: str, name: str) -> int | None:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,14 @@ from remora.stop import Stop
 
 BATCH_ROWS = 256
 """Messages that are scored at a time."""
+
+LOGIT_ELEMENTS = 1 << 25
+"""Most logits that a pass computes: 220 positions of a 151,936-word vocabulary."""
+
+
+def most_kept(vocabulary: int) -> int:
+    """Return at how many positions a pass computes logits, at most."""
+    return max(1, LOGIT_ELEMENTS // vocabulary)
 
 
 @dataclass(slots=True)
@@ -90,6 +98,10 @@ class _Search:
         return result
 
 
+_Chosen: TypeAlias = tuple[_Search, _Open, list[_Node]]
+"""A search, an open node of it, and the path below that is computed with it."""
+
+
 class Scorer:
     """Scores messages against a closed set of labels with one model."""
 
@@ -118,6 +130,7 @@ class Scorer:
         self.tolerance = tolerance
         self.autocast = autocast
         self._root = _trie(prompt.answers)
+        self._most_kept = most_kept(tree.text_config(model).vocab_size)
         self._prefix: tuple[tuple[int, ...], _PackedRow] | None = None
 
     def probabilities(self, messages: Sequence[str]) -> NDArray[np.float64]:
@@ -161,14 +174,17 @@ class Scorer:
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
 
     def _groups(self, stems: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Cut sorted stems into groups of at most `max_tokens` computed tokens."""
+        """Cut sorted stems into groups of at most `max_tokens` computed tokens.
+
+        After each stem logits are computed, so their number is limited too.
+        """
         group: list[tuple[int, ...]] = []
         num_tokens = 0
         for stem in stems:
             added = len(stem) - common_prefix_length(
                 group[-1] if group else self.prompt.prefix, stem
             )
-            if group and num_tokens + added > self.max_tokens:
+            if group and (num_tokens + added > self.max_tokens or len(group) == self._most_kept):
                 yield group
                 group, num_tokens = [], 0
                 added = len(stem) - common_prefix_length(self.prompt.prefix, stem)
@@ -200,7 +216,7 @@ class Scorer:
         return searches
 
     def _descend(self, row: _PackedRow, searches: Sequence[_Search]) -> None:
-        """Carry searches on, one forward pass a round, until all of them are good enough."""
+        """Carry searches on, a forward pass or few a round, until all are good enough."""
         while True:
             chosen = [
                 (search, opened, _chain(opened.node))
@@ -217,17 +233,35 @@ class Scorer:
                 return
             if not chosen:
                 return
-            new: list[tuple[int, int]] = []
-            chains = []
-            for search, opened, nodes in chosen:
-                start = row.length + len(new)
-                tokens = [opened.token, *(next(iter(node.children)) for node in nodes[:-1])]
-                parents = [opened.parent, *range(start, start + len(nodes) - 1)]
-                new.extend(zip(tokens, parents, strict=True))
-                positions = list(range(start, start + len(nodes)))
-                chains.append((search, nodes, opened.log_probability, positions))
-            logits = row.extend(new, [position for chain in chains for position in chain[3]])
-            _look_below(chains, logits)
+            for part in self._passes(chosen):
+                self._extend(row, part)
+
+    def _passes(self, chosen: Sequence[_Chosen]) -> Iterator[list[_Chosen]]:
+        """Part the paths to compute so that no pass has too many logits."""
+        part: list[_Chosen] = []
+        num_kept = 0
+        for found in chosen:
+            num_new = len(found[2])
+            if part and num_kept + num_new > self._most_kept:
+                yield part
+                part, num_kept = [], 0
+            part.append(found)
+            num_kept += num_new
+        yield part
+
+    def _extend(self, row: _PackedRow, chosen: Sequence[_Chosen]) -> None:
+        """Compute paths below open nodes, in one pass."""
+        new: list[tuple[int, int]] = []
+        chains = []
+        for search, opened, nodes in chosen:
+            start = row.length + len(new)
+            tokens = [opened.token, *(next(iter(node.children)) for node in nodes[:-1])]
+            parents = [opened.parent, *range(start, start + len(nodes) - 1)]
+            new.extend(zip(tokens, parents, strict=True))
+            positions = list(range(start, start + len(nodes)))
+            chains.append((search, nodes, opened.log_probability, positions))
+        logits = row.extend(new, [position for chain in chains for position in chain[3]])
+        _look_below(chains, logits)
 
     def _start(self, stems: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], _PackedRow]:
         """Return what the stems all begin with, of the prompt's prefix, and its packed row."""
