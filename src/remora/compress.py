@@ -24,6 +24,15 @@ SHARES = (1, 2, 4, 8, 16, 32, 64)
 """Fractions of the full adapter's bytes that are tried, as their denominators."""
 
 
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.float8_e4m3fn,
+}
+"""What an adapter may be stored in; PEFT makes float32 of each when it loads."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """A compressed adapter, and what it does."""
@@ -62,7 +71,8 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
     adapter_bytes = run.folder_bytes(full_folder)
     adapter = low_rank.read(full_folder)
     others = {"remora.json": (full_folder / "remora.json").read_bytes()}
-    dtype = getattr(torch, config.dtype or "float16")
+    stored = config.dtype or "float8"
+    dtype = DTYPES[stored]
     budget = config.budget_bytes()
     if config.ratio is not None:
         budget = int(base_bytes / config.ratio)
@@ -88,7 +98,7 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
     measured = Table(found.texts, found.true)
     full = trials.full(measured)
     return Compressed(
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=stored,
         adapter_bytes=adapter_bytes,
         frontier=tuple(frontier),
         chosen=trials.point(artifact, folder, measured, full),

@@ -524,8 +524,8 @@ class ExportConfig:
     output: Path | None = None
     """Folder to write; by default merged or compressed in the run directory."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What weights are stored in; by default what the base model is stored in when merging, float16
+    dtype: Literal["float32", "bfloat16", "float16", "float8"] | None = None
+    """What weights are stored in; by default what the base model is stored in when merging, float8
     when compressing."""
 
     budget: str | None = None
@@ -558,6 +558,8 @@ class ExportConfig:
             problems.append(f"of merge and compress {given} given; give one of them")
         if self.merge and (self.budget is not None or self.ratio is not None):
             problems.append("budget and ratio are for compressing; give them with compress only")
+        if self.merge and self.dtype == "float8":
+            problems.append("dtype float8 is for compressing; merge in 16 or 32 bits")
         if self.budget is not None and self.ratio is not None:
             problems.append("budget and ratio are both given; give one of them")
         problems += [

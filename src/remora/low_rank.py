@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,27 +189,31 @@ def pack(
     """Return the files of an adapter cut to some ranks, in PEFT's format.
 
     Each factor gets the root of the singular values, so that both are of one magnitude, and alpha
-    is the rank, so that the scaling is 1. Modules of rank 0 are no targets.
+    is the rank, so that the scaling is 1. In 8 bits there are no fine numbers near 0, so there all
+    factors are scaled up as far as they can be, and alpha down. Modules of rank 0 are no targets.
 
     Raises:
         ConfigError: If a number is too large for `dtype`.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module, rank in ranks.items():
         if rank:
             update = adapter.updates[module]
             root = update.values[:rank].sqrt()
             a, b = root[:, None] * update.right[:rank], update.left[:, :rank] * root
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = a.to(dtype).contiguous()
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = b.to(dtype).contiguous()
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = a
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = b
+    factor = _factor(tensors.values(), dtype)
+    tensors = {name: (factor * x).to(dtype).contiguous() for name, x in tensors.items()}
+    if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
         raise ConfigError(f"the adapter has numbers too large for {dtype}; use --dtype bfloat16")
     kept = {module: rank for module, rank in ranks.items() if rank}
     usual = Counter(kept.values()).most_common(1)[0][0]
     unusual = {module: rank for module, rank in kept.items() if rank != usual}
     config = copy.copy(adapter.config)
-    config.r = config.lora_alpha = usual
-    config.rank_pattern = config.alpha_pattern = unusual
+    config.r, config.rank_pattern = usual, unusual
+    config.lora_alpha = usual / factor**2
+    config.alpha_pattern = {module: rank / factor**2 for module, rank in unusual.items()}
     config.target_modules = list(kept)
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     files = {
@@ -216,3 +221,13 @@ def pack(
         "adapter_config.json": json.dumps(settings, sort_keys=True).encode(),
     }
     return Artifact({**files, **others}, dict(ranks))
+
+
+def _factor(tensors: Collection[Tensor], dtype: torch.dtype) -> float:
+    """Return the power of 2 that tensors are multiplied with before they are rounded."""
+    if dtype.itemsize > 1:
+        return 1.0
+    largest = max((float(tensor.abs().max()) for tensor in tensors), default=0.0)
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(torch.finfo(dtype).max / largest))
