@@ -117,12 +117,19 @@ def compare(config: CompareConfig) -> None:
     """Put runs side by side: does the bigger model earn its keep?"""
     from remora import compare as comparing
     from remora import display
+    from remora import report as reporting
 
+    if config.report:
+        reporting.check_output(config.report, "report")
     found = comparing.compare(config)
+    if config.report:
+        reporting.write_comparison(config.report, found, config.runs)
     if config.json:
         _print_json(found.to_dict())
     else:
         display.show_comparison(found)
+        if config.report:
+            display.show_line(f"report in {config.report}")
 
 
 @app.command

@@ -38,6 +38,11 @@ class Contender:
     examples_per_second: float | None = None  # of training
     peak_memory_bytes: int | None = None
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is no run but the baseline."""
+        return self.artifact_bytes is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:

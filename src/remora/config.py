@@ -433,6 +433,9 @@ class CompareConfig:
     """What one wrong answer costs, in any currency; with `volume` it gives the difference a
     worth."""
 
+    report: Path | None = None
+    """Write the comparison to this HTML file too, which fetches nothing."""
+
     json: bool = False
     """Write the figures as JSON to standard output."""
 

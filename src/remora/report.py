@@ -1,4 +1,4 @@
-"""report.html: a run on one page that fetches nothing."""
+"""report.html and the page of a comparison: one file that fetches nothing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import remora
 from remora import charts, evaluate, model_card, plan, results, run
+from remora.compare import Comparison
 from remora.config import ReportConfig
 from remora.errors import ConfigError, DataError, ResourceError
 from remora.results import Results
@@ -93,12 +94,32 @@ def write(directory: Path, output: Path | None = None) -> Path:
         ResourceError: If the report cannot be written.
     """
     path = output or directory / "report.html"
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; give a file with --output")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ResourceError(f"{path} is write-protected; give another file with --output")
+    check_output(path, "output")
     run.write_text(path, page(directory))
     return path
+
+
+def write_comparison(path: Path, found: Comparison, directories: Sequence[Path]) -> None:
+    """Write the page of a comparison, whole or not at all.
+
+    Raises:
+        DataError: If the files of a run are broken.
+        ResourceError: If the page cannot be written.
+    """
+    run.write_text(path, comparison_page(found, directories))
+
+
+def check_output(path: Path, flag: str) -> None:
+    """Refuse a file that cannot be written to.
+
+    Raises:
+        ConfigError: If it is a folder.
+        ResourceError: If it is write-protected.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give a file with --{flag}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ResourceError(f"{path} is write-protected; give another file with --{flag}")
 
 
 def page(directory: Path) -> str:
@@ -111,13 +132,80 @@ def page(directory: Path) -> str:
     Raises:
         DataError: If the run is not finished, or its files are broken.
     """
-    import jinja2
     from markupsafe import Markup
 
     found = results.read(directory)
-    templates = importlib.resources.files("remora") / "templates"
-    style, script = ((templates / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    script = _template_text("report.js")
+    with _of_this_version(directory):
+        context = _context(found)
+        return _rendered(
+            "report.html",
+            context | {"data": Markup(_json_for_html(context["data"]))},
+            script=Markup(script),
+            script_hash=_hash(script),
+        )
+
+
+def comparison_page(found: Comparison, directories: Sequence[Path]) -> str:
+    """Return the page of a comparison as HTML; there is no script in it, and texts are escaped.
+
+    Raises:
+        DataError: If the files of a run are broken.
+    """
+    runs = [results.read(directory) for directory in directories]
+    alike = [
+        {"row": row + 1, "text": _cut(runs[0].texts[row]), "true": true, "predicted": given[0]}
+        for row, (true, *given) in enumerate(
+            zip(runs[0].true, *(each.predicted for each in runs), strict=True)
+        )
+        if len(set(given)) == 1 and given[0] != true
+    ]
+    settings = [dict(_rows(results.read_settings(directory))) for directory in directories]
+    names = list(dict.fromkeys(name for each in settings for name in each))
+    values = [(name, [each.get(name, "none") for each in settings]) for name in names]
+    with _of_this_version(directories[0]):
+        return _rendered(
+            "comparison.html",
+            {
+                "version": remora.__version__,
+                "found": found,
+                "names": [each.name for each in found.contenders if not each.is_baseline],
+                "intervals": charts.intervals(
+                    [
+                        ("baseline" if each.is_baseline else "ours", each.name, vars(each))
+                        for each in found.contenders
+                    ]
+                ),
+                "alike": alike[:NUM_STATIC_MESSAGES],
+                "num_alike": len(alike),
+                "differences": [each for each in values if len(set(each[1])) > 1],
+            },
+        )
+
+
+@contextlib.contextmanager
+def _of_this_version(directory: Path) -> Iterator[None]:
+    """Turn what a template or a figure lacks into one line."""
+    import jinja2
+
+    try:
+        yield
+    except DataError:  # of a file, which it names
+        raise
+    except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the files in {directory} do not fit this version of Remora ({one_line(error)}); "
+            "train it again, or use the version that wrote them"
+        ) from error
+
+
+def _rendered(name: str, context: Mapping[str, Any], **code: str) -> str:
+    """Return a page of a template; everything in the context is escaped but what is `Markup`."""
+    import jinja2
+    from markupsafe import Markup
+
     environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template_text),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -130,24 +218,15 @@ def page(directory: Path) -> str:
         "count": "{:,}".format,
         "isolated": _isolated,
     }
-    template = environment.from_string((templates / "report.html").read_text("utf-8"))
-    try:
-        context = _context(found)
-        html = template.render(
-            **context | {"data": Markup(_json_for_html(context["data"]))},
-            style=Markup(style),
-            style_hash=_hash(style),
-            script=Markup(script),
-            script_hash=_hash(script),
-        )
-    except DataError:  # of a file, which it names
-        raise
-    except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"the files in {directory} do not fit this version of Remora ({one_line(error)}); "
-            "train it again, or use the version that wrote them"
-        ) from error
+    style = _template_text("report.css")
+    html = environment.get_template(name).render(
+        **context, **code, style=Markup(style), style_hash=_hash(style)
+    )
     return html.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
+
+
+def _template_text(name: str) -> str:
+    return (importlib.resources.files("remora") / "templates" / name).read_text("utf-8")
 
 
 def _hash(code: str) -> str:
@@ -273,7 +352,7 @@ def _messages(found: Results) -> list[Message]:
     messages = [
         Message(
             row=row + 1,
-            text=text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + " …",
+            text=_cut(text),
             true=place[true],
             predicted=place[predicted],
             probability=round(probability, 4),
@@ -285,6 +364,10 @@ def _messages(found: Results) -> list[Message]:
     return wrong + sorted(
         (m for m in messages if m.true == m.predicted), key=lambda m: m.probability
     )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + " …"
 
 
 def _kept(messages: Sequence[Message]) -> list[Message]:
