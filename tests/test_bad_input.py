@@ -222,6 +222,26 @@ CASES: list[Case] = [
         lambda s: train("good.csv", "--target-modules", "nothing"),
     ),
     ("a number of devices of 0", 2, lambda s: train("good.csv", "--devices", "0")),
+    ("a learning curve that falls", 2, lambda s: train("good.csv", "--learning-curve", "5,2")),
+    ("a learning curve from 0", 2, lambda s: train("good.csv", "--learning-curve", "0,5")),
+    ("a learning curve of words", 2, lambda s: train("good.csv", "--learning-curve", "few,all")),
+    ("a learning curve of one size", 2, lambda s: train("good.csv", "--learning-curve", "all")),
+    (
+        "a learning curve beyond the data",
+        2,
+        lambda s: train("good.csv", "--learning-curve", "2,500,all"),
+    ),
+    (
+        "a learning curve and rows per class",
+        2,
+        lambda s: train("good.csv", "--learning-curve", "2,5", "--rows-per-class", "2"),
+    ),
+    (
+        "a learning curve on two devices",
+        2,
+        lambda s: train("good.csv", "--learning-curve", "2,5", "--devices", "2"),
+    ),
+    ("0 rows per class", 2, lambda s: train("good.csv", "--rows-per-class", "0")),
     ("an export that says not what", 2, lambda s: ["export", "runs/good"]),
     (
         "an export of both kinds",
@@ -246,6 +266,11 @@ CASES: list[Case] = [
     ("a cost without a volume", 2, lambda s: ["compare", "runs/good", "--cost-per-error", "2"]),
     ("more answers than labels", 2, lambda s: ["predict", "runs/good", "good.csv", "--top-k", "9"]),
     ("a comparison of nothing", 2, lambda s: ["compare"]),
+    (
+        "a comparison's page to where a folder is",
+        2,
+        lambda s: ["compare", "runs/good", "--report", "runs"],
+    ),
     ("a run compared with itself", 2, lambda s: ["compare", "runs/good", "runs/good/"]),
     (
         "a diagnosis without cleanlab",
