@@ -13,6 +13,8 @@ import torch
 from remora import calibration, evaluate, run
 from remora.conclude import TrainResult
 from remora.config import TrainConfig
+from remora.extrapolation import Extrapolation
+from remora.learning_curve import FILE, LearningCurve, Size, answer
 from remora.lora import ParameterCount
 from remora.progress import Step, Validation
 
@@ -112,6 +114,47 @@ def diagnose(path: Path, labels: Sequence[str], reason: str) -> None:
     near = {"num_test_exact": 1, "num_test_near": 2, "num_conflicting": 3}
     found = {"method": "fast mode", "pairs": [pair], **figures, **near}
     run.write_json(path / "diagnosis.json", found)
+
+
+def learn(path: Path) -> None:
+    """Add a learning curve of three sizes."""
+    sizes = [
+        Size(
+            per_class=per_class,
+            num_rows=num_rows,
+            num_short=0 if per_class else 2,
+            run=".",
+            accuracy=accuracy,
+            accuracy_interval=(accuracy - 0.02, accuracy + 0.02),
+            macro_f1=accuracy,
+            baseline_accuracy=accuracy - 0.05,
+            baseline_interval=(accuracy - 0.07, accuracy - 0.03),
+            p_value=0.01,
+            num_steps=6,
+            train_seconds=60.0,
+        )
+        for per_class, num_rows, accuracy in ((5, 100, 0.6), (10, 200, 0.7), (None, 400, 0.8))
+    ]
+    further = Extrapolation(
+        floor=0.1,
+        scale=0.1,
+        exponent=0.4,
+        num_rows=800,
+        accuracy=0.825,
+        accuracy_interval=(0.8, 0.85),
+        foretold=0.79,
+    )
+    found = LearningCurve(
+        measured_on="test",
+        num_measured=100,
+        sizes=tuple(sizes),
+        gain=0.1,
+        gain_interval=(0.08, 0.12),
+        extrapolation=further,
+        caution="few sizes",
+        answer=answer(sizes, 0.1, (0.08, 0.12), further, 0.5),
+    )
+    run.write_json(path / FILE, found.to_dict())
 
 
 def records() -> list[dict[str, float]]:

@@ -61,3 +61,28 @@ def test_steps_that_were_not_taken_are_left_out() -> None:
     assert len(loss.lines[0].points.split()) == 2
     assert "From 1 at the beginning to 3 at the end" in loss.description
     assert charts.training(records[1:2]) == []
+
+
+def test_a_learning_curve_is_laid_out_by_the_logarithm_of_its_rows() -> None:
+    sizes = [
+        {
+            "num_rows": rows,
+            "accuracy": 0.6,
+            "accuracy_interval": (0.5, 0.7),
+            "baseline_accuracy": 0.5,
+        }
+        for rows in (100, 200, 400)
+    ]
+    drawn = charts.learning_curve(
+        {"sizes": sizes, "extrapolation": {"num_rows": 800, "accuracy": 0.65}}
+    )
+    assert drawn
+    *intervals, baseline, ahead, ours = drawn.lines
+    places = [dot.x for dot in ours.dots]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=0.2)
+    assert [dot.text for dot in ours.dots] == ["100: 60%", "200: 60%", "400: 60%"]
+    assert ahead.points.split()[1].split(",")[0] == str(float(drawn.right))
+    assert len(intervals) == 3
+    assert {tick.text for tick in drawn.x_ticks} == {"100", "200", "400", "800"}
+    assert baseline.kind == "baseline"
+    assert charts.learning_curve(None) is None

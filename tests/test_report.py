@@ -18,7 +18,7 @@ import finished
 import hostile
 from remora import report
 from remora.cli import main
-from remora.config import ReportConfig
+from remora.config import DiagnoseConfig, ReportConfig
 from remora.errors import ResourceError
 
 LABELS = ["card arrival", "refund", "top up", "pin", "limit"]
@@ -274,6 +274,37 @@ def remora(*arguments: str | Path) -> int:
         return int(done.code or 0)
 
 
+def test_diagnose_writes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from remora import diagnose
+
+    class Found:
+        to_dict = dict
+
+    def diagnosed(config: DiagnoseConfig, reporter: object) -> Found:
+        finished.diagnose(config.run, LABELS, "because of this")
+        return Found()
+
+    monkeypatch.setattr(diagnose, "diagnose", diagnosed)
+    run = write(tmp_path / "run")
+    report.write(run)
+    assert "because of this" not in (run / "report.html").read_text(encoding="utf-8")
+    assert remora("diagnose", run, "--json") == 0
+    assert "because of this" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_learning_curve_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    run = write(tmp_path / "run")
+    assert "Learning curve" not in Read(report.page(run)).text
+    finished.learn(run)
+    read = Read(report.page(run))
+    assert "Label more: from 200 to 400 rows" in read.text
+    assert table(read, "Accuracy by rows per class")[-1] == [
+        "all 2 classes have fewer",
+        *("400", "80.00%", "78.0% to 82.0%", "75.00%", "0.01"),
+    ]
+    assert "800 rows should give 82.5% (80.0% to 85.0%)" in read.text
+
+
 def test_the_verb_writes_it_again(run: Path, tmp_path: Path, capsys) -> None:
     assert remora("report", run) == 0
     assert capsys.readouterr().out.strip() == f"report in {run / 'report.html'}"
@@ -338,10 +369,12 @@ def test_a_report_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch) 
 
     monkeypatch.setattr(report, "page", fail)
     report.conclude(run, told.append)
-    assert told == ["there is no report.html (something unforeseen); all else of the run is there"]
+    assert told == [
+        "report.html is not written (something unforeseen); all else of the run is there"
+    ]
     assert (run / "README.md").is_file()
     monkeypatch.undo()
     monkeypatch.setattr(report.model_card, "card", fail)
     report.conclude(run, told.append)
-    assert told[1].startswith("there is no README.md (something unforeseen)")
+    assert told[1].startswith("README.md is not written (something unforeseen)")
     assert (run / "report.html").is_file()

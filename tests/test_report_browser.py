@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import chromium
+import finished
 import hostile
 from remora import report
 from test_report import LABELS, PREDICTED, TRUE, write, write_hostile
@@ -47,6 +48,7 @@ def choose(page: chromium.Page, name: str, value: str) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = write(tmp_path_factory.mktemp("browser") / "run")
+    finished.learn(run)
     report.write(run)
     return run
 
@@ -192,7 +194,7 @@ def test_it_reads_without_scripts(browser: chromium.Page, run: Path) -> None:
     assert browser.run("document.querySelectorAll('#matrix tbody tr').length") == 5
     num_wrong = sum(t != p for t, p in zip(TRUE, PREDICTED, strict=True))
     assert browser.run(f"{SHOWN}.length") == num_wrong
-    assert browser.run("document.querySelectorAll('svg').length") == 5
+    assert browser.run("document.querySelectorAll('svg').length") == 6
     assert browser.run("[...document.querySelectorAll('form, button')].every(e => !e.offsetParent)")
 
 

@@ -137,6 +137,7 @@ def diagnose(config: DiagnoseConfig) -> None:
     """Find out why a run errs, and which rows to look at."""
     from remora import diagnose as diagnosing
     from remora import display
+    from remora import report as reporting
 
     if config.apply is not None:
         path, num_corrected, num_deleted = diagnosing.apply(config)
@@ -144,6 +145,7 @@ def diagnose(config: DiagnoseConfig) -> None:
         return
     with display.TerminalReporter().live() as reporter:
         found = diagnosing.diagnose(config, reporter=reporter)
+        reporting.refresh(config.run, reporter.say)
     if config.json:
         _print_json(found.to_dict())
     else:
@@ -179,7 +181,7 @@ def push(config: PushConfig) -> None:
 
 @app.command
 def report(config: ReportConfig) -> None:
-    """Write a run's report.html again, for instance after diagnose."""
+    """Write a run's report.html again, with what diagnose has found if it was run."""
     from remora import display
     from remora import report as reporting
 

@@ -120,7 +120,7 @@ def _learn(
         runs.append(result.directory)
         found.append(_measure(config, shared, [results.read(path) for path in runs]))
         run.write_json(result.directory / FILE, found[0].to_dict())
-        report.conclude(result.directory, reporter.say)
+        report.refresh(result.directory, reporter.say)
 
     spoken = "all rows" if last is None else f"{last:,} rows per class"
     reporter.say(f"size {len(config.curve_sizes)} of {len(config.curve_sizes)}, {spoken}")

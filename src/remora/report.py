@@ -73,6 +73,11 @@ def conclude(directory: Path, say: Callable[[str], None]) -> None:
     """
     with _told("README.md", say):
         model_card.write(directory)
+    refresh(directory, say)
+
+
+def refresh(directory: Path, say: Callable[[str], None]) -> None:
+    """Write report.html again, since files that it shows have changed; tell why, if it cannot."""
     with _told("report.html", say):
         write(directory)
 
@@ -82,7 +87,7 @@ def _told(name: str, say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        say(f"there is no {name} ({one_line(error)}); all else of the run is there")
+        say(f"{name} is not written ({one_line(error)}); all else of the run is there")
 
 
 def write(directory: Path, output: Path | None = None) -> Path:
