@@ -53,8 +53,10 @@ def adapter(folder: Path, base: Any) -> None:
             raise ModelError(f"{folder} adapts {name}, which is no linear layer of its base")
         pattern = _ends_with(name, ranks)
         rank = ranks[pattern] if pattern else default
-        # Conv1D keeps its weight as [in, out], Linear as [out, in].
-        out, into = weight.shape if hasattr(module, "in_features") else weight.shape[::-1]
+        # Conv1D keeps its weight as [in, out], and 4-bit weights have another shape.
+        is_linear = hasattr(module, "in_features")
+        into = module.in_features if is_linear else weight.shape[0]
+        out = module.out_features if is_linear else weight.shape[1]
         for matrix, shape in (("A", (rank, into)), ("B", (out, rank))):
             key = f"base_model.model.{name}.lora_{matrix}.weight"
             if key not in shapes:

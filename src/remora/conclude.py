@@ -19,7 +19,7 @@ class TrainResult:
     """What a run has shown."""
 
     directory: Path
-    method: str  # "lora" or "full"
+    method: str  # "lora", "qlora" or "full"
     measured_on: str  # "test" or "validation"
     metrics: evaluate.Metrics
     reliability: Reliability

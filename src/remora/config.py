@@ -18,7 +18,7 @@ from remora.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Method = Literal["lora", "full"]
+Method = Literal["lora", "qlora", "full"]
 
 DEFAULT_MICRO_BATCH_TOKENS = 2048
 """Larger micro-batches of a token tree are hardly faster, and need more memory."""
@@ -82,7 +82,8 @@ class TrainConfig:
     """Longest sequence in tokens, longer messages are cut; by default the model's context."""
 
     method: Method = "lora"
-    """What trains: a LoRA adapter, or with full every weight of the model."""
+    """What trains: a LoRA adapter, with qlora one on a base model in 4 bits, or with full every
+    weight of the model."""
 
     rank: int = 16
     """Rank r of the adapter's matrices."""

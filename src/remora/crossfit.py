@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora import model, plan, score, train
+from remora import model, plan, run, score, train
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.progress import Reporter
@@ -115,7 +115,7 @@ def frozen_features(
     precision = plan.choose_precision(device, settings.precision)
     folder = model.find(settings.model)
     prompt = plan.load_prompt(settings, labels, folder)
-    base = model.load(folder, precision.base).to(device).eval()
+    base = run.load_base(folder, settings.method, precision.base, device)
     stems = prompt.stems(texts)
     order = sorted(range(len(stems)), key=lambda i: len(stems[i]))
     found: dict[int, NDArray[np.float32]] = {}

@@ -142,7 +142,7 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
     _line(console, f"           {verdict(ours.accuracy, base.metrics.accuracy, result.p_value)}")
     size = _bytes(result.adapter_bytes)
     trained = f"model      {size}"
-    if result.method == "lora":
+    if result.method != "full":
         larger = result.base_bytes / result.adapter_bytes
         trained = f"adapter    {size}, the base model is {larger:.0f} times larger"
     _line(console, f"{trained}; {result.parameters.share:.2%} of the parameters trained")

@@ -137,10 +137,11 @@ class Engine:
         cards = {name: run.read_card(folder) for name, folder in self._folders.items()}
         source = model.find(base or next(iter(cards.values())).base_model)
         self.base_sha256 = model.weights_sha256(source)
+        self._method = next(iter(cards.values())).method
         for name, card in cards.items():
             self._refuse_other_base(name, card)
         self._tokenizer = model.load_tokenizer(source)
-        self._base = model.load(source, precision.base).to(device).eval()
+        self._base = run.load_base(source, self._method, precision.base, device)
         # Names and shapes as they are without adapters, to hold adapters against.
         self._skeleton = model.load_empty(model.load_config(source), precision.base)
         self._adapted: Any = None
@@ -218,6 +219,11 @@ class Engine:
             raise ModelError(
                 f"the adapter {adapter} was trained on other base weights than those that are "
                 "served; serve it by itself, or give the base model with --model"
+            )
+        if (card.method == "qlora") != (self._method == "qlora"):
+            raise ModelError(
+                f"the adapter {adapter} was trained by {card.method} and what is served by "
+                f"{self._method}, one of them on a base model in 4 bits; serve it by itself"
             )
 
     def _add(self, adapter: str, copy: _Copy) -> Generation:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from remora import quantize
 from remora.config import TrainConfig
 from remora.errors import ConfigError
 
@@ -100,7 +101,7 @@ def add_adapter(
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, and takes fractions
         lora_dropout=dropout,
         target_modules=names,
-        fan_in_fan_out=any(_is_conv1d(module) for module in model.modules()),
+        fan_in_fan_out=any(_is_conv1d(m) or quantize.was_conv1d(m) for m in model.modules()),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -148,9 +149,12 @@ def count_parameters(model: Any) -> ParameterCount:
             assert found == expected, f"{path}: {found} parameters, r * (in + out) is {expected}"
             modules[name] = modules.get(name, 0) + found
     parameters = list(model.parameters())
+    packed = sum(
+        quantize.num_weights(layer) - layer.weight.numel() for _, layer in quantize.layers(model)
+    )
     return ParameterCount(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        total=sum(p.numel() for p in parameters) + packed,
         modules=modules,
     )
 
@@ -220,8 +224,9 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     """`x W' + bias + scaling * (mask * x A') B'`, saving the input once.
 
-    The input is x [..., in], or what is computed from two as activation(gate) * up. Shapes: weight
-    [out, in], a [r, in], b [out, r], mask as x, of booleans, or None.
+    The input is x [..., in], or what is computed from two as activation(gate) * up. Shapes: what
+    weight returns [out, in], a [r, in], b [out, r], mask as x, of booleans, or None. The weight is
+    asked for again in the backward pass, so that what comes back from 4 bits need not be kept.
     """
 
     @staticmethod
@@ -230,7 +235,7 @@ class _LoraLinear(torch.autograd.Function):
         activation: Callable[[Tensor], Tensor] | None,
         scaling: float,
         mask: Tensor | None,
-        weight: Tensor,
+        weight: Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -239,16 +244,16 @@ class _LoraLinear(torch.autograd.Function):
         x = inputs[0] if activation is None else activation(inputs[0]) * inputs[1]
         dropped = x if mask is None else x * mask.to(x.dtype)
         hidden = functional.linear(dropped, a.to(x.dtype))  # [..., r]
-        output = functional.linear(x, weight, bias)  # [..., out]
+        output = functional.linear(x, weight(), bias)  # [..., out]
         flat = output.view(-1, output.shape[-1])
         flat.addmm_(hidden.view(-1, hidden.shape[-1]), b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(mask, weight, a, b, hidden, *inputs)
-        ctx.activation, ctx.scaling = activation, scaling
+        ctx.save_for_backward(mask, a, b, hidden, *inputs)
+        ctx.activation, ctx.scaling, ctx.weight = activation, scaling, weight
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        mask, weight, a, b, hidden, *inputs = ctx.saved_tensors
+        mask, a, b, hidden, *inputs = ctx.saved_tensors
         leaves = [leaf.detach().requires_grad_() for leaf in inputs]
         x = leaves[0]
         if ctx.activation is not None:
@@ -266,7 +271,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = grad_hidden @ a.to(gradient.dtype)  # [n, in], through the adapter
             if flat_mask is not None:
                 grad_x.mul_(flat_mask)
-            grad_x = grad_x.addmm_(gradient, weight).view_as(x)
+            grad_x = grad_x.addmm_(gradient, ctx.weight()).view_as(x)
             grad_inputs = [grad_x]
             if ctx.activation is not None:
                 grad_inputs = torch.autograd.grad(x, leaves, grad_x)
@@ -292,25 +297,30 @@ def _fused(
     dtype, device = inputs[0].dtype, inputs[0].device
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    weight = base.weight.to(dtype)
-    if _is_conv1d(base):
-        weight = weight.t()
     scaling, mask = layer.scaling[adapter], None
     rate = getattr(layer.lora_dropout[adapter], "p", 0.0)
     if rate > 0 and layer.training:
-        mask, kept = _keep_mask((*inputs[0].shape[:-1], weight.shape[1]), rate, device)
+        mask, kept = _keep_mask((*inputs[0].shape[:-1], layer.in_features), rate, device)
         scaling /= kept
     output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         activation,
         scaling,
         mask,
-        weight,
+        functools.partial(_base_weight, base, dtype),
         None if base.bias is None else base.bias.to(dtype),
         layer.lora_A[adapter].weight,
         layer.lora_B[adapter].weight,
         *(x.to(dtype) for x in inputs),
     )
     return output
+
+
+def _base_weight(base: Any, dtype: torch.dtype) -> Tensor:
+    """Return the weight that a layer computes with, [out, in]."""
+    if quantize.is_quantized(base):
+        return quantize.weight(base, dtype)
+    weight: Tensor = base.weight.to(dtype)
+    return weight.t() if _is_conv1d(base) else weight
 
 
 def _keep_mask(shape: Sequence[int], rate: float, device: torch.device) -> tuple[Tensor, float]:
@@ -336,8 +346,10 @@ def _fusable_adapter(layer: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
     base = layer.get_base_layer()
     plain = (
         len(active) == 1
-        and (type(base) is nn.Linear or _is_conv1d(base))
-        and base.weight.is_floating_point()
+        and (
+            quantize.is_quantized(base)
+            or ((type(base) is nn.Linear or _is_conv1d(base)) and base.weight.is_floating_point())
+        )
         and not base.weight.requires_grad
         and not layer.lora_variant
         and not layer.lora_bias[active[0]]

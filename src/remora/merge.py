@@ -88,6 +88,12 @@ def merge(config: ExportConfig, folder: Path, found: Results, reporter: Reporter
             f"the adapter changes no log-probability by more than {effect:.2g}, so a merged model "
             "could not be told from its base; train it longer"
         )
+    if card.method == "qlora":  # merged into 4 bits, the update would be rounded away
+        del adapted
+        gc.collect()
+        adapted, _, _ = run.load_adapter(
+            config.run, base=config.model, dtype=torch.float32, device=device, dequantized=True
+        )
     with run.disk_errors(folder):
         _write(adapted, card, source, dtype, folder)
     del adapted

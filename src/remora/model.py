@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from remora import admit, attention
+from remora import admit, attention, quantize
 from remora.errors import ModelError
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -177,12 +177,19 @@ def load_config(folder: Path) -> Any:
         ) from error
 
 
-def load(folder: Path, dtype: torch.dtype) -> Any:
+def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None = None) -> Any:
     """Return the causal language model in a folder, its weights in `dtype`.
 
+    Args:
+        folder: Where it lies.
+        dtype: What to store it in.
+        quantize_on: Device to bring the linear layers to 4 bits on; None to leave them as they are.
+
     Raises:
+        ConfigError: If nothing can be quantized here.
         ModelError: If it is no causal language model or its weights cannot be read.
     """
+    quantize.import_quietly()
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
@@ -194,6 +201,15 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     parameters = {id(p): p.numel() for p in load_empty(config, dtype).parameters()}
     quantized = getattr(config, "quantization_config", None) is not None
     admit.weights(folder, sum(parameters.values()), quantized=quantized)
+    how: dict[str, Any] = {}
+    if quantize_on is not None:
+        quantize.require(quantize_on)
+        if quantized:
+            raise ModelError(
+                f"the weights in {folder} are quantized already; give the model that they were "
+                "made from, or use --method lora"
+            )
+        how = {"quantization_config": quantize.settings(dtype), "device_map": {"": quantize_on}}
     try:
         with without_progress_bar():
             result: Any = AutoModelForCausalLM.from_pretrained(
@@ -205,6 +221,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **how,
             )
     except Exception as error:
         raise ModelError(
@@ -218,6 +235,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             "the folder is incomplete, fetch it again"
         )
     attention.install(loaded)
+    quantize.install(loaded)
     return loaded
 
 
@@ -235,12 +253,15 @@ def without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def load_empty(config: Any, dtype: torch.dtype) -> Any:
+def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> Any:
     """Return the causal language model of a configuration without weights, on the device `meta`.
+
+    With `quantized` its linear layers take as much memory as those in 4 bits.
 
     Raises:
         ModelError: If there is none for it.
     """
+    quantize.import_quietly()
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
@@ -255,6 +276,8 @@ def load_empty(config: Any, dtype: torch.dtype) -> Any:
             "give the folder of a Hugging Face causal language model"
         ) from error
     attention.install(empty)
+    if quantized:
+        quantize.plan(empty)
     return empty
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from remora import config, data, lora, memory, model, tree
+from remora import config, data, lora, memory, model, quantize, tree
 from remora.config import PlanConfig, TrainConfig
 from remora.data import Dataset
 from remora.errors import ConfigError
@@ -366,8 +366,11 @@ class Planner:
 
     def _adapted(self) -> Any:
         with torch.random.fork_rng():
-            empty = model.load_empty(self._model_config, self._precision.base)
-            return lora.adapt(empty, self._settings)
+            return lora.adapt(self._empty(self._model_config), self._settings)
+
+    def _empty(self, model_config: Any) -> Any:
+        quantized = self._settings.method == "qlora"
+        return model.load_empty(model_config, self._precision.base, quantized=quantized)
 
     def _skeleton_of(self, adapted: Any) -> memory.Skeleton:
         by_kernel = self._hardware.type != "cpu"
@@ -550,11 +553,16 @@ class Planner:
             ({"micro_batch_tokens": None}, "without --micro-batch-tokens {}: nothing but time"),
             ({"checkpointing": "auto"}, "without --checkpointing off: about a third more time"),
             ({"method": "lora"}, "with --method lora: usually within a point or two of full"),
+            ({"method": "qlora"}, "with --method qlora: the base in 4 bits, slower"),
             ({"rank": 4}, "with --rank 4: a smaller adapter, which may learn less"),
         ):
             ((name, value),) = change.items()
             now = getattr(settings, name)
             if now in {value, "on"} or (name == "rank" and (now <= 4 or settings.method == "full")):
+                continue
+            if value == "lora" and now == "qlora":
+                continue
+            if value == "qlora" and self._hardware.type not in quantize.DEVICES:
                 continue
             other = Planner(
                 dataclasses.replace(settings, **change),
@@ -595,7 +603,8 @@ class Planner:
     def measured_time(self, made: Plan, device: torch.device) -> dict[str, Any]:
         """Return the time of the training steps at the rate that one layer is computed with here.
 
-        The layer has random weights and a small vocabulary.
+        The layer has random weights and a small vocabulary. Without bitsandbytes the time that it
+        takes to unpack 4-bit weights is left out.
         """
         self._say("measuring the speed of one layer")
         cut = copy.deepcopy(self._model_config)
@@ -614,15 +623,16 @@ class Planner:
             edge_targets=largest.edge_targets % vocabulary,
         )
         with torch.random.fork_rng():
-            empty = lora.adapt(model.load_empty(cut, self._precision.base), self._settings)
+            empty = lora.adapt(self._empty(cut), self._settings)
             operations = self._skeleton_of(empty).count(packed).operations
-            layer = lora.adapt(model.load_empty(cut, self._precision.base), self._settings)
-            layer = layer.to_empty(device=device)
-            for tensor in [*layer.parameters(), *layer.buffers()]:
+            base = model.load_empty(cut, self._precision.base).to_empty(device=device)
+            for tensor in [*base.parameters(), *base.buffers()]:
                 if tensor.is_floating_point():  # a norm of small weights would make denormals
                     bound = 1 if tensor.dim() < 2 else 1 / math.sqrt(tensor.shape[-1])
                     torch.nn.init.uniform_(tensor, bound if tensor.dim() < 2 else -bound, bound)
-            layer.train()
+            if self._settings.method == "qlora" and quantize.is_installed():
+                quantize.quantize(base)
+            layer = lora.adapt(base, self._settings).to(device).train()
             packed = packed.to(device)
             seconds = min(self._time(layer, packed, device) for _ in range(5))
         return {

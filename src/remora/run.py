@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 import remora
-from remora import admit, lora, model
+from remora import admit, lora, model, quantize
 from remora.calibration import Scored
 from remora.config import TrainConfig
 from remora.errors import ConfigError, ModelError, ResourceError
@@ -37,7 +37,7 @@ else:
 
 SCHEMA = 1
 PROBABILITIES = "probabilities.safetensors"
-FOLDERS = {"lora": "adapter", "full": "model"}
+FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
 """Where in a run directory lies what was trained, by the method."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -307,9 +307,16 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def load_adapter(
-    path: Path, *, base: str | None, dtype: torch.dtype, device: torch.device
+    path: Path,
+    *,
+    base: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    dequantized: bool = False,
 ) -> tuple[Any, Prompt, AdapterCard]:
     """Load an adapter around its base model, or a whole model.
+
+    The base of an adapter that the method qlora trained is brought to 4 bits as it was then.
 
     Args:
         path: A run directory, an adapter's folder, or the folder of a whole model that `export` or
@@ -317,16 +324,16 @@ def load_adapter(
         base: Base model, where it is no longer where the card says.
         dtype: What the base, or the whole model, is stored in.
         device: Where to.
+        dequantized: Whether to bring a base in 4 bits back to plain layers, in float32.
 
     Returns:
         PEFT's model in evaluation mode, or the whole one, the prompt it was trained with, and its
         card.
 
     Raises:
+        ConfigError: If the base would be in 4 bits, and that is not possible here.
         ModelError: If a part is missing or broken, or the base model is another one.
     """
-    import peft
-
     folder = adapter_folder(path)
     if _is_whole(folder):
         return _load_whole(folder, base=base, dtype=dtype, device=device)
@@ -338,8 +345,12 @@ def load_adapter(
             "give its own base model with --model"
         )
     prompt = card.prompt(model.load_tokenizer(source))
-    loaded = model.load(source, dtype)
+    loaded = load_base(source, card.method, dtype, device)
+    if dequantized:
+        quantize.dequantize(loaded)
     admit.adapter(folder, loaded)
+    import peft
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -362,6 +373,17 @@ def load_adapter(
         )
     lora.make_fast(adapted)
     return adapted.to(device).eval(), prompt, card
+
+
+def load_base(folder: Path, method: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the base model in a folder, in evaluation mode, as a method trains an adapter on it.
+
+    Raises:
+        ConfigError: If it would be in 4 bits, and that is not possible here.
+        ModelError: If it cannot be loaded.
+    """
+    on = device if method == "qlora" else None
+    return model.load(folder, dtype, quantize_on=on).to(device).eval()
 
 
 def _load_whole(

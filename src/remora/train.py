@@ -23,6 +23,7 @@ from remora import (
     memory,
     model,
     plan,
+    quantize,
     resume,
     run,
     score,
@@ -332,7 +333,7 @@ def prepare(
     """
     folder = model.find(config.model)
     prompt = plan.load_prompt(config, labels, folder)
-    base = model.load(folder, precision.base)
+    base = run.load_base(folder, config.method, precision.base, device)
     adapted = lora.adapt(base, config).to(device)
     card = run.AdapterCard(
         base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,
@@ -393,6 +394,8 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
             for line in dataset.summary.lines():
                 reporter.say(line)
             device = plan.choose_device(config.device)
+            if config.method == "qlora":
+                quantize.require(device)
             full = config.method == "full"
             precision = plan.choose_precision(device, config.precision, trains_base=full)
             reporter.say(f"computing on {_spoken_devices(device, ranks)}: {precision}")
@@ -567,7 +570,9 @@ def _introduce(
 ) -> Iterator[str]:
     """Say what will be trained on what, each derived setting with where it comes from."""
     layers = ", ".join(f"{name} {count:,}" for name, count in parameters.modules.items())
-    where = f"r={config.rank}: {layers}" if config.method == "lora" else "all weights"
+    where = "all weights" if config.method == "full" else f"r={config.rank}: {layers}"
+    if config.method == "qlora":
+        where += "; the base model is in 4 bits"
     yield (
         f"training {parameters.trainable:,} of {parameters.total:,} parameters "
         f"({parameters.share:.2%}), {where}"
