@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from remora import compare, evaluate, run
+from conftest import WAYS, WORDS
+from remora import compare, evaluate, run, train
 from remora.cli import main
-from remora.config import CompareConfig
+from remora.config import CompareConfig, TrainConfig
 from remora.errors import ConfigError, DataError
 
 TRUE = ["a", "b", "c", "d"] * 25
@@ -84,6 +85,47 @@ def test_error_consistency_is_scikit_learns_kappa(runs) -> None:
     pair = next(p for p in found.pairs if p.second == "small")
     right = [[a == t for a, t in zip(p, TRUE, strict=True)] for p in map(predictions, runs)]
     assert pair.error_consistency == pytest.approx(cohen_kappa_score(*right))
+
+
+def test_full_lora_and_baseline_of_one_base(base: Path, tmp_path: Path, capsys) -> None:
+    """Three contenders that were really trained; p-values as scipy has them on their files."""
+    rows = [(w.format(word), label) for label, word in WORDS.items() for w in WAYS for _ in "ab"]
+    table = tmp_path / "table.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows * 2])
+    common = {"model": str(base), "output": tmp_path, "test": str(table), "device": "cpu"}
+    runs = [
+        train.train(
+            TrainConfig(
+                str(table), method=method, name=method, max_steps=steps, seed=seed, **common
+            )
+        ).directory
+        for method, steps, seed in (("full", 2, 0), ("lora", 1, 0))
+    ]
+    capsys.readouterr()
+    found = compare.compare(CompareConfig((*runs,)))
+    true = [label for _, label in rows * 2]
+    with (runs[0] / "predictions.csv").open(newline="") as file:
+        answers = {"TF-IDF + linear SVM": [row["baseline"] for row in csv.DictReader(file)]}
+    answers |= {run.name: predictions(run) for run in runs}
+    assert {each.name for each in found.contenders} == set(answers)
+    assert len(found.pairs) == 3
+    for pair in found.pairs:
+        right = [
+            [a == t for a, t in zip(answers[name], true, strict=True)]
+            for name in (pair.first, pair.second)
+        ]
+        first, second = (
+            sum(x and not y for x, y in zip(*order, strict=True)) for order in (right, right[::-1])
+        )
+        assert (pair.only_first_right, pair.only_second_right) == (first, second)
+        wanted = binomtest(first, first + second).pvalue if first + second else 1.0
+        assert pair.p_value == pytest.approx(wanted, rel=1e-12)
+        assert pair.adjusted_p_value >= pair.p_value
+    assert any(pair.p_value < 0.05 for pair in found.pairs)
+    shares = {each.name: each.trainable_share for each in found.contenders}
+    assert shares["full"] == 1
+    assert 0 < shares["lora"] < 0.5
 
 
 def test_a_model_that_trained_in_all_weights_needs_no_base(runs, tmp_path: Path) -> None:
