@@ -25,6 +25,7 @@ from remora.stop import Stop
 FILE = "learning_curve.json"
 FOLDER = "learning_curve"
 
+SIGNIFICANT = 0.05
 WORTH = 0.01
 """Accuracy that twice the rows must bring to be worth labelling them."""
 ALIKE = 0.5
@@ -312,10 +313,11 @@ def answer(
         if extrapolation:
             text += f", and {extrapolation.num_rows:,} rows should give about "
             text += f"{extrapolation.accuracy:.0%}"
-        if first.baseline_accuracy >= first.accuracy:
+        if first.baseline_accuracy >= first.accuracy or first.p_value >= SIGNIFICANT:
             text += (
-                f". A bigger model pays too: at {first.spoken} this one is no better than the "
-                "baseline, and what a model knows beforehand counts most where rows are few"
+                f". A bigger model may pay too: with {first.spoken} this one is no better than "
+                f"the baseline (p = {first.p_value:.2g}), and what a model knows beforehand "
+                "counts most where rows are few"
             )
         return f"{text}."
     if high >= worth:
