@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,8 +185,22 @@ def test_the_copy_of_the_best_weights_and_the_checkpoints_are_counted(weightless
     assert with_rows.memory.best == 4 * with_rows.parameters
     assert without.memory.best == 0
     assert with_rows.allocated_bytes == with_rows.peak_bytes - 600_000_000 - with_rows.memory.best
-    download = 4 * with_rows.parameters  # stored in float32
-    assert with_rows.disk_bytes - download == 40 * with_rows.parameters
+    assert with_rows.download_bytes == 4 * with_rows.parameters  # stored in float32
+    assert with_rows.disk_bytes == 40 * with_rows.parameters
+
+
+def test_the_disk_is_looked_at_where_the_run_will_be(weightless, tmp_path, monkeypatch):
+    asked = []
+
+    def usage(path):
+        asked.append(Path(path))
+        return SimpleNamespace(free=1_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    made = planned(weightless, device="t4", output=tmp_path / "not" / "there")
+    assert asked[-1] == tmp_path
+    assert made.free_disk_bytes == 1_000
+    assert not made.fits_disk
 
 
 def test_less_memory_gives_smaller_micro_batches_then_alternatives(weightless):

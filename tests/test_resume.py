@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ import pytest
 from conftest import WAYS, WORDS
 from remora import checkpoint, resume, run, train
 from remora.config import TrainConfig
-from remora.errors import ConfigError, ModelError, Stopped
+from remora.errors import ConfigError, ModelError, ResourceError, Stopped
 from remora.progress import Reporter, Step
 from remora.stop import Stop
 
@@ -257,6 +258,15 @@ def test_a_finished_run_keeps_no_checkpoints_and_is_not_gone_on_with(config: Tra
     assert second != first
     with pytest.raises(ConfigError, match="exists already"):
         train.train(replace(config, name=first.name))
+
+
+def test_a_run_that_the_disk_has_no_room_for_does_not_begin(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
+    with pytest.raises(ResourceError, match=r"takes .* of disk and there are 20 kB for .*--output"):
+        train.train(config)
+    assert not config.output.exists()
 
 
 def test_the_time_limit_saves_and_stops(config: TrainConfig) -> None:

@@ -113,7 +113,10 @@ def show_plan(made: Plan, console: Console | None = None) -> None:
         f"{made.largest_micro_batch:,}), checkpointing {'on' if made.checkpointing else 'off'}: "
         f"{made.why}",
         f"time        {made.num_steps:,} steps of {made.batch_size} rows: {time}{made.seconds_are}",
-        f"disk        {spoken_bytes(made.disk_bytes)}",
+        f"disk        {spoken_bytes(made.disk_bytes)} for the run, of "
+        f"{spoken_bytes(made.free_disk_bytes)} that are free"
+        f"{'' if made.fits_disk else ': TOO LITTLE'}; "
+        f"{spoken_bytes(made.download_bytes)} to download",
     ):
         _line(console, line)
     if made.fits:

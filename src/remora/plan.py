@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,9 @@ class Plan:
     why: str
     memory: Components
     available_bytes: int | None
-    disk_bytes: int
+    disk_bytes: int  # of the run directory
+    free_disk_bytes: int  # where it is made
+    download_bytes: int  # 0 where the base model is here
     seconds: float | None
     seconds_are: str
     alternatives: tuple[str, ...]  # what would fit, the cheapest first; empty where it fits
@@ -263,6 +266,11 @@ class Plan:
         CUDA's context is not among what torch allocates, and nothing has validated best so far.
         """
         return self.peak_bytes - self.memory.best - (self.memory.runtime if self.is_cuda else 0)
+
+    @property
+    def fits_disk(self) -> bool:
+        """Whether there is room for the run directory."""
+        return self.disk_bytes <= self.free_disk_bytes
 
     @property
     def fits(self) -> bool:
@@ -536,7 +544,9 @@ class Planner:
             available_bytes=self._available,
             # What trains in float32, and checkpoints with four arrays of its size: the weights, the
             # best ones, two moments. While either is saved, the one before is still there.
-            disk_bytes=2 * (1 + 4) * 4 * trainable + (0 if is_here else download),
+            disk_bytes=2 * (1 + 4) * 4 * trainable,
+            free_disk_bytes=_free_bytes(self._settings.output),
+            download_bytes=0 if is_here else download,
             seconds=None,
             seconds_are="not estimated",
             alternatives=() if fits else tuple(self._alternatives(components)),
@@ -662,6 +672,12 @@ def _survey(
     rows = prompt.rows([table.texts[i] for i in wanted], [table.labels[i] for i in wanted])
     found = dict(zip(wanted, rows, strict=True))
     return [[found[index] for index in batch] for batch in chosen]
+
+
+def _free_bytes(folder: Path) -> int:
+    """Return the bytes that are free where a folder is, or would be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def spoken_bytes(count: float) -> str:

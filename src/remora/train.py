@@ -406,6 +406,12 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
             planned, heaviest = _plan(
                 resume.as_before(config, resumed), dataset, precision, device, reporter
             )
+            if not (directory or planned.fits_disk):
+                raise ResourceError(
+                    f"the run takes {plan.spoken_bytes(planned.disk_bytes)} of disk and there are "
+                    f"{plan.spoken_bytes(planned.free_disk_bytes)} for {config.output}; free "
+                    "space, or choose another folder with --output"
+                )
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(config.seed)
             adapted, prompt, card, folder = prepare(config, dataset.labels, precision, device)
