@@ -176,6 +176,16 @@ def test_the_answer_turns_on_whether_the_difference_may_be_chance(tmp_path: Path
     assert compare.compare(strong).answer.endswith("the smallest, is the most accurate.")
 
 
+def test_of_runs_of_one_size_none_is_called_bigger(tmp_path: Path) -> None:
+    """For instance two sizes of a learning curve."""
+    fewer, more = write_run(tmp_path / "fewer", wrong(*range(12))), write_run(tmp_path / "m", TRUE)
+    answer = compare.compare(CompareConfig((fewer, more))).answer
+    assert answer.startswith("Neither is bigger, and one is better: m is better than fewer")
+    like = write_run(tmp_path / "like", wrong(*range(11)))
+    answer = compare.compare(CompareConfig((fewer, like))).answer
+    assert answer.startswith("Neither is bigger: what like has over fewer may be chance")
+
+
 def test_bar_volume_and_cost_through_the_command_line(runs, capsys) -> None:
     assert remora("compare", *runs, "--bar", "0.85") == 0
     shown = capsys.readouterr().out

@@ -293,7 +293,7 @@ def learning_curve(found: dict[str, Any] | None) -> Chart | None:
         x_range=(ours[0][0], further["num_rows"] if further else ours[-1][0]),
         y_range=(min(values), max(values)),
         y_percent=True,
-        x_places=[rows for _, points, _ in [*ahead, ("", ours, True)] for rows, _ in points],
+        x_places=[rows for rows, _ in ours] + [points[1][0] for _, points, _ in ahead],
     )
 
 

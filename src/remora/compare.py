@@ -311,14 +311,16 @@ def _answer(best: Contender, rival: Contender | None, pairs: Sequence[Pair]) -> 
         f"{100 * pair.difference:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, "
         f"p = {pair.adjusted_p_value:.2g}"
     )
+    alike = best.num_bytes == rival.num_bytes
     if pair.adjusted_p_value >= SIGNIFICANT:
+        keeps = "Neither is bigger" if alike else "The bigger model does not earn its keep"
+        smaller = "" if alike else "the smaller "
         return (
-            f"The bigger model does not earn its keep: what {best.name} has over the smaller "
-            f"{rival.name} may be chance ({figures})."
+            f"{keeps}: what {best.name} has over {smaller}{rival.name} may be chance ({figures})."
         )
+    keeps = "Neither is bigger, and one is better" if alike else "The bigger model earns its keep"
     return (
-        f"The bigger model earns its keep: {best.name} is better than {rival.name} and every "
-        f"other smaller one ({figures})."
+        f"{keeps}: {best.name} is better than {rival.name} and every other smaller one ({figures})."
     )
 
 
