@@ -112,8 +112,16 @@ def diagnose(path: Path, labels: Sequence[str], reason: str) -> None:
     }
     figures = {"num_rows": 90, "suspects": 7, "out_of_sample_accuracy": 0.8}
     near = {"num_test_exact": 1, "num_test_near": 2, "num_conflicting": 3}
+    ceiling = {"accuracy": 0.93, "interval": [0.9, 0.95], "wrong": 0.04, "overlapping": 0.03}
+    tied = [{"token": reason, "label": labels[1], "num_rows": 5, "share": 0.1}]
     found = {"method": "fast mode", "pairs": [pair], **figures, **near}
+    found |= {"ceiling": ceiling, "tied_tokens": tied}
     run.write_json(path / "diagnosis.json", found)
+    run.write_csv(
+        path / "relabel.csv",
+        ("row", "text", "label", "suggested", "decision"),
+        [(str(i), text, labels[0], labels[1], "") for i, text in enumerate(("=a", reason), 1)],
+    )
 
 
 def learn(path: Path) -> None:

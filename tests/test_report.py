@@ -255,6 +255,17 @@ def test_a_run_can_do_without_what_is_not_its_result(tmp_path: Path) -> None:
     shown = Read(report.page(run))
     row = ["card arrival / refund", "labels overlap", "7 of 9 rows, <b>", "91.25%"]
     assert table(shown, "Confused pairs")[1] == row
+    assert "93.0% of these test rows right (95% interval 90.0% to 95.0%)" in shown.text
+    assert table(shown, "Names, numbers")[1] == ["7 of 9 rows, <b>", "refund", "5"]
+    assert "The first 2 rows of relabel.csv" in shown.text
+    assert "\n=alabel card arrival suggested refund row 1" in shown.text
+    (run / "relabel.csv").write_text("row,text\n1", encoding="utf-8")
+    diagnosis = json.loads((run / "diagnosis.json").read_text(encoding="utf-8"))
+    del diagnosis["ceiling"], diagnosis["tied_tokens"]
+    (run / "diagnosis.json").write_text(json.dumps(diagnosis), encoding="utf-8")
+    bare = Read(report.page(run))
+    assert "relabel.csv" in bare.text
+    assert "The first" not in bare.text
 
 
 def test_a_torn_log_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import hashlib
 import importlib.resources
+import itertools
 import json
 import os
 from collections import Counter
@@ -290,6 +292,7 @@ def _context(found: Results) -> dict[str, Any]:
         },
         "plan": planned,
         "diagnosis": results.read_json(directory / "diagnosis.json"),
+        "suspects": _suspects(directory / "relabel.csv"),
         "memory_rows": _memory_rows(planned),
         "plan_rows": _plan_rows(planned),
         "setting_rows": _rows(results.read_settings(directory)),
@@ -407,6 +410,22 @@ def _record(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record
+
+
+def _suspects(path: Path) -> list[dict[str, str]]:
+    """Return the first rows of relabel.csv; a person may have changed or removed the file."""
+    if not path.is_file():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(itertools.islice(csv.DictReader(file), NUM_STATIC_MESSAGES))
+        return [
+            {"row": row["row"]}
+            | {k: _cut(results.as_it_was(row[k])) for k in ("text", "label", "suggested")}
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error):
+        return []
 
 
 def _memory_rows(planned: dict[str, Any] | None) -> list[tuple[str, str]]:

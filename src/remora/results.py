@@ -58,7 +58,7 @@ def read(directory: Path) -> Results:
         found = Results(
             directory=directory,
             figures=figures,
-            texts=[_as_it_was(row["text"]) for row in rows],
+            texts=[as_it_was(row["text"]) for row in rows],
             true=[labels[row["label"]] for row in rows],
             predicted=[labels[row["predicted"]] for row in rows],
             probability=[float(row["probability"]) for row in rows],
@@ -111,6 +111,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return dict(value)
 
 
-def _as_it_was(cell: str) -> str:
+def as_it_was(cell: str) -> str:
     """Undo `run.defused`."""
     return cell[1:] if cell.startswith("'") and run.defused(cell[1:]) == cell else cell
