@@ -179,12 +179,20 @@ WAYS = ("Where is my {}?", "the {} again", "{} please, day {{}}", "Still no {}!"
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that has learned the form of the task, with labels drawn at random."""
-    from remora import tree
-    from remora.prompt import Prompt
-
     folder = tmp_path_factory.mktemp("base")
     tokenizer = build_tokenizer()
     model = tiny_model("qwen2", torch.float32, scale=2, vocabulary=len(tokenizer))
+    teach(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def teach(model: Any, tokenizer: Any) -> None:
+    """Train a model to answer a message with a label, whichever."""
+    from remora import tree
+    from remora.prompt import Prompt
+
     prompt = Prompt(tokenizer, list(WORDS), instruction="Classify the message.", max_length=200)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     generator = np.random.default_rng(0)
@@ -197,6 +205,3 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (loss / packed.num_supervised_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder

@@ -21,7 +21,7 @@ import pytest
 
 import finished
 from conftest import WAYS, WORDS
-from remora import cli
+from remora import cli, quantize
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = (
@@ -153,6 +153,11 @@ def without(shop: Workshop, module: str, command: list[str]) -> list[str]:
     return command
 
 
+def without_bitsandbytes(shop: Workshop) -> list[str]:
+    shop.patch().setattr(quantize, "is_installed", lambda: False)
+    return train("good.csv", "--method", "qlora")
+
+
 def measured(shop: Workshop, texts: list[str]) -> str:
     """Write a finished run of other test rows than those of runs/good."""
     labels, true = list(WORDS), [0] * len(texts)
@@ -201,6 +206,24 @@ CASES: list[Case] = [
     ("a negative learning rate", 2, lambda s: train("good.csv", "--learning-rate", "-1")),
     ("an absurd learning rate", 2, lambda s: train("good.csv", "--learning-rate", "1e9")),
     ("a batch of 0", 2, lambda s: train("good.csv", "--batch-size", "0")),
+    (
+        "a way to begin that changes the base model",
+        2,
+        lambda s: train("good.csv", "--init-lora-weights", "pissa"),
+    ),
+    (
+        "DoRA on a base in 4 bits, and a rate of LoRA+ of 0",
+        2,
+        lambda s: train(
+            *("good.csv", "--use-dora", "--method", "qlora", "--loraplus-lr-ratio", "0")
+        ),
+    ),
+    (
+        "rsLoRA without an adapter",
+        2,
+        lambda s: train("good.csv", "--use-rslora", "--method", "full"),
+    ),
+    ("qlora without bitsandbytes", 2, without_bitsandbytes),
     ("a word for a number", 2, lambda s: train("good.csv", "--epochs", "many")),
     ("a precision that there is not", 2, lambda s: train("good.csv", "--precision", "float8")),
     ("float16 on a processor", 2, lambda s: train("good.csv", "--precision", "float16")),

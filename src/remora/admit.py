@@ -31,7 +31,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.]{0,200}")
 _ADAPTER_KEYS = {
     *("alpha_pattern", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
     *("init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "peft_version", "r"),
-    *("rank_pattern", "revision", "target_modules", "task_type"),
+    *("rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 
 
@@ -43,7 +43,7 @@ def adapter(folder: Path, base: Any) -> None:
     """
     for name in ADAPTER_FILES:
         followed(folder / name)
-    ranks, default, targets = _read_ranks(folder / "adapter_config.json")
+    ranks, default, targets, is_dora = _read_ranks(folder / "adapter_config.json")
     shapes = read_shapes([folder / "adapter_model.safetensors"])
     for name, module in base.named_modules():
         if not _ends_with(name, targets):
@@ -57,8 +57,11 @@ def adapter(folder: Path, base: Any) -> None:
         is_linear = hasattr(module, "in_features")
         into = module.in_features if is_linear else weight.shape[0]
         out = module.out_features if is_linear else weight.shape[1]
-        for matrix, shape in (("A", (rank, into)), ("B", (out, rank))):
-            key = f"base_model.model.{name}.lora_{matrix}.weight"
+        wanted: dict[str, tuple[int, ...]] = {"A.weight": (rank, into), "B.weight": (out, rank)}
+        if is_dora:
+            wanted["magnitude_vector"] = (out,)
+        for part, shape in wanted.items():
+            key = f"base_model.model.{name}.lora_{part}"
             if key not in shapes:
                 raise _misfit(folder, f"lacks {key}")
             if shapes[key] != shape:
@@ -166,8 +169,8 @@ def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str]]:
-    """Return an adapter's ranks by layer, its rank elsewhere, and the layers it adapts."""
+def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str], bool]:
+    """Return an adapter's ranks by layer, its rank elsewhere, its layers, and is it DoRA."""
     from peft import LoraConfig
 
     values = read_json(path)
@@ -190,11 +193,13 @@ def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str]]:
         )
     if not all(_is_rank(number) for number in (rank, *ranks.values())):
         raise ModelError(f"{path} has a rank that is no whole number from 1; {AGAIN}")
+    if not all(isinstance(values.get(key, False), bool) for key in ("use_dora", "use_rslora")):
+        raise ModelError(f"{path} has a use_dora or use_rslora that is not true or false; {AGAIN}")
     scalars = [values.get("lora_alpha", 1), values.get("lora_dropout", 0), *scales.values()]
     if not all(isinstance(n, int | float) and abs(n) < 1e6 for n in scalars):
         raise ModelError(f"{path} has an alpha or dropout that is no number in reason; {AGAIN}")
     assert isinstance(rank, int)
-    return ranks, rank, targets
+    return ranks, rank, targets, values.get("use_dora") is True
 
 
 def _misfit(folder: Path, what: str) -> ModelError:

@@ -94,6 +94,19 @@ class TrainConfig:
     dropout: float = 0.05
     """Dropout on the adapter's inputs while training."""
 
+    use_rslora: bool = False
+    """Scale the adapter's update by alpha / sqrt(rank) instead (rsLoRA), for high ranks."""
+
+    use_dora: bool = False
+    """Train the length of each row of the adapted weights apart from its direction (DoRA); slower,
+    and not on a base in 4 bits."""
+
+    init_lora_weights: Literal["default", "gaussian"] = "default"
+    """How the adapter's A begins: as in PEFT (Kaiming), or gaussian. B begins at zero."""
+
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of the adapter's B as a multiple of that of A, such as 16 (LoRA+)."""
+
     target_modules: tuple[str, ...] = ()
     """Linear layers that get an adapter; by default q, k, v, o, gate, up and down, or for other
     architectures every linear layer but the head."""
@@ -176,6 +189,16 @@ class TrainConfig:
                     self.learning_rate is None or 0 < self.learning_rate <= 1,
                 ),
                 ("epochs", "a number above 0", 0 < self.epochs < float("inf")),
+                (
+                    "loraplus_lr_ratio",
+                    "a number above 0 and at most 1000",
+                    self.loraplus_lr_ratio is None or 0 < self.loraplus_lr_ratio <= 1000,
+                ),
+                (
+                    "init_lora_weights",
+                    "default or gaussian; those that change the base model are not there",
+                    self.init_lora_weights in {"default", "gaussian"},
+                ),
                 ("max_steps", "a whole number from 1", _from(1, self.max_steps)),
                 ("max_length", "a whole number from 1", _from(1, self.max_length)),
                 ("eval_steps", "a whole number from 1", _from(1, self.eval_steps)),
@@ -209,6 +232,12 @@ class TrainConfig:
             )
             if not good
         ]
+        if self.use_dora and self.method == "qlora":
+            problems.append("use_dora is not for a base in 4 bits; use --method lora")
+        if self.method == "full" and self.lora_variant:
+            problems.append(
+                f"{self.lora_variant} is of an adapter and method is full; use --method lora"
+            )
         if self.learning_curve is not None:
             if self.rows_per_class is not None:
                 problems.append("rows_per_class and learning_curve are given; give one of them")
@@ -233,6 +262,13 @@ class TrainConfig:
     def num_per_class(self) -> int | None:
         """Rows of each class to train on, None for all: with a learning curve its last size."""
         return self.curve_sizes[-1] if self.learning_curve else self.rows_per_class
+
+    @property
+    def lora_variant(self) -> str | None:
+        """The name of a setting that makes the adapter another than plain LoRA, if there is one."""
+        names = ("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
+        plain = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        return next((name for name in names if getattr(self, name) != plain[name]), None)
 
     @property
     def max_tokens(self) -> int:

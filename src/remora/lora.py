@@ -84,11 +84,17 @@ def add_adapter(
     alpha: float,
     dropout: float,
     modules: Sequence[str] = (),
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init_lora_weights: str = "default",
 ) -> Any:
     """Freeze `model` and add a new LoRA adapter; return PEFT's model around it.
 
     The adapter's weights are float32 whatever the base is stored in. Until the first optimizer step
-    the outputs are the base model's, bit for bit.
+    the outputs are the base model's, bit for bit; with DoRA but for rounding.
+
+    The variants are PEFT's own: rsLoRA (https://arxiv.org/abs/2312.03732) and DoRA
+    (https://arxiv.org/abs/2402.09353), which PEFT computes too.
 
     Raises:
         ConfigError: If the model has no linear layer of a requested name.
@@ -101,6 +107,9 @@ def add_adapter(
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, and takes fractions
         lora_dropout=dropout,
         target_modules=names,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init_lora_weights=True if init_lora_weights == "default" else init_lora_weights,  # type: ignore[arg-type]
         fan_in_fan_out=any(_is_conv1d(m) or quantize.was_conv1d(m) for m in model.modules()),
         task_type="CAUSAL_LM",
     )
@@ -131,11 +140,16 @@ def adapt(base: Any, config: TrainConfig) -> Any:
         alpha=config.alpha,
         dropout=config.dropout,
         modules=config.target_modules,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=config.init_lora_weights,
     )
 
 
 def count_parameters(model: Any) -> ParameterCount:
     """Count the parameters of a model, and check those of adapters against r * (in + out).
+
+    With DoRA each layer has `out` more.
 
     Returns:
         The counts; tied weights count once.
@@ -147,6 +161,8 @@ def count_parameters(model: Any) -> ParameterCount:
             expected = rank * (layer.in_features + layer.out_features)
             found = layer.lora_A[adapter].weight.numel() + layer.lora_B[adapter].weight.numel()
             assert found == expected, f"{path}: {found} parameters, r * (in + out) is {expected}"
+            if adapter in layer.lora_magnitude_vector:  # DoRA's
+                found += layer.lora_magnitude_vector[adapter].weight.numel()
             modules[name] = modules.get(name, 0) + found
     parameters = list(model.parameters())
     packed = sum(

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from remora import quantize
 from remora.errors import ConfigError, ModelError
 from remora.table import one_line
 
@@ -94,6 +95,7 @@ def read(folder: Path) -> Adapter:
     Raises:
         ModelError: If it cannot be read or is no plain LoRA.
     """
+    quantize.import_quietly()
     import peft
     from peft.utils.other import get_pattern_key
 

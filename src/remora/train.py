@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     reporter, stop, ranks = reporter or Reporter(), stop or Stop(), ranks or Ranks()
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     parameters = list(named.values())
-    optimizer, scheduler, num_steps = _optimizer(parameters, adapted, dataset, config, accelerator)
+    optimizer, scheduler, num_steps = _optimizer(named, adapted, dataset, config, accelerator)
     steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
     eval_steps = config.eval_steps or steps_per_epoch
     best_weights: list[Tensor] | None = None
@@ -235,7 +235,7 @@ def _expected_time(seconds: float, num_steps: int) -> str:
 
 
 def _optimizer(
-    parameters: Sequence[Tensor],
+    named: Mapping[str, Tensor],
     adapted: Any,
     dataset: Dataset,
     config: TrainConfig,
@@ -246,11 +246,18 @@ def _optimizer(
 
     num_steps = config.num_steps(len(dataset.train))
     width = tree.text_config(adapted).hidden_size
-    optimizer = torch.optim.AdamW(
-        list(parameters),
-        lr=config.learning_rate or default_learning_rate(width, config.method),
-        weight_decay=config.weight_decay,
-    )
+    rate = config.learning_rate or default_learning_rate(width, config.method)
+    groups: list[dict[str, Any]] = [{"params": list(named.values())}]
+    if config.loraplus_lr_ratio is not None:  # https://arxiv.org/abs/2402.12354; as in PEFT
+        is_faster = {name: "lora_B" in name or p.dim() == 1 for name, p in named.items()}
+        groups = [
+            {"params": [p for n, p in named.items() if not is_faster[n]]},
+            {
+                "params": [p for n, p in named.items() if is_faster[n]],
+                "lr": rate * config.loraplus_lr_ratio,
+            },
+        ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.weight_decay)
     scheduler = get_scheduler(
         config.schedule,
         optimizer,
