@@ -147,6 +147,23 @@ def test_each_size_is_the_run_that_it_would_be_alone(
     assert 'id="learning"' not in report.page(result.directory / "learning_curve/4-per-class")
 
 
+def test_all_sizes_take_the_steps_and_evaluations_of_the_last(config: TrainConfig) -> None:
+    by_epochs = replace(
+        config, learning_curve="4,all", max_steps=None, eval_steps=None, epochs=2, patience=0
+    )
+    result, curve = learning_curve.learn(by_epochs)
+    assert [size.num_steps for size in curve.sizes] == [8, 8]  # 2 epochs of 80 rows, 20 a step
+    logs = [
+        [
+            record["step"]
+            for record in map(json.loads, path.read_text().splitlines())
+            if "validation_accuracy" in record
+        ]
+        for path in result.directory.rglob("metrics.jsonl")
+    ]
+    assert logs == [[4, 8], [4, 8]]
+
+
 def test_the_base_of_full_fine_tuning_is_fresh_for_each_size(
     config: TrainConfig, tmp_path: Path
 ) -> None:
