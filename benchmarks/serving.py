@@ -1,6 +1,6 @@
 """Requests per second and latency of `remora serve`, against generate() behind the same framework.
 
-craftgpt-5m with an adapter trained for a short while on Banking77, float32. Four services answer
+The base model in the package with an adapter trained on Banking77, float32. Four services answer
 the same requests of one message each, from clients that send the next as soon as they are answered:
 
 - `remora serve`, with probabilities to 0.01;
@@ -11,6 +11,7 @@ the same requests of one message each, from clients that send the next as soon a
 Each service is a process of its own, the clients are in this one.
 
     python benchmarks/serving.py
+    python benchmarks/serving.py --list-labels
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ LARGEST_BATCH = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train-steps", type=int, default=300)
+    scoring.add_arguments(parser)
     parser.add_argument("--requests", type=int, default=1_024)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
@@ -54,16 +55,18 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "banking77"
-        texts, true = train(adapter, options.train_steps)
-        compare(adapter, texts[: options.requests], true[: options.requests], options.clients)
+        texts, true = train(adapter, options)
+        name = "serving-labels-listed" if options.list_labels else "serving"
+        few = slice(options.requests)
+        compare(name, adapter, texts[few], true[few], options.clients)
 
 
-def train(directory: Path, steps: int) -> tuple[list[str], list[str]]:
-    """Train an adapter, save it, and return the test rows."""
+def train(directory: Path, options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Train an adapter or take the run's, save it, and return the test rows."""
     from remora import model, run
 
-    base = workload.SHARED / "models" / "craftgpt-5m"
-    adapted, prompt, dataset = scoring.trained(steps)
+    base = model.find(options.model)
+    adapted, prompt, dataset = scoring.adapter(options)
     card = run.AdapterCard(
         base_model=str(base),
         base_sha256=model.weights_sha256(base),
@@ -78,7 +81,9 @@ def train(directory: Path, steps: int) -> tuple[list[str], list[str]]:
     return list(dataset.test.texts), list(dataset.test.labels)
 
 
-def compare(adapter: Path, texts: list[str], true: list[str], clients: list[int]) -> None:
+def compare(
+    name: str, adapter: Path, texts: list[str], true: list[str], clients: list[int]
+) -> None:
     results: dict[str, Any] = {"requests": len(texts)}
     answers: dict[str, list[str | None]] = {}
     rows = []
@@ -110,7 +115,7 @@ def compare(adapter: Path, texts: list[str], true: list[str], clients: list[int]
         right = sum(a == b for a, b in zip(answers[arm], true, strict=True))
         results[f"{arm}, answers"] = {"as_remora": same, "right": right}
         print(f"{arm}: the answer of remora serve on {same} of {len(texts)} rows, right on {right}")
-    workload.write("serving", results)
+    workload.write(name, results)
 
 
 @contextlib.contextmanager
