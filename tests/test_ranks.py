@@ -191,7 +191,9 @@ def test_processes_that_all_slept_go_on(config: TrainConfig) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         parent.send_signal(signal.SIGTERM)
-    assert parent.returncode == Stopped.exit_code
+        assert parent.stderr is not None
+        said = parent.stderr.read()
+    assert parent.returncode == Stopped.exit_code, said
 
 
 def test_nothing_is_left_when_the_launcher_is_killed(config: TrainConfig) -> None:

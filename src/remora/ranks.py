@@ -222,7 +222,7 @@ def join() -> Iterator[Ranks]:
 
 def _meet(waiting: datetime.timedelta) -> tuple[Any, int, int]:
     """Return the store that all processes write to, this one's rank and their number."""
-    from torch.distributed import TCPStore
+    from torch.distributed.distributed_c10d import TCPStore
     from torch.distributed.rendezvous import rendezvous
 
     listener = os.environ.get(LISTENER)
