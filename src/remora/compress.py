@@ -1,19 +1,23 @@
-"""A smaller adapter: measured at several sizes, the smallest that is as good is kept."""
+"""A smaller adapter: measured at several sizes, the smallest that is as good is kept.
+
+Each is cut from the full one, and where that costs too much it learns again from it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from remora import data, low_rank, model, plan, run, score
+from remora import data, distill, low_rank, model, plan, run, score, train, tree
 from remora.config import ExportConfig
-from remora.data import Table
+from remora.data import Dataset, Table
 from remora.errors import ConfigError, DataError, ModelError
 from remora.low_rank import Artifact
 from remora.progress import Reporter
@@ -23,6 +27,12 @@ from remora.score import Scorer
 SHARES = (1, 2, 4, 8, 16, 32, 64)
 """Fractions of the full adapter's bytes that are tried, as their denominators."""
 
+MAX_STEPS = 300
+MAX_PASSES = 3
+"""An adapter that was cut learns for so many steps, or passes over the training rows if fewer."""
+
+LEARNING_RATE_SHARE = 0.25
+"""It learns at this share of the learning rate that the adapter was trained at."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -42,6 +52,7 @@ class Point:
     mean_rank: float
     accuracy: float
     num_flips: int  # rows that get another label than from the full adapter
+    cut_accuracy: float | None = None  # before it learned again; None where it did not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,22 +90,25 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
     frontier: list[Point] = []
     if budget is not None:
         artifact = low_rank.fit(adapter, budget, dtype, others)
-        trials = _Trials(config, base_bytes, reporter)
+        train_rows = _train_rows(config.run, reporter)
+        trials = _Trials(config, adapter, base_bytes, reporter)
+        if train_rows and artifact.ranks != low_rank.allocate(adapter.updates, 1 << 62, dtype):
+            artifact = trials.distilled(artifact, train_rows)
     else:
         validation = _validation(config.run, found)
-        trials = _Trials(config, base_bytes, reporter)
+        train_rows = _train_rows(config.run, reporter)
+        trials = _Trials(config, adapter, base_bytes, reporter)
         full = trials.full(validation)
         artifacts = _candidates(adapter, adapter_bytes, dtype, others)
-        for candidate in artifacts:
-            with tempfile.TemporaryDirectory() as trial:
-                frontier.append(trials.point(candidate, Path(trial), validation, full))
-        artifact = _smallest(
-            artifacts,
-            frontier,
-            _accuracy(full, validation),
-            len(validation),
-            config.tolerance,
-        )
+        least_right = _least_right(full, validation, config.tolerance)
+        for place, candidate in enumerate(artifacts):
+            point = trials.trial(candidate, validation, full)
+            if train_rows and point.accuracy * len(validation) < least_right - 0.5:
+                artifacts[place] = trials.distilled(candidate, train_rows)
+                again = trials.trial(artifacts[place], validation, full)
+                point = replace(again, cut_accuracy=point.accuracy)
+            frontier.append(point)
+        artifact = _smallest(artifacts, frontier, full, validation, config.tolerance)
     measured = Table(found.texts, found.true)
     full = trials.full(measured)
     return Compressed(
@@ -110,33 +124,34 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
 class _Trials:
     """Puts compressed adapters on a base model beside the full one, and compares their labels."""
 
-    def __init__(self, config: ExportConfig, base_bytes: int, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        config: ExportConfig,
+        adapter: low_rank.Adapter,
+        base_bytes: int,
+        reporter: Reporter,
+    ) -> None:
+        self._config, self._adapter = config, adapter
         device = plan.choose_device(config.device)
         self._precision = plan.choose_precision(device, "auto")
         self._adapted, self._prompt, _ = run.load_adapter(
             config.run, base=config.model, dtype=self._precision.base, device=device
         )
-        self._max_tokens, self._base_bytes = config.micro_batch_tokens, base_bytes
-        self._reporter = reporter
+        self._base_bytes, self._reporter = base_bytes, reporter
 
     def full(self, table: Table) -> list[str]:
         """Return the labels that the full adapter gives."""
         return self._labels(table, "adapter")
 
+    def trial(self, artifact: Artifact, table: Table, full: Sequence[str]) -> Point:
+        """Measure an adapter that is not kept."""
+        with tempfile.TemporaryDirectory() as folder:
+            return self.point(artifact, Path(folder), table, full)
+
     def point(self, artifact: Artifact, folder: Path, table: Table, full: Sequence[str]) -> Point:
         """Write an adapter into a folder and measure it as PEFT loads it from there."""
-        with run.disk_errors(folder):
-            for name, content in artifact.files.items():
-                (folder / name).write_bytes(content)
-        loaded = self._adapted.load_adapter(
-            str(folder), adapter_name="compressed", local_files_only=True
-        )
-        assert not loaded.missing_keys, loaded
-        assert not loaded.unexpected_keys, loaded
-        self._adapted.set_adapter("compressed")
-        labels = self._labels(table, plan.spoken_bytes(artifact.num_bytes))
-        self._adapted.set_adapter("default")
-        self._adapted.delete_adapter("compressed")
+        with self._loaded(artifact, folder):
+            labels = self._labels(table, plan.spoken_bytes(artifact.num_bytes))
         return Point(
             num_bytes=artifact.num_bytes,
             ratio=self._base_bytes / artifact.num_bytes,
@@ -145,12 +160,58 @@ class _Trials:
             num_flips=sum(a != b for a, b in zip(labels, full, strict=True)),
         )
 
+    def distilled(self, artifact: Artifact, table: Table) -> Artifact:
+        """Return an adapter of the same ranks and bytes that has learned from the full one."""
+        rate = run.read_settings(self._config.run).learning_rate
+        width = tree.text_config(self._adapted).hidden_size
+        passes = MAX_PASSES * math.ceil(len(table) / distill.BATCH_ROWS)
+        with tempfile.TemporaryDirectory() as folder, self._loaded(artifact, Path(folder)):
+            distill.distill(
+                self._adapted,
+                self._prompt,
+                table,
+                teacher="default",
+                student="compressed",
+                num_steps=min(MAX_STEPS, passes),
+                learning_rate=LEARNING_RATE_SHARE
+                * (rate or train.default_learning_rate(width, "lora")),
+                max_tokens=self._config.micro_batch_tokens,
+                precision=self._precision,
+                reporter=self._reporter,
+            )
+            updates = {
+                name.removeprefix(low_rank.PREFIX): low_rank.decompose(
+                    layer.lora_A["compressed"].weight.detach().cpu(),
+                    layer.lora_B["compressed"].weight.detach().cpu(),
+                    layer.scaling["compressed"],
+                )
+                for name, layer in self._adapted.named_modules()
+                if "compressed" in getattr(layer, "lora_A", ())
+            }
+        return low_rank.repack(artifact, self._adapter, updates)
+
+    @contextlib.contextmanager
+    def _loaded(self, artifact: Artifact, folder: Path) -> Iterator[None]:
+        """Write an adapter into a folder, and have it active beside the full one."""
+        with run.disk_errors(folder):
+            for name, content in artifact.files.items():
+                (folder / name).write_bytes(content)
+        loaded = self._adapted.load_adapter(
+            str(folder), adapter_name="compressed", local_files_only=True
+        )
+        assert not loaded.missing_keys, loaded
+        assert not loaded.unexpected_keys, loaded
+        self._adapted.eval().set_adapter("compressed")
+        yield
+        self._adapted.set_adapter("default")
+        self._adapted.delete_adapter("compressed")
+
     def _labels(self, table: Table, what: str) -> list[str]:
         # Only the likeliest label is asked for, so the search may end once it is certain.
         scorer = Scorer(
             self._adapted,
             self._prompt,
-            max_tokens=self._max_tokens,
+            max_tokens=self._config.micro_batch_tokens,
             tolerance=1,
             autocast=self._precision.autocast,
         )
@@ -176,11 +237,17 @@ def _candidates(
     return found
 
 
+def _least_right(full: Sequence[str], table: Table, tolerance: float) -> int:
+    """Return how many rows a smaller adapter has to get right, a part of a row given to it."""
+    spare_rows = math.ceil(tolerance * len(table) / 100 - 1e-9)
+    return round(_accuracy(full, table) * len(table)) - spare_rows
+
+
 def _smallest(
     artifacts: Sequence[Artifact],
     frontier: Sequence[Point],
-    full_accuracy: float,
-    num_rows: int,
+    full: Sequence[str],
+    table: Table,
     tolerance: float,
 ) -> Artifact:
     """Return the smallest adapter that loses at most `tolerance` points, up to the next whole row.
@@ -188,18 +255,18 @@ def _smallest(
     Raises:
         ModelError: If all lose more.
     """
-    spare_rows = math.ceil(tolerance * num_rows / 100 - 1e-9)
+    least_right = _least_right(full, table, tolerance)
     good = [
         artifact
         for artifact, point in zip(artifacts, frontier, strict=True)
-        if round((full_accuracy - point.accuracy) * num_rows) <= spare_rows
+        if round(point.accuracy * len(table)) >= least_right
     ]
     if not good:
         best = max((point.accuracy for point in frontier), default=0.0)
         raise ModelError(
             f"every compressed adapter loses more than {tolerance:g} points of accuracy, the best "
-            f"has {best:.2%} where the full one has {full_accuracy:.2%} on {num_rows:,} validation "
-            "rows; give a larger --tolerance or another --dtype"
+            f"has {best:.2%} where the full one has {_accuracy(full, table):.2%} on "
+            f"{len(table):,} validation rows; give a larger --tolerance or another --dtype"
         )
     return min(good, key=lambda artifact: artifact.num_bytes)
 
@@ -212,20 +279,42 @@ def _validation(directory: Path, found: Results) -> Table:
     """
     if found.figures["measured_on"] == "validation":
         return Table(found.texts, found.true)
-    advice = "give --budget or --ratio, which need no validation rows"
+    try:
+        dataset = _dataset(directory)
+    except DataError as error:
+        raise DataError(f"{error}; give --budget or --ratio, which need no rows") from error
+    if not len(dataset.validation):
+        raise DataError(
+            f"{directory} has no validation rows; give --budget or --ratio, which need no rows"
+        )
+    return dataset.validation
+
+
+def _train_rows(directory: Path, reporter: Reporter) -> Table | None:
+    """Return the rows to learn from, if they are there."""
+    try:
+        return _dataset(directory).train
+    except DataError as error:
+        reporter.say(f"{error}: an adapter is only cut, and does not learn again")
+        return None
+
+
+def _dataset(directory: Path) -> Dataset:
+    """Return the rows that a run was trained on.
+
+    Raises:
+        DataError: If they are gone or no longer what they were.
+    """
     try:
         dataset = data.load(run.read_settings(directory))
         known = json.loads((directory / "data.json").read_text(encoding="utf-8"))["sha256"]
     except (DataError, OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"the rows that {directory} was trained on cannot be read "
-            f"({str(error).split(';')[0]}); {advice}"
+            f"the rows that {directory} was trained on cannot be read ({str(error).split(';')[0]})"
         ) from error
     if known != dataset.summary.sha256:
-        raise DataError(f"the rows are not those that {directory} was trained on; {advice}")
-    if not len(dataset.validation):
-        raise DataError(f"{directory} has no validation rows; {advice}")
-    return dataset.validation
+        raise DataError(f"the rows are not those that {directory} was trained on")
+    return dataset
 
 
 def _accuracy(labels: Sequence[str], table: Table) -> float:

@@ -364,7 +364,7 @@ def _show_parity(found: Parity, rows: str, console: Console) -> None:
 
 def _show_compressed(found: Compressed, rows: str, console: Console) -> None:
     if found.frontier:
-        columns = ("size", "of the base", "mean rank", "accuracy", "other labels", "")
+        columns = ("size", "of the base", "mean rank", "cut", "accuracy", "other labels", "")
         table = Table(*columns, box=None, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
@@ -373,11 +373,12 @@ def _show_compressed(found: Compressed, rows: str, console: Console) -> None:
                 _bytes(point.num_bytes),
                 f"1/{point.ratio:,.0f}",
                 f"{point.mean_rank:.2f}",
+                "" if point.cut_accuracy is None else f"{point.cut_accuracy:.2%}",
                 f"{point.accuracy:.2%}",
                 f"{point.num_flips:,}",
                 "chosen" if point.num_bytes == found.chosen.num_bytes else "",
             )
-        _line(console, "on validation rows:")
+        _line(console, "on validation rows; where cutting cost too much, it learned again:")
         console.print(table)
         console.print()
     chosen = found.chosen

@@ -60,6 +60,8 @@ class Artifact:
 
     files: Mapping[str, bytes]
     ranks: Mapping[str, int]
+    alpha: float
+    dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
@@ -186,50 +188,72 @@ def _cheapest(updates: Mapping[str, Update]) -> dict[str, int]:
 
 
 def pack(
-    adapter: Adapter, ranks: Mapping[str, int], dtype: torch.dtype, others: Mapping[str, bytes]
+    adapter: Adapter,
+    ranks: Mapping[str, int],
+    dtype: torch.dtype,
+    others: Mapping[str, bytes],
+    alpha: float | None = None,
 ) -> Artifact:
     """Return the files of an adapter cut to some ranks, in PEFT's format.
 
-    Each factor gets the root of the singular values, so that both are of one magnitude, and alpha
-    is the rank, so that the scaling is 1. In 8 bits there are no fine numbers near 0, so there all
-    factors are scaled up as far as they can be, and alpha down. Modules of rank 0 are no targets.
+    Each factor gets the root of the singular values, so that both are of one magnitude. One alpha
+    is for all modules; what PEFT divides it by, a module's rank, is in the factors. In 8 bits there
+    are no fine numbers near 0, so there alpha is small and the factors are large. Modules of rank 0
+    are no targets.
+
+    Args:
+        adapter: The full one.
+        ranks: The rank of each module.
+        dtype: What the weights are stored in.
+        others: Files that go with it.
+        alpha: That of another artifact of the same ranks, to get one of the same size.
 
     Raises:
         ConfigError: If a number is too large for `dtype`.
     """
-    tensors: dict[str, Tensor] = {}
-    for module, rank in ranks.items():
-        if rank:
-            update = adapter.updates[module]
-            root = update.values[:rank].sqrt()
-            a, b = root[:, None] * update.right[:rank], update.left[:, :rank] * root
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = a
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = b
-    factor = _factor(tensors.values(), dtype)
-    tensors = {name: (factor * x).to(dtype).contiguous() for name, x in tensors.items()}
-    if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
-        raise ConfigError(f"the adapter has numbers too large for {dtype}; use --dtype bfloat16")
     kept = {module: rank for module, rank in ranks.items() if rank}
     usual = Counter(kept.values()).most_common(1)[0][0]
-    unusual = {module: rank for module, rank in kept.items() if rank != usual}
+    tensors: dict[str, Tensor] = {}
+    for module, rank in kept.items():
+        update = adapter.updates[module]
+        root = (rank * update.values[:rank]).sqrt()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = root[:, None] * update.right[:rank]
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = update.left[:, :rank] * root
+    if alpha is None:
+        alpha = _alpha(tensors.values()) if dtype.itemsize == 1 else usual
+    most = torch.finfo(dtype).max
+    for name, tensor in tensors.items():
+        scaled = tensor / alpha**0.5
+        if dtype.itemsize == 1:
+            scaled = scaled.clamp(-most, most)
+        tensors[name] = scaled.to(dtype).contiguous()
+    if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
+        raise ConfigError(f"the adapter has numbers too large for {dtype}; use --dtype bfloat16")
     config = copy.copy(adapter.config)
-    config.r, config.rank_pattern = usual, unusual
-    config.lora_alpha = usual / factor**2
-    config.alpha_pattern = {module: rank / factor**2 for module, rank in unusual.items()}
+    config.r, config.lora_alpha = usual, alpha
+    config.rank_pattern = {module: rank for module, rank in kept.items() if rank != usual}
+    config.alpha_pattern = {}
     config.target_modules = list(kept)
     settings = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     files = {
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
         "adapter_config.json": json.dumps(settings, sort_keys=True).encode(),
     }
-    return Artifact({**files, **others}, dict(ranks))
+    return Artifact({**files, **others}, dict(ranks), alpha, dtype)
 
 
-def _factor(tensors: Collection[Tensor], dtype: torch.dtype) -> float:
-    """Return the power of 2 that tensors are multiplied with before they are rounded."""
-    if dtype.itemsize > 1:
-        return 1.0
-    largest = max((float(tensor.abs().max()) for tensor in tensors), default=0.0)
-    if not 0 < largest < math.inf:
-        return 1.0
-    return 2.0 ** math.floor(math.log2(torch.finfo(dtype).max / largest))
+def repack(artifact: Artifact, adapter: Adapter, updates: Mapping[str, Update]) -> Artifact:
+    """Return an artifact of the same size with other updates in the modules that it has."""
+    others = {
+        name: content
+        for name, content in artifact.files.items()
+        if name not in (WEIGHTS, "adapter_config.json")
+    }
+    changed = Adapter(adapter.config, updates)
+    return pack(changed, artifact.ranks, artifact.dtype, others, artifact.alpha)
+
+
+def _alpha(tensors: Collection[Tensor]) -> float:
+    """Return the power of 4 that makes the largest number 64 to 128: float8 goes up to 448."""
+    largest = max(float(tensor.abs().max()) for tensor in tensors)
+    return 4.0 ** math.ceil(math.log2(largest / 128)) if 0 < largest < math.inf else 1.0
