@@ -222,7 +222,7 @@ def join() -> Iterator[Ranks]:
 
 def _meet(waiting: datetime.timedelta) -> tuple[Any, int, int]:
     """Return the store that all processes write to, this one's rank and their number."""
-    from torch.distributed.distributed_c10d import TCPStore
+    from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 
     listener = os.environ.get(LISTENER)
@@ -230,7 +230,7 @@ def _meet(waiting: datetime.timedelta) -> tuple[Any, int, int]:
         store, rank, size = next(rendezvous("env://", timeout=waiting))
         return store, rank, size
     rank, size = int(os.environ["RANK"]), world_size()
-    store = TCPStore(
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         size,
