@@ -283,10 +283,14 @@ def test_the_answer_turns_on_the_last_step_and_on_who_errs_alike() -> None:
     assert "400 rows should give about 68%" in answer(rising, 0.1, (0.06, 0.14), further, 0.9)
     also = "A bigger model may pay too: with 1 per class"
     alike = [replace(size, p_value=0.2) for size in rising]
-    behind = [replace(size, baseline_accuracy=0.7) for size in rising]
+    behind = [replace(rising[0], baseline_accuracy=0.7), rising[1]]
     assert also not in said
     assert also in answer(alike, 0.1, (0.06, 0.14), None, 0.9)
     assert also in answer(behind, 0.1, (0.06, 0.14), None, 0.9)
+    worse = [replace(size, baseline_accuracy=0.7) for size in rising]
+    said = answer(worse, 0.1, (0.06, 0.14), None, 0.9)
+    assert said.startswith("Train longer, or take a bigger model: with 2 per class this one gets")
+    assert "60.0% where the baseline gets 70.0%" in said
     flat = sizes_of(0.8, 0.801)
     assert answer(flat, 0.001, (-0.004, 0.006), None, 0.6).startswith("Clean what there is")
     assert answer(flat, 0.001, (-0.004, 0.006), None, 0.4).startswith("Take a bigger model")

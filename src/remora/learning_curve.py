@@ -308,6 +308,12 @@ def answer(
         f"from {before.num_rows:,} to {last.num_rows:,} rows, accuracy changed by {each:+.1f} "
         f"points for each doubling (95% interval {low:+.1f} to {high:+.1f})"
     )
+    if last.baseline_accuracy > last.accuracy and last.p_value < SIGNIFICANT:
+        return (
+            f"Train longer, or take a bigger model: with {last.spoken} this one gets "
+            f"{last.accuracy:.1%} where the baseline gets {last.baseline_accuracy:.1%}, so it is "
+            "not rows that it lacks."
+        )
     if low > 0 and each >= worth:
         text = f"Label more: {figures}"
         if extrapolation:
