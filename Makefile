@@ -37,7 +37,7 @@ demo: install
 
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	for name in exactness scoring parity speed growth serving; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in exactness scoring parity speed growth serving injections same_answers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist
