@@ -37,6 +37,18 @@ PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_"
 KEPT_KERNELS = 128
 """Kernels that a processor's library keeps compiled, one for each shape of a product; see below."""
 
+KERNEL_BYTES = KEPT_KERNELS * 500_000
+"""What they take, as measured; docs/log.md has the figures."""
+
+MAPPED_BYTES = 1 << 25
+"""Arrays from this size on are mapped by glibc each on its own, and given back when freed."""
+
+FRAGMENT_BYTES = 100_000_000
+FRAGMENTS = 0.9
+"""Smaller arrays lie in its heap. Micro-batches are of ever new lengths, so what is freed fits what
+comes less and less: so many bytes, and this share of what a step has there, are held in pieces of
+no use. Measured with glibc 2.36; docs/log.md has the figures."""
+
 # torch's 16-bit products on processors compile a kernel for each shape and keep 1,024 of them, half
 # a megabyte each. Micro-batches are of ever new lengths, so none but those of the same length, in
 # other layers, are of use again. Both caches look here when the first product is computed.
@@ -55,6 +67,7 @@ class StepMemory:
         workspace: Everything else that is alive at the peak.
         operations: Floating-point operations of forward and backward pass, recomputation included;
             a multiplication and an addition count as two.
+        heap: Of all bytes, those in arrays that lie in the allocator's heap.
     """
 
     gradients: int
@@ -62,6 +75,7 @@ class StepMemory:
     logits: int
     workspace: int
     operations: int
+    heap: int = 0
 
     @property
     def peak(self) -> int:
@@ -150,6 +164,7 @@ class Skeleton:
             logits=at_peak["logits"],
             workspace=sum(at_peak.values()) - at_peak["gradients"] - saved - at_peak["logits"],
             operations=ledger.operations,
+            heap=ledger.heap_at_peak,
         )
 
     def count_scoring(self, num_tokens: int, num_kept: int) -> StepMemory:
@@ -197,6 +212,7 @@ class Skeleton:
             logits=ledger.totals["logits"],
             workspace=peak - ledger.totals["logits"],
             operations=ledger.operations,
+            heap=ledger.heap_at_peak,
         )
 
     def _faked(self, value: Any) -> Any:
@@ -242,6 +258,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tags = ("forward", "gradients", "logits", "saved", "workspace")
         self.totals = dict.fromkeys(tags, 0)
         self.at_peak, self.peak, self._total = dict(self.totals), 0, 0
+        self.heap_at_peak, self._heap = 0, 0
         self.operations = 0
 
     def __torch_dispatch__(
@@ -265,14 +282,17 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live[key] = (self.tag, storage.nbytes(), reference)
         self.totals[self.tag] += storage.nbytes()
         self._total += storage.nbytes()
+        self._heap += storage.nbytes() if storage.nbytes() < MAPPED_BYTES else 0
         if self._total > self.peak:
             self.peak, self.at_peak = self._total, dict(self.totals)
+            self.heap_at_peak = self._heap
 
     def _remove(self, key: int) -> None:
         if key in self._live:
             tag, size, _ = self._live.pop(key)
             self.totals[tag] -= size
             self._total -= size
+            self._heap -= size if size < MAPPED_BYTES else 0
 
     def retag(self, rename: Callable[[str, int], str]) -> None:
         """Give what is alive another tag, by its tag and its bytes."""
@@ -381,6 +401,12 @@ def release(device: torch.device) -> None:
     elif device.type == "mps":
         torch.mps.empty_cache()
     else:
+        trim()
+
+
+def keep_within(device: torch.device, limit: int) -> None:
+    """Give back what a processor's allocator holds, where the process has more than a limit."""
+    if device.type == "cpu" and used_bytes() > limit:
         trim()
 
 

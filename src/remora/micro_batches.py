@@ -114,6 +114,8 @@ class MicroBatches:
     def _backward(self, packed: tree.TokenTree, num_supervised: int) -> float:
         """Add the gradients of a micro-batch; return its part of the mean loss."""
         device = self._accelerator.device
+        if self._heaviest:
+            memory.keep_within(device, self._heaviest.limit_bytes)
         memory.refuse_to_exhaust(device, int(self._bytes_per_token * packed.num_tokens))
         packed = packed.to(device)
         with self._accelerator.autocast():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from remora import config, data, lora, memory, model, quantize, tree
+from remora import config, data, lora, memory, model, quantize, score, tree
 from remora.config import PlanConfig, TrainConfig
 from remora.data import Dataset
 from remora.errors import ConfigError
@@ -203,7 +203,8 @@ class Components:
     saved_activations: int  # what the forward pass keeps for the backward pass
     logits: int  # or their gradient
     workspace: int
-    runtime: int  # Python and its libraries on a processor, the driver's context on CUDA
+    fragments: int  # freed, and held by a processor's allocator; CUDA's are part of the runtime
+    runtime: int  # Python, its libraries and their kernels on a processor, CUDA's context
 
     @property
     def peak(self) -> int:
@@ -217,6 +218,7 @@ class Heaviest:
 
     rows: list[TokenSequence]
     bytes_per_token: float
+    limit_bytes: int  # of the process on a processor; what is more is given back
     run_tokens: float  # tokens that the whole run computes
 
 
@@ -360,8 +362,12 @@ class Planner:
 
     @functools.cached_property
     def _runtime(self) -> int:
-        """What is used before the model is there; first asked for when a count has imported it."""
-        return CUDA_RUNTIME_BYTES if self._hardware.type == "cuda" else memory.used_bytes()
+        """What is used beside the model; first asked for when a count has imported it."""
+        if self._hardware.type == "cuda":
+            return CUDA_RUNTIME_BYTES
+        memory.trim()
+        kernels = 0 if self._precision.autocast is None else memory.KERNEL_BYTES
+        return memory.used_bytes() + kernels
 
     @functools.cached_property
     def _available(self) -> int | None:
@@ -461,26 +467,46 @@ class Planner:
 
     def components(self, size: int, checkpointing: bool) -> Components:
         """Return the memory at its peak."""
-        step = self._count(size, checkpointing)
         trainable = 4 * self._counts.trainable
         # While the optimizer steps, all gradients are there and its own arrays; activations are
         # not. torch's AdamW makes one array as large as the weights where it steps them together.
-        stepping = trainable * (2 if self._hardware.type != "cpu" else 1)
-        gradients, workspace = step.gradients, step.workspace
-        saved, logits = step.saved, step.logits
-        if stepping > step.peak:
-            gradients, workspace, saved, logits = trainable, stepping - trainable, 0, 0
+        stepping = memory.StepMemory(
+            gradients=trainable,
+            saved=0,
+            logits=0,
+            workspace=trainable if self._hardware.type != "cpu" else 0,
+            operations=0,
+        )
+        moments = (self._count(size, checkpointing), stepping, self._scoring(size))
+        most = max(moments, key=lambda moment: moment.peak)
+        fragments = 0
+        if self._hardware.type == "cpu":
+            heap = max(moment.heap for moment in moments)
+            fragments = memory.FRAGMENT_BYTES + int(memory.FRAGMENTS * heap)
         return Components(
             base=self._base_bytes,
             adapter=trainable,
             best=trainable if len(self._dataset.validation) else 0,
-            gradients=gradients,
+            gradients=most.gradients,
             optimizer=2 * trainable,
-            saved_activations=saved,
-            logits=logits,
-            workspace=workspace,
+            saved_activations=most.saved,
+            logits=most.logits,
+            workspace=most.workspace,
+            fragments=fragments,
             runtime=self._runtime,
         )
+
+    @functools.lru_cache  # noqa: B019 - a planner does not outlive its plan
+    def _scoring(self, size: int) -> memory.StepMemory:
+        """Count a pass that scores labels, in a packed row as long as it may become."""
+        vocabulary = self._model_config.get_text_config().vocab_size
+        tables = (self._dataset.validation, self._dataset.test)
+        num_rows = min(score.BATCH_ROWS, max(len(table) if table else 0 for table in tables))
+        lengths = [len(row.token_ids) for row in self._sequences]
+        below = sum(len(answer) for answer in self._prompt.answers)  # all labels of a message
+        all_tokens = num_rows * (sum(lengths) // len(lengths) + below)
+        tokens = max(*lengths, min(size, all_tokens))
+        return self._skeleton.count_scoring(tokens, min(tokens, score.most_kept(vocabulary)))
 
     def heaviest(self, made: Plan) -> Heaviest:
         """Return the batch that the training loop should try first."""
@@ -493,6 +519,7 @@ class Planner:
         return Heaviest(
             rows=rows,
             bytes_per_token=(step.saved + step.logits + step.workspace) / largest,
+            limit_bytes=made.peak_bytes - memory.FRAGMENT_BYTES // 2,
             run_tokens=made.tree_tokens * self._examples,
         )
 

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remora import attention, tree
+from remora import attention, memory, tree
 from remora.calibration import Scored
 from remora.data import Table
 from remora.progress import Reporter
@@ -233,8 +233,8 @@ class Scorer:
                 return
             if not chosen:
                 return
-            for part in self._passes(chosen):
-                self._extend(row, part)
+            for paths in self._passes(chosen):
+                self._extend(row, paths)
 
     def _passes(self, chosen: Sequence[_Chosen]) -> Iterator[list[_Chosen]]:
         """Part the paths to compute so that no pass has too many logits."""
@@ -464,9 +464,11 @@ def score_table(
     ranks = ranks or Ranks()
     parts = []
     for start in range(0, len(texts), BATCH_ROWS * ranks.size):
+        memory.trim()  # training and scoring, taking turns, leave free memory in pieces
         batch = texts[start : start + BATCH_ROWS * ranks.size]
         parts += ranks.gather_arrays(scorer.probabilities(ranks.part(batch)))
         reporter.scoring(what, start + len(batch), len(texts))
         if stop:
             stop.check()
+    memory.trim()
     return np.concatenate(parts)
