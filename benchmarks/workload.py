@@ -17,7 +17,12 @@ LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 def banking77(split: str) -> tuple[list[str], list[str]]:
     """Return texts and labels of Banking77's `train` or `test` rows."""
-    path = SHARED / "data" / "banking77" / f"{split}.csv"
+    return intents("banking77", split)
+
+
+def intents(name: str, split: str) -> tuple[list[str], list[str]]:
+    """Return texts and labels of the rows of `banking77` or `clinc150`."""
+    path = SHARED / "data" / name / f"{split}.csv"
     if not path.is_file():
         raise SystemExit(f"error: this benchmark needs {path}; set REMORA_SHARED to its folder")
     with path.open(encoding="utf-8", newline="") as file:

@@ -296,11 +296,6 @@ CASES: list[Case] = [
     ),
     ("a run compared with itself", 2, lambda s: ["compare", "runs/good", "runs/good/"]),
     (
-        "a diagnosis without cleanlab",
-        2,
-        lambda s: without(s, "cleanlab.filter", ["diagnose", "runs/good"]),
-    ),
-    (
         "a report to where a folder is",
         2,
         lambda s: ["report", "runs/good", "--output", "runs"],

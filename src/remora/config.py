@@ -508,12 +508,13 @@ class DiagnoseConfig:
     """Directory of a finished run."""
 
     method: Literal["fast", "frozen", "tfidf", "adapters"] = "fast"
-    """Who judges rows that it was not trained on: a regression on frozen features of the base
+    """Who judges rows that it was not trained on: regressions on frozen features of the base
     model and on TF-IDF (fast), on either of them, or new adapters, which takes as long as training
     once for each fold."""
 
-    folds: int = 5
-    """In how many parts the rows are cut; each is judged by what was trained on the others."""
+    folds: int | None = None
+    """In how many parts the rows are cut; each is judged by what was trained on the others. By
+    default 10 for regressions on up to 5,000 rows, else 5."""
 
     apply: Path | None = None
     """A relabel.csv with decisions: write the training table with them, and diagnose nothing."""
@@ -529,7 +530,7 @@ class DiagnoseConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
-        if self.folds < 2:
+        if self.folds is not None and self.folds < 2:
             raise ConfigError(f"folds is {self.folds}; give a whole number from 2")
         if self.output is not None and self.apply is None:
             raise ConfigError("output is given without apply; give both")

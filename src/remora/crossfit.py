@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,20 +20,46 @@ from remora.score import Scorer
 Method = Literal["fast", "frozen", "tfidf", "adapters"]
 
 DESCRIPTIONS = {
-    "fast": "fast mode: logistic regression on frozen features of the base model, pooled with one "
-    "on TF-IDF; the adapter took no part",
-    "frozen": "fast mode: logistic regression on frozen features of the base model; the adapter "
-    "took no part",
-    "tfidf": "fast mode: logistic regression on TF-IDF; neither base model nor adapter took part",
-    "adapters": "adapters trained anew, each on the rows outside its fold",
+    "fast": "fast mode: regressions on frozen features of the base model, pooled with others on "
+    "TF-IDF; the adapter took no part",
+    "frozen": "fast mode: regressions on frozen features of the base model; the adapter took no "
+    "part",
+    "tfidf": "fast mode: regressions on TF-IDF; neither base model nor adapter took part",
+    "adapters": "adapters trained anew, each on the rows outside its fold, pooled with regressions "
+    "on TF-IDF",
 }
+MANY_ROWS = 5_000
+"""Up to so many rows, regressions are trained on nine tenths of them, beyond on four fifths."""
 BATCH_ROWS = 32
 
 
-def probabilities(
-    dataset: Dataset, settings: TrainConfig, method: Method, num_folds: int, reporter: Reporter
-) -> NDArray[np.float64]:
-    """Return a probability for each label of each training row, [rows, labels].
+@dataclass(frozen=True)
+class Judgement:
+    """What classifiers say of rows that they were not trained on."""
+
+    probabilities: NDArray[np.float64]  # [rows, labels], of all judges pooled
+    judges: tuple[NDArray[np.int64], ...]  # the likeliest labels by each view of the texts, [rows]
+    by_half: NDArray[np.int64]  # the likeliest labels by ridge regressions on half the rows, [rows]
+    by_most: NDArray[np.int64]  # the same regressions on all rows but a fold's
+
+    def first(self, count: int) -> Judgement:
+        """Return what was said of the first rows."""
+        return Judgement(
+            self.probabilities[:count],
+            tuple(each[:count] for each in self.judges),
+            self.by_half[:count],
+            self.by_most[:count],
+        )
+
+
+def judge(
+    dataset: Dataset,
+    settings: TrainConfig,
+    method: Method,
+    num_folds: int | None,
+    reporter: Reporter,
+) -> Judgement:
+    """Judge each row by classifiers that were trained on others.
 
     Each fold is predicted by a classifier that was trained on the other folds. Folds are stratified
     by label; a label of one row is then unknown to the classifier that judges it.
@@ -42,39 +68,54 @@ def probabilities(
         dataset: Its training rows are judged.
         settings: Those of the run: base model, prompt, and for `adapters` how to train.
         method: What is trained on the folds.
-        num_folds: In how many parts the rows are cut.
+        num_folds: In how many parts the rows are cut; None for what suits the method.
         reporter: Told how it goes.
     """
-    labels = dataset.labels
+    labels, rows = dataset.labels, dataset.train
     place = {label: index for index, label in enumerate(labels)}
-    true = np.array([place[label] for label in dataset.train.labels])
+    true = np.array([place[label] for label in rows.labels])
+    if num_folds is None:
+        num_folds = 5 if method == "adapters" or len(rows) > MANY_ROWS else 10
     folds = _folds(true, num_folds, settings.seed)
-    if method == "adapters":
-        return _adapters(dataset, settings, folds, reporter)
-    parts = []
+    views: list[tuple[Any, Any, float]] = []  # features of ridge and logistic regression, penalty
     if method != "frozen":
-        reporter.say("cross-validating a logistic regression on TF-IDF")
-        parts.append(_regressions(tfidf(dataset.train.texts), true, len(labels), folds, C=30.0))
-    if method != "tfidf":
+        words = (tfidf(rows.texts, pairs) for pairs in (True, False))
+        views.append((*words, 1.0))
+    if method in ("fast", "frozen"):
         reporter.say("computing frozen features of the base model")
-        features = frozen_features(dataset.train.texts, labels, settings, reporter)
-        parts.append(_regressions(features, true, len(labels), folds, C=0.003))
-    return pool(parts, true)
+        features = frozen_features(rows.texts, labels, settings, reporter)
+        views.append((features, features, 0.2))
+    reporter.say("cross-validating regressions")
+    ridges = [_ridge(x, penalty, true, len(labels), folds) for x, _, penalty in views]
+    halves = _folds(true, 2, settings.seed)
+    by_half = [_ridge(x, penalty, true, len(labels), halves) for x, _, penalty in views]
+    logistic = [_logistic(x, true, len(labels), folds) for _, x, _ in views]
+    parts = [list(view) for view in zip(ridges, logistic, strict=True)]
+    if method == "adapters":
+        adapters = _adapters(dataset, settings, folds, reporter)
+        parts.append([np.log(np.maximum(adapters, 1e-12))])
+    return Judgement(
+        pool([each for view in parts for each in view], true),
+        tuple(pool(view, true).argmax(1) for view in parts),
+        pool(by_half, true).argmax(1),
+        pool(ridges, true).argmax(1),
+    )
 
 
 def pool(parts: Sequence[NDArray[np.float64]], true: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Pool probabilities: softmax(sum of weight * log p), [rows, labels].
+    """Pool the scores of judges: softmax(sum of weight * score), [rows, labels].
 
     The weights are the ones with the least log-loss, so a judge that knows little counts little and
     the result is calibrated. One weight a judge, fitted on all rows, leaves them out of sample for
-    practical purposes. Logarithmic pool: Genest and Zidek 1986, https://doi.org/10.1214/ss/1177013825
+    practical purposes. With log-probabilities as scores it is a logarithmic pool: Genest and Zidek
+    1986, https://doi.org/10.1214/ss/1177013825
     """
     from scipy.optimize import minimize
 
-    logs = np.stack([np.log(np.maximum(part, 1e-12)) for part in parts])  # [judges, rows, labels]
+    scores = np.stack(parts)  # [judges, rows, labels]
 
     def pooled(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        total = np.tensordot(weights, logs, axes=1)
+        total = np.tensordot(weights, scores, axes=1)
         scaled = np.exp(total - total.max(1, keepdims=True))
         result: NDArray[np.float64] = scaled / scaled.sum(1, keepdims=True)
         return result
@@ -84,18 +125,18 @@ def pool(parts: Sequence[NDArray[np.float64]], true: NDArray[np.int64]) -> NDArr
         return float(-np.log(np.maximum(chosen, 1e-12)).mean())
 
     start = np.full(len(parts), 1 / len(parts))
-    found = minimize(log_loss, start, bounds=[(0.0, 10.0)] * len(parts), method="L-BFGS-B")
+    found = minimize(log_loss, start, bounds=[(0.0, 100.0)] * len(parts), method="L-BFGS-B")
     return pooled(found.x)
 
 
-def tfidf(texts: Sequence[str]) -> Any:
-    """Return TF-IDF of words and pairs of words, sparse [texts, terms], rows of length 1.
+def tfidf(texts: Sequence[str], pairs: bool) -> Any:
+    """Return TF-IDF of words and maybe pairs of words, sparse [texts, terms], rows of length 1.
 
     The weights of terms are learned without labels, so they may be learned on all rows.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    settings: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True}
+    settings: dict[str, Any] = {"ngram_range": (1, 2 if pairs else 1), "sublinear_tf": True}
     if not any(re.search(r"\w\w", text) for text in texts):  # no words: characters then
         settings["analyzer"] = "char"
     return TfidfVectorizer(**settings).fit_transform(texts)
@@ -104,12 +145,13 @@ def tfidf(texts: Sequence[str]) -> Any:
 def frozen_features(
     texts: Sequence[str], labels: Sequence[str], settings: TrainConfig, reporter: Reporter
 ) -> NDArray[np.float32]:
-    """Return what the untrained base model makes of each message, standardized, [texts, 2 H].
+    """Return what the untrained base model makes of each message, rows of length 1, [texts, 5 H].
 
-    The last layer's hidden state where the answer would begin, and the mean of a middle layer's
-    over the tokens that are not the same for all messages.
+    The hidden states of the last two layers where the answer would begin, and the means of the
+    embeddings, the middle layer and the last one over the tokens that are not the same for all
+    messages. docs/log.md compares choices.
     """
-    from sklearn.preprocessing import StandardScaler
+    from sklearn.preprocessing import StandardScaler, normalize
 
     device = plan.choose_device(settings.device)
     precision = plan.choose_precision(device, settings.precision)
@@ -127,13 +169,16 @@ def frozen_features(
         ids = torch.tensor([stems[i] + [0] * (longest - len(stems[i])) for i in rows])
         with torch.inference_mode():
             states = base(ids.to(device), output_hidden_states=True, use_cache=False).hidden_states
-            last, middle = states[-1].float().cpu(), states[len(states) // 2].float().cpu()
+        last = [states[-1], states[-2]]
+        meant = [states[0], states[len(states) // 2], states[-1]]
         for row, i in enumerate(rows):
-            own = middle[row, min(start, len(stems[i]) - 1) : len(stems[i])].mean(0)
-            found[i] = torch.cat([last[row, len(stems[i]) - 1], own]).numpy()
+            end = len(stems[i])
+            parts = [layer[row, end - 1] for layer in last]
+            parts += [layer[row, min(start, end - 1) : end].mean(0) for layer in meant]
+            found[i] = torch.cat(parts).float().cpu().numpy()
         reporter.scoring("features", begin + len(rows), len(order))
     stacked = np.stack([found[i] for i in range(len(stems))])
-    result: NDArray[np.float32] = StandardScaler().fit_transform(stacked)
+    result: NDArray[np.float32] = normalize(StandardScaler().fit_transform(stacked))
     return result
 
 
@@ -148,32 +193,51 @@ def _folds(
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(num_folds)]
 
 
-def _regressions(
+def _ridge(
+    features: Any,
+    penalty: float,
+    true: NDArray[np.int64],
+    num_labels: int,
+    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> NDArray[np.float64]:
+    """Return the scores that ridge regressions give each fold, about 1 for its label, else 0."""
+    from sklearn.linear_model import Ridge
+
+    targets = np.eye(num_labels, dtype=np.float32)[true]
+    result = np.empty((len(true), num_labels))
+    solver = "cholesky" if isinstance(features, np.ndarray) else "sparse_cg"
+    for others, own in folds:
+        regression = Ridge(alpha=penalty, solver=solver, tol=1e-2)
+        regression.fit(features[others], targets[others])
+        result[own] = regression.predict(features[own])
+    return result
+
+
+def _logistic(
     features: Any,
     true: NDArray[np.int64],
     num_labels: int,
     folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
-    C: float,
 ) -> NDArray[np.float64]:
-    """Return what logistic regressions say of each fold, [rows, labels]."""
+    """Return log-probabilities that logistic regressions give each fold, [rows, labels]."""
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    result = np.full((len(true), num_labels), 1e-6)
+    result = np.full((len(true), num_labels), 1e-9)
     for others, own in folds:
         known = np.unique(true[others])
         if len(known) == 1:
             result[own, known[0]] = 1
             continue
-        regression = LogisticRegression(C=C, max_iter=300)
+        regression = LogisticRegression(C=10.0, max_iter=100)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             regression.fit(features[others], true[others])
         result[np.ix_(own, regression.classes_)] = regression.predict_proba(features[own])
-    normalized: NDArray[np.float64] = result / result.sum(1, keepdims=True)
-    return normalized
+    logs: NDArray[np.float64] = np.log(np.maximum(result, 1e-12))
+    return logs
 
 
 def _adapters(

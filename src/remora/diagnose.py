@@ -4,52 +4,33 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remora import crossfit, data, duplicates, relabel, run
+from remora import crossfit, data, duplicates, label_noise, pairs, rare_tokens, relabel, run
 from remora.config import DiagnoseConfig, TrainConfig
+from remora.crossfit import Judgement
 from remora.data import Dataset, Table
-from remora.errors import ConfigError, DataError
+from remora.errors import DataError
+from remora.label_noise import LabelNoise
+from remora.pairs import HeldOut, PairDiagnosis
 from remora.progress import Reporter
+from remora.rare_tokens import TiedToken
 from remora.relabel import Suspect
 from remora.table import one_line
 
-Verdict = Literal[
-    "labels overlap", "rows mislabelled", "too few examples", "undertrained", "undecided"
-]
-FEW_ROWS = 15
-MIN_BOTH = 3
-"""Fewer held-out rows that run and baseline both confuse say nothing, whatever their p-value."""
-SIGNIFICANT = 0.05
-NUM_PAIRS = 10
 NUM_NEIGHBOURS = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairDiagnosis:
-    """Two labels that are taken for each other, why, and the evidence."""
-
-    first: str
-    second: str
-    verdict: Verdict
-    reason: str
-    num_first: int  # training rows
-    num_second: int
-    first_as_second: int  # training rows, judged out of sample
-    second_as_first: int
-    num_suspects: int  # of those, rows whose label is suspected to be wrong
-    num_conflicting: int  # rows with a nearly identical text under the other label
-    held_out_rows: int  # of either label
-    held_out_by_run: int  # of those, taken for the other label by the run
-    held_out_by_baseline: int
-    held_out_by_both: int
-    accuracy_if_merged: float  # of the run on the held-out rows, if the two were one label
+LIST_FROM = 0.2
+"""Rows whose label is wrong with at least this probability are listed."""
+SURE = 0.9
+"""So are rows whose judges name the same other label, together with at least this probability."""
+NUM_TOKENS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +54,33 @@ class Planted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """The accuracy that no model is expected to exceed on the held-out rows."""
+
+    accuracy: float
+    interval: tuple[float, float]  # 95 %
+    wrong: float  # estimated share of wrong labels
+    overlapping: float  # share of rows that every judge confuses because labels overlap
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnosis:
     """What was found."""
 
     method: str
     num_rows: int
     out_of_sample_accuracy: float  # against the labels as given
+    wrong: float  # estimated share of the training rows' labels that are wrong
+    wrong_interval: tuple[float, float]  # 95 %
     suspects: tuple[Suspect, ...]  # the most suspicious first
     pairs: tuple[PairDiagnosis, ...]
+    ceiling: Ceiling
     num_test_exact: int  # test rows whose text is a training text, but for case and spaces
     num_test_near: int  # test rows that are nearly a training text, those included
     num_conflicting: int  # training rows with a nearly identical text under another label
+    num_conflicts: int  # pairs of such rows
+    num_covered: int  # of those, with a row that is suspected or labels told to overlap
+    tied_tokens: tuple[TiedToken, ...]
     accuracy: float  # of the run
     planted: Planted | None  # for a sample, whose wrong labels are known
 
@@ -93,9 +90,10 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
-class _HeldOut:
-    """What the run and the baseline said of the held-out rows."""
+class _Predictions:
+    """predictions.csv, defused as it is."""
 
+    texts: list[str]
     true: NDArray[np.str_]
     by_run: NDArray[np.str_]
     by_baseline: NDArray[np.str_] | None
@@ -105,37 +103,54 @@ def diagnose(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Dia
     """Find out why a run errs; leaves diagnosis.json and relabel.csv in its directory.
 
     Raises:
-        ConfigError: If cleanlab is not installed.
         DataError: If the run is not finished, or its rows have changed.
     """
     reporter = reporter or Reporter()
-    _need_cleanlab()
-    held_out = _held_out(config.run)
+    predictions = _predictions(config.run)
     settings, dataset, everything = load(config)
     labels, rows = dataset.labels, everything.train
+    table, held_rows = _with_held_out(rows, predictions, labels)
     place = {label: index for index, label in enumerate(labels)}
-    true = np.array([place[label] for label in rows.labels])
+    true = np.array([place[label] for label in table.labels])
     reporter.say(crossfit.DESCRIPTIONS[config.method])
-    probabilities = crossfit.probabilities(
-        everything, settings, config.method, config.folds, reporter
+    judged = crossfit.judge(
+        replace(everything, train=table), settings, config.method, config.folds, reporter
     )
-    from cleanlab.filter import find_label_issues
+    held_out_noise = label_noise.estimate(judged.probabilities[held_rows], true[held_rows])
+    given = judged.probabilities[held_rows].argmax(1)
+    by_judges = np.array([run.defused(label) for label in labels])[given]
+    held_out = HeldOut(predictions.true, predictions.by_run, predictions.by_baseline, by_judges)
 
-    suspected = find_label_issues(true, probabilities, n_jobs=1)
+    true, judged = true[: len(rows)], judged.first(len(rows))
+    noise = label_noise.estimate(judged.probabilities, true)
     neighbours, near = duplicates.nearest(rows.texts, NUM_NEIGHBOURS)
-    conflicting = np.zeros(len(rows), dtype=bool)
     conflicts = [(i, j) for i, j in near if true[i] != true[j]]
-    conflicting[[row for pair in conflicts for row in pair]] = True
-    suspects = _suspects(rows, labels, true, probabilities, suspected, neighbours)
+    listed = list_rows(judged, true, noise, conflicts)
+    suspects = _suspects(rows, labels, true, judged.probabilities, noise, listed, neighbours)
+    diagnosed = pairs.diagnose(labels, true, judged, noise.p_wrong >= 0.5, conflicts, held_out)
+    overlapping = {
+        frozenset((place[pair.first], place[pair.second]))
+        for pair in diagnosed
+        if pair.verdict == "labels overlap"
+    }
     found = Diagnosis(
         method=crossfit.DESCRIPTIONS[config.method],
         num_rows=len(rows),
-        out_of_sample_accuracy=float((probabilities.argmax(1) == true).mean()),
+        out_of_sample_accuracy=float((judged.probabilities.argmax(1) == true).mean()),
+        wrong=noise.rate,
+        wrong_interval=noise.interval,
         suspects=suspects,
-        pairs=_pairs(labels, true, probabilities, suspected, conflicts, held_out),
+        pairs=diagnosed,
+        ceiling=ceiling(held_out_noise, held_out, diagnosed),
         num_test_exact=duplicates.num_exact(dataset),
         num_test_near=duplicates.num_near(dataset),
-        num_conflicting=int(conflicting.sum()),
+        num_conflicting=len({row for conflict in conflicts for row in conflict}),
+        num_conflicts=len(conflicts),
+        num_covered=sum(
+            bool(listed[[i, j]].any()) or frozenset((true[i], true[j])) in overlapping
+            for i, j in conflicts
+        ),
+        tied_tokens=rare_tokens.tied(rows)[:NUM_TOKENS],
         accuracy=float((held_out.true == held_out.by_run).mean()),
         planted=_planted(data.planted_errors(settings.data), suspects),
     )
@@ -183,15 +198,6 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     return settings, dataset, whole
 
 
-def _need_cleanlab() -> None:
-    try:
-        import cleanlab.filter  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "diagnose needs cleanlab, which is not installed; pip install 'remora[diagnose]'"
-        ) from error
-
-
 def _need_file(directory: Path, name: str) -> None:
     advice = "give the directory of a finished run"
     if not directory.is_dir():
@@ -200,35 +206,96 @@ def _need_file(directory: Path, name: str) -> None:
         raise DataError(f"{directory} has no {name}; {advice}")
 
 
-def _held_out(directory: Path) -> _HeldOut:
+def _predictions(directory: Path) -> _Predictions:
     path = directory / "predictions.csv"
     _need_file(directory, path.name)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
+        texts = [row["text"] for row in rows]
         true, by_run = (np.array([row[name] for row in rows]) for name in ("label", "predicted"))
         baseline = np.array([row["baseline"] for row in rows]) if "baseline" in rows[0] else None
     except (ValueError, KeyError, IndexError, csv.Error) as error:
         raise DataError(f"{path} is broken ({one_line(error)}); train the run again") from error
-    return _HeldOut(true, by_run, baseline)
+    return _Predictions(texts, true, by_run, baseline)
+
+
+def _with_held_out(
+    rows: Table, predictions: _Predictions, labels: Sequence[str]
+) -> tuple[Table, NDArray[np.int64]]:
+    """Return the rows with the held-out ones added, and the places of those.
+
+    Held-out rows that were split from the table are there already.
+    """
+    known = {run.defused(label): label for label in labels}
+    waiting = defaultdict[tuple[str, str], deque[int]](deque)
+    for row, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
+        waiting[run.defused(text), run.defused(label)].append(row)
+    texts, given, places = list(rows.texts), list(rows.labels), []
+    for text, label in zip(predictions.texts, predictions.true.tolist(), strict=True):
+        if waiting[text, label]:
+            places.append(waiting[text, label].popleft())
+        else:
+            places.append(len(texts))
+            texts.append(text)
+            given.append(known[label])
+    return Table(texts, given), np.array(places)
+
+
+def ceiling(noise: LabelNoise, held_out: HeldOut, diagnosed: Sequence[PairDiagnosis]) -> Ceiling:
+    """Estimate the accuracy that no model is expected to exceed on the held-out rows.
+
+    Two things cannot be learned: labels that are wrong, of which `label_noise` estimates the share,
+    and on which side of an overlap a row was put. Of labels told to overlap, the rows are counted
+    that run and judges both take for the other label; a coin would err on as many. Assumed: wrong
+    labels are not spread as the message would suggest, and the two are different rows. A model that
+    has learned the habits of who labelled the rows may do better. The interval has the Wilson
+    interval of the second share added to that of the first.
+    """
+    from scipy.stats import binomtest
+
+    overlapping = np.zeros(len(held_out.true), dtype=bool)
+    for pair in diagnosed:
+        if pair.verdict == "labels overlap":
+            names = run.defused(pair.first), run.defused(pair.second)
+            overlapping |= pairs.taken(held_out.true, held_out.by_run, *names) & pairs.taken(
+                held_out.true, held_out.by_judges, *names
+            )
+    overlapping &= noise.p_wrong < 0.5
+    share = float(overlapping.mean())
+    low, high = (0.0, 0.0)
+    if share:
+        found = binomtest(int(overlapping.sum()), len(overlapping))
+        low, high = found.proportion_ci(method="wilson")
+    return Ceiling(
+        accuracy=max(0.0, 1 - noise.rate - share),
+        interval=(max(0.0, 1 - noise.interval[1] - high), max(0.0, 1 - noise.interval[0] - low)),
+        wrong=noise.rate,
+        overlapping=share,
+    )
 
 
 # Suspects
 
 
-def suspicion(probabilities: NDArray[np.float64], true: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return log(p of the likeliest other label / p of the given one) for each row, [rows].
+def list_rows(
+    judged: Judgement,
+    true: NDArray[np.int64],
+    noise: LabelNoise,
+    conflicts: Sequence[tuple[int, int]],
+) -> NDArray[np.bool_]:
+    """Choose the rows that a person should look at, [rows].
 
-    Unlike the difference of the two, it does not flatten where an unsure model spreads its
-    probability over many labels. docs/log.md compares the rankings.
+    Those whose label is wrong with a fair probability, those whose judges are sure of another
+    label, and of two nearly identical texts with different labels the one that is likelier wrong.
     """
-    rows = np.arange(len(true))
-    others = probabilities.copy()
-    others[rows, true] = 0
-    ratio: NDArray[np.float64] = np.log(np.maximum(others.max(1), 1e-12)) - np.log(
-        np.maximum(probabilities[rows, true], 1e-12)
-    )
-    return ratio
+    best = judged.probabilities.argmax(1)
+    agreed = np.logical_and.reduce([given == best for given in judged.judges])
+    sure = agreed & (best != true) & (judged.probabilities.max(1) >= SURE)
+    listed: NDArray[np.bool_] = (noise.p_wrong >= LIST_FROM) | sure
+    for i, j in conflicts:
+        listed[i if noise.scores[i] >= noise.scores[j] else j] = True
+    return listed
 
 
 def _suspects(
@@ -236,22 +303,26 @@ def _suspects(
     labels: Sequence[str],
     true: NDArray[np.int64],
     probabilities: NDArray[np.float64],
-    suspected: NDArray[np.bool_],
+    noise: LabelNoise,
+    listed: NDArray[np.bool_],
     neighbours: NDArray[np.int64],
 ) -> tuple[Suspect, ...]:
-    ranked = np.argsort(-suspicion(probabilities, true), kind="stable")
+    others = probabilities.copy()
+    others[np.arange(len(true)), true] = -1
+    best = others.argmax(1)
     return tuple(
         Suspect(
             row=int(i) + 1,
             text=rows.texts[i],
             label=rows.labels[i],
-            suggested=labels[best],
+            suggested=labels[best[i]],
+            p_wrong=float(noise.p_wrong[i]),
             p_label=float(probabilities[i, true[i]]),
-            p_suggested=float(probabilities[i, best]),
-            neighbours=int((true[neighbours[i]] == best).sum()),
+            p_suggested=float(probabilities[i, best[i]]),
+            neighbours=int((true[neighbours[i]] == best[i]).sum()),
         )
-        for i in ranked
-        if suspected[i] and (best := int(probabilities[i].argmax())) != true[i]
+        for i in np.argsort(-noise.scores, kind="stable")
+        if listed[i]
     )
 
 
@@ -264,147 +335,4 @@ def _planted(wrong: Mapping[int, str], suspects: Sequence[Suspect]) -> Planted |
         num_listed=len(suspects),
         num_found=len(listed),
         num_suggested=sum(suspect.suggested == wrong[suspect.row] for suspect in listed),
-    )
-
-
-# Pairs of labels
-
-
-def _pairs(
-    labels: Sequence[str],
-    true: NDArray[np.int64],
-    probabilities: NDArray[np.float64],
-    suspected: NDArray[np.bool_],
-    conflicts: Sequence[tuple[int, int]],
-    held_out: _HeldOut,
-) -> tuple[PairDiagnosis, ...]:
-    """Judge the pairs that are confused most, out of sample or by the run."""
-    predicted = probabilities.argmax(1)
-    place = {run.defused(label): index for index, label in enumerate(labels)}
-    confused = np.zeros((len(labels), len(labels)), dtype=np.int64)
-    np.add.at(confused, (true, predicted), 1)
-    for answer, given in zip(held_out.true, held_out.by_run, strict=True):
-        confused[place[answer], place[given]] += 1
-    both = np.triu(confused + confused.T, 1)
-    ranked = sorted(np.argwhere(both >= 3).tolist(), key=lambda pair: -both[pair[0], pair[1]])
-    return tuple(
-        _pair(labels, a, b, true, predicted, suspected, conflicts, held_out)
-        for a, b in ranked[:NUM_PAIRS]
-    )
-
-
-def _pair(
-    labels: Sequence[str],
-    a: int,
-    b: int,
-    true: NDArray[np.int64],
-    predicted: NDArray[np.int64],
-    suspected: NDArray[np.bool_],
-    conflicts: Sequence[tuple[int, int]],
-    held_out: _HeldOut,
-) -> PairDiagnosis:
-    taken = ((true == a) & (predicted == b)) | ((true == b) & (predicted == a))
-    first, second = run.defused(labels[a]), run.defused(labels[b])
-    own = np.isin(held_out.true, (first, second))
-    by_run = _taken(held_out.true, held_out.by_run, first, second)[own]
-    by_baseline = np.zeros_like(by_run)
-    if held_out.by_baseline is not None:
-        by_baseline = _taken(held_out.true, held_out.by_baseline, first, second)[own]
-    rows = {row for i, j in conflicts if {true[i], true[j]} == {a, b} for row in (i, j)}
-    counts = {
-        "num_first": int((true == a).sum()),
-        "num_second": int((true == b).sum()),
-        "first_as_second": int((taken & (true == a)).sum()),
-        "second_as_first": int((taken & (true == b)).sum()),
-        "num_suspects": int((taken & suspected).sum()),
-        "num_conflicting": len(rows),
-        "held_out_rows": int(own.sum()),
-        "held_out_by_run": int(by_run.sum()),
-        "held_out_by_baseline": int(by_baseline.sum()),
-        "held_out_by_both": int((by_run & by_baseline).sum()),
-    }
-    verdict, reason = judge(**counts)
-    right = (held_out.true == held_out.by_run).sum() + by_run.sum()
-    return PairDiagnosis(
-        first=labels[a],
-        second=labels[b],
-        verdict=verdict,
-        reason=reason,
-        accuracy_if_merged=float(right / len(held_out.true)),
-        **counts,
-    )
-
-
-def _taken(
-    true: NDArray[np.str_], given: NDArray[np.str_], first: str, second: str
-) -> NDArray[np.bool_]:
-    """Tell which rows of one label were taken for the other."""
-    result: NDArray[np.bool_] = ((true == first) & (given == second)) | (
-        (true == second) & (given == first)
-    )
-    return result
-
-
-def judge(
-    *,
-    num_first: int,
-    num_second: int,
-    first_as_second: int,
-    second_as_first: int,
-    num_suspects: int,
-    num_conflicting: int,
-    held_out_rows: int,
-    held_out_by_run: int,
-    held_out_by_baseline: int,
-    held_out_by_both: int,
-) -> tuple[Verdict, str]:
-    """Say why two labels are confused, from counts as in `PairDiagnosis`.
-
-    A verdict needs evidence that another cause would not leave; else it is `undecided`. A model
-    that has not learned enough errs more often than the baseline on the same rows. Labels that
-    overlap make models of different kinds err on the same rows.
-    """
-    from scipy.stats import binomtest, fisher_exact
-
-    if min(num_first, num_second) < FEW_ROWS:
-        return "too few examples", f"a label has {min(num_first, num_second)} training rows"
-    taken, num_rows = first_as_second + second_as_first, num_first + num_second
-    only_run = held_out_by_run - held_out_by_both
-    only_baseline = held_out_by_baseline - held_out_by_both
-    if only_run + only_baseline:
-        test = binomtest(only_run, only_run + only_baseline, alternative="greater")
-        if test.pvalue < SIGNIFICANT:
-            return "undertrained", (
-                f"the run confuses {held_out_by_run} of {held_out_rows} held-out rows, "
-                f"the baseline {held_out_by_baseline} (p = {test.pvalue:.2g})"
-            )
-    if num_conflicting >= max(4, 0.02 * num_rows):
-        return "labels overlap", (
-            f"{num_conflicting} rows have a nearly identical text under the other label"
-        )
-    table = [
-        [held_out_by_both, only_run],
-        [only_baseline, held_out_rows - held_out_by_run - only_baseline],
-    ]
-    alike = fisher_exact(table, alternative="greater").pvalue
-    both_ways = min(first_as_second, second_as_first) >= 2
-    if both_ways and held_out_by_both >= MIN_BOTH and alike < SIGNIFICANT:
-        chance = held_out_by_run * held_out_by_baseline / held_out_rows
-        return "labels overlap", (
-            f"{taken} of {num_rows} training rows are confused out of sample, in both directions, "
-            f"and run and baseline confuse the same {held_out_by_both} held-out rows, "
-            f"{chance:.1f} by chance (p = {alike:.2g})"
-        )
-    most = max(held_out_by_run, held_out_by_baseline)
-    table = [[taken, num_rows - taken], [most, held_out_rows - most]]
-    rarer = fisher_exact(table, alternative="greater").pvalue
-    if num_suspects > taken / 2 and rarer < SIGNIFICANT:
-        return "rows mislabelled", (
-            f"{num_suspects} of the {taken} training rows confused out of sample have a suspect "
-            f"label, and held-out rows are confused less often ({most} of {held_out_rows}, "
-            f"p = {rarer:.2g})"
-        )
-    return "undecided", (
-        f"{taken} of {num_rows} training rows and {held_out_by_run} of {held_out_rows} held-out "
-        "rows are confused, but nothing tells why"
     )

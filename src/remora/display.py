@@ -319,11 +319,35 @@ def show_diagnosis(found: Diagnosis, run: Path, console: Console | None = None) 
         f"accuracy   {found.out_of_sample_accuracy:.2%} out of sample on {found.num_rows:,} rows, "
         f"the run {found.accuracy:.2%} on held-out rows",
     )
+    low, high = found.ceiling.interval
+    _line(
+        console,
+        f"ceiling    {found.ceiling.accuracy:.2%} on the held-out rows (95% interval {low:.2%} to "
+        f"{high:.2%}): estimated, {found.ceiling.wrong:.2%} of their labels are wrong and "
+        f"{found.ceiling.overlapping:.2%} on either side of an overlap",
+    )
     _line(
         console,
         f"alike      {found.num_test_exact:,} test rows are training texts, and "
         f"{found.num_test_near:,} nearly; {found.num_conflicting:,} training rows have a near twin "
         "under another label",
+    )
+    if found.num_conflicts:
+        _line(
+            console,
+            f"           of {found.num_conflicts:,} such pairs, {found.num_covered:,} have a row "
+            "among the suspects or labels that overlap: recall "
+            f"{found.num_covered / found.num_conflicts:.1%}",
+        )
+    if found.tied_tokens:
+        shown = ", ".join(
+            f"{each.token} ({each.label}, {each.num_rows} rows)" for each in found.tied_tokens[:5]
+        )
+        _line(console, f"tied       rare words that come with one label only: {shown}")
+    _line(
+        console,
+        f"wrong      estimated, {found.wrong:.2%} of the training labels (95% interval "
+        f"{found.wrong_interval[0]:.2%} to {found.wrong_interval[1]:.2%})",
     )
     _line(
         console,

@@ -12,7 +12,10 @@ from remora.data import Table
 from remora.errors import DataError
 from remora.table import close_match, quote
 
-COLUMNS = ("row", "text", "label", "suggested", "p_label", "p_suggested", "neighbours", "decision")
+COLUMNS = (
+    *("row", "text", "label", "suggested", "p_wrong", "p_label", "p_suggested", "neighbours"),
+    "decision",
+)
 DELETE = "delete"
 
 
@@ -24,6 +27,7 @@ class Suspect:
     text: str
     label: str
     suggested: str
+    p_wrong: float  # that the label is wrong
     p_label: float  # out of sample
     p_suggested: float
     neighbours: int  # of the nearest texts, how many have the suggested label
@@ -40,7 +44,8 @@ def write(path: Path, suspects: Sequence[Suspect]) -> None:
         (
             (
                 *(str(each.row), each.text, each.label, each.suggested),
-                *(f"{each.p_label:.4f}", f"{each.p_suggested:.4f}", str(each.neighbours), ""),
+                *(f"{each.p_wrong:.4f}", f"{each.p_label:.4f}", f"{each.p_suggested:.4f}"),
+                *(str(each.neighbours), ""),
             )
             for each in suspects
         ),
