@@ -483,3 +483,5 @@ def test_the_command_line_says_that_the_base_is_in_4_bits(
     shown = capsys.readouterr()
     assert re.search(r"r=16: .*; the base model is in 4 bits$", shown.err, re.M)
     assert re.search("^adapter    .*, the base model is", shown.out, re.M)
+    (card,) = tmp_path.glob("*/README.md")
+    assert "A LoRA adapter (PEFT) on 4-bit weights of" in card.read_text("utf-8")

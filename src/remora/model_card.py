@@ -75,7 +75,8 @@ def card(directory: Path) -> str:
         ],
     )
     base_name = Path(base).name if Path(base).is_absolute() else base
-    what = "All weights of" if is_full else "A LoRA adapter (PEFT) for"
+    named = {"full": "All weights of", "qlora": "A LoRA adapter (PEFT) on 4-bit weights of"}
+    what = named.get(trained.get("method", ""), "A LoRA adapter (PEFT) for")
     text = _text(found, f"{what} {_code(base_name)}", data_name)
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
 
