@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import ARCHITECTURES, WAYS, WORDS, randomize_adapter, tiny_model
-from remora import data, lora, merge, model, predict, run, train
+from remora import data, distill, lora, merge, model, predict, run, train
 from remora.cli import main
 from remora.config import ExportConfig, PredictConfig, TrainConfig
 from remora.errors import ConfigError
@@ -411,6 +412,45 @@ def test_a_given_size_needs_no_table_and_a_choice_does(place: Path, capsys) -> N
     Path("data.csv").unlink()
     refused(place, capsys, 3, "give --budget or --ratio", "run", "--compress")
     assert remora("run", "--compress", "--budget", "12kB") == 0
+
+
+@pytest.fixture
+def lessons(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of each time that an adapter learned again."""
+    steps: list[int] = []
+    real = distill.distill
+
+    def note(*arguments, num_steps, **settings):
+        steps.append(num_steps)
+        real(*arguments, num_steps=num_steps, **settings)
+
+    monkeypatch.setattr(distill, "distill", note)
+    return steps
+
+
+def test_what_cutting_cost_too_much_learns_again(place: Path, capsys, lessons) -> None:
+    assert remora("run", "--compress", "--json") == 0
+    frontier = json.loads(capsys.readouterr().out)["frontier"]
+    learned = [point for point in frontier if point["cut_accuracy"] is not None]
+    assert 0 < len(learned) < len(frontier)
+    assert all(point["cut_accuracy"] < 1 - 0.5 / 100 for point in learned)
+    assert all(point["accuracy"] == 1 for point in frontier if point not in learned)
+    num_rows = len(data.load(run.read_settings(Path("run"))).train)
+    assert lessons == [3 * math.ceil(num_rows / 32)] * len(learned)
+
+
+def test_a_given_size_learns_again_where_it_was_cut(place: Path, capsys, lessons) -> None:
+    for budget, count in (("12kB", 1), ("100kB", 1)):  # the second keeps all
+        assert remora("run", "--compress", "--budget", budget, "--output", budget) == 0
+        assert len(lessons) == count
+        assert sum(path.stat().st_size for path in Path(budget).iterdir()) <= 100_000
+    Path("data.csv").unlink()
+    capsys.readouterr()
+    assert remora("run", "--compress", "--budget", "12kB", "--output", "cut") == 0
+    assert "an adapter is only cut" in capsys.readouterr().err
+    assert len(lessons) == 1
+    learned, cut = ({p.name: p.stat().st_size for p in Path(x).iterdir()} for x in ("12kB", "cut"))
+    assert learned == cut
 
 
 def test_a_changed_table_is_not_chosen_on(place: Path, capsys) -> None:
