@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from conftest import WAYS, WORDS
-from remora import cli, data, learning_curve, model, report, results, train
-from remora.config import TrainConfig
+from remora import cli, data, diagnose, learning_curve, model, report, results, train
+from remora.config import DiagnoseConfig, TrainConfig
 from remora.errors import ConfigError, Stopped
 from remora.extrapolation import Extrapolation
 from remora.learning_curve import Size, answer
@@ -162,6 +162,17 @@ def test_all_sizes_take_the_steps_and_evaluations_of_the_last(config: TrainConfi
         for path in result.directory.rglob("metrics.jsonl")
     ]
     assert logs == [[4, 8], [4, 8]]
+
+
+def test_diagnose_judges_the_whole_table_of_a_size(config: TrainConfig, tmp_path: Path) -> None:
+    """Row numbers in relabel.csv are those of the table, whatever part of it was trained on."""
+    small = replace(config, learning_curve=None, rows_per_class=4)
+    summary = data.load(small).summary
+    (tmp_path / "config.toml").write_text(small.to_toml(), encoding="utf-8")
+    (tmp_path / "data.json").write_text(json.dumps(summary.to_dict()), encoding="utf-8")
+    _, dataset, whole = diagnose.load(DiagnoseConfig(tmp_path))
+    assert len(dataset.train) == summary.num_train == 12
+    assert len(whole.train) == 100
 
 
 def test_the_base_of_full_fine_tuning_is_fresh_for_each_size(

@@ -194,8 +194,9 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
             f"the rows of {settings.data} are not those that {config.run} was trained on; "
             "restore them, or train again"
         )
-    whole = data.load(replace(settings, validation_fraction=0.0, test_fraction=0.0))
-    return settings, dataset, whole
+    whole = replace(settings, validation_fraction=0.0, test_fraction=0.0)
+    whole = replace(whole, rows_per_class=None, learning_curve=None)
+    return settings, dataset, data.load(whole)
 
 
 def _need_file(directory: Path, name: str) -> None:
