@@ -315,6 +315,21 @@ def test_merging_dequantizes_first(trained, tmp_path: Path) -> None:
     assert not quantize.layers(merged)
 
 
+@pytest.mark.parametrize("shape", [(5, 65), (200, 130)])
+def test_a_planned_layer_has_the_bytes_of_a_quantized_one(shape: tuple[int, int]) -> None:
+    """Where blocks are not full, of weights and of scales."""
+    small = torch.nn.Module()
+    small.layer = torch.nn.Linear(shape[1], shape[0])
+    small.get_output_embeddings = lambda: None
+    planned = quantize.Planned(shape[1], shape[0], small.layer.bias)
+    quantize.quantize(small)
+    state = small.layer.weight.quant_state
+    real = [small.layer.weight, small.layer.bias, state.absmax, state.offset, state.code]
+    real += [state.state2.absmax, state.state2.code]
+    tensors = [*planned.parameters(), *planned.buffers()]
+    assert sum(t.nbytes for t in tensors) == sum(t.nbytes for t in real)
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "gemma3", "opt"])
 def test_the_plan_has_the_bytes_of_the_quantized_base(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
