@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test test-durability demo bench clean
+.PHONY: install check test test-durability demo bench bench-memory clean
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -38,6 +38,10 @@ demo: install
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	for name in exactness scoring parity speed growth serving injections same_answers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# The planned peak of memory against the measured one, for models of three shapes on a processor.
+bench-memory: install
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) build dist

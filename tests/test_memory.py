@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from conftest import ARCHITECTURES, tiny_config, tiny_model
 from remora import lora, memory, model, tree
@@ -27,8 +35,13 @@ def test_what_is_counted_is_what_autograd_saves(architecture: str) -> None:
     adapted = lora.add_adapter(
         tiny_model(architecture, torch.float32), rank=4, alpha=8, dropout=0.0
     ).train()
-    known = {t.untyped_storage().data_ptr() for t in [*adapted.parameters(), *adapted.buffers()]}
     inputs = tree.inputs(adapted, packed)
+    given = tree_leaves([inputs, list(vars(packed).values())])
+    tensors = [t for t in given if isinstance(t, torch.Tensor)]
+    known = {
+        t.untyped_storage().data_ptr()
+        for t in [*adapted.parameters(), *adapted.buffers(), *tensors]
+    }
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,13 +54,78 @@ def test_what_is_counted_is_what_autograd_saves(architecture: str) -> None:
         logits = adapted(**inputs).logits[0]
         loss = tree.loss_sum(logits, packed)
     counted = skeleton(architecture).count(packed)
-    mask_and_inputs = (
-        sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
-        + 4 * packed.num_tokens**2 * 3
-    )
     assert loss.requires_grad
     found = counted.saved + counted.logits
-    assert found == pytest.approx(sum(saved.values()), rel=0.15, abs=mask_and_inputs)
+    # At the peak, in the backward pass, what belongs to the logits is gone.
+    total = sum(saved.values())
+    assert 0.89 * total < found <= total
+
+
+def test_arrays_that_glibc_maps_leave_no_fragments() -> None:
+    small = skeleton("qwen2").count(tree.build(ROWS))
+    assert small.heap == small.peak
+    wide = model.load_empty(tiny_config("qwen2", vocabulary=1 << 20), torch.float32)
+    adapted = lora.add_adapter(wide, rank=4, alpha=8, dropout=0.0)
+    counted = memory.Skeleton(adapted, autocast=None, by_kernel=False).count(tree.build(ROWS))
+    assert counted.logits >= memory.MAPPED_BYTES
+    assert counted.heap <= counted.peak - counted.logits
+
+
+def test_scoring_needs_keys_values_and_logits() -> None:
+    counted = skeleton("qwen2").count_scoring(200, 50)
+    keys_and_values = 2 * 2 * 200 * 16 * 4  # two layers, two of [tokens, 16] in float32
+    assert counted.logits == 50 * 97 * 4
+    assert keys_and_values < counted.workspace < 6 * keys_and_values + 200**2 * 8
+    assert counted.saved == counted.gradients == 0
+
+
+LIMITED = """
+import os, resource, sys
+{before}
+from remora.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def train_within(before: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], Any]:
+    """Train the model in the package in a process that limits itself first."""
+    table = folder / "table.csv"
+    rows = [f"where is parcel {i} of the order from day {i % 7},label {i % 8}" for i in range(96)]
+    table.write_text("\n".join(["text,label", *rows]) + "\n")
+    command = [sys.executable, "-c", LIMITED.format(before=before), "train", str(table)]
+    flags = ["--model", "nano", "--max-steps", "1", "--batch-size", "76", "--instruction"]
+    flags += ["Classify the message. " * 40, "--device", "cpu", "--name", "limited"]
+    done = subprocess.run(
+        [*command, *flags, "--output", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    made = folder / "limited" / "plan.json"
+    return done, json.loads(made.read_text()) if made.is_file() else None
+
+
+@pytest.mark.durability
+def test_a_run_in_a_control_group_completes_within_it(tmp_path: Path) -> None:
+    group = Path("/sys/fs/cgroup/memory") / f"remora-test-{os.getpid()}"  # version 1
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("control groups cannot be made here")
+    limit = 660_000_000
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        enter = f"open('{group}/cgroup.procs', 'w').write(str(os.getpid()))"
+        done, made = train_within(enter, tmp_path)
+        used = int((group / "memory.max_usage_in_bytes").read_text())
+    finally:
+        group.rmdir()
+    assert done.returncode == 0, done.stderr
+    assert "larger micro-batches do not fit" in done.stderr or made["checkpointing"]
+    assert made["peak_bytes"] <= made["available_bytes"]
+    assert used <= limit
+    assert made["measured_peak_bytes"] <= 1.05 * made["peak_bytes"]
 
 
 def test_checkpointing_saves_memory_and_costs_operations() -> None:

@@ -1,0 +1,209 @@
+"""The planned peak of memory against the measured one, on a processor.
+
+Each row of the table is a whole `remora train` in a fresh process: plan, training, evaluation,
+baseline and report. Measured is the most memory that the process ever had (VmHWM). The models have
+the shapes of Qwen2, Llama and Gemma 3 with fewer layers, and random weights; the rows are those of
+the sample in the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import workload
+
+NANO = workload.ROOT / "src" / "remora" / "bases" / "nano"
+SAMPLE = workload.ROOT / "src" / "remora" / "samples" / "support"
+NUM_ROWS = {"train": 112, "test": 8}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen2": {
+        "model_type": "qwen2",
+        "vocab_size": 40_960,
+        "hidden_size": 896,
+        "intermediate_size": 4_864,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "Llama": {
+        "model_type": "llama",
+        "vocab_size": 24_576,
+        "hidden_size": 1_024,
+        "intermediate_size": 2_816,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "Gemma 3": {
+        "model_type": "gemma3_text",
+        "vocab_size": 49_152,
+        "hidden_size": 640,
+        "intermediate_size": 2_048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "tie_word_embeddings": True,
+    },
+}
+"""Sizes of Qwen2.5-0.5B, of a small Llama and of Gemma 3 270M, with fewer layers and words."""
+
+SETTINGS = (
+    ("lora", "off", 2048),
+    ("lora", "off", 256),
+    ("lora", "on", 2048),
+    ("full", "off", 2048),
+    ("full", "on", 256),
+)
+"""Method, checkpointing and tokens of a micro-batch; each with every shape."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--show", action="store_true", help="show what the runs say")
+    parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.make:
+        make_model(*options.make)
+    elif options.train:
+        train(options.train)
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    runs = []
+    header = ["shape", "method", "checkpointing", "micro-batch", "planned", "measured", "ratio"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder / "rows")
+        for shape in options.shapes:
+            model = folder / re.sub(r"\W", "", shape).lower()
+            start(["--make", shape, str(model)], show=False)
+            for method, checkpointing, size in SETTINGS:
+                runs.append(
+                    {
+                        "shape": shape,
+                        "method": method,
+                        "checkpointing": checkpointing,
+                        "micro_batch_tokens": size,
+                        **run(folder, model, method, checkpointing, size, options),
+                    }
+                )
+                print(json.dumps(runs[-1]), file=sys.stderr)
+    rows = [
+        [
+            *(str(run[key]) for key in ("shape", "method", "checkpointing", "micro_batch_tokens")),
+            f"{run['planned_bytes'] / 1e6:.0f} MB",
+            f"{run['measured_bytes'] / 1e6:.0f} MB",
+            f"{run['planned_bytes'] / run['measured_bytes']:.2f}",
+        ]
+        for run in runs
+    ]
+    workload.print_table(header, rows)
+    workload.write("memory", {"steps": options.steps, "rows": NUM_ROWS, "runs": runs})
+
+
+def write_rows(folder: Path) -> None:
+    """Write the first rows of the sample as a folder with train.csv and test.csv."""
+    folder.mkdir()
+    for split, count in NUM_ROWS.items():
+        with (SAMPLE / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(itertools.islice(csv.reader(file), count + 1))
+        with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+def start(arguments: list[str], *, show: bool) -> str:
+    """Run this script again in a fresh process; return the last line of what it prints."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if show:
+        print(done.stderr, file=sys.stderr)
+    if done.returncode != 0:
+        raise SystemExit(f"{done.stderr}\nerror: {' '.join(command)} ended with {done.returncode}")
+    return (done.stdout.splitlines() or [""])[-1]
+
+
+def make_model(shape: str, folder: str) -> None:
+    """Write a model of this shape with random weights in 16 bits, and nano's tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**SHAPES[shape], pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(NANO / name, folder)
+
+
+def run(
+    folder: Path,
+    model: Path,
+    method: str,
+    checkpointing: str,
+    size: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Train once; return the plan's peak by component and the process's own."""
+    name = f"{model.name}-{method}-{checkpointing}-{size}"
+    settings = {
+        "--model": str(model),
+        "--output": str(folder / "runs"),
+        "--name": name,
+        "--method": method,
+        "--checkpointing": checkpointing,
+        "--micro-batch-tokens": str(size),
+        "--max-steps": str(options.steps),
+        "--validation-fraction": "0.1",
+        "--learning-rate": "1e-5",
+        "--device": "cpu",
+    }
+    flags = [part for pair in settings.items() for part in pair]
+    told = start(["--train", "train", str(folder / "rows"), *flags], show=options.show)
+    plan = json.loads((folder / "runs" / name / "plan.json").read_text(encoding="utf-8"))
+    return {
+        "planned_bytes": plan["peak_bytes"],
+        "measured_bytes": json.loads(told)["peak_bytes"],
+        "training_bytes": plan["measured_peak_bytes"],
+        "planned": plan["memory"],
+    }
+
+
+def train(arguments: list[str]) -> None:
+    """Run `remora` in this process and print the most memory that it had."""
+    from remora.cli import main as remora
+
+    try:
+        code = remora(arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    if code:
+        raise SystemExit(code)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    assert found is not None
+    print(json.dumps({"peak_bytes": int(found[1]) * 1024}))
+
+
+if __name__ == "__main__":
+    main()
