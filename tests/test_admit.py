@@ -95,7 +95,7 @@ SLOW_PATTERN = "(a+)+" * 12 + "$"
         ({"peft_type": "IA3"}, "not 'LORA'"),
         ({"auto_mapping": {"base_model_class": "os", "parent_library": "os"}}, "auto_mapping"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"no_such_key": {"__class__": "os.system"}}, "no_such_key"),
     ],
