@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, tiny_model
-from remora import score
+from remora import memory
 from remora.prompt import Prompt
 from remora.score import Scorer
 
@@ -104,7 +104,7 @@ def test_no_pass_has_more_logits_than_it_may(tokenizer, monkeypatch):
         lambda _, args, kwargs: kept.append(len(kwargs["logits_to_keep"])), with_kwargs=True
     )
     for most, longest_path in ((20, 20), (2, 8)):  # a path without a branch is computed at once
-        monkeypatch.setattr(score, "LOGIT_ELEMENTS", most * len(tokenizer))
+        monkeypatch.setattr(memory, "LOGIT_ELEMENTS", most * len(tokenizer))
         kept.clear()
         found = Scorer(model, prompt, tolerance=0).probabilities(MESSAGES)
         assert max(kept) <= longest_path

@@ -34,6 +34,9 @@ from remora.tree import TokenTree
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
 """Matrix products, by which argument is their first factor."""
 
+LOGIT_ELEMENTS = 1 << 25
+"""Most logits that a pass of scoring computes: 220 positions of a 151,936-word vocabulary."""
+
 KEPT_KERNELS = 128
 """Kernels that a processor's library keeps compiled, one for each shape of a product; see below."""
 
@@ -224,6 +227,11 @@ class Skeleton:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return dataclasses.replace(value, **self._faked(vars(value)))
         return value
+
+
+def most_kept(vocabulary: int) -> int:
+    """Return at how many positions a pass of scoring computes logits, at most."""
+    return max(1, LOGIT_ELEMENTS // vocabulary)
 
 
 @contextlib.contextmanager

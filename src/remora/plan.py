@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from remora import config, data, lora, memory, model, quantize, score, tree
+from remora import config, data, lora, memory, model, quantize, tree
 from remora.config import PlanConfig, TrainConfig
 from remora.data import Dataset
 from remora.errors import ConfigError
@@ -501,12 +501,12 @@ class Planner:
         """Count a pass that scores labels, in a packed row as long as it may become."""
         vocabulary = self._model_config.get_text_config().vocab_size
         tables = (self._dataset.validation, self._dataset.test)
-        num_rows = min(score.BATCH_ROWS, max(len(table) if table else 0 for table in tables))
+        num_rows = max(len(table) if table else 0 for table in tables)
         lengths = [len(row.token_ids) for row in self._sequences]
         below = sum(len(answer) for answer in self._prompt.answers)  # all labels of a message
         all_tokens = num_rows * (sum(lengths) // len(lengths) + below)
         tokens = max(*lengths, min(size, all_tokens))
-        return self._skeleton.count_scoring(tokens, min(tokens, score.most_kept(vocabulary)))
+        return self._skeleton.count_scoring(tokens, min(tokens, memory.most_kept(vocabulary)))
 
     def heaviest(self, made: Plan) -> Heaviest:
         """Return the batch that the training loop should try first."""

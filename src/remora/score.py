@@ -34,14 +34,6 @@ from remora.stop import Stop
 BATCH_ROWS = 256
 """Messages that are scored at a time."""
 
-LOGIT_ELEMENTS = 1 << 25
-"""Most logits that a pass computes: 220 positions of a 151,936-word vocabulary."""
-
-
-def most_kept(vocabulary: int) -> int:
-    """Return at how many positions a pass computes logits, at most."""
-    return max(1, LOGIT_ELEMENTS // vocabulary)
-
 
 @dataclass(slots=True)
 class _Node:
@@ -130,7 +122,7 @@ class Scorer:
         self.tolerance = tolerance
         self.autocast = autocast
         self._root = _trie(prompt.answers)
-        self._most_kept = most_kept(tree.text_config(model).vocab_size)
+        self._most_kept = memory.most_kept(tree.text_config(model).vocab_size)
         self._prefix: tuple[tuple[int, ...], _PackedRow] | None = None
 
     def probabilities(self, messages: Sequence[str]) -> NDArray[np.float64]:
