@@ -24,7 +24,7 @@ from remora.progress import Reporter
 from remora.results import Results
 from remora.score import Scorer
 
-SHARES = (1, 2, 4, 8, 16, 32, 64)
+SHARES = (1, 2, 4, 8, 10, 16, 32, 64)
 """Fractions of the full adapter's bytes that are tried, as their denominators."""
 
 MAX_STEPS = 300
