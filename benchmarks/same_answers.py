@@ -1,0 +1,333 @@
+"""One adapter by every way that Remora gives: do they say the same of all test rows of Banking77?
+
+The base model in the package, an adapter trained on all rows, or the run that --run names. In
+float32, labels looked at until the others hold at most 0.0001:
+
+- `remora predict` and `remora serve` with the run;
+- stock PEFT and transformers: their own forward passes, one message at a time, no code of Remora
+  but the labels and the instruction in remora.json;
+- `remora export --merge`, stored in float32 and as the base is, by `predict`;
+- `remora export --compress`, of the size it chooses, by `predict` and by stock PEFT;
+- `generate()` of transformers on the merged model, greedy and with beams: the text it writes.
+
+Also `predict` in bfloat16 arithmetic, which is the default on processors that have it.
+
+    python benchmarks/same_answers.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import workload
+
+NUM_BEAMS = 4
+LABELS_AT_ONCE = 8
+TOLERANCE = 1e-4
+"""Most probability of the labels that are not looked at."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, help="a finished run on Banking77")
+    parser.add_argument("--rows", type=int, help="only the first test rows")
+    parser.add_argument("--keep", type=Path, help="folder for what is exported, used again")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = (options.keep or Path(made)).absolute()
+        folder.mkdir(exist_ok=True)
+        directory = options.run or train(folder)
+        texts, true = (column[: options.rows] for column in workload.banking77("test"))
+        compare(directory.absolute(), texts, true, folder)
+
+
+def train(folder: Path) -> Path:
+    """Train nano as its card says; return the run directory."""
+    data = str(workload.SHARED / "data" / "banking77")
+    remora("train", data, "--model", "nano", "--name", "run", "--output", folder)
+    return folder / "run"
+
+
+def remora(*arguments: object) -> str:
+    """Run Remora in a process of its own; return what it writes to standard output."""
+    command = [sys.executable, "-m", "remora", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        raise SystemExit(f"error: {' '.join(command)} ended in {done.returncode}")
+    return done.stdout
+
+
+def compare(directory: Path, texts: list[str], true: list[str], folder: Path) -> None:
+    card = json.loads((directory / "adapter" / "remora.json").read_text(encoding="utf-8"))
+    base = packaged(card["base_model"])
+    table = folder / "texts.csv"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    for name, settings in (
+        ("merged-float32", ("--merge", "--dtype", "float32")),
+        ("merged-as-base", ("--merge",)),
+        ("compressed", ("--compress",)),
+    ):
+        if not (folder / name).exists():
+            remora("export", directory, *settings, "--output", folder / name)
+
+    ways: dict[str, NDArray[np.float64]] = {}
+    for name, path in (
+        ("predict", directory),
+        ("predict, merged, float32", folder / "merged-float32"),
+        ("predict, merged, as the base", folder / "merged-as-base"),
+        ("predict, compressed", folder / "compressed"),
+    ):
+        ways[name] = predicted(path, table, card["labels"], "float32")
+        told(name)
+    ways["predict, bfloat16 arithmetic"] = predicted(directory, table, card["labels"], "bfloat16")
+    ways["serve"] = served(directory, texts, card["labels"])
+    told("serve")
+    for name, model in (
+        ("stock PEFT", with_peft(base, directory / "adapter")),
+        ("stock PEFT, compressed", with_peft(base, folder / "compressed")),
+    ):
+        ways[name] = scored(model, base, card, texts)
+        told(name)
+
+    rows, results = [], {}
+    for name, probabilities in ways.items():
+        other = "predict, compressed" if name == "stock PEFT, compressed" else "predict"
+        figures = agreement(probabilities, ways[other], card["labels"], true)
+        results[name] = {"compared_with": other, **figures}
+        rows.append(
+            [
+                name,
+                other,
+                str(figures["other_labels"]),
+                f"{figures['largest_difference']:.1e}",
+                f"{figures['accuracy']:.2%}",
+            ]
+        )
+    header = ["way", "compared with", "rows with another label", "largest difference", "accuracy"]
+    workload.print_table([*header[:3], f"{header[3]} of a probability", header[4]], rows)
+    print()
+    written = {}
+    for name, beams in (("greedy", 1), (f"{NUM_BEAMS} beams", NUM_BEAMS)):
+        found = generated(whole(folder / "merged-float32"), base, card, texts, beams)
+        written[name] = writing(found, ways["predict, merged, float32"], card["labels"], true)
+        figures = written[name]
+        print(
+            f"generate(), {name}: the likeliest label on {figures['likeliest']} of {len(texts)} "
+            f"rows, another label on {figures['other_label']} (on {figures['other_is_less']} of "
+            f"them a less probable one), no label on {figures['no_label']}; accuracy "
+            f"{figures['accuracy']:.2%}"
+        )
+    workload.write("same_answers", {"rows": len(texts), "ways": results, "generate": written})
+
+
+def told(name: str) -> None:
+    print(f"{name}: done", file=sys.stderr, flush=True)
+
+
+def packaged(base: str) -> Path:
+    """Return the folder of a base model, also of the one in the package."""
+    from remora import model
+
+    return Path(model.find(base))
+
+
+def predicted(path: Path, table: Path, labels: list[str], precision: str) -> NDArray[np.float64]:
+    """Return the probabilities [rows, labels] that `remora predict` gives."""
+    settings = (
+        "--top-k",
+        len(labels),
+        "--tolerance",
+        TOLERANCE,
+        "--precision",
+        precision,
+        "--json",
+    )
+    lines = remora("predict", path, table, *settings, "--device", "cpu").splitlines()
+    return matrix([json.loads(line) for line in lines], labels)
+
+
+def matrix(answers: list[Any], labels: list[str]) -> NDArray[np.float64]:
+    place = {label: index for index, label in enumerate(labels)}
+    found = np.full((len(answers), len(labels)), np.nan)
+    for row, answer in enumerate(answers):
+        for one in answer["labels"]:
+            found[row, place[one["label"]]] = one["probability"]
+    assert not np.isnan(found).any()
+    return found
+
+
+def served(directory: Path, texts: list[str], labels: list[str]) -> NDArray[np.float64]:
+    """Return the probabilities [rows, labels] that `remora serve` answers, 64 messages a time."""
+    command = [sys.executable, "-m", "remora", "serve", str(directory), "--port", "0"]
+    command += ["--tolerance", str(TOLERANCE), "--precision", "float32", "--device", "cpu"]
+    command += ["--timeout-seconds", "600"]
+    answers: list[Any] = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service:
+        try:
+            assert service.stderr is not None
+            said = next(line for line in service.stderr if "http://" in line)
+            url = next(word for word in said.split() if word.startswith("http://")).rstrip(",.")
+            for start in range(0, len(texts), 64):
+                body = {"texts": texts[start : start + 64], "top_k": len(labels)}
+                request = urllib.request.Request(
+                    f"{url}/v1/classify",
+                    json.dumps(body).encode(),
+                    {"content-type": "application/json"},
+                )
+                with urllib.request.urlopen(request) as answer:
+                    answers += json.load(answer)["results"]
+        finally:
+            service.terminate()
+    return matrix(answers, labels)
+
+
+def with_peft(base: Path, adapter: Path) -> Any:
+    import peft
+
+    return peft.PeftModel.from_pretrained(whole(base), str(adapter)).eval()
+
+
+def whole(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def asked(tokenizer: Any, card: dict[str, Any], text: str) -> str:
+    """Return a message in the chat template, as anyone would write it."""
+    content = f"{card['instruction']}\n\n{text.strip()}"
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def scored(model: Any, base: Path, card: dict[str, Any], texts: list[str]) -> NDArray[np.float64]:
+    """Return probabilities by ordinary forward passes: the message, then labels, padded.
+
+    Labels whose first token is more probable come first. A label is at most as probable as its
+    first token, so the rest is not looked at once it holds no more than TOLERANCE.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    written = [card["label_texts"].get(label, label) for label in card["labels"]]
+    answers = [
+        tokenizer(text + tokenizer.eos_token, add_special_tokens=False).input_ids
+        for text in written
+    ]
+    found = np.zeros((len(texts), len(answers)))
+    for row, text in enumerate(texts):
+        ids = tokenizer(
+            asked(tokenizer, card, text), add_special_tokens=False, return_tensors="pt"
+        ).input_ids
+        with torch.inference_mode():
+            start = model(input_ids=ids, use_cache=True)
+            first = start.logits[0, -1].log_softmax(-1).double().exp().numpy()
+            order = sorted(range(len(answers)), key=lambda i: -first[answers[i][0]])
+            while order and (
+                sum({answers[i][0]: first[answers[i][0]] for i in order}.values())
+                > TOLERANCE * found[row].sum()
+            ):
+                chosen, order = order[:LABELS_AT_ONCE], order[LABELS_AT_ONCE:]
+                longest = max(len(answers[i]) for i in chosen)
+                targets = torch.tensor(
+                    [answers[i] + [-1] * (longest - len(answers[i])) for i in chosen]
+                )
+                cache = copy.deepcopy(start.past_key_values)
+                cache.batch_repeat_interleave(len(chosen))
+                counts = targets >= 0
+                mask = torch.cat([torch.ones(len(chosen), ids.shape[1]), counts], 1).long()
+                rest = model(
+                    input_ids=targets.clamp(0), attention_mask=mask, past_key_values=cache
+                ).logits[:, :-1]
+                logits = torch.cat([start.logits[:, -1:].expand(len(chosen), -1, -1), rest], 1)
+                each = logits.log_softmax(-1).gather(2, targets.clamp(0)[..., None])[..., 0]
+                found[row, chosen] = (each * counts).sum(1).double().exp().numpy()
+    return found / found.sum(1, keepdims=True)
+
+
+def generated(
+    model: Any, base: Path, card: dict[str, Any], texts: list[str], beams: int
+) -> list[str]:
+    """Return what generate() writes, in batches of 64 padded on the left."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    prompts = [asked(tokenizer, card, text) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
+    found = [""] * len(texts)
+    for start in range(0, len(order), 64):
+        chosen = order[start : start + 64]
+        inputs = tokenizer(
+            [prompts[i] for i in chosen],
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            tokens = model.generate(
+                **inputs,
+                max_new_tokens=64,
+                do_sample=False,
+                num_beams=beams,
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, inputs.input_ids.shape[1] :]
+        for i, text in zip(
+            chosen, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
+        ):
+            found[i] = text.strip()
+    told(f"generate(), {beams} beams")
+    by_text = {card["label_texts"].get(label, label): label for label in card["labels"]}
+    return [by_text.get(text, text) for text in found]
+
+
+def agreement(
+    one: NDArray[np.float64], other: NDArray[np.float64], labels: list[str], true: list[str]
+) -> dict[str, Any]:
+    """Compare probabilities [rows, labels]."""
+    right = [labels[i] == label for i, label in zip(one.argmax(1), true, strict=True)]
+    return {
+        "other_labels": int((one.argmax(1) != other.argmax(1)).sum()),
+        "largest_difference": float(np.abs(one - other).max()),
+        "accuracy": sum(right) / len(right),
+    }
+
+
+def writing(
+    found: list[str], probabilities: NDArray[np.float64], labels: list[str], true: list[str]
+) -> dict[str, Any]:
+    """Compare what was written with the likeliest labels."""
+    place = {label: index for index, label in enumerate(labels)}
+    best = [labels[i] for i in probabilities.argmax(1)]
+    others = [i for i, text in enumerate(found) if text != best[i] and text in place]
+    return {
+        "likeliest": sum(text == label for text, label in zip(found, best, strict=True)),
+        "other_label": len(others),
+        "other_is_less": sum(
+            bool(probabilities[i, place[found[i]]] < probabilities[i].max()) for i in others
+        ),
+        "no_label": sum(text not in place for text in found),
+        "accuracy": sum(a == b for a, b in zip(found, true, strict=True)) / len(true),
+    }
+
+
+if __name__ == "__main__":
+    main()
