@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 import remora.model
 from remora import attention
+from remora.config import TrainConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -174,6 +176,42 @@ def tokenizer() -> Any:
 
 WORDS = {"card arrival": "card", "refund": "refund", "top up failed": "top up"}
 WAYS = ("Where is my {}?", "the {} again", "{} please, day {{}}", "Still no {}!", "why {} why")
+
+
+def write_table(path: Path, repeats: int = 6) -> Path:
+    """Write a table of texts that a tiny model learns to tell apart, 15 rows for each repeat."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(repeats):
+            for label, word in WORDS.items():
+                writer.writerows([f"{way.format(word)} {i}", label] for way in WAYS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_table(tmp_path_factory.mktemp("data") / "support.csv")
+
+
+@pytest.fixture
+def config(base: Path, tmp_path: Path) -> TrainConfig:
+    """Two epochs of several steps: a partial last batch, several micro-batches, dropout."""
+    (tmp_path / "data").mkdir()
+    return TrainConfig(
+        str(write_table(tmp_path / "data" / "support.csv", repeats=4)),
+        model=str(base),
+        output=tmp_path / "runs",
+        learning_rate=1e-2,
+        epochs=2,
+        batch_size=5,
+        micro_batch_tokens=40,
+        eval_steps=4,
+        precision="float32",
+        device="cpu",
+        rank=4,
+        dropout=0.2,
+    )
 
 
 @pytest.fixture(scope="session")

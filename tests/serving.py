@@ -178,3 +178,11 @@ def wait(done: Any, seconds: float = 60) -> None:
                 return
         time.sleep(0.02)
     raise AssertionError("it took too long")
+
+
+def write_adapters(parent: Path, base: Path) -> dict[str, Path]:
+    """Write two adapters for the same base, with other labels."""
+    return {
+        "bank": write_adapter(parent / "bank", base, 1),
+        "mail": write_adapter(parent / "mail", base, 2, ["spam", "ham"]),
+    }

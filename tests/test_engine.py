@@ -18,7 +18,7 @@ from conftest import build_tokenizer, tiny_model
 from remora import plan
 from remora.engine import Answer, Batch, Engine, QueueFullError
 from remora.errors import ModelError
-from serving import predicted, write_adapter
+from serving import predicted, write_adapter, write_adapters
 
 TEXTS = ["Where is my card?", "the refund again", "Still no top up!", "why card why", "refund"]
 
@@ -42,11 +42,8 @@ def engine(folders: dict[str, Path], **settings) -> Engine:
 @pytest.fixture(scope="module")
 def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     parent = tmp_path_factory.mktemp("adapters")
-    return {
-        "bank": write_adapter(parent / "bank", base, 1),
-        "mail": write_adapter(parent / "mail", base, 2, ["spam", "ham"]),
-        "few": write_adapter(parent / "few", base, 3, modules=["q_proj", "down_proj"]),
-    }
+    few = write_adapter(parent / "few", base, 3, modules=["q_proj", "down_proj"])
+    return {**write_adapters(parent, base), "few": few}
 
 
 @pytest.fixture(scope="module")

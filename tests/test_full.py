@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ARCHITECTURES, WAYS, WORDS, build_tokenizer, tiny_model
+from conftest import ARCHITECTURES, WORDS, build_tokenizer, tiny_model
 from remora import TextClassifier, checkpoint, cli, lora, resume, run, score, train, tree
 from remora.config import PredictConfig, TrainConfig
 from remora.errors import ModelError, Stopped
@@ -24,17 +24,6 @@ from remora.progress import Reporter, Validation
 from remora.prompt import Prompt, TokenSequence
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "support.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for label, word in WORDS.items():
-            writer.writerows([f"{way.format(word)} {i}", label] for i in range(6) for way in WAYS)
-    return path
 
 
 def settings(base: Path, table: Path, output: Path, **others: Any) -> TrainConfig:

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from conftest import (
     ARCHITECTURES,
-    WAYS,
-    WORDS,
     build_tokenizer,
     randomize_adapter,
     teach,
@@ -48,15 +46,6 @@ NF4 = torch.tensor(
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ]
 )
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "support.csv"
-    rows = [(way.format(word), label) for label, word in WORDS.items() for way in WAYS]
-    lines = [f'"{text} {i}","{label}"' for text, label in rows for i in range(6)]
-    path.write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    return path
 
 
 def quantized(architecture: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import json
 import os
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import WAYS, WORDS
 from remora import data, launch, resume, train
 from remora.config import TrainConfig
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
@@ -31,35 +29,9 @@ from remora.ranks import BEAT_SECONDS, LOST_BEATS, Ranks
 TIMED = {"examples_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "support.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for label, word in WORDS.items():
-            writer.writerows([f"{way.format(word)} {i}", label] for i in range(4) for way in WAYS)
-    return path
-
-
 @pytest.fixture
-def config(base: Path, table: Path, tmp_path: Path) -> TrainConfig:
-    """Batches of 5 rows, the last of an epoch shorter."""
-    return TrainConfig(
-        str(table),
-        model=str(base),
-        output=tmp_path / "runs",
-        name="run",
-        learning_rate=1e-2,
-        epochs=2,
-        batch_size=5,
-        micro_batch_tokens=40,
-        eval_steps=4,
-        precision="float32",
-        device="cpu",
-        rank=4,
-        dropout=0.2,
-    )
+def config(config: TrainConfig) -> TrainConfig:
+    return replace(config, name="run")
 
 
 def command(config: TrainConfig, *, module: tuple[str, ...] = ("remora",)) -> list[str]:

@@ -15,18 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from remora.serve import Service
-from serving import Response, call, predicted, running, write_adapter
+from serving import Response, call, predicted, running, write_adapter, write_adapters
 
 TEXTS = ["Where is my card?", "the refund again", "Still no top up!"]
 
 
 @pytest.fixture(scope="module")
 def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    parent = tmp_path_factory.mktemp("adapters")
-    return {
-        "bank": write_adapter(parent / "bank", base, 1),
-        "mail": write_adapter(parent / "mail", base, 2, ["spam", "ham"]),
-    }
+    return write_adapters(tmp_path_factory.mktemp("adapters"), base)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from remora.cli import main
 from remora.config import ServeConfig
 from remora.errors import ConfigError
 from remora.serve import Service
-from serving import Process, call, process, running, wait, write_adapter
+from serving import Process, call, process, running, wait, write_adapter, write_adapters
 
 TEXTS = ["Where is my card?", "the refund again"]
 ASK = {"texts": TEXTS, "adapter": "bank"}
@@ -32,11 +32,7 @@ ASK = {"texts": TEXTS, "adapter": "bank"}
 
 @pytest.fixture(scope="module")
 def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    parent = tmp_path_factory.mktemp("adapters")
-    return {
-        "bank": write_adapter(parent / "bank", base, 1),
-        "mail": write_adapter(parent / "mail", base, 2, ["spam", "ham"]),
-    }
+    return write_adapters(tmp_path_factory.mktemp("adapters"), base)
 
 
 @pytest.fixture(scope="module")

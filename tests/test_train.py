@@ -16,29 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import WAYS, WORDS
+from conftest import WORDS
 from remora import data, micro_batches, plan, progress, run, train
 from remora.config import TrainConfig
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 from remora.ranks import Ranks
 from remora.stop import Stop
-
-
-def write_table(path: Path, repeats: int = 6) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for i in range(repeats):
-            for label, word in WORDS.items():
-                for way in WAYS:
-                    writer.writerow([f"{way.format(word)} {i}", label])
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "support.csv"
-    write_table(path)
-    return path
 
 
 @pytest.fixture
@@ -398,10 +381,9 @@ def test_speed_leaves_the_warm_up_out() -> None:
     assert speed.supervised_tokens_per_second == 32
 
 
-def test_a_tracker_gets_every_record(base: Path, tmp_path: Path) -> None:
-    write_table(tmp_path / "table.csv")
+def test_a_tracker_gets_every_record(base: Path, table: Path, tmp_path: Path) -> None:
     done = remora(
-        *("train", tmp_path / "table.csv", "--model", base, "--output", tmp_path, "--name", "run"),
+        *("train", table, "--model", base, "--output", tmp_path, "--name", "run"),
         *("--max-steps", 3, "--trackers", "tensorboard"),
     )
     assert done.returncode == 0, done.stderr

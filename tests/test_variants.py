@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 
-from conftest import WAYS, WORDS, tiny_model
+from conftest import tiny_model
 from remora import checkpoint, compress, export, lora, run, train
 from remora.config import ExportConfig, TrainConfig
 from remora.data import Table
@@ -29,15 +29,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gaussian": {"init_lora_weights": "gaussian"},
     "loraplus": {"loraplus_lr_ratio": 8.0},
 }
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "support.csv"
-    rows = [(way.format(word), label) for label, word in WORDS.items() for way in WAYS]
-    lines = [f'"{text} {i}","{label}"' for text, label in rows for i in range(6)]
-    path.write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    return path
 
 
 def settings(base: Path, data: Path, output: Path, **others: Any) -> TrainConfig:
