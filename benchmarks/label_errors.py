@@ -115,8 +115,6 @@ def measure(
         "seed": seed,
         "rows": len(given),
         "flipped": int(flipped.sum()),
-        "estimated_share_wrong": noise.rate,
-        "interval": noise.interval,
         "remora_seconds": seconds,
         "ways": {way: figures(*found, flipped) for way, found in ways.items()},
     }
