@@ -104,9 +104,10 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
         for place, candidate in enumerate(artifacts):
             point = trials.trial(candidate, validation, full)
             if train_rows and point.accuracy * len(validation) < least_right - 0.5:
-                artifacts[place] = trials.distilled(candidate, train_rows)
-                again = trials.trial(artifacts[place], validation, full)
-                point = replace(again, cut_accuracy=point.accuracy)
+                learned = trials.distilled(candidate, train_rows)
+                again = trials.trial(learned, validation, full)
+                if again.accuracy >= point.accuracy:
+                    artifacts[place], point = learned, replace(again, cut_accuracy=point.accuracy)
             frontier.append(point)
         artifact = _smallest(artifacts, frontier, full, validation, config.tolerance)
     measured = Table(found.texts, found.true)
