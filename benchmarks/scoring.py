@@ -133,7 +133,7 @@ def trained(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 def scoring(model: Any, prompt: Any, tolerance: float) -> Any:
     from remora.score import Scorer
 
-    scorer = Scorer(model, prompt, tolerance=tolerance, max_tokens=1024)
+    scorer = Scorer(model, prompt, tolerance=tolerance)
     return lambda texts: scorer.probabilities(texts).argmax(1)
 
 
