@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def _spoken(count: int) -> str:
-    from remora.plan import spoken_bytes
+    from remora.progress import spoken_bytes
 
     return spoken_bytes(count) if count else "0"
 

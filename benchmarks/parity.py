@@ -85,8 +85,9 @@ def start(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from remora import data, evaluate, plan, train
+    from remora import data, evaluate, train
     from remora.config import TrainConfig
+    from remora.device import choose_precision
     from remora.score import Scorer
 
     torch.set_num_threads(1)
@@ -107,7 +108,7 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     )
     dataset = data.load_dataset(config.data, validation_fraction=0.0, seed=seed)
     device = torch.device("cpu")
-    precision = plan.choose_precision(device, config.precision)
+    precision = choose_precision(device, config.precision)
     torch.manual_seed(seed)
     adapted, prompt, _, folder = train.prepare(config, dataset.labels, precision, device)
     losses = (_fit_stock if options.arm == "stock" else _fit_remora)(

@@ -105,8 +105,9 @@ def trained(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Train an adapter for a short while."""
     import torch
 
-    from remora import data, plan, train
+    from remora import data, train
     from remora.config import TrainConfig
+    from remora.device import choose_precision
 
     config = TrainConfig(
         str(workload.SHARED / "data" / "banking77"),
@@ -122,7 +123,7 @@ def trained(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     told(f"training {options.model} for {options.train_steps} steps")
     dataset = data.load_dataset(config.data, validation_fraction=0.0, seed=0)
     device = torch.device("cpu")
-    precision = plan.choose_precision(device, config.precision)
+    precision = choose_precision(device, config.precision)
     torch.manual_seed(0)
     adapted, prompt, _, _ = train.prepare(config, dataset.labels, precision, device)
     with train.accelerator_for(precision, device) as accelerator:

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from remora import data, evaluate, lora, model, plan, train
+from remora import data, evaluate, lora, model, train
 from remora.config import TrainConfig
+from remora.device import choose_precision
 from remora.prompt import Prompt
 from remora.score import Scorer
 
@@ -119,7 +120,7 @@ def run(folder: Path, method: str, rows: str, rate: float, epochs: float, seed: 
         seed=seed,
     )
     device = torch.device("cpu")
-    precision = plan.choose_precision(device, "auto")
+    precision = choose_precision(device, "auto")
     tokenizer = model.load_tokenizer(folder)
     prompt = Prompt(tokenizer, dataset.labels, instruction=config.instruction, max_length=2_048)
     torch.manual_seed(seed)

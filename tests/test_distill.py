@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from conftest import WAYS, WORDS
-from remora import distill, low_rank, plan, run
+from remora import distill, low_rank, run
 from remora.data import Table
+from remora.device import Precision
 from remora.progress import Reporter
 from serving import write_adapter
 
@@ -18,7 +19,7 @@ TABLE = Table(
     [f"{way.format(word)} {i}" for i in range(3) for word in WORDS.values() for way in WAYS],
     [label for _ in range(3) for label in WORDS for _ in WAYS],
 )
-PRECISION = plan.Precision(compute=torch.float32, base=torch.float32, reason="a test")
+PRECISION = Precision(compute=torch.float32, base=torch.float32, reason="a test")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import build_tokenizer, tiny_model
-from remora import plan
+from remora.device import choose_precision
 from remora.engine import Answer, Batch, Engine, QueueFullError
 from remora.errors import ModelError
 from serving import predicted, write_adapter, write_adapters
@@ -24,7 +24,7 @@ TEXTS = ["Where is my card?", "the refund again", "Still no top up!", "why card 
 
 
 def engine(folders: dict[str, Path], **settings) -> Engine:
-    precision = plan.choose_precision(torch.device("cpu"), "float32")
+    precision = choose_precision(torch.device("cpu"), "float32")
     return Engine(
         folders,
         **{

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -179,3 +180,11 @@ def test_the_tightest_control_group_counts(monkeypatch, tmp_path) -> None:
 )
 def test_errors_of_memory_are_told_from_others(error: Exception, exhausted: bool) -> None:
     assert memory.is_exhausted(error) is exhausted
+
+
+def test_the_peak_of_memory_is_in_bytes() -> None:
+    before = memory.peak_bytes(torch.device("cpu"))
+    block = np.ones(256 << 20, dtype=np.uint8)
+    after = memory.peak_bytes(torch.device("cpu"))
+    assert block.nbytes <= after < 256 << 30
+    assert after >= before > 16 << 20

@@ -28,6 +28,7 @@ from conftest import (
 )
 from remora import attention, checkpoint, cli, export, lora, model, plan, quantize, run, train
 from remora.config import ExportConfig, PlanConfig, TrainConfig
+from remora.device import choose_precision
 from remora.engine import Engine
 from remora.errors import ConfigError, ModelError, Stopped
 from test_full import measured, measured_again
@@ -455,7 +456,7 @@ def test_one_service_does_not_serve_both_kinds(
     folders = {"packed": trained.directory, "plain": plain.directory}
 
     def serve(**chosen: Path) -> Engine:
-        precision = plan.choose_precision(CPU, "float32")
+        precision = choose_precision(CPU, "float32")
         return Engine(
             chosen,
             base=None,

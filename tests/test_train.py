@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from conftest import WORDS
-from remora import data, micro_batches, plan, progress, run, train
+from remora import data, micro_batches, progress, run, train
 from remora.config import TrainConfig
+from remora.device import choose_precision
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 from remora.ranks import Ranks
 from remora.stop import Stop
@@ -309,7 +310,7 @@ def test_the_loss_of_the_first_step_is_the_stock_loss(config: TrainConfig, base:
     first = json.loads((result.directory / "metrics.jsonl").read_text().splitlines()[0])
     dataset = data.load_dataset(config.data, seed=config.seed)
     _, prompt, _, _ = train.prepare(
-        config, dataset.labels, plan.choose_precision(torch.device("cpu"), "float32"), "cpu"
+        config, dataset.labels, choose_precision(torch.device("cpu"), "float32"), "cpu"
     )
     order = np.random.default_rng((config.seed, 0)).permutation(len(dataset.train))[
         : config.batch_size

@@ -13,8 +13,9 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
-from remora import data, plan, run, train, tree
+from remora import data, run, train, tree
 from remora.config import TrainConfig
+from remora.device import choose_device, choose_precision
 from remora.errors import DataError
 from remora.score import Scorer
 
@@ -126,10 +127,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             validation_fraction=config.validation_fraction,
             seed=config.seed,
         )
-        device = plan.choose_device(config.device)
-        precision = plan.choose_precision(
-            device, config.precision, trains_base=config.method == "full"
-        )
+        device = choose_device(config.device)
+        precision = choose_precision(device, config.precision, trains_base=config.method == "full")
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
@@ -194,10 +193,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ModelError: If a part is missing or broken, or the base model is another one.
         """
         config = TrainConfig("", model=model or "", precision=precision, device=device)  # type: ignore[arg-type]
-        where = plan.choose_device(config.device)
-        decided = plan.choose_precision(
-            where, config.precision, trains_base=run.is_full(Path(path))
-        )
+        where = choose_device(config.device)
+        decided = choose_precision(where, config.precision, trains_base=run.is_full(Path(path)))
         adapted, prompt, card = run.load_adapter(
             Path(path), base=model, dtype=decided.base, device=where
         )

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from remora import data, distill, low_rank, model, plan, run, score, train, tree
+from remora import data, distill, low_rank, model, run, score, train, tree
 from remora.config import ExportConfig
 from remora.data import Dataset, Table
+from remora.device import choose_device, choose_precision
 from remora.errors import ConfigError, DataError, ModelError
 from remora.low_rank import Artifact
-from remora.progress import Reporter
+from remora.progress import Reporter, spoken_bytes
 from remora.results import Results
 from remora.score import Scorer
 
@@ -133,8 +134,8 @@ class _Trials:
         reporter: Reporter,
     ) -> None:
         self._config, self._adapter = config, adapter
-        device = plan.choose_device(config.device)
-        self._precision = plan.choose_precision(device, "auto")
+        device = choose_device(config.device)
+        self._precision = choose_precision(device, "auto")
         self._adapted, self._prompt, _ = run.load_adapter(
             config.run, base=config.model, dtype=self._precision.base, device=device
         )
@@ -152,7 +153,7 @@ class _Trials:
     def point(self, artifact: Artifact, folder: Path, table: Table, full: Sequence[str]) -> Point:
         """Write an adapter into a folder and measure it as PEFT loads it from there."""
         with self._loaded(artifact, folder):
-            labels = self._labels(table, plan.spoken_bytes(artifact.num_bytes))
+            labels = self._labels(table, spoken_bytes(artifact.num_bytes))
         return Point(
             num_bytes=artifact.num_bytes,
             ratio=self._base_bytes / artifact.num_bytes,

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remora import calibration, evaluate, lora, memory, plan, report, run
+from remora import calibration, evaluate, lora, memory, report, run
 from remora.calibration import Reliability, Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
+from remora.device import choose_device
 from remora.progress import Progress, Reporter
 
 
@@ -93,7 +94,7 @@ def conclude(
         examples_per_second=fitted.speed.examples_per_second,
         supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,
         train_seconds=fitted.seconds,
-        peak_memory_bytes=memory.peak_bytes(plan.choose_device(config.device)),
+        peak_memory_bytes=memory.peak_bytes(choose_device(config.device)),
     )
     run.write_predictions(
         directory / "predictions.csv",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from remora import model, plan, run, score, train
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
+from remora.device import choose_device, choose_precision
 from remora.progress import Reporter
 from remora.score import Scorer
 
@@ -153,8 +154,8 @@ def frozen_features(
     """
     from sklearn.preprocessing import StandardScaler, normalize
 
-    device = plan.choose_device(settings.device)
-    precision = plan.choose_precision(device, settings.precision)
+    device = choose_device(settings.device)
+    precision = choose_precision(device, settings.precision)
     folder = model.find(settings.model)
     prompt = plan.load_prompt(settings, labels, folder)
     base = run.load_base(folder, settings.method, precision.base, device)
@@ -249,10 +250,8 @@ def _adapters(
     """Return what adapters, each trained on all folds but one, say of that one."""
     rows = dataset.train
     result = np.zeros((len(rows), len(dataset.labels)))
-    device = plan.choose_device(settings.device)
-    precision = plan.choose_precision(
-        device, settings.precision, trains_base=settings.method == "full"
-    )
+    device = choose_device(settings.device)
+    precision = choose_precision(device, settings.precision, trains_base=settings.method == "full")
     for number, (others, own) in enumerate(folds, 1):
         reporter.say(f"training adapter {number} of {len(folds)}, on {len(others):,} rows")
         part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])

@@ -19,8 +19,8 @@ from remora.evaluate import Metrics, verdict
 from remora.export import Exported
 from remora.learning_curve import LearningCurve
 from remora.merge import Parity
-from remora.plan import Plan, spoken_bytes, spoken_seconds
-from remora.progress import Reporter, Step, Validation
+from remora.plan import Plan
+from remora.progress import Reporter, Step, Validation, spoken_bytes, spoken_seconds
 from remora.push import Pushed
 
 NUM_CONFUSIONS = 5

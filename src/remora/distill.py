@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from remora import data, tree
 from remora.data import Table
-from remora.plan import Precision
+from remora.device import Precision
 from remora.progress import Reporter
 from remora.prompt import Prompt
 

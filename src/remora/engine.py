@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from remora import admit, lora, model, run
+from remora.device import Precision
 from remora.errors import ModelError
-from remora.plan import Precision
 from remora.score import Scorer
 from remora.table import one_line
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora import model, plan, run, score
+from remora import model, run, score
 from remora.config import ExportConfig
+from remora.device import choose_device
 from remora.errors import ModelError
 from remora.progress import Reporter
 from remora.prompt import Prompt
@@ -64,7 +65,7 @@ def merge(config: ExportConfig, folder: Path, found: Results, reporter: Reporter
         ModelError: If adapter or base model cannot be used, or the merged model answers otherwise.
         ResourceError: If the disk fails.
     """
-    device = plan.choose_device(config.device)
+    device = choose_device(config.device)
     adapted, prompt, card = run.load_adapter(
         config.run, base=config.model, dtype=torch.float32, device=device
     )

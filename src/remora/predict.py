@@ -10,8 +10,9 @@ from typing import TextIO
 
 import numpy as np
 
-from remora import calibration, data, evaluate, plan, run, score
+from remora import calibration, data, evaluate, run, score
 from remora.config import EvalConfig, PredictConfig
+from remora.device import Precision, choose_device, choose_precision
 from remora.errors import ConfigError
 from remora.progress import Reporter
 from remora.score import Scorer
@@ -19,16 +20,14 @@ from remora.score import Scorer
 
 def load_scorer(
     config: PredictConfig | EvalConfig, *, tolerance: float = 1e-2
-) -> tuple[Scorer, plan.Precision]:
+) -> tuple[Scorer, Precision]:
     """Load an adapter around its base model, or a whole model, ready to score.
 
     Raises:
         ModelError: If a part is missing or broken, or the base model is another one.
     """
-    device = plan.choose_device(config.device)
-    precision = plan.choose_precision(
-        device, config.precision, trains_base=run.is_full(config.adapter)
-    )
+    device = choose_device(config.device)
+    precision = choose_precision(device, config.precision, trains_base=run.is_full(config.adapter))
     adapted, prompt, _ = run.load_adapter(
         config.adapter, base=config.model, dtype=precision.base, device=device
     )

@@ -1,4 +1,4 @@
-"""How a run goes: what is told of each step and evaluation, and the speed."""
+"""How a run goes: what is told of each step and evaluation, the speed, and amounts in words."""
 
 from __future__ import annotations
 
@@ -110,3 +110,24 @@ class Progress:
         best = values["best"] and tuple(values["best"])
         speed = Speed(**{**values["speed"], "warm_up_steps": WARM_UP_STEPS})
         return cls(**{**values, "best": best, "speed": speed})
+
+
+def spoken_bytes(count: float) -> str:
+    """Return an amount of memory as a person reads it."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def spoken_seconds(seconds: float) -> str:
+    """Return a time as a person reads it."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return (
+                f"{seconds / length:.0f} {unit}"
+                if seconds >= 10 * length
+                else (f"{seconds / length:.1f} {unit}")
+            )
+    return f"{seconds:.0f} s"

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import remora
-from remora import charts, evaluate, model_card, plan, results, run
+from remora import charts, evaluate, model_card, results, run
 from remora.compare import Comparison
 from remora.config import ReportConfig
 from remora.errors import ConfigError, DataError, ResourceError
+from remora.progress import spoken_bytes, spoken_seconds
 from remora.results import Results
 from remora.table import one_line
 
@@ -219,8 +220,8 @@ def _rendered(name: str, context: Mapping[str, Any], **code: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "bytes": plan.spoken_bytes,
-        "seconds": plan.spoken_seconds,
+        "bytes": spoken_bytes,
+        "seconds": spoken_seconds,
         "percent": _percent,
         "count": "{:,}".format,
         "isolated": _isolated,
@@ -430,7 +431,7 @@ def _suspects(path: Path) -> list[dict[str, str]]:
 
 def _memory_rows(planned: dict[str, Any] | None) -> list[tuple[str, str]]:
     memory = planned["memory"] if planned else {}
-    return [(name.replace("_", " "), plan.spoken_bytes(count)) for name, count in memory.items()]
+    return [(name.replace("_", " "), spoken_bytes(count)) for name, count in memory.items()]
 
 
 def _plan_rows(planned: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from remora import plan
 from remora.config import ServeConfig
+from remora.device import choose_device, choose_precision
 from remora.engine import Engine
 from remora.errors import ConfigError, ModelError
 
@@ -59,12 +59,12 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._socket = _bind(config, has_token=token is not None)
         try:
-            device = plan.choose_device(config.device)
+            device = choose_device(config.device)
             metrics = routes.Metrics()
             self._engine = Engine(
                 config.folders(),
                 base=config.model,
-                precision=plan.choose_precision(device, config.precision),
+                precision=choose_precision(device, config.precision),
                 device=device,
                 micro_batch_tokens=config.micro_batch_tokens,
                 tolerance=config.tolerance,

@@ -34,9 +34,10 @@ from remora.checkpoint import Checkpoint
 from remora.conclude import TrainResult, conclude
 from remora.config import Method, TrainConfig
 from remora.data import Dataset, Table
+from remora.device import Precision, choose_device, choose_precision, hardware_here
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
 from remora.micro_batches import MicroBatches
-from remora.progress import Progress, Reporter, Step, Validation
+from remora.progress import Progress, Reporter, Step, Validation, spoken_bytes, spoken_seconds
 from remora.prompt import Prompt, TokenSequence
 from remora.ranks import Ranks, join
 from remora.score import Scorer
@@ -53,7 +54,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     config: TrainConfig,
     *,
     accelerator: Any,
-    precision: plan.Precision,
+    precision: Precision,
     heaviest: plan.Heaviest | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
     save: Callable[[], Any] | None = None,
@@ -229,7 +230,7 @@ def _copied(parameters: Sequence[Tensor], before: list[Tensor] | None) -> list[T
 
 def _expected_time(seconds: float, num_steps: int) -> str:
     return (
-        f"about {plan.spoken_seconds(seconds)} for {num_steps:,} steps, estimated from the largest "
+        f"about {spoken_seconds(seconds)} for {num_steps:,} steps, estimated from the largest "
         "micro-batch, which was computed once to see that it fits"
     )
 
@@ -313,7 +314,7 @@ def _validate(
 
 
 @contextlib.contextmanager
-def accelerator_for(precision: plan.Precision, device: torch.device) -> Iterator[Any]:
+def accelerator_for(precision: Precision, device: torch.device) -> Iterator[Any]:
     """Give accelerate's Accelerator, and leave the process free for another with other settings."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -328,7 +329,7 @@ def accelerator_for(precision: plan.Precision, device: torch.device) -> Iterator
 
 
 def prepare(
-    config: TrainConfig, labels: Sequence[str], precision: plan.Precision, device: torch.device
+    config: TrainConfig, labels: Sequence[str], precision: Precision, device: torch.device
 ) -> tuple[Any, Prompt, run.AdapterCard, Path]:
     """Load the base model and make it trainable: with a new adapter, or in all its weights.
 
@@ -400,11 +401,11 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
             measured_on, held_out = next(iter(_measured(dataset).items()))
             for line in dataset.summary.lines():
                 reporter.say(line)
-            device = plan.choose_device(config.device)
+            device = choose_device(config.device)
             if config.method == "qlora":
                 quantize.require(device)
             full = config.method == "full"
-            precision = plan.choose_precision(device, config.precision, trains_base=full)
+            precision = choose_precision(device, config.precision, trains_base=full)
             reporter.say(f"computing on {_spoken_devices(device, ranks)}: {precision}")
         sha256 = dataset.summary.sha256
         ranks.refuse_differences({"data": sha256, **resume.fixed(config), "model": config.model})
@@ -415,8 +416,8 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
             )
             if not (directory or planned.fits_disk):
                 raise ResourceError(
-                    f"the run takes {plan.spoken_bytes(planned.disk_bytes)} of disk and there are "
-                    f"{plan.spoken_bytes(planned.free_disk_bytes)} for {config.output}; free "
+                    f"the run takes {spoken_bytes(planned.disk_bytes)} of disk and there are "
+                    f"{spoken_bytes(planned.free_disk_bytes)} for {config.output}; free "
                     "space, or choose another folder with --output"
                 )
             stack.enter_context(torch.random.fork_rng())
@@ -537,8 +538,8 @@ def _as_planned(config: TrainConfig, planned: plan.Plan) -> TrainConfig:
 def _tell_peak(directory: Path, planned: plan.Plan, measured: int, reporter: Reporter) -> None:
     """Say and keep how the plan compares with what was measured."""
     reporter.say(
-        f"memory at the peak of training: {plan.spoken_bytes(measured)} measured, "
-        f"{plan.spoken_bytes(planned.allocated_bytes)} planned"
+        f"memory at the peak of training: {spoken_bytes(measured)} measured, "
+        f"{spoken_bytes(planned.allocated_bytes)} planned"
     )
     run.write_json(directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured})
 
@@ -546,7 +547,7 @@ def _tell_peak(directory: Path, planned: plan.Plan, measured: int, reporter: Rep
 def _plan(
     config: TrainConfig,
     dataset: Dataset,
-    precision: plan.Precision,
+    precision: Precision,
     device: torch.device,
     reporter: Reporter,
 ) -> tuple[plan.Plan, plan.Heaviest]:
@@ -557,14 +558,14 @@ def _plan(
     """
     folder = model.find(config.model, weights=False)
     prompt = plan.load_prompt(config, dataset.labels, folder)
-    planner = plan.Planner(config, dataset, prompt, folder, precision, plan.hardware_here(device))
+    planner = plan.Planner(config, dataset, prompt, folder, precision, hardware_here(device))
     planned = planner.make()
-    needed = plan.spoken_bytes(planned.peak_bytes)
+    needed = spoken_bytes(planned.peak_bytes)
     if not planned.fits:
         assert planned.available_bytes is not None
         raise ResourceError(
             f"training needs {needed} of memory and there are "
-            f"{plan.spoken_bytes(planned.available_bytes)}; what would fit, the cheapest first: "
+            f"{spoken_bytes(planned.available_bytes)}; what would fit, the cheapest first: "
             f"{', or '.join(planned.alternatives)}"
         )
     reporter.say(
