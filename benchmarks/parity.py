@@ -85,9 +85,10 @@ def start(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from remora import data, evaluate, train
+    from remora import data, evaluate
     from remora.config import TrainConfig
     from remora.device import choose_precision
+    from remora.prepare import prepare
     from remora.score import Scorer
 
     torch.set_num_threads(1)
@@ -110,7 +111,7 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cpu")
     precision = choose_precision(device, config.precision)
     torch.manual_seed(seed)
-    adapted, prompt, _, folder = train.prepare(config, dataset.labels, precision, device)
+    adapted, prompt, _, folder = prepare(config, dataset.labels, precision, device)
     losses = (_fit_stock if options.arm == "stock" else _fit_remora)(
         adapted, prompt, dataset, config, precision, folder
     )
@@ -133,9 +134,10 @@ def _fit_remora(
     import torch
 
     from remora import train
+    from remora.prepare import accelerator_for
 
     losses: list[float] = []
-    with train.accelerator_for(precision, torch.device("cpu")) as accelerator:
+    with accelerator_for(precision, torch.device("cpu")) as accelerator:
         train.fit(
             adapted,
             prompt,

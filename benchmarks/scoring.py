@@ -108,6 +108,7 @@ def trained(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from remora import data, train
     from remora.config import TrainConfig
     from remora.device import choose_precision
+    from remora.prepare import accelerator_for, prepare
 
     config = TrainConfig(
         str(workload.SHARED / "data" / "banking77"),
@@ -125,8 +126,8 @@ def trained(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     device = torch.device("cpu")
     precision = choose_precision(device, config.precision)
     torch.manual_seed(0)
-    adapted, prompt, _, _ = train.prepare(config, dataset.labels, precision, device)
-    with train.accelerator_for(precision, device) as accelerator:
+    adapted, prompt, _, _ = prepare(config, dataset.labels, precision, device)
+    with accelerator_for(precision, device) as accelerator:
         train.fit(adapted, prompt, dataset, config, accelerator=accelerator, precision=precision)
     return adapted.eval(), prompt, dataset
 

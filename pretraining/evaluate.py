@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from remora import data, evaluate, lora, model, train
 from remora.config import TrainConfig
 from remora.device import choose_precision
+from remora.prepare import accelerator_for
 from remora.prompt import Prompt
 from remora.score import Scorer
 
@@ -141,7 +142,7 @@ def run(folder: Path, method: str, rows: str, rate: float, epochs: float, seed: 
             validations.append(record["validation_accuracy"])
 
     began = time.perf_counter()
-    with train.accelerator_for(precision, device) as accelerator:
+    with accelerator_for(precision, device) as accelerator:
         train.fit(
             trained,
             prompt,

@@ -19,6 +19,7 @@ from conftest import ARCHITECTURES, WORDS, build_tokenizer, tiny_model
 from remora import TextClassifier, checkpoint, cli, lora, resume, run, score, train, tree
 from remora.config import PredictConfig, TrainConfig
 from remora.errors import ModelError, Stopped
+from remora.optimizer import default_learning_rate
 from remora.predict import load_scorer
 from remora.progress import Reporter, Validation
 from remora.prompt import Prompt, TokenSequence
@@ -285,4 +286,4 @@ def test_other_weights_and_unknown_methods_are_refused(trained, tmp_path: Path) 
     ],
 )
 def test_all_weights_learn_slower_than_an_adapter(width: int, method: Any, rate: float) -> None:
-    assert train.default_learning_rate(width, method) == pytest.approx(rate)
+    assert default_learning_rate(width, method) == pytest.approx(rate)

@@ -21,6 +21,7 @@ from remora import data, micro_batches, progress, run, train
 from remora.config import TrainConfig
 from remora.device import choose_precision
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
+from remora.prepare import prepare
 from remora.ranks import Ranks
 from remora.stop import Stop
 
@@ -273,7 +274,7 @@ def test_memory_that_holds_no_row_is_one_line_and_exit_five(config, monkeypatch)
 def test_a_processor_is_not_asked_for_memory_that_is_not_there(config, monkeypatch) -> None:
     listener = Listener()
     undisturbed = losses(train.train(replace(config, dropout=0.0, max_steps=3)))
-    planned = train._plan
+    planned = train.plan_run
 
     def plan_then_shrink(*arguments):
         made, heaviest = planned(*arguments)
@@ -281,7 +282,7 @@ def test_a_processor_is_not_asked_for_memory_that_is_not_there(config, monkeypat
         monkeypatch.setattr(train.memory, "free_bytes", lambda _: int(largest * 0.7))
         return made, heaviest
 
-    monkeypatch.setattr(train, "_plan", plan_then_shrink)
+    monkeypatch.setattr(train, "plan_run", plan_then_shrink)
     settings = replace(config, dropout=0.0, max_steps=3)
     disturbed = losses(train.train(settings, reporter=listener))
     assert [line for line in listener.lines if "the memory ran out" in line]
@@ -309,7 +310,7 @@ def test_the_loss_of_the_first_step_is_the_stock_loss(config: TrainConfig, base:
     result = train.train(replace(config, max_steps=1, dropout=0.0, schedule="constant"))
     first = json.loads((result.directory / "metrics.jsonl").read_text().splitlines()[0])
     dataset = data.load_dataset(config.data, seed=config.seed)
-    _, prompt, _, _ = train.prepare(
+    _, prompt, _, _ = prepare(
         config, dataset.labels, choose_precision(torch.device("cpu"), "float32"), "cpu"
     )
     order = np.random.default_rng((config.seed, 0)).permutation(len(dataset.train))[

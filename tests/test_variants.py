@@ -19,6 +19,7 @@ from remora import checkpoint, compress, export, lora, run, train
 from remora.config import ExportConfig, TrainConfig
 from remora.data import Table
 from remora.errors import ConfigError, ModelError, Stopped
+from remora.optimizer import create_optimizer
 from test_full import measured, measured_again
 from test_lora import IDS, adapted, as_stock, count_fused, outputs_and_gradients, relative_error
 
@@ -150,7 +151,7 @@ def test_the_rates_of_loraplus_are_those_of_peft() -> None:
     dataset: Any = types.SimpleNamespace(train=Table(["a"] * 8, ["b"] * 8))
     accelerator = types.SimpleNamespace(prepare_optimizer=lambda optimizer: optimizer)
     named = {name: p for name, p in ours.named_parameters() if p.requires_grad}
-    optimizer, _, _ = train._optimizer(named, ours, dataset, config, accelerator)
+    optimizer, _, _ = create_optimizer(named, ours, dataset, config, accelerator)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"]  # as after the warm-up
     stock = create_loraplus_optimizer(

@@ -17,6 +17,7 @@ from remora import data, run, train, tree
 from remora.config import TrainConfig
 from remora.device import choose_device, choose_precision
 from remora.errors import DataError
+from remora.prepare import accelerator_for, prepare, short_rows
 from remora.score import Scorer
 
 
@@ -132,10 +133,10 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
-            adapted, prompt, card, _ = train.prepare(config, names, precision, device)
-            with train.accelerator_for(precision, device) as accelerator:
+            adapted, prompt, card, _ = prepare(config, names, precision, device)
+            with accelerator_for(precision, device) as accelerator:
                 with accelerator.autocast():
-                    tree.check(adapted, train.short_rows(dataset.train, prompt))
+                    tree.check(adapted, short_rows(dataset.train, prompt))
                 train.fit(
                     adapted, prompt, dataset, config, accelerator=accelerator, precision=precision
                 )

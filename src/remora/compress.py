@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from remora import data, distill, low_rank, model, run, score, train, tree
+from remora import data, distill, low_rank, model, run, score, tree
 from remora.config import ExportConfig
 from remora.data import Dataset, Table
 from remora.device import choose_device, choose_precision
 from remora.errors import ConfigError, DataError, ModelError
 from remora.low_rank import Artifact
+from remora.optimizer import default_learning_rate
 from remora.progress import Reporter, spoken_bytes
 from remora.results import Results
 from remora.score import Scorer
@@ -175,8 +176,7 @@ class _Trials:
                 teacher="default",
                 student="compressed",
                 num_steps=min(MAX_STEPS, passes),
-                learning_rate=LEARNING_RATE_SHARE
-                * (rate or train.default_learning_rate(width, "lora")),
+                learning_rate=LEARNING_RATE_SHARE * (rate or default_learning_rate(width, "lora")),
                 max_tokens=self._config.micro_batch_tokens,
                 precision=self._precision,
                 reporter=self._reporter,

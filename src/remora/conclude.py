@@ -12,7 +12,8 @@ from remora.calibration import Reliability, Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.device import choose_device
-from remora.progress import Progress, Reporter
+from remora.plan import Plan
+from remora.progress import Progress, Reporter, spoken_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,3 +109,12 @@ def conclude(
     run.write_json(directory / "evaluation.json", result.to_dict())
     report.conclude(directory, reporter.say)
     return result
+
+
+def tell_peak(directory: Path, planned: Plan, measured: int, reporter: Reporter) -> None:
+    """Say and keep how the plan compares with what was measured, in bytes."""
+    reporter.say(
+        f"memory at the peak of training: {spoken_bytes(measured)} measured, "
+        f"{spoken_bytes(planned.allocated_bytes)} planned"
+    )
+    run.write_json(directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured})

@@ -15,6 +15,7 @@ from remora import model, plan, run, score, train
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.device import choose_device, choose_precision
+from remora.prepare import accelerator_for, prepare
 from remora.progress import Reporter
 from remora.score import Scorer
 
@@ -257,8 +258,8 @@ def _adapters(
         part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            adapted, prompt, _, _ = train.prepare(settings, dataset.labels, precision, device)
-            with train.accelerator_for(precision, device) as accelerator:
+            adapted, prompt, _, _ = prepare(settings, dataset.labels, precision, device)
+            with accelerator_for(precision, device) as accelerator:
                 train.fit(
                     adapted,
                     prompt,

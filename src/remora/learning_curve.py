@@ -18,6 +18,7 @@ from remora.config import TrainConfig
 from remora.data import Dataset
 from remora.errors import ConfigError
 from remora.extrapolation import Extrapolation, extrapolate
+from remora.prepare import prepare
 from remora.progress import Reporter, Step, Validation
 from remora.results import Results
 from remora.stop import Stop
@@ -173,7 +174,7 @@ class _Shared:
     ) -> tuple[Any, Any, Any, Any]:
         if self._prepared is None or config.method == "full":  # there the base itself is trained
             self._prepared = None  # never two of them in memory
-            self._prepared = train.prepare(config, labels, precision, device)
+            self._prepared = prepare(config, labels, precision, device)
             self._start = [p.detach().clone() for p in self._trainable() if config.method != "full"]
             self._random = torch.get_rng_state()
             return self._prepared

@@ -131,6 +131,14 @@ class Plan:
         """Whether the peak is within what is available, as far as that is known."""
         return self.available_bytes is None or self.peak_bytes <= self.available_bytes
 
+    def applied_to(self, settings: TrainConfig) -> TrainConfig:
+        """Return the settings with what the plan has chosen."""
+        return dataclasses.replace(
+            settings,
+            micro_batch_tokens=self.micro_batch_tokens,
+            checkpointing="on" if self.checkpointing else "off",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON holds it."""
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}

@@ -7,8 +7,8 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from remora import (
     memory,
     model,
     plan,
-    quantize,
     resume,
     run,
     score,
@@ -31,14 +30,26 @@ from remora import (
     tree,
 )
 from remora.checkpoint import Checkpoint
-from remora.conclude import TrainResult, conclude
-from remora.config import Method, TrainConfig
+from remora.conclude import TrainResult, conclude, tell_peak
+from remora.config import TrainConfig
 from remora.data import Dataset, Table
-from remora.device import Precision, choose_device, choose_precision, hardware_here
-from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
+from remora.device import Precision
+from remora.errors import ConfigError, DivergedError, Stopped
 from remora.micro_batches import MicroBatches
-from remora.progress import Progress, Reporter, Step, Validation, spoken_bytes, spoken_seconds
-from remora.prompt import Prompt, TokenSequence
+from remora.optimizer import create_optimizer
+from remora.prepare import (
+    accelerator_for,
+    choose_arithmetic,
+    introduce,
+    plan_run,
+    prepare,
+    refuse_full_disk,
+    short_rows,
+    tables_to_measure_on,
+    write_settings,
+)
+from remora.progress import Progress, Reporter, Step, Validation, spoken_seconds
+from remora.prompt import Prompt
 from remora.ranks import Ranks, join
 from remora.score import Scorer
 from remora.stop import Stop
@@ -91,7 +102,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     reporter, stop, ranks = reporter or Reporter(), stop or Stop(), ranks or Ranks()
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     parameters = list(named.values())
-    optimizer, scheduler, num_steps = _optimizer(named, adapted, dataset, config, accelerator)
+    optimizer, scheduler, num_steps = create_optimizer(named, adapted, dataset, config, accelerator)
     steps_per_epoch = math.ceil(len(dataset.train) / config.batch_size)
     eval_steps = config.eval_steps or steps_per_epoch
     best_weights: list[Tensor] | None = None
@@ -235,51 +246,6 @@ def _expected_time(seconds: float, num_steps: int) -> str:
     )
 
 
-def _optimizer(
-    named: Mapping[str, Tensor],
-    adapted: Any,
-    dataset: Dataset,
-    config: TrainConfig,
-    accelerator: Any,
-) -> tuple[Any, Any, int]:
-    """Return the optimizer, the schedule of its learning rate, and the number of steps."""
-    from transformers import get_scheduler
-
-    num_steps = config.num_steps(len(dataset.train))
-    width = tree.text_config(adapted).hidden_size
-    rate = config.learning_rate or default_learning_rate(width, config.method)
-    groups: list[dict[str, Any]] = [{"params": list(named.values())}]
-    if config.loraplus_lr_ratio is not None:  # https://arxiv.org/abs/2402.12354; as in PEFT
-        is_faster = {name: "lora_B" in name or p.dim() == 1 for name, p in named.items()}
-        groups = [
-            {"params": [p for n, p in named.items() if not is_faster[n]]},
-            {
-                "params": [p for n, p in named.items() if is_faster[n]],
-                "lr": rate * config.loraplus_lr_ratio,
-            },
-        ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.weight_decay)
-    scheduler = get_scheduler(
-        config.schedule,
-        optimizer,
-        num_warmup_steps=math.ceil(config.warmup_fraction * num_steps),
-        num_training_steps=num_steps,
-    )
-    return accelerator.prepare_optimizer(optimizer), scheduler, num_steps
-
-
-def default_learning_rate(width: int, method: Method) -> float:
-    """Return the peak learning rate for a model of a hidden size; docs/log.md says why.
-
-    From a width of 1536 on 2e-4 for an adapter and 2e-5 for all weights, as in the recipes in use;
-    more for narrower models, down to a width of 192.
-    """
-    narrower = min(8.0, max(1.0, 1536 / width))
-    if method == "full":
-        return 2e-5 * narrower**2
-    return 2e-4 * math.pow(narrower, 5 / 3)
-
-
 def _refuse_divergence(step: Step, skipped: int, scaler: Any, reporter: Reporter) -> None:
     """Tell of a step that was not taken, and end a run in which that goes on.
 
@@ -311,49 +277,6 @@ def _validate(
     """Return accuracy and mean log-loss, in nats, on a table."""
     scored = score.score_rows(scorer, table, "validation", reporter, stop, ranks)
     return float(scored.correct.mean()), scored.log_loss
-
-
-@contextlib.contextmanager
-def accelerator_for(precision: Precision, device: torch.device) -> Iterator[Any]:
-    """Give accelerate's Accelerator, and leave the process free for another with other settings."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    accelerator = Accelerator(mixed_precision=precision.mixed_precision, cpu=device.type == "cpu")
-    try:
-        yield accelerator
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def prepare(
-    config: TrainConfig, labels: Sequence[str], precision: Precision, device: torch.device
-) -> tuple[Any, Prompt, run.AdapterCard, Path]:
-    """Load the base model and make it trainable: with a new adapter, or in all its weights.
-
-    Returns:
-        What trains, the prompt, the card that goes with it, and the base's folder.
-
-    Raises:
-        ModelError: If the model cannot be used for this.
-    """
-    folder = model.find(config.model)
-    prompt = plan.load_prompt(config, labels, folder)
-    base = run.load_base(folder, config.method, precision.base, device)
-    adapted = lora.adapt(base, config).to(device)
-    card = run.AdapterCard(
-        base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,
-        base_sha256=model.weights_sha256(folder),
-        labels=tuple(labels),
-        instruction=config.instruction,
-        list_labels=config.list_labels,
-        label_texts=prompt.label_texts,
-        max_length=prompt.max_length,
-        method=config.method,
-    )
-    return adapted, prompt, card, folder
 
 
 def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResult:
@@ -398,33 +321,24 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
         with ranks.together():
             tracking.check(config.trackers)
             dataset = load(config)
-            measured_on, held_out = next(iter(_measured(dataset).items()))
+            measured_on, held_out = next(iter(tables_to_measure_on(dataset).items()))
             for line in dataset.summary.lines():
                 reporter.say(line)
-            device = choose_device(config.device)
-            if config.method == "qlora":
-                quantize.require(device)
-            full = config.method == "full"
-            precision = choose_precision(device, config.precision, trains_base=full)
-            reporter.say(f"computing on {_spoken_devices(device, ranks)}: {precision}")
+            device, precision = choose_arithmetic(config, ranks.size, reporter)
         sha256 = dataset.summary.sha256
         ranks.refuse_differences({"data": sha256, **resume.fixed(config), "model": config.model})
         directory, resumed = resume.find(config, sha256, ranks, stack, reporter.say)
         with ranks.together():
-            planned, heaviest = _plan(
+            planned, heaviest = plan_run(
                 resume.as_before(config, resumed), dataset, precision, device, reporter
             )
-            if not (directory or planned.fits_disk):
-                raise ResourceError(
-                    f"the run takes {spoken_bytes(planned.disk_bytes)} of disk and there are "
-                    f"{spoken_bytes(planned.free_disk_bytes)} for {config.output}; free "
-                    "space, or choose another folder with --output"
-                )
+            if not directory:
+                refuse_full_disk(planned, config)
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(config.seed)
             adapted, prompt, card, folder = prepare(config, dataset.labels, precision, device)
             parameters = lora.count_parameters(adapted)
-            for line in _introduce(config, dataset, prompt, adapted, parameters):
+            for line in introduce(config, dataset, prompt, adapted, parameters):
                 reporter.say(line)
             accelerator = stack.enter_context(accelerator_for(precision, device))
             with accelerator.autocast():
@@ -437,7 +351,7 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
             if directory and ranks.is_first:
                 reporter.say(f"run directory: {directory}")
                 environment = run.environment(device) | {"base_sha256": card.base_sha256}
-                _write_settings(directory, environment, dataset, planned, config)
+                write_settings(directory, environment, dataset, planned, config)
         ranks.refuse_differences({"base model": card.base_sha256})
         directory = Path(ranks.share(str(directory)))
         model.set_checkpointing(adapted, planned.checkpointing)
@@ -454,7 +368,7 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
                     adapted,
                     prompt,
                     dataset,
-                    _as_planned(config, planned),
+                    planned.applied_to(config),
                     accelerator=accelerator,
                     precision=precision,
                     heaviest=heaviest,
@@ -469,13 +383,13 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
                     reporter=reporter,
                 )
             if ranks.is_first:
-                _tell_peak(directory, planned, fitted.step_peak_bytes, reporter)
+                tell_peak(directory, planned, fitted.step_peak_bytes, reporter)
             scorer = Scorer(
                 adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
             )
             scores = {
                 name: score.score_rows(scorer, table, name, reporter, stop, ranks)
-                for name, table in _measured(dataset).items()
+                for name, table in tables_to_measure_on(dataset).items()
             }
         stop.check()
         result = None
@@ -497,119 +411,3 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
     if result is None:
         raise SystemExit(0)  # the first process has all results
     return result
-
-
-def _spoken_devices(device: torch.device, ranks: Ranks) -> str:
-    return device.type if ranks.size == 1 else f"{ranks.size} times {device.type}"
-
-
-def _write_settings(
-    directory: Path,
-    environment: dict[str, Any],
-    dataset: Dataset,
-    planned: plan.Plan,
-    config: TrainConfig,
-) -> None:
-    run.write_json(directory / "environment.json", environment)
-    run.write_json(directory / "data.json", dataset.summary.to_dict())
-    run.write_json(directory / "plan.json", planned.to_dict())
-    run.write_text(directory / "config.toml", config.to_toml())
-
-
-def _measured(dataset: Dataset) -> dict[str, Table]:
-    """Return the tables to measure on by split, the one that counts first."""
-    tables = {"test": dataset.test, "validation": dataset.validation}
-    found = {name: table for name, table in tables.items() if table is not None and len(table)}
-    if not found:
-        raise DataError(
-            "there are no rows to measure on; give --test, or a --test-fraction above 0"
-        )
-    return found
-
-
-def _as_planned(config: TrainConfig, planned: plan.Plan) -> TrainConfig:
-    return replace(
-        config,
-        micro_batch_tokens=planned.micro_batch_tokens,
-        checkpointing="on" if planned.checkpointing else "off",
-    )
-
-
-def _tell_peak(directory: Path, planned: plan.Plan, measured: int, reporter: Reporter) -> None:
-    """Say and keep how the plan compares with what was measured."""
-    reporter.say(
-        f"memory at the peak of training: {spoken_bytes(measured)} measured, "
-        f"{spoken_bytes(planned.allocated_bytes)} planned"
-    )
-    run.write_json(directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured})
-
-
-def _plan(
-    config: TrainConfig,
-    dataset: Dataset,
-    precision: Precision,
-    device: torch.device,
-    reporter: Reporter,
-) -> tuple[plan.Plan, plan.Heaviest]:
-    """Plan the run before any weights are fetched, and refuse it if it cannot fit.
-
-    Raises:
-        ResourceError: If nothing that the settings allow fits.
-    """
-    folder = model.find(config.model, weights=False)
-    prompt = plan.load_prompt(config, dataset.labels, folder)
-    planner = plan.Planner(config, dataset, prompt, folder, precision, hardware_here(device))
-    planned = planner.make()
-    needed = spoken_bytes(planned.peak_bytes)
-    if not planned.fits:
-        assert planned.available_bytes is not None
-        raise ResourceError(
-            f"training needs {needed} of memory and there are "
-            f"{spoken_bytes(planned.available_bytes)}; what would fit, the cheapest first: "
-            f"{', or '.join(planned.alternatives)}"
-        )
-    reporter.say(
-        f"planned: {needed} of memory at the peak, at most {planned.micro_batch_tokens:,} tokens "
-        f"at once, checkpointing {'on' if planned.checkpointing else 'off'} ({planned.why})"
-    )
-    return planned, planner.heaviest(planned)
-
-
-def _introduce(
-    config: TrainConfig,
-    dataset: Dataset,
-    prompt: Prompt,
-    adapted: Any,
-    parameters: lora.ParameterCount,
-) -> Iterator[str]:
-    """Say what will be trained on what, each derived setting with where it comes from."""
-    layers = ", ".join(f"{name} {count:,}" for name, count in parameters.modules.items())
-    where = "all weights" if config.method == "full" else f"r={config.rank}: {layers}"
-    if config.method == "qlora":
-        where += "; the base model is in 4 bits"
-    yield (
-        f"training {parameters.trainable:,} of {parameters.total:,} parameters "
-        f"({parameters.share:.2%}), {where}"
-    )
-    width = tree.text_config(adapted).hidden_size
-    if config.learning_rate is None:
-        rate = default_learning_rate(width, config.method)
-        yield f"learning rate {rate:.1e}, chosen for a model {width} wide"
-    if prompt.label_texts.keys() - config.label_texts.keys():
-        label, text = next(iter(prompt.label_texts.items()))
-        yield (
-            "this tokenizer cannot write all labels as they are; "
-            f"they are written with spaces, {label} as {text!r}"
-        )
-    for what, table in (("training", dataset.train), ("test", dataset.test)):
-        if table is not None and (cut := prompt.count_cut(table.texts)):
-            yield (
-                f"{cut:,} of {len(table):,} {what} messages are too long for "
-                f"{prompt.max_length} tokens and are cut at their end"
-            )
-
-
-def short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequence]:
-    """Return the rows with the shortest messages among the first ones, to check a model with."""
-    first = sorted(range(min(len(table), 256)), key=lambda i: len(table.texts[i]))[:count]
-    return prompt.rows([table.texts[i] for i in first], [table.labels[i] for i in first])
