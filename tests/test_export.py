@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import ARCHITECTURES, WAYS, WORDS, randomize_adapter, tiny_model
-from remora import compress, data, distill, lora, merge, model, predict, run, train
+from remora import compress, data, distill, lora, low_rank, merge, model, predict, run, train
 from remora.cli import main
 from remora.config import ExportConfig, PredictConfig, TrainConfig
+from remora.data import Table
 from remora.errors import ConfigError
+from remora.progress import Reporter
 
 # PEFT still reads an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -430,6 +432,9 @@ def lessons(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_what_cutting_cost_too_much_learns_again(place: Path, capsys, lessons) -> None:
     assert remora("run", "--compress", "--json") == 0
+    assert not lessons
+    capsys.readouterr()
+    assert remora("run", "--compress", "--distill", "--json", "--output", "learned") == 0
     frontier = json.loads(capsys.readouterr().out)["frontier"]
     learned = [point for point in frontier if point["cut_accuracy"] is not None]
     assert 0 < len(learned) < len(frontier)
@@ -438,6 +443,25 @@ def test_what_cutting_cost_too_much_learns_again(place: Path, capsys, lessons) -
     num_rows = len(data.load(run.read_settings(Path("run"))).train)
     assert len(lessons) >= len(learned)
     assert set(lessons) == {3 * math.ceil(num_rows / 32)}
+
+
+def test_learning_again_moves_numbers_in_8_bits(place: Path) -> None:
+    adapter = low_rank.read(Path("run/adapter"))
+    trials = compress._Trials(ExportConfig(Path("run"), compress=True), adapter, 1, Reporter())
+    cut = low_rank.fit(adapter, 12_000, torch.float8_e4m3fn, {})
+    table = data.load(run.read_settings(Path("run"))).train
+    learned = trials.distilled(cut, Table(table.texts * 20, table.labels * 20))
+    assert learned.num_bytes == cut.num_bytes
+    products = []
+    for number, artifact in enumerate((cut, learned)):
+        folder = place / str(number)
+        folder.mkdir()
+        for name, content in artifact.files.items():
+            (folder / name).write_bytes(content)
+        updates = low_rank.read(folder).updates
+        products.append([u.left * u.values @ u.right for u in updates.values()])
+    moved = [float((a - b).norm() / a.norm()) for a, b in zip(*products, strict=True)]
+    assert sum(moved) / len(moved) > 0.03, moved  # half of that where the numbers are large
 
 
 def test_what_learned_to_no_use_is_not_taken(place: Path, capsys, monkeypatch) -> None:
@@ -454,7 +478,7 @@ def test_what_learned_to_no_use_is_not_taken(place: Path, capsys, monkeypatch) -
 
     monkeypatch.setattr(compress._Trials, "trial", trial)
     monkeypatch.setattr(compress._Trials, "distilled", distilled)
-    assert remora("run", "--compress", "--json") == 0
+    assert remora("run", "--compress", "--distill", "--json") == 0
     frontier = json.loads(capsys.readouterr().out)["frontier"]
     assert worse
     assert all(p["accuracy"] > 0 and p["cut_accuracy"] is None for p in frontier)
@@ -462,13 +486,14 @@ def test_what_learned_to_no_use_is_not_taken(place: Path, capsys, monkeypatch) -
 
 def test_a_given_size_learns_again_where_it_was_cut(place: Path, capsys, lessons) -> None:
     for budget, count in (("12kB", 1), ("100kB", 1)):  # the second keeps all
-        assert remora("run", "--compress", "--budget", budget, "--output", budget) == 0
+        settings = ("--distill", "--budget", budget, "--output", budget)
+        assert remora("run", "--compress", *settings) == 0
         assert len(lessons) == count
         assert sum(path.stat().st_size for path in Path(budget).iterdir()) <= 100_000
     Path("data.csv").unlink()
     capsys.readouterr()
+    refused(place, capsys, 3, "cannot be read", "run", "--compress", "--distill", "--budget", "9kB")
     assert remora("run", "--compress", "--budget", "12kB", "--output", "cut") == 0
-    assert "an adapter is only cut" in capsys.readouterr().err
     assert len(lessons) == 1
     learned, cut = ({p.name: p.stat().st_size for p in Path(x).iterdir()} for x in ("12kB", "cut"))
     assert learned == cut
@@ -526,6 +551,7 @@ BAD = {
     "neither": (2, "of merge and compress neither is given; give one of them", []),
     "both": (2, "of merge and compress both are given; give one", ["--merge", "--compress"]),
     "a budget to merge": (2, "with compress only", ["--merge", "--budget", "3MB"]),
+    "a merge that learns": (2, "with compress only", ["--merge", "--distill"]),
     "8 bits merged": (2, "dtype float8 is for compressing", ["--merge", "--dtype", "float8"]),
     "two sizes": (2, "give one of them", ["--compress", "--budget", "3MB", "--ratio", "9"]),
     "no amount": (2, "give an amount such as", ["--compress", "--budget", "lots"]),

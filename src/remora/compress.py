@@ -29,7 +29,7 @@ from remora.score import Scorer
 SHARES = (1, 2, 4, 8, 10, 16, 32, 64)
 """Fractions of the full adapter's bytes that are tried, as their denominators."""
 
-MAX_STEPS = 300
+MAX_STEPS = 1_000
 MAX_PASSES = 3
 """An adapter that was cut learns for so many steps, or passes over the training rows if fewer."""
 
@@ -92,22 +92,24 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
     frontier: list[Point] = []
     if budget is not None:
         artifact = low_rank.fit(adapter, budget, dtype, others)
-        train_rows = _train_rows(config.run, reporter)
+        train_rows = _dataset(config.run).train if config.distill else None
         trials = _Trials(config, adapter, base_bytes, reporter)
         if train_rows and artifact.ranks != low_rank.allocate(adapter.updates, 1 << 62, dtype):
             artifact = trials.distilled(artifact, train_rows)
     else:
         validation = _validation(config.run, found)
-        train_rows = _train_rows(config.run, reporter)
+        train_rows = _dataset(config.run).train if config.distill else None
         trials = _Trials(config, adapter, base_bytes, reporter)
         full = trials.full(validation)
         artifacts = _candidates(adapter, adapter_bytes, dtype, others)
         least_right = _least_right(full, validation, config.tolerance)
         for place, candidate in enumerate(artifacts):
             point = trials.trial(candidate, validation, full)
-            if train_rows and point.accuracy * len(validation) < least_right - 0.5:
+            if train_rows and not _is_good(point, validation, least_right):
                 learned = trials.distilled(candidate, train_rows)
                 again = trials.trial(learned, validation, full)
+                if not _is_good(again, validation, least_right):
+                    train_rows = None  # and smaller ones would not come back either
                 if again.accuracy >= point.accuracy:
                     artifacts[place], point = learned, replace(again, cut_accuracy=point.accuracy)
             frontier.append(point)
@@ -168,7 +170,9 @@ class _Trials:
         rate = run.read_settings(self._config.run).learning_rate
         width = tree.text_config(self._adapted).hidden_size
         passes = MAX_PASSES * math.ceil(len(table) / distill.BATCH_ROWS)
-        with tempfile.TemporaryDirectory() as folder, self._loaded(artifact, Path(folder)):
+        # The large numbers that 8 bits want, no learning rate would move.
+        start = low_rank.pack(self._adapter, artifact.ranks, torch.float32, {})
+        with tempfile.TemporaryDirectory() as folder, self._loaded(start, Path(folder)):
             distill.distill(
                 self._adapted,
                 self._prompt,
@@ -261,7 +265,7 @@ def _smallest(
     good = [
         artifact
         for artifact, point in zip(artifacts, frontier, strict=True)
-        if round(point.accuracy * len(table)) >= least_right
+        if _is_good(point, table, least_right)
     ]
     if not good:
         best = max((point.accuracy for point in frontier), default=0.0)
@@ -271,6 +275,10 @@ def _smallest(
             f"{len(table):,} validation rows; give a larger --tolerance or another --dtype"
         )
     return min(good, key=lambda artifact: artifact.num_bytes)
+
+
+def _is_good(point: Point, table: Table, least_right: float) -> bool:
+    return round(point.accuracy * len(table)) >= least_right
 
 
 def _validation(directory: Path, found: Results) -> Table:
@@ -290,15 +298,6 @@ def _validation(directory: Path, found: Results) -> Table:
             f"{directory} has no validation rows; give --budget or --ratio, which need no rows"
         )
     return dataset.validation
-
-
-def _train_rows(directory: Path, reporter: Reporter) -> Table | None:
-    """Return the rows to learn from, if they are there."""
-    try:
-        return _dataset(directory).train
-    except DataError as error:
-        reporter.say(f"{error}: an adapter is only cut, and does not learn again")
-        return None
 
 
 def _dataset(directory: Path) -> Dataset:

@@ -575,6 +575,10 @@ class ExportConfig:
     ratio: float | None = None
     """Make the compressed adapter at least so many times smaller than the base model's weights."""
 
+    distill: bool = False
+    """Let an adapter that was cut learn again from the whole one, on the training rows. That takes
+    up to 1,000 steps for each size that cutting alone costs too much."""
+
     tolerance: float = 0.5
     """Where neither budget nor ratio is given: how many points of accuracy on the validation rows
     the compressed adapter may lose, up to the next whole row."""
@@ -599,6 +603,8 @@ class ExportConfig:
             problems.append(f"of merge and compress {given} given; give one of them")
         if self.merge and (self.budget is not None or self.ratio is not None):
             problems.append("budget and ratio are for compressing; give them with compress only")
+        if self.merge and self.distill:
+            problems.append("distill is for compressing; give it with compress only")
         if self.merge and self.dtype == "float8":
             problems.append("dtype float8 is for compressing; merge in 16 or 32 bits")
         if self.budget is not None and self.ratio is not None:
