@@ -445,11 +445,17 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
-        wanted = self.abstain_at_accuracy
+        wanted, problems = self.abstain_at_accuracy, []
         if wanted is not None and not 0 < wanted <= 1:
-            raise ConfigError(
+            problems.append(
                 f"abstain_at_accuracy is {wanted}; give a share above 0, 1 at most, such as 0.98"
             )
+        if self.micro_batch_tokens < 1:
+            problems.append(
+                f"micro_batch_tokens is {self.micro_batch_tokens}; give a whole number from 1"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))
 
 
 @Parameter(name="*")
