@@ -25,9 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--generate-rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=3_080, help="test rows, evenly spread")
     options = parser.parse_args()
     adapted, prompt, dataset = adapter(options)
-    texts = dataset.test.texts
+    every = max(1, len(dataset.test) // options.rows)
+    texts, true = dataset.test.texts[::every], dataset.test.labels[::every]
     results: dict[str, Any] = {"rows": len(texts)}
     rows = []
 
@@ -66,7 +68,7 @@ def main() -> None:
     results |= {"same_argmax": same, "generate_agrees": matched}
     correct = [
         int(i) == prompt.labels.index(t)
-        for i, t in zip(answers[0.0], dataset.test.labels, strict=True)
+        for i, t in zip(answers[0.0], true, strict=True)
     ]
     print(f"accuracy {sum(correct) / len(correct):.2%}")
     workload.write("scoring-labels-listed" if options.list_labels else "scoring", results)

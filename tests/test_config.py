@@ -173,5 +173,5 @@ def test_eval_refuses_an_accuracy_that_is_no_share(accuracy):
 
 
 def test_settings_of_eval_are_told_together() -> None:
-    with pytest.raises(ConfigError, match="abstain_at_accuracy is 2.*; micro_batch_tokens is 0"):
+    with pytest.raises(ConfigError, match=r"abstain_at_accuracy is 2.*; micro_batch_tokens is 0"):
         EvalConfig(Path("run"), "test.csv", abstain_at_accuracy=2.0, micro_batch_tokens=0)
