@@ -66,10 +66,7 @@ def main() -> None:
         f"a label of the set on {sum(a is not None for a in found)}"
     )
     results |= {"same_argmax": same, "generate_agrees": matched}
-    correct = [
-        int(i) == prompt.labels.index(t)
-        for i, t in zip(answers[0.0], true, strict=True)
-    ]
+    correct = [int(i) == prompt.labels.index(t) for i, t in zip(answers[0.0], true, strict=True)]
     print(f"accuracy {sum(correct) / len(correct):.2%}")
     workload.write("scoring-labels-listed" if options.list_labels else "scoring", results)
 
