@@ -388,21 +388,28 @@ def _show_parity(found: Parity, rows: str, console: Console) -> None:
 
 def _show_compressed(found: Compressed, rows: str, console: Console) -> None:
     if found.frontier:
-        columns = ("size", "of the base", "mean rank", "cut", "accuracy", "other labels", "")
+        learned = any(point.cut_accuracy is not None for point in found.frontier)
+        columns = ["size", "of the base", "mean rank", "accuracy", "other labels", ""]
+        if learned:
+            columns.insert(3, "cut")
         table = Table(*columns, box=None, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
         for point in found.frontier:
-            table.add_row(
+            cells = [
                 _bytes(point.num_bytes),
                 f"1/{point.ratio:,.0f}",
                 f"{point.mean_rank:.2f}",
-                "" if point.cut_accuracy is None else f"{point.cut_accuracy:.2%}",
                 f"{point.accuracy:.2%}",
                 f"{point.num_flips:,}",
                 "chosen" if point.num_bytes == found.chosen.num_bytes else "",
-            )
-        _line(console, "on validation rows; where cutting cost too much, it learned again:")
+            ]
+            if learned:
+                cut = point.cut_accuracy
+                cells.insert(3, "" if cut is None else f"{cut:.2%}")
+            table.add_row(*cells)
+        again = "; after cutting, some learned again" if learned else ""
+        _line(console, f"on validation rows{again}:")
         console.print(table)
         console.print()
     chosen = found.chosen
