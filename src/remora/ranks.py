@@ -248,6 +248,7 @@ class _Pulse(threading.Thread):
         super().__init__(daemon=True)
         self._store, self._rank, self._size = store, rank, size
         self._stopped = threading.Event()
+        self._num_answers = 0
         store.set_timeout(datetime.timedelta(seconds=BEAT_SECONDS * LOST_BEATS))
         store.set(f"beat/{rank}", "0")
 
@@ -263,12 +264,26 @@ class _Pulse(threading.Thread):
             except RuntimeError:  # the process that keeps the store is gone
                 self._end(0)
                 return
+            self._num_answers = count
             for rank, beat in enumerate(beats):
                 if beat != seen[rank]:
                     seen[rank], changed[rank] = beat, count
                 elif count - changed[rank] > LOST_BEATS:
                     self._end(rank)
                     return
+
+    def start(self) -> None:
+        """Begin, and watch that the store answers: where its process hangs, no timeout ends it."""
+        threading.Thread(target=self._watch, daemon=True).start()
+        super().start()
+
+    def _watch(self) -> None:
+        answered, silent = 0, 0
+        while not self._stopped.wait(BEAT_SECONDS):
+            silent = 0 if self._num_answers != answered else silent + 1
+            answered = self._num_answers
+            if silent > LOST_BEATS:
+                self._end(0)
 
     def stop(self) -> None:
         """Give no more signs of life, and expect none."""
