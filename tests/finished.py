@@ -109,10 +109,12 @@ def diagnose(path: Path, labels: Sequence[str], reason: str) -> None:
         "verdict": "labels overlap",
         "reason": reason,
         "accuracy_if_merged": 0.9125,
+        "accuracy_if_redefined": 0.9075,
     }
     figures = {"num_rows": 90, "suspects": 7, "out_of_sample_accuracy": 0.8}
     near = {"num_test_exact": 1, "num_test_near": 2, "num_conflicting": 3}
     ceiling = {"accuracy": 0.93, "interval": [0.9, 0.95], "wrong": 0.04, "overlapping": 0.03}
+    ceiling |= {"alike": 0.02}
     tied = [{"token": reason, "label": labels[1], "num_rows": 5, "share": 0.1}]
     found = {"method": "fast mode", "pairs": [pair], **figures, **near}
     found |= {"ceiling": ceiling, "tied_tokens": tied}

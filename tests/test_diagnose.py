@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from remora import (
 from remora.cli import main
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import Table
-from remora.errors import ConfigError, DataError
+from remora.errors import ConfigError, DataError, Stopped
+from remora.progress import Reporter, Step
 
 NOUNS = {"card": "card arrival", "refund": "refund", "top up": "top up failed"}
 ENDS = ("today", "please", "at once", "again", "now", "still", "soon", "at last")
@@ -99,24 +101,87 @@ def test_planted_errors_lead_the_list(finished: Path, method: str, capsys) -> No
     assert figures["num_test_exact"] == shared > 30  # test rows are copies of training rows
 
 
-@pytest.mark.parametrize("method", ["frozen", "adapters"])
-def test_every_method_judges_each_row_out_of_sample(finished: Path, method: str) -> None:
+def judged(
+    finished: Path, method: str, num_folds: int, folder: Path, reporter: Reporter | None = None
+):
+    """What 24 of the rows are judged, [24, 3]."""
     settings, _, everything = diagnose.load(DiagnoseConfig(finished))
-    few = replace(
-        everything, train=Table(everything.train.texts[::4], everything.train.labels[::4])
-    )
-    found = crossfit.judge(few, settings, method, 2, diagnose.Reporter()).probabilities
+    few = Table(everything.train.texts[::4], everything.train.labels[::4])
+    return crossfit.judge(
+        replace(everything, train=few),
+        settings,
+        method,
+        num_folds,
+        reporter or Reporter(),
+        folder=folder,
+    ).probabilities
+
+
+@pytest.mark.parametrize("method", ["frozen", "adapters"])
+def test_every_method_judges_each_row_out_of_sample(
+    finished: Path, method: str, tmp_path: Path
+) -> None:
+    found = judged(finished, method, 2, tmp_path / "folds")
     assert found.shape == (24, 3)
     np.testing.assert_allclose(found.sum(1), 1)
-    again = crossfit.judge(few, settings, method, 3, diagnose.Reporter()).probabilities
+    again = judged(finished, method, 3, tmp_path / "folds")
     assert not np.allclose(found, again)  # other folds, other judges
+
+
+class Interrupting(Reporter):
+    """Counts the steps, and has the process interrupted after one of them."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.num_steps, self._after = 0, after
+
+    def stepped(self, step: Step) -> None:
+        self.num_steps += 1
+        if self.num_steps == self._after:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_adapters_that_were_stopped_go_on(finished: Path, tmp_path: Path) -> None:
+    whole = Interrupting()
+    undisturbed = judged(finished, "adapters", 2, tmp_path / "whole", whole)
+    assert whole.num_steps == 6  # 3 batches in each of 2 folds
+    folder = tmp_path / "folds"
+    with pytest.raises(Stopped, match=r"stopped \(SIGINT\); run the same command again to go on"):
+        judged(finished, "adapters", 2, folder, Interrupting(after=5))
+    rest = Interrupting()
+    np.testing.assert_array_equal(judged(finished, "adapters", 2, folder, rest), undisturbed)
+    assert rest.num_steps == 1
+    nothing = Interrupting()
+    judged(finished, "adapters", 2, folder, nothing)
+    assert nothing.num_steps == 0
+    other = Interrupting()
+    judged(finished, "adapters", 3, folder, other)
+    assert other.num_steps == 12  # nothing of other folds is taken: 4 batches in each of 3
+
+
+def test_a_stop_ends_with_one_line(finished: Path, monkeypatch, capsys) -> None:
+    fold = crossfit._fold
+
+    def stopped(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(crossfit, "_fold", stopped)
+    arguments = ("diagnose", finished, "--method", "adapters", "--folds", "2")
+    assert remora(*arguments) == 75
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: stopped (SIGTERM); run the same command again to go on"
+    )
+    assert not (finished / "diagnosis.json").exists()
+    assert (finished / "folds").is_dir()
+    monkeypatch.setattr(crossfit, "_fold", fold)
+    assert remora(*arguments) == 0
+    assert not (finished / "folds").exists()
 
 
 def test_no_row_is_judged_by_what_saw_its_label() -> None:
     """A label that one row has alone is unknown to its judge, however clear the text."""
     table = Table([f"{'ab'[i % 2]} word" for i in range(20)] + ["unique"], ["a", "b"] * 10 + ["c"])
     dataset = data.from_lists(table.texts, table.labels, validation_fraction=0.0, seed=0)
-    found = crossfit.judge(dataset, TrainConfig("", model=""), "tfidf", 3, diagnose.Reporter())
+    found = crossfit.judge(dataset, TrainConfig("", model=""), "tfidf", 3, Reporter())
     assert found.probabilities[-1].argmax() != 2
     folds = crossfit._folds(np.arange(30) % 3, 5, seed=0)
     assert sorted(i for _, own in folds for i in own.tolist()) == list(range(30))
@@ -219,6 +284,8 @@ def test_the_evidence_behind_a_verdict() -> None:
     assert (pair.held_out_rows, pair.held_out_by_run, pair.held_out_by_both) == (3, 2, 1)
     assert (pair.held_out_by_judges, pair.held_out_by_judges_too) == (2, 1)
     assert (pair.num_conflicting, pair.accuracy_if_merged) == (2, 1.0)
+    # By the judges' border, the rows are b, b, b and, of another label, c: the run gets 2 right.
+    assert pair.accuracy_if_redefined == 0.5
 
 
 def made(num_rows: int, share_wrong: float, num_labels: int = 20):
@@ -267,6 +334,7 @@ def test_the_ceiling_is_what_wrong_labels_and_overlap_leave() -> None:
         verdict="labels overlap",
         reason="",
         accuracy_if_merged=0.9,
+        accuracy_if_redefined=0.9,
         **COUNTS,
     )
     found = diagnose.ceiling(noise, held_out, [overlap])
@@ -274,8 +342,12 @@ def test_the_ceiling_is_what_wrong_labels_and_overlap_leave() -> None:
     assert found.interval[0] <= best <= found.interval[1]
     assert found.accuracy == pytest.approx(best, abs=0.02)
     assert found.overlapping == pytest.approx(0.05, abs=0.01)
+    assert found.alike == 0  # all that they get wrong alike is counted already
     without = diagnose.ceiling(noise, held_out, [replace(overlap, verdict="undecided")])
     assert without.overlapping == 0
+    assert without.alike == found.overlapping
+    apart = replace(held_out, by_baseline=names)  # the baseline is right everywhere
+    assert diagnose.ceiling(noise, apart, [replace(overlap, verdict="undecided")]).alike == 0
     assert without.accuracy == pytest.approx(0.9, abs=0.02)
 
 

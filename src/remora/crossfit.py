@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora import model, plan, run, score, train
+from remora import checkpoint, model, plan, resume, run, score, train, tree
+from remora.calibration import Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.device import choose_device, choose_precision
-from remora.prepare import accelerator_for, prepare
+from remora.prepare import accelerator_for, plan_run, prepare, short_rows
 from remora.progress import Reporter
 from remora.score import Scorer
+from remora.stop import Stop
 
 Method = Literal["fast", "frozen", "tfidf", "adapters"]
 
@@ -60,6 +66,8 @@ def judge(
     method: Method,
     num_folds: int | None,
     reporter: Reporter,
+    *,
+    folder: Path | None = None,
 ) -> Judgement:
     """Judge each row by classifiers that were trained on others.
 
@@ -72,6 +80,10 @@ def judge(
         method: What is trained on the folds.
         num_folds: In how many parts the rows are cut; None for what suits the method.
         reporter: Told how it goes.
+        folder: Where `adapters` keeps each fold, so that what was stopped goes on there.
+
+    Raises:
+        Stopped: If a signal asked `adapters` to stop; what was done is kept.
     """
     labels, rows = dataset.labels, dataset.train
     place = {label: index for index, label in enumerate(labels)}
@@ -94,7 +106,8 @@ def judge(
     logistic = [_logistic(x, true, len(labels), folds) for _, x, _ in views]
     parts = [list(view) for view in zip(ridges, logistic, strict=True)]
     if method == "adapters":
-        adapters = _adapters(dataset, settings, folds, reporter)
+        assert folder is not None
+        adapters = _adapters(dataset, settings, true, folds, folder, reporter)
         parts.append([np.log(np.maximum(adapters, 1e-12))])
     return Judgement(
         pool([each for view in parts for each in view], true),
@@ -245,31 +258,90 @@ def _logistic(
 def _adapters(
     dataset: Dataset,
     settings: TrainConfig,
+    true: NDArray[np.int64],
     folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    folder: Path,
     reporter: Reporter,
 ) -> NDArray[np.float64]:
     """Return what adapters, each trained on all folds but one, say of that one."""
+    _begin(folder, dataset.train, settings, len(folds))
+    result = np.zeros((len(true), len(dataset.labels)))
+    stop = Stop()
+    with stop.listening():
+        for number, (others, own) in enumerate(folds, 1):
+            place = folder / f"fold-{number}"
+            kept = place / run.PROBABILITIES
+            told = f"adapter {number} of {len(folds)}, trained on {len(others):,} rows"
+            if kept.is_file():
+                reporter.say(f"{told}: it is finished")
+            else:
+                reporter.say(told)
+                place.mkdir(exist_ok=True)
+                found = _fold(dataset, settings, others, own, place, stop, reporter)
+                run.write_probabilities(
+                    kept, dataset.labels, {"fold": Scored(probabilities=found, true=true[own])}
+                )
+                shutil.rmtree(place / resume.CHECKPOINTS, ignore_errors=True)
+            scored = run.read_probabilities(kept, dataset.labels, "fold")
+            assert scored is not None
+            result[own] = scored.probabilities
+    return result
+
+
+def _begin(folder: Path, rows: Table, settings: TrainConfig, num_folds: int) -> None:
+    """Make the folder, or leave what is in it if it is of the same rows, settings and folds."""
+    sha256 = hashlib.sha256(json.dumps([rows.texts, rows.labels]).encode()).hexdigest()
+    wanted = {"rows": sha256, "folds": num_folds, "model": settings.model, **resume.fixed(settings)}
+    key, text = folder / "settings.json", json.dumps(wanted, indent=2) + "\n"
+    if not key.is_file() or key.read_text(encoding="utf-8") != text:
+        shutil.rmtree(folder, ignore_errors=True)
+        with run.disk_errors(folder):
+            folder.mkdir()
+        run.write_text(key, text)
+
+
+def _fold(
+    dataset: Dataset,
+    settings: TrainConfig,
+    others: NDArray[np.int64],
+    own: NDArray[np.int64],
+    place: Path,
+    stop: Stop,
+    reporter: Reporter,
+) -> NDArray[np.float64]:
+    """Return what an adapter that was trained on other rows says of a fold's own, [own, labels]."""
     rows = dataset.train
-    result = np.zeros((len(rows), len(dataset.labels)))
+    part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision, trains_base=settings.method == "full")
-    for number, (others, own) in enumerate(folds, 1):
-        reporter.say(f"training adapter {number} of {len(folds)}, on {len(others):,} rows")
-        part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            adapted, prompt, _, _ = prepare(settings, dataset.labels, precision, device)
-            with accelerator_for(precision, device) as accelerator:
-                train.fit(
-                    adapted,
-                    prompt,
-                    replace(dataset, train=part),
-                    settings,
-                    accelerator=accelerator,
-                    precision=precision,
-                    reporter=reporter,
-                )
-        scorer = Scorer(adapted, prompt, tolerance=1e-3, autocast=precision.autocast)
-        texts = [rows.texts[i] for i in own]
-        result[own] = score.score_table(scorer, texts, f"fold {number}", reporter)
-    return result
+    resumed = checkpoint.newest(place / resume.CHECKPOINTS, reporter.say)
+    planned, heaviest = plan_run(
+        resume.as_before(settings, resumed),
+        replace(dataset, train=part),
+        precision,
+        device,
+        reporter,
+    )
+    with torch.random.fork_rng(), accelerator_for(precision, device) as accelerator:
+        torch.manual_seed(settings.seed)
+        adapted, prompt, _, _ = prepare(settings, dataset.labels, precision, device)
+        with accelerator.autocast():
+            tree.check(adapted, short_rows(part, prompt))
+        model.set_checkpointing(adapted, planned.checkpointing)
+        with stop.deferred():
+            train.fit(
+                adapted,
+                prompt,
+                replace(dataset, train=part),
+                planned.applied_to(settings),
+                accelerator=accelerator,
+                precision=precision,
+                heaviest=heaviest,
+                checkpoints=place / resume.CHECKPOINTS,
+                resumed=resumed,
+                stop=stop,
+                reporter=reporter,
+            )
+            scorer = Scorer(adapted, prompt, tolerance=1e-3, autocast=precision.autocast)
+            texts = [rows.texts[i] for i in own]
+            return score.score_table(scorer, texts, "fold", reporter, stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,8 @@ LIST_FROM = 0.2
 SURE = 0.9
 """So are rows whose judges name the same other label, together with at least this probability."""
 NUM_TOKENS = 20
+FOLDS = "folds"
+"""What trained adapters have said so far, in the run directory until the diagnosis is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,7 @@ class Ceiling:
     interval: tuple[float, float]  # 95 %
     wrong: float  # estimated share of wrong labels
     overlapping: float  # share of rows that every judge confuses because labels overlap
+    alike: float  # share of other rows that run, judges and baseline give the same wrong label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,7 @@ def diagnose(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Dia
 
     Raises:
         DataError: If the run is not finished, or its rows have changed.
+        Stopped: If a signal asked to stop while adapters were trained.
     """
     reporter = reporter or Reporter()
     predictions = _predictions(config.run)
@@ -114,7 +119,12 @@ def diagnose(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Dia
     true = np.array([place[label] for label in table.labels])
     reporter.say(crossfit.DESCRIPTIONS[config.method])
     judged = crossfit.judge(
-        replace(everything, train=table), settings, config.method, config.folds, reporter
+        replace(everything, train=table),
+        settings,
+        config.method,
+        config.folds,
+        reporter,
+        folder=config.run / FOLDS,
     )
     held_out_noise = label_noise.estimate(judged.probabilities[held_rows], true[held_rows])
     given = judged.probabilities[held_rows].argmax(1)
@@ -156,6 +166,8 @@ def diagnose(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Dia
     )
     relabel.write(config.run / "relabel.csv", found.suspects)
     run.write_json(config.run / "diagnosis.json", found.to_dict())
+    if config.method == "adapters":
+        shutil.rmtree(config.run / FOLDS, ignore_errors=True)
     return found
 
 
@@ -252,6 +264,10 @@ def ceiling(noise: LabelNoise, held_out: HeldOut, diagnosed: Sequence[PairDiagno
     labels are not spread as the message would suggest, and the two are different rows. A model that
     has learned the habits of who labelled the rows may do better. The interval has the Wilson
     interval of the second share added to that of the first.
+
+    It is too high where labels are wrong as a careful person errs: those look like hard rows, and
+    predictions cannot tell them apart. They are among the other rows that run, judges and baseline
+    all give the same wrong label; their share stands beside it.
     """
     from scipy.stats import binomtest
 
@@ -263,6 +279,10 @@ def ceiling(noise: LabelNoise, held_out: HeldOut, diagnosed: Sequence[PairDiagno
                 held_out.true, held_out.by_judges, *names
             )
     overlapping &= noise.p_wrong < 0.5
+    alike = (held_out.by_run != held_out.true) & ~overlapping & (noise.p_wrong < 0.5)
+    for given in (held_out.by_judges, held_out.by_baseline):
+        if given is not None:
+            alike &= given == held_out.by_run
     share = float(overlapping.mean())
     low, high = (0.0, 0.0)
     if share:
@@ -273,6 +293,7 @@ def ceiling(noise: LabelNoise, held_out: HeldOut, diagnosed: Sequence[PairDiagno
         interval=(max(0.0, 1 - noise.interval[1] - high), max(0.0, 1 - noise.interval[0] - low)),
         wrong=noise.rate,
         overlapping=share,
+        alike=float(alike.mean()),
     )
 
 

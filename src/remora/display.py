@@ -311,7 +311,10 @@ def show_diagnosis(found: Diagnosis, run: Path, console: Console | None = None) 
     console = console or Console(highlight=False)
     for pair in found.pairs:
         _line(console, f"{pair.first} / {pair.second}: {pair.verdict}")
-        merged = f"as one label, accuracy would be {pair.accuracy_if_merged:.2%}"
+        merged = (
+            f"as one label, accuracy would be {pair.accuracy_if_merged:.2%}, with the border where "
+            f"the judges draw it {pair.accuracy_if_redefined:.2%}"
+        )
         _line(console, f"    {pair.reason}; {merged}")
     _line(console, f"\njudged by  {found.method}")
     _line(
@@ -322,9 +325,14 @@ def show_diagnosis(found: Diagnosis, run: Path, console: Console | None = None) 
     low, high = found.ceiling.interval
     _line(
         console,
-        f"ceiling    {found.ceiling.accuracy:.2%} on the held-out rows (95% interval {low:.2%} to "
-        f"{high:.2%}): estimated, {found.ceiling.wrong:.2%} of their labels are wrong and "
-        f"{found.ceiling.overlapping:.2%} on either side of an overlap",
+        f"ceiling    at most {found.ceiling.accuracy:.2%} on the held-out rows (95% interval "
+        f"{low:.2%} to {high:.2%}): estimated, {found.ceiling.wrong:.2%} of their labels are slips "
+        f"and {found.ceiling.overlapping:.2%} on either side of an overlap",
+    )
+    _line(
+        console,
+        f"           lower as far as the labels of a further {found.ceiling.alike:.2%} are wrong, "
+        "which get the same other label from every classifier; such rows may be hard instead",
     )
     _line(
         console,
@@ -372,6 +380,8 @@ def show_export(written: Exported, console: Console | None = None) -> None:
     else:
         _show_compressed(result, rows, console)
     _line(console, f"written    {written.directory}, {_bytes(written.num_bytes)}")
+    if written.plot:
+        _line(console, f"plot       {written.plot}")
 
 
 def _show_parity(found: Parity, rows: str, console: Console) -> None:

@@ -10,6 +10,7 @@ import importlib.resources
 import itertools
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -298,7 +299,7 @@ def _context(found: Results) -> dict[str, Any]:
         "plan_rows": _plan_rows(planned),
         "setting_rows": _rows(results.read_settings(directory)),
         "data_rows": [r for r in _rows(summary or {}) if r[0] != "labels"],
-        "environment_rows": _rows(results.read_json(directory / "environment.json") or {}),
+        "environment_rows": _environment_rows(directory),
     }
 
 
@@ -448,6 +449,13 @@ def _plan_rows(planned: dict[str, Any] | None) -> list[tuple[str, str]]:
         ("tokens a row, in trees", f"{planned['tree_tokens']:.1f} ({fewer:.1f} times fewer)"),
         ("operations an example", f"{planned['operations_per_example'] / 1e9:,.1f} GFLOP"),
     ]
+
+
+def _environment_rows(directory: Path) -> list[tuple[str, str]]:
+    found = results.read_json(directory / "environment.json") or {}
+    if found.get("command"):
+        found["command"] = shlex.join(found["command"])
+    return _rows(found)
 
 
 def _rows(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
