@@ -172,6 +172,10 @@ def test_the_answer_turns_on_whether_the_difference_may_be_chance(tmp_path: Path
     assert "small may be chance (+1.0 points" in answer
     answer = compare.compare(CompareConfig((far, small))).answer
     assert answer.startswith("The bigger model earns its keep: far is better than small")
+    largest = write_run(tmp_path / "largest", wrong(*range(21)), base_bytes=90_000)
+    answer = compare.compare(CompareConfig((far, small, largest))).answer
+    assert answer.startswith("The bigger model earns its keep: far is better than small")
+    assert answer.endswith(" largest, bigger still, gets 20.0 points less.")
     strong = replace(CompareConfig((small,)), runs=(write_run(tmp_path / "x", wrong(*range(70))),))
     assert compare.compare(strong).answer.endswith("the smallest, is the most accurate.")
 

@@ -127,7 +127,7 @@ def compare(config: CompareConfig) -> Comparison:
         contenders=tuple(ranked),
         pairs=pairs,
         shared_mistakes=_shared_mistakes(runs),
-        answer=_answer(best, rival, pairs),
+        answer=_answer(ranked, best, rival, pairs),
         bar=None if config.bar is None else _clears(ranked, config.bar),
         value=_value(best, rival, pairs, config),
         notes=tuple(notes),
@@ -301,7 +301,9 @@ def _best_and_rival(
     return best, alike[0] if alike else max(smaller, key=lambda each: each.accuracy)
 
 
-def _answer(best: Contender, rival: Contender | None, pairs: Sequence[Pair]) -> str:
+def _answer(
+    ranked: Sequence[Contender], best: Contender, rival: Contender | None, pairs: Sequence[Pair]
+) -> str:
     """Say whether the bigger model earns its keep."""
     if rival is None:
         return f"No bigger model earns its keep: {best.name}, the smallest, is the most accurate."
@@ -312,15 +314,22 @@ def _answer(best: Contender, rival: Contender | None, pairs: Sequence[Pair]) -> 
         f"p = {pair.adjusted_p_value:.2g}"
     )
     alike = best.num_bytes == rival.num_bytes
+    bigger = ""
+    if (biggest := ranked[-1]).num_bytes > best.num_bytes:
+        behind = -100 * _between(pairs, biggest, best).difference
+        less = f"{behind:.1f} points less" if behind else "no more"
+        bigger = f" {biggest.name}, bigger still, gets {less}."
     if pair.adjusted_p_value >= SIGNIFICANT:
         keeps = "Neither is bigger" if alike else "The bigger model does not earn its keep"
         smaller = "" if alike else "the smaller "
         return (
             f"{keeps}: what {best.name} has over {smaller}{rival.name} may be chance ({figures})."
+            f"{bigger}"
         )
     keeps = "Neither is bigger, and one is better" if alike else "The bigger model earns its keep"
     return (
         f"{keeps}: {best.name} is better than {rival.name} and every other smaller one ({figures})."
+        f"{bigger}"
     )
 
 
