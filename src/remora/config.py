@@ -516,7 +516,7 @@ class DiagnoseConfig:
     method: Literal["fast", "frozen", "tfidf", "adapters"] = "fast"
     """Who judges rows that it was not trained on: regressions on frozen features of the base
     model and on TF-IDF (fast), on either of them, or new adapters, which takes as long as training
-    once for each fold."""
+    once for each fold; stopped, the same command goes on."""
 
     folds: int | None = None
     """In how many parts the rows are cut; each is judged by what was trained on the others. By
