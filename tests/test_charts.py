@@ -86,3 +86,16 @@ def test_a_learning_curve_is_laid_out_by_the_logarithm_of_its_rows() -> None:
     assert [tick.text for tick in drawn.x_ticks] == ["100", "200", "400", "800"]
     assert baseline.kind == "baseline"
     assert charts.learning_curve(None) is None
+
+
+def test_the_frontier_has_a_line_for_what_was_only_cut() -> None:
+    learned, cut = [(1.0, 0.9), (4.0, 0.9), (16.0, 0.8)], [(1.0, 0.9), (4.0, 0.9), (16.0, 0.4)]
+    drawn = charts.frontier(learned, cut, 0.85)
+    assert [tick.text for tick in drawn.x_ticks] == ["1", "2", "4", "8", "16"]
+    ideal, lower, upper = drawn.lines
+    assert ideal.points.split(",")[0] == str(float(drawn.left))
+    assert upper.dots[1].y < float(ideal.points.split(",")[-1]) < upper.dots[2].y < lower.dots[2].y
+    assert upper.dots[1].x == (drawn.left + drawn.right) / 2
+    assert "only cut" in drawn.title
+    (_, alone) = charts.frontier(learned, [], 0.85).lines
+    assert [dot.text for dot in alone.dots] == [dot.text for dot in upper.dots]

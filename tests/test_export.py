@@ -12,6 +12,7 @@ import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import peft
@@ -344,17 +345,25 @@ def test_compress_shows_the_frontier_and_keeps_the_smallest_that_is_good_enough(
     sizes = [point["num_bytes"] for point in told["frontier"]]
     assert len(sizes) >= 3
     assert sizes == sorted(set(sizes), reverse=True)
-    assert sizes[0] <= full
+    assert sizes[0] == full
+    assert told["frontier"][0]["accuracy"] == 1
     assert full // 32 < sizes[-1] <= full // 16  # the next half does not suffice for anything
     base_bytes = Path("base/model.safetensors").stat().st_size
     assert [p["ratio"] for p in told["frontier"]] == pytest.approx([base_bytes / s for s in sizes])
     least = 11 / 12 if tolerance == "0.5" else 0  # half a point is less than a row of 12
+    assert told["least_accuracy"] == pytest.approx(least)
     good = [point for point in told["frontier"] if point["accuracy"] >= least]
     chosen = min(good, key=lambda point: point["num_bytes"])
     folder = place / "run" / "compressed"
     assert sum(path.stat().st_size for path in folder.iterdir()) == chosen["num_bytes"]
     assert told["chosen"]["num_bytes"] == told["num_bytes"] == chosen["num_bytes"]
     assert told["full_accuracy"] == 1
+    drawn = ElementTree.parse(told["plot"]).getroot()
+    assert Path(told["plot"]) == place / "run" / "compressed.svg"
+    dots = [dot for dot in drawn.iter() if dot.get("class") == "dot accuracy"]
+    assert [float(dot[0].text.split(":")[0]) for dot in dots] == pytest.approx(
+        [full / size for size in sizes], rel=1e-3
+    )
     # What was measured is what the folder does.
     adapted, prompt, _ = run.load_adapter(
         folder, base=None, dtype=torch.float32, device=torch.device("cpu")
@@ -405,7 +414,7 @@ def test_a_ratio_is_of_the_base_models_weights(place: Path, capsys) -> None:
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert size <= Path("base/model.safetensors").stat().st_size / 15
     assert told["chosen"]["ratio"] >= 15
-    assert (told["frontier"], told["dtype"]) == ([], "bfloat16")
+    assert (told["frontier"], told["plot"], told["dtype"]) == ([], None, "bfloat16")
     stored = load_file(folder / "adapter_model.safetensors").values()
     assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
 

@@ -23,6 +23,8 @@ from remora.optimizer import default_learning_rate
 from remora.predict import load_scorer
 from remora.progress import Reporter, Validation
 from remora.prompt import Prompt, TokenSequence
+from serving import call as ask
+from serving import predicted, running
 
 CPU = torch.device("cpu")
 
@@ -254,7 +256,8 @@ def test_the_command_line_trains_measures_and_reports(
     [
         (["export", "{}", "--merge"], "has no adapter to merge or compress; use .*model, which"),
         (["export", "{}", "--compress"], "has no adapter to merge or compress; use .*model, which"),
-        (["serve", "{}", "--port", "0"], "model holds a whole model and no adapter; give a run"),
+        (["serve", "{}", "x={}", "--port", "0"], "shares no base with others; serve it by itself"),
+        (["serve", "{}", "--port", "0", "--model", "nano"], "needs no base; leave out --model"),
         (["predict", "{}", "none.csv", "--model", "nano"], "needs no base; leave out --model"),
     ],
 )
@@ -264,6 +267,23 @@ def test_what_needs_an_adapter_is_refused(
     assert call(*(a.format(trained.directory) for a in arguments)) == 4
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.search(told, line)
+
+
+def test_it_is_served_as_it_predicts(trained) -> None:
+    texts = [text for text, _ in measured(trained.directory)][:20]
+    with running(trained.directory / "model") as service:
+        answer = ask(service.url, "/v1/classify", {"texts": texts, "top_k": 3}).json
+        refused = ask(service.url, f"/v1/adapters/{answer['adapter']}/reload", {})
+    card = json.loads((trained.directory / "model" / "remora.json").read_text())
+    assert answer["adapter"] == trained.directory.name
+    assert answer["sha256"] == card["base_sha256"]
+    wanted = predicted(trained.directory, texts, 3)
+    for row, best in zip(answer["results"], wanted, strict=True):
+        assert [found["label"] for found in row["labels"]] == [label for label, _ in best]
+        assert [found["probability"] for found in row["labels"]] == pytest.approx(
+            [probability for _, probability in best], abs=1e-4
+        )
+    assert refused.status == 409
 
 
 def test_other_weights_and_unknown_methods_are_refused(trained, tmp_path: Path) -> None:

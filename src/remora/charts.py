@@ -297,5 +297,36 @@ def learning_curve(found: dict[str, Any] | None) -> Chart | None:
     )
 
 
+def frontier(accuracies: Sequence[Point], cut_accuracies: Sequence[Point], least: float) -> Chart:
+    """Return accuracy against how many times smaller an adapter is than the whole one.
+
+    Args:
+        accuracies: How many times smaller and the accuracy, for the whole adapter and smaller ones.
+        cut_accuracies: The same before some learned again; empty if none did.
+        least: The accuracy that is good enough.
+    """
+    times = [x for x, _ in accuracies]
+    values = [y for _, y in (*accuracies, *cut_accuracies)]
+    learned = ": learned again (upper line), only cut (lower)" if cut_accuracies else ""
+    ends = (min(times), max(times))
+    return chart(
+        "frontier",
+        f"Accuracy by size of the adapter{learned}",
+        f"From {accuracies[0][1]:.1%} with the whole adapter to {accuracies[-1][1]:.1%} with one "
+        f"{times[-1]:.3g} times smaller. The dashed line is the least accuracy allowed.",
+        [
+            ("ideal", [(ends[0], least), (ends[1], least)], False),
+            *([("baseline", cut_accuracies, True)] if cut_accuracies else []),
+            ("accuracy", accuracies, True),
+        ],
+        x_label="times smaller than the whole adapter",
+        y_label="accuracy",
+        x_range=ends,
+        y_range=(min(*values, least), max(values)),
+        y_percent=True,
+        x_places=[2.0**i for i in range(11) if ends[0] <= 2**i <= ends[1]] or ends,
+    )
+
+
 def _text(value: float, percent: bool) -> str:
     return f"{100 * value:.4g}%" if percent else f"{value:,.4g}"

@@ -63,7 +63,9 @@ class Compressed:
 
     dtype: str
     adapter_bytes: int  # of the full one
-    frontier: tuple[Point, ...]  # on validation rows; empty where the size was given
+    frontier: tuple[Point, ...]  # on validation rows, the whole adapter first; empty where the
+    # size was given
+    least_accuracy: float | None  # that was good enough on them
     chosen: Point  # on the rows that the run was measured on
     num_rows: int
     full_accuracy: float
@@ -90,6 +92,7 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
     if config.ratio is not None:
         budget = int(base_bytes / config.ratio)
     frontier: list[Point] = []
+    least_accuracy = None
     if budget is not None:
         artifact = low_rank.fit(adapter, budget, dtype, others)
         train_rows = _dataset(config.run).train if config.distill else None
@@ -103,6 +106,7 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
         full = trials.full(validation)
         artifacts = _candidates(adapter, adapter_bytes, dtype, others)
         least_right = _least_right(full, validation, config.tolerance)
+        least_accuracy = least_right / len(validation)
         for place, candidate in enumerate(artifacts):
             point = trials.trial(candidate, validation, full)
             if train_rows and not _is_good(point, validation, least_right):
@@ -114,12 +118,21 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
                     artifacts[place], point = learned, replace(again, cut_accuracy=point.accuracy)
             frontier.append(point)
         artifact = _smallest(artifacts, frontier, full, validation, config.tolerance)
+        whole = Point(
+            num_bytes=adapter_bytes,
+            ratio=base_bytes / adapter_bytes,
+            mean_rank=sum(len(u.values) for u in adapter.updates.values()) / len(adapter.updates),
+            accuracy=_accuracy(full, validation),
+            num_flips=0,
+        )
+        frontier.insert(0, whole)
     measured = Table(found.texts, found.true)
     full = trials.full(measured)
     return Compressed(
         dtype=stored,
         adapter_bytes=adapter_bytes,
         frontier=tuple(frontier),
+        least_accuracy=least_accuracy,
         chosen=trials.point(artifact, folder, measured, full),
         num_rows=len(measured),
         full_accuracy=_accuracy(full, measured),

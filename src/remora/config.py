@@ -662,8 +662,8 @@ class ServeConfig:
     """Settings of `remora serve`."""
 
     adapters: tuple[str, ...] = field(kw_only=False)
-    """Run directories, adapters' folders or ids on the Hugging Face hub, of one base model. Each is
-    named by its run, or as NAME=FOLDER."""
+    """Run directories, adapters' folders or ids on the Hugging Face hub, of one base model, or one
+    whole model. Each is named by its run, or as NAME=FOLDER."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Any but a loopback address needs a token, in the environment variable
@@ -743,8 +743,8 @@ class ServeConfig:
         for given in self.adapters:
             name, is_named, folder = given.partition("=")
             if not is_named or "/" in name:  # a folder's name may have an equals sign
-                path = Path(given).absolute()
-                name, folder = (path.parent if path.name == "adapter" else path).name, given
+                path, folder = Path(given).absolute(), given
+                name = path.parent.name if path.name in {"adapter", "model"} else path.name
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ConfigError(
                     f"an adapter is named {name!r}; name it with letters, digits, dots, hyphens "

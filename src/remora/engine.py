@@ -33,6 +33,7 @@ from safetensors import safe_open
 from remora import admit, lora, model, run
 from remora.device import Precision
 from remora.errors import ModelError
+from remora.prompt import Prompt
 from remora.score import Scorer
 from remora.table import one_line
 
@@ -112,10 +113,11 @@ class Engine:
         max_queue: int,
         on_batch: Callable[[Batch], None] = lambda _: None,
     ) -> None:
-        """Load the base model and all adapters.
+        """Load the base model and all adapters, or one whole model.
 
         Args:
-            folders: A run directory or an adapter's folder for each adapter's id.
+            folders: A run directory or an adapter's folder for each adapter's id, or that of a
+                whole model alone.
             base: Base model, where it is no longer where the first adapter's card says.
             precision: The arithmetic.
             device: Where to compute.
@@ -125,7 +127,8 @@ class Engine:
             on_batch: Told of each batch, in the engine's thread.
 
         Raises:
-            ModelError: If a part is missing or broken, or adapters have different base models.
+            ModelError: If a part is missing or broken, adapters have different base models, or a
+                whole model is not alone.
         """
         self._folders = {name: run.adapter_folder(path) for name, path in folders.items()}
         self._device = device
@@ -134,23 +137,13 @@ class Engine:
         self._tolerance = tolerance
         self._max_queue = max_queue
         self._on_batch = on_batch
-        cards = {name: run.read_card(folder) for name, folder in self._folders.items()}
-        source = model.find(base or next(iter(cards.values())).base_model)
-        self.base_sha256 = model.weights_sha256(source)
-        self._method = next(iter(cards.values())).method
-        for name, card in cards.items():
-            self._refuse_other_base(name, card)
-        self._tokenizer = model.load_tokenizer(source)
-        self._base = run.load_base(source, self._method, precision.base, device)
-        # Names and shapes as they are without adapters, to hold adapters against.
-        self._skeleton = model.load_empty(model.load_config(source), precision.base)
         self._adapted: Any = None
         self._num_loaded = 0
         self._generations: dict[str, Generation] = {}
-        for name, folder in self._folders.items():
-            with _copied(folder) as copy:
-                self._refuse_other_base(name, copy.card)
-                self._generations[name] = self._add(name, copy)
+        if wholes := [name for name, folder in self._folders.items() if run.is_whole(folder)]:
+            self._load_whole(wholes[0], base)
+        else:
+            self._load_adapters(base)
         self._changed = threading.Condition()
         self._waiting: deque[_Request] = deque()
         self._num_waiting = 0  # texts
@@ -197,6 +190,11 @@ class Engine:
         Raises:
             ModelError: If what is there cannot be used; what was served goes on being served.
         """
+        if self._adapted is None:
+            raise ModelError(
+                f"{adapter} is a whole model, which is not replaced while it is served; start the "
+                "service again"
+            )
         with _copied(self._folders[adapter]) as copy:
             self._refuse_other_base(adapter, copy.card)
             future: Future[bool] = Future()
@@ -213,6 +211,49 @@ class Engine:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
+
+    def _load_whole(self, name: str, base: str | None) -> None:
+        """Load a model that has no adapter; its generation is the hash of its weights."""
+        if len(self._folders) > 1:
+            raise ModelError(
+                f"{name} is a whole model, which shares no base with others; serve it by itself"
+            )
+        whole, prompt, card = run.load_adapter(
+            self._folders[name], base=base, dtype=self._precision.base, device=self._device
+        )
+        self.base_sha256 = card.base_sha256
+        self._generations[name] = Generation(
+            sha256=card.base_sha256,
+            labels=card.labels,
+            module="",
+            scorer=self._scorer(whole, prompt),
+        )
+
+    def _load_adapters(self, base: str | None) -> None:
+        """Load the base model, and all adapters around it."""
+        cards = {name: run.read_card(folder) for name, folder in self._folders.items()}
+        source = model.find(base or next(iter(cards.values())).base_model)
+        self.base_sha256 = model.weights_sha256(source)
+        self._method = next(iter(cards.values())).method
+        for name, card in cards.items():
+            self._refuse_other_base(name, card)
+        self._tokenizer = model.load_tokenizer(source)
+        self._base = run.load_base(source, self._method, self._precision.base, self._device)
+        # Names and shapes as they are without adapters, to hold adapters against.
+        self._skeleton = model.load_empty(model.load_config(source), self._precision.base)
+        for name, folder in self._folders.items():
+            with _copied(folder) as copy:
+                self._refuse_other_base(name, copy.card)
+                self._generations[name] = self._add(name, copy)
+
+    def _scorer(self, scored: Any, prompt: Prompt) -> Scorer:
+        return Scorer(
+            scored,
+            prompt,
+            max_tokens=self._micro_batch_tokens,
+            tolerance=self._tolerance,
+            autocast=self._precision.autocast,
+        )
 
     def _refuse_other_base(self, adapter: str, card: run.AdapterCard) -> None:
         if card.base_sha256 != self.base_sha256:
@@ -261,14 +302,12 @@ class Engine:
             ) from error
         lora.make_fast(self._adapted)
         self._adapted.to(self._device).eval()
-        scorer = Scorer(
-            self._adapted,
-            prompt,
-            max_tokens=self._micro_batch_tokens,
-            tolerance=self._tolerance,
-            autocast=self._precision.autocast,
+        return Generation(
+            sha256=copy.sha256,
+            labels=copy.card.labels,
+            module=module,
+            scorer=self._scorer(self._adapted, prompt),
         )
-        return Generation(sha256=copy.sha256, labels=copy.card.labels, module=module, scorer=scorer)
 
     def _refuse_missing(self, module: str, folder: Path) -> None:
         """Refuse an adapter that PEFT has left random weights in: it only warns of those."""
@@ -339,7 +378,8 @@ class Engine:
         generation = self._generations[requests[0].adapter]
         texts = [text for request in requests for text in request.texts]
         try:
-            self._adapted.set_adapter(generation.module)
+            if self._adapted is not None:
+                self._adapted.set_adapter(generation.module)
             probabilities = generation.scorer.probabilities(texts)
         except Exception as error:
             if len(requests) > 1:

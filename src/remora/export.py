@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remora import results, run
+from remora import charts, report, results, run
 from remora.compress import Compressed, compress
 from remora.config import ExportConfig
 from remora.errors import ConfigError, ModelError
@@ -31,11 +31,13 @@ class Exported:
     num_bytes: int
     measured_on: str  # "test" or "validation" rows
     result: Parity | Compressed
+    plot: Path | None  # of accuracy against size, where several sizes were measured
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them."""
         figures = {k: v for k, v in asdict(self).items() if k != "result"}
-        return figures | {"directory": str(self.directory)} | asdict(self.result)
+        paths = {"directory": str(self.directory), "plot": self.plot and str(self.plot)}
+        return figures | paths | asdict(self.result)
 
 
 def export(config: ExportConfig, *, reporter: Reporter | None = None) -> Exported:
@@ -61,12 +63,28 @@ def export(config: ExportConfig, *, reporter: Reporter | None = None) -> Exporte
     export_into = merge if config.merge else compress
     with _published(output) as folder:
         result = export_into(config, folder, found, reporter)
+        plot = None
+        if isinstance(result, Compressed) and result.frontier:
+            plot = output.with_name(f"{output.name}.svg")
+            report.write_chart(plot, _frontier(result))
     return Exported(
         directory=output,
         num_bytes=run.folder_bytes(output),
         measured_on=found.figures["measured_on"],
         result=result,
+        plot=plot,
     )
+
+
+def _frontier(found: Compressed) -> charts.Chart:
+    sized = [(found.adapter_bytes / point.num_bytes, point) for point in found.frontier]
+    cut = [
+        (x, point.accuracy if point.cut_accuracy is None else point.cut_accuracy)
+        for x, point in sized
+    ]
+    accuracies = [(x, point.accuracy) for x, point in sized]
+    assert found.least_accuracy is not None
+    return charts.frontier(accuracies, cut if cut != accuracies else [], found.least_accuracy)
 
 
 @contextlib.contextmanager

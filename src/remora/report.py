@@ -118,6 +118,15 @@ def write_comparison(path: Path, found: Comparison, directories: Sequence[Path])
     run.write_text(path, comparison_page(found, directories))
 
 
+def write_chart(path: Path, chart: charts.Chart) -> None:
+    """Write a chart as a picture by itself, whole or not at all.
+
+    Raises:
+        ResourceError: If it cannot be written.
+    """
+    run.write_text(path, _rendered("chart.svg", {"chart": chart}))
+
+
 def check_output(path: Path, flag: str) -> None:
     """Refuse a file that cannot be written to.
 

@@ -335,7 +335,7 @@ def load_adapter(
         ModelError: If a part is missing or broken, or the base model is another one.
     """
     folder = adapter_folder(path)
-    if _is_whole(folder):
+    if is_whole(folder):
         return _load_whole(folder, base=base, dtype=dtype, device=device)
     card = read_card(folder)
     source = model.find(base or card.base_model)
@@ -471,10 +471,11 @@ def is_full(path: Path) -> bool:
         ModelError: If its card is broken.
     """
     folder = adapter_folder(path)
-    return _is_whole(folder) and _card(folder).method == "full"
+    return is_whole(folder) and _card(folder).method == "full"
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder holds a model that needs no base, with its card."""
     return (folder / "remora.json").is_file() and (folder / "config.json").is_file()
 
 
@@ -484,7 +485,7 @@ def read_card(folder: Path) -> AdapterCard:
     Raises:
         ModelError: If it or a file of PEFT's is missing, or it is broken.
     """
-    if _is_whole(folder):
+    if is_whole(folder):
         raise ModelError(
             f"{folder} holds a whole model and no adapter; give a run that trained an adapter"
         )

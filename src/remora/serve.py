@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from remora import run
 from remora.config import ServeConfig
 from remora.device import choose_device, choose_precision
 from remora.engine import Engine
@@ -61,10 +62,12 @@ class Service:
         try:
             device = choose_device(config.device)
             metrics = routes.Metrics()
+            folders = config.folders()
+            is_full = any(run.is_full(folder) for folder in folders.values())
             self._engine = Engine(
-                config.folders(),
+                folders,
                 base=config.model,
-                precision=choose_precision(device, config.precision),
+                precision=choose_precision(device, config.precision, trains_base=is_full),
                 device=device,
                 micro_batch_tokens=config.micro_batch_tokens,
                 tolerance=config.tolerance,
