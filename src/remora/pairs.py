@@ -211,7 +211,7 @@ def judge(  # noqa: PLR0911 - a verdict after the other
     taken, num_rows = first_as_second + second_as_first, num_first + num_second
     others = (
         ("the baseline", held_out_by_baseline, held_out_by_both),
-        ("regressions out of sample", held_out_by_judges, held_out_by_judges_too),
+        ("the judges", held_out_by_judges, held_out_by_judges_too),
     )
     for name, count, both in others:
         only_run, only_other = held_out_by_run - both, count - both
