@@ -276,8 +276,8 @@ def test_a_processor_is_not_asked_for_memory_that_is_not_there(config, monkeypat
     undisturbed = losses(train.train(replace(config, dropout=0.0, max_steps=3)))
     planned = train.plan_run
 
-    def plan_then_shrink(*arguments):
-        made, heaviest = planned(*arguments)
+    def plan_then_shrink(*arguments, **options):
+        made, heaviest = planned(*arguments, **options)
         largest = made.largest_micro_batch * heaviest.bytes_per_token
         monkeypatch.setattr(train.memory, "free_bytes", lambda _: int(largest * 0.7))
         return made, heaviest

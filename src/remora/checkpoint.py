@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remora import shard
 from remora.errors import ModelError
 from remora.ranks import Ranks
 from remora.run import disk_errors, sync
@@ -28,6 +29,14 @@ from remora.table import one_line
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 SCHEMA = 2
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 _NAME = re.compile(r"step-\d{8,}(-evaluated)?")
 
 
@@ -43,17 +52,24 @@ class Checkpoint:
     state: Mapping[str, Any]  # as JSON holds it
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, ranks: Ranks | None = None) -> Path:
     """Write a checkpoint and delete those before it; return where it is.
 
     Args:
         folder: The folder of all checkpoints of the run.
         checkpoint: What to save.
+        ranks: The processes, which call this together. The first one writes; of sharded tensors
+            it gets one at a time.
 
     Raises:
         ResourceError: If the disk fails. The checkpoint before is still there then.
     """
     final, temporary = folder / checkpoint.name, folder / f"{checkpoint.name}.tmp"
+    tensors = shard.gathered(_in_file_order(checkpoint.tensors), ranks or Ranks())
+    if ranks and not ranks.is_first:
+        for _ in tensors:
+            pass
+        return final
     with disk_errors(folder):
         if not folder.is_dir():
             folder.mkdir()
@@ -61,7 +77,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         for path in (temporary, final):  # of an interrupted save, or a damaged one
             shutil.rmtree(path, ignore_errors=True)
         try:
-            _write_all(temporary, checkpoint)
+            _write_all(temporary, checkpoint, tensors)
             temporary.rename(final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -136,16 +152,45 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_all(folder: Path, checkpoint: Checkpoint) -> None:
-    from safetensors.torch import save_file
-
+def _write_all(folder: Path, checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> None:
     folder.mkdir()
-    tensors = {k: v.detach().contiguous() for k, v in checkpoint.tensors.items()}
-    save_file(tensors, folder / TENSORS)
+    _write_tensors(folder / TENSORS, checkpoint.tensors, tensors)
     sync(folder / TENSORS)
     _write(folder / STATE, {"schema": SCHEMA, **checkpoint.state})
     _write(folder / MANIFEST, {name: sha256(folder / name) for name in (TENSORS, STATE)})
     sync(folder)
+
+
+def _in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in the order in which each begins where its type may be mapped to."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+
+
+def _write_tensors(
+    path: Path, described: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a file in the form of safetensors, whose own functions want all tensors at once.
+
+    Args:
+        path: The file.
+        described: Tensors by their names, looked at for their shapes and types.
+        tensors: The same in the order of the file, one at a time in this process's memory.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in _in_file_order(described).items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)
+    with path.open("wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        for _, tensor in tensors:
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
@@ -164,7 +209,8 @@ def capture(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the state that a loop needs to go on as if nothing had happened.
 
-    All processes call it together. They differ in their random numbers only.
+    All processes call it together. They differ in their random numbers only, and in their
+    parts of sharded tensors. The tensors are those that go on being trained.
     """
     tensors = {f"weights/{name}": p for name, p in parameters.items()}
     if best is not None:
@@ -181,7 +227,7 @@ def capture(
         "scheduler": scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
-    return {k: v.detach().cpu() for k, v in tensors.items()}, state
+    return tensors, state
 
 
 @torch.no_grad()
@@ -206,22 +252,25 @@ def restore(
         weight = tensors.get(f"weights/{name}")
         if weight is None or weight.shape != parameter.shape:
             raise ModelError(f"the checkpoint does not fit {name}; remove the run to begin again")
-        parameter.copy_(weight)
+        parameter.copy_(shard.part(weight, parameter))
+    optimized = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for path, value in tensors.items():
         if path.startswith("optimizer/"):
             _, index, key = path.split("/")
-            entries.setdefault(int(index), {})[key] = value
+            trained = optimized[int(index)]
+            own = shard.part(value, trained) if value.shape == trained.shape else value
+            entries.setdefault(int(index), {})[key] = own
     optimizer.load_state_dict({"state": entries, "param_groups": state["optimizer"]})
     scheduler.load_state_dict(state["scheduler"])
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    own = f"random/{ranks.rank}/"
-    if count := _count(tensors, own):
-        set_random_state(device, [tensors[f"{own}{i}"] for i in range(count)])
+    random = f"random/{ranks.rank}/"
+    if count := _count(tensors, random):
+        set_random_state(device, [tensors[f"{random}{i}"] for i in range(count)])
     if not _count(tensors, "best/"):
         return None
-    return [tensors[f"best/{name}"].to(p.device) for name, p in parameters.items()]
+    return [shard.part(tensors[f"best/{name}"], p) for name, p in parameters.items()]
 
 
 def random_state(device: torch.device) -> list[Tensor]:

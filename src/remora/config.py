@@ -158,6 +158,10 @@ class TrainConfig:
     devices: int = 1
     """Train on so many devices of this machine, one process each."""
 
+    shard: Literal["auto", "on", "off"] = "auto"
+    """Shard the weights (FSDP): each of several processes holds a part of them, and gathers a layer
+    to compute it. By default where all weights train, or a base does not fit on one device."""
+
     seed: int = 0
     """Seed of the splits, the order of rows, the adapter's start and the dropout."""
 
@@ -234,6 +238,11 @@ class TrainConfig:
         ]
         if self.use_dora and self.method == "qlora":
             problems.append("use_dora is not for a base in 4 bits; use --method lora")
+        if self.method == "qlora" and self.shard == "on":
+            problems.append(
+                "shard is on and method is qlora, whose 4-bit weights are not sharded; "
+                "leave it out, or use --method lora"
+            )
         if self.method == "full" and self.lora_variant:
             problems.append(
                 f"{self.lora_variant} is of an adapter and method is full; use --method lora"

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from remora import memory, plan, tree
+import torch
+
+from remora import memory, plan, shard, tree
 from remora.checkpoint import random_state, set_random_state
 from remora.errors import ResourceError
 from remora.progress import Reporter
@@ -21,6 +23,10 @@ class MicroBatches:
 
     What a step averages over stays the effective batch, and the random numbers of a step that is
     repeated are those it had, so the run is the one that would have begun with the smaller size.
+
+    Where the weights are sharded, all processes compute equally many micro-batches: who has fewer
+    computes a row of the batch that counts nothing. They look together whether the memory will do
+    for the next one, and repeat the step together where it will not.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class MicroBatches:
         self._heaviest, self._ranks = heaviest, ranks
         self._bytes_per_token = heaviest.bytes_per_token if heaviest else 0.0
         self._said = False
+        self._is_sharded = shard.has_shards(adapted)
 
     def add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
         """Add this process's part of the gradients of an effective batch to none.
@@ -51,9 +58,13 @@ class MicroBatches:
         num_supervised = sum(len(row.token_ids) - row.answer_start for row in batch)
         # Rows that share most are computed in one process.
         own = self._ranks.part(sorted(batch, key=lambda row: row.token_ids))
-        if not own:
-            return 0.0, num_supervised
-        return self._repeat(own, lambda: self._add_gradients(own, num_supervised)), num_supervised
+        if self._is_sharded:
+            loss = self._repeat(batch, lambda: self._add_in_step(own, batch, num_supervised))
+        elif own:
+            loss = self._repeat(own, lambda: self._add_gradients(own, num_supervised))
+        else:
+            loss = 0.0
+        return loss, num_supervised
 
     def try_heaviest(self) -> float:
         """Compute the heaviest micro-batch and forget it; return the seconds for each token.
@@ -75,9 +86,17 @@ class MicroBatches:
         while True:
             try:
                 return compute()
+            except _NotEnoughError:
+                pass
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_exhausted(error):
                     raise
+                if self._is_sharded:  # the others wait in the middle of a layer
+                    raise ResourceError(
+                        "the memory ran out, and with sharded weights the processes cannot repeat "
+                        "a step; run the same command again with --micro-batch-tokens "
+                        f"{max(1, self.max_tokens // 2)}"
+                    ) from error
             # Here the error and the tensors that its traceback holds are gone.
             self._adapted.zero_grad()
             memory.release(self._accelerator.device)
@@ -104,6 +123,18 @@ class MicroBatches:
         trees = tree.split(rows, self.max_tokens)
         return sum(self._backward(packed, num_supervised) for packed in trees)
 
+    def _add_in_step(
+        self, own: Sequence[TokenSequence], batch: Sequence[TokenSequence], num_supervised: int
+    ) -> float:
+        """Do the same in as many micro-batches as the process with most."""
+        trees = tree.split(own, self.max_tokens)
+        num_trees = max(self._ranks.gather(len(trees)))
+        loss = sum(self._backward(packed, num_supervised) for packed in trees)
+        shortest = min(batch, key=lambda row: len(row.token_ids))
+        for _ in range(num_trees - len(trees)):
+            self._backward(tree.build([shortest]), num_supervised, counts=False)
+        return loss
+
     def _time_largest(self, batch: Sequence[TokenSequence]) -> float:
         trees = tree.split(batch, self.max_tokens)
         largest = max(trees, key=lambda packed: packed.num_tokens)
@@ -111,16 +142,43 @@ class MicroBatches:
         self._backward(largest, largest.num_supervised_tokens)
         return (time.perf_counter() - began) / largest.num_tokens
 
-    def _backward(self, packed: tree.TokenTree, num_supervised: int) -> float:
+    def _backward(
+        self, packed: tree.TokenTree, num_supervised: int, *, counts: bool = True
+    ) -> float:
         """Add the gradients of a micro-batch; return its part of the mean loss."""
         device = self._accelerator.device
         if self._heaviest:
             memory.keep_within(device, self._heaviest.limit_bytes)
-        memory.refuse_to_exhaust(device, int(self._bytes_per_token * packed.num_tokens))
+        self._refuse_to_exhaust(int(self._bytes_per_token * packed.num_tokens))
         packed = packed.to(device)
         with self._accelerator.autocast():
             logits = tree.answer_logits(self._adapted, packed)
         part = tree.loss_sum(logits, packed) / num_supervised
+        if not counts:
+            part = part * 0
         del logits  # the largest array; its gradient is there already
         self._accelerator.backward(part)
         return float(part.detach())
+
+    def _refuse_to_exhaust(self, needed: int) -> None:
+        """Fail before memory is taken that is not there: with sharded weights, in all processes.
+
+        Raises:
+            torch.OutOfMemoryError: If it is not.
+            _NotEnoughError: The same in all processes.
+        """
+        device = self._accelerator.device
+        if not self._is_sharded or device.type != "cpu":
+            memory.refuse_to_exhaust(device, needed)
+            return
+        suffices = True
+        try:
+            memory.refuse_to_exhaust(device, needed)
+        except torch.OutOfMemoryError:
+            suffices = False
+        if self._ranks.any(not suffices):
+            raise _NotEnoughError
+
+
+class _NotEnoughError(Exception):
+    """Some process's memory will not do, and none has begun."""

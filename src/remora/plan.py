@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from remora import data, lora, memory, model, quantize, tree
+from remora import data, lora, memory, model, quantize, shard, tree
 from remora.config import PlanConfig, TrainConfig
 from remora.data import Dataset
 from remora.device import (
@@ -26,6 +26,7 @@ from remora.device import (
     choose_precision,
     hardware_here,
 )
+from remora.errors import ConfigError
 from remora.progress import spoken_bytes
 from remora.prompt import Prompt, TokenSequence, common_prefix_length
 from remora.tree import TokenTree
@@ -98,6 +99,7 @@ class Plan:
     micro_batch_tokens: int
     largest_micro_batch: int  # tokens of the largest there is
     checkpointing: bool
+    shard: bool  # whether each of several processes holds a part of the weights
     why: str
     memory: Components
     available_bytes: int | None
@@ -137,6 +139,7 @@ class Plan:
             settings,
             micro_batch_tokens=self.micro_batch_tokens,
             checkpointing="on" if self.checkpointing else "off",
+            shard="on" if self.shard else "off",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,11 +206,26 @@ class Planner:
         memory_bytes: int | None = None,
         say: Callable[[str], None] = lambda _: None,
         batches: list[list[TokenSequence]] | None = None,
+        num_processes: int | None = None,
     ) -> None:
-        """Take a run's parts; `memory_bytes` is the memory to plan for, None for what is here."""
+        """Take a run's parts.
+
+        Args:
+            settings: The run's settings.
+            dataset: Its rows.
+            prompt: How they are asked.
+            folder: Where the base model's configuration lies.
+            precision: What is computed in.
+            hardware: What it is computed on.
+            memory_bytes: Memory of each device to plan for; None for what is here.
+            say: Told what takes time.
+            batches: The rows' batches, where they are known.
+            num_processes: Those that train together, one a device; by default as the settings say.
+        """
         self._settings, self._precision, self._hardware = settings, precision, hardware
         self._folder, self._dataset, self._say, self._prompt = folder, dataset, say, prompt
         self._model_config = model.load_config(folder)
+        self._num_processes = num_processes or settings.devices
         self._num_steps = settings.num_steps(len(dataset.train))
         self._given_bytes = memory_bytes or hardware.memory_bytes
         self._batches = batches or _survey(dataset, prompt, settings, self._num_steps)
@@ -218,7 +236,20 @@ class Planner:
             for t in [*adapted.parameters(), *adapted.buffers()]
             if not t.requires_grad
         )
+        self._sizes = self._sizes_of(adapted)
         self._skeleton = self._skeleton_of(adapted)
+
+    def _sizes_of(self, adapted: Any) -> shard.Sizes | None:
+        """Return how large the weights are that can be sharded, None where there are none."""
+        settings = self._settings
+        if settings.method == "qlora" or settings.shard == "off":
+            return None
+        try:
+            return shard.sizes(adapted)
+        except ConfigError:
+            if settings.shard == "on":
+                raise
+            return None
 
     @functools.cached_property
     def _runtime(self) -> int:
@@ -256,23 +287,42 @@ class Planner:
 
     def make(self) -> Plan:
         """Choose the settings that fit and cost least, and say what would where none fits."""
+        settings, several = self._settings, self._num_processes
+        can_shard = several > 1 and self._sizes is not None
+        sharded = can_shard and (settings.shard == "on" or settings.method == "full")
+        size, checkpointing, fits = self._choose(several if sharded else 1)
+        if can_shard and not sharded and not fits:
+            in_parts = self._choose(several)
+            if in_parts[2]:
+                sharded, (size, checkpointing, fits) = True, in_parts
+        why = self._why(size, checkpointing, fits)
+        if sharded:
+            cause = "as the base does not fit on one device"
+            if settings.shard == "on":
+                cause = "as asked for"
+            elif settings.method == "full":
+                cause = "as all of them train"
+            why += f"; weights sharded over {several} processes, {cause}"
+        return self._plan(size, checkpointing, several if sharded else 1, why)
+
+    def _choose(self, num_parts: int) -> tuple[int, bool, bool]:
+        """Return tokens at once and checkpointing, and whether they fit, of weights in parts."""
         settings = self._settings
         given = settings.micro_batch_tokens
         sizes = MICRO_BATCH_TOKENS if given is None else (given,)
         choices = {"auto": (False, True), "on": (True,), "off": (False,)}[settings.checkpointing]
         least = (sizes[-1], choices[-1])
         best: tuple[float, int, bool] | None = None
-        if self._fits(self.components(sizes[0], choices[0])):
+        if self._fits(self.components(sizes[0], choices[0], num_parts)):
             best = (0, sizes[0], choices[0])
-        elif self._fits(self.components(*least)):
+        elif self._fits(self.components(*least, num_parts)):
             for checkpointing in choices:
                 for size in sizes:
-                    if self._fits(self.components(size, checkpointing)):
+                    if self._fits(self.components(size, checkpointing, num_parts)):
                         cost = self._tree_tokens(size) * (RECOMPUTING_COST if checkpointing else 1)
                         best = min(best or (math.inf, *least), (cost, size, checkpointing))
                         break
-        size, checkpointing = least if best is None else best[1:]
-        return self._plan(size, checkpointing, self._why(size, checkpointing, best is not None))
+        return (*least, False) if best is None else (*best[1:], True)
 
     def _why(self, size: int, checkpointing: bool, fits: bool) -> str:
         if not fits:
@@ -325,9 +375,29 @@ class Planner:
             found = max(found, other, key=lambda count: count.peak)
         return found
 
-    def components(self, size: int, checkpointing: bool) -> Components:
-        """Return the memory at its peak."""
+    def components(self, size: int, checkpointing: bool, num_parts: int = 1) -> Components:
+        """Return the memory at its peak, of one process; weights may be sharded in parts."""
         trainable = 4 * self._counts.trainable
+        base = self._base_bytes
+        held = gathered = gathered_in_training = 0
+        if num_parts > 1 and (sizes := self._sizes):
+            # What is in no layer is there all the time, and with a layer the next is gathered. Of
+            # what trains come the gradients and a copy of them to send.
+            gathered = gathered_in_training = sizes.rest + 2 * sizes.largest_layer
+            held = -(-sizes.total // num_parts)
+            if self._settings.method == "full":
+                trainable = held
+                gathered_in_training = max(2 * sizes.rest + 4 * sizes.largest_layer, 3 * sizes.rest)
+            else:
+                base += held - sizes.total
+        step, scoring = self._count(size, checkpointing), self._scoring(size)
+        if num_parts > 1:
+            step = dataclasses.replace(
+                step,
+                gradients=min(step.gradients, trainable),
+                workspace=step.workspace + gathered_in_training,
+            )
+            scoring = dataclasses.replace(scoring, workspace=scoring.workspace + gathered)
         # While the optimizer steps, all gradients are there and its own arrays; activations are
         # not. torch's AdamW makes one array as large as the weights where it steps them together.
         stepping = memory.StepMemory(
@@ -337,14 +407,18 @@ class Planner:
             workspace=trainable if self._hardware.type != "cpu" else 0,
             operations=0,
         )
-        moments = (self._count(size, checkpointing), stepping, self._scoring(size))
+        moments = [step, stepping, scoring]
+        if num_parts > 1 and self._sizes and self._hardware.type == "cpu":
+            # The whole model is there as it is loaded, beside nothing else, and as it is saved.
+            whole = self._sizes.total - (0 if self._settings.method == "full" else held)
+            moments.append(dataclasses.replace(stepping, gradients=0, workspace=whole))
         most = max(moments, key=lambda moment: moment.peak)
         fragments = 0
         if self._hardware.type == "cpu":
             heap = max(moment.heap for moment in moments)
             fragments = memory.FRAGMENT_BYTES + int(memory.FRAGMENTS * heap)
         return Components(
-            base=self._base_bytes,
+            base=base,
             adapter=trainable,
             best=trainable if len(self._dataset.validation) else 0,
             gradients=most.gradients,
@@ -390,7 +464,7 @@ class Planner:
         epochs, rest = divmod(self._num_steps, per_epoch)
         return epochs * len(self._dataset.train) + rest * self._settings.batch_size
 
-    def _plan(self, size: int, checkpointing: bool, why: str) -> Plan:
+    def _plan(self, size: int, checkpointing: bool, num_parts: int, why: str) -> Plan:
         rows = self._sequences
         prefix = min(common_prefix_length(rows[0].token_ids, row.token_ids) for row in rows)
         stems = sum(row.answer_start for row in rows) / len(rows)
@@ -398,7 +472,7 @@ class Planner:
         padded = sum(
             len(batch) * max(len(row.token_ids) for row in batch) for batch in self._batches
         )
-        components = self.components(size, checkpointing)
+        components = self.components(size, checkpointing, num_parts)
         step = self._count(size, checkpointing)
         longest = self._survey_of(size)[0]
         trainable, total = self._counts.trainable, self._counts.total
@@ -426,6 +500,7 @@ class Planner:
             micro_batch_tokens=size,
             largest_micro_batch=longest.num_tokens,
             checkpointing=checkpointing,
+            shard=num_parts > 1,
             why=why,
             memory=components,
             available_bytes=self._available,
@@ -451,6 +526,7 @@ class Planner:
             ({"checkpointing": "auto"}, "without --checkpointing off: about a third more time"),
             ({"method": "lora"}, "with --method lora: usually within a point or two of full"),
             ({"method": "qlora"}, "with --method qlora: the base in 4 bits, slower"),
+            ({"shard": "auto"}, "without --shard off: the weights in parts, gathered by layers"),
             ({"rank": 4}, "with --rank 4: a smaller adapter, which may learn less"),
         ):
             ((name, value),) = change.items()
@@ -461,23 +537,10 @@ class Planner:
                 continue
             if value == "qlora" and self._hardware.type not in quantize.DEVICES:
                 continue
-            other = Planner(
-                dataclasses.replace(settings, **change),
-                self._dataset,
-                self._prompt,
-                self._folder,
-                choose_precision(
-                    torch.device(self._hardware.type),
-                    settings.precision,
-                    hardware=self._hardware,
-                    trains_base=change.get("method", settings.method) == "full",
-                ),
-                self._hardware,
-                self._available,
-                batches=self._batches,
-            ).make()
+            other = self._changed(**change).make()
             if other.fits:
                 yield f"{told.format(now)}; {spoken_bytes(other.peak_bytes)} at the peak"
+        yield from self._more_devices()
         assert self._available is not None
         room = self._available - components.runtime
         share = room / (components.peak - components.runtime)
@@ -485,6 +548,40 @@ class Planner:
             most = share * self._counts.total
             yield f"a model of about {math.floor(most / 1e7) / 100:g} billion parameters or fewer"
         yield f"a device with {spoken_bytes(components.peak)} of memory"
+
+    def _more_devices(self) -> Iterator[str]:
+        """Yield on how many devices such as this one it would fit with sharded weights."""
+        if self._num_processes > 1 or self._sizes is None or self._hardware.type != "cuda":
+            return
+        for count in (2, 4, 8):
+            size, checkpointing, fits = self._choose(count)
+            if fits:
+                peak = self.components(size, checkpointing, count).peak
+                yield (
+                    f"with --devices {count}: the weights sharded over as many such devices; "
+                    f"{spoken_bytes(peak)} at the peak of each"
+                )
+                return
+
+    def _changed(self, **change: Any) -> Planner:
+        """Return a planner of the same run but for some settings."""
+        settings = dataclasses.replace(self._settings, **change)
+        return Planner(
+            settings,
+            self._dataset,
+            self._prompt,
+            self._folder,
+            choose_precision(
+                torch.device(self._hardware.type),
+                settings.precision,
+                hardware=self._hardware,
+                trains_base=settings.method == "full",
+            ),
+            self._hardware,
+            self._available,
+            batches=self._batches,
+            num_processes=self._num_processes,
+        )
 
     def published_time(self, made: Plan) -> dict[str, Any]:
         """Return the time at a device's published rate, which no run reaches."""

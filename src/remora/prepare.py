@@ -54,6 +54,8 @@ def plan_run(
     precision: Precision,
     device: torch.device,
     reporter: Reporter,
+    *,
+    num_processes: int = 1,
 ) -> tuple[plan.Plan, plan.Heaviest]:
     """Plan the run before any weights are fetched, and refuse it if it cannot fit.
 
@@ -62,19 +64,28 @@ def plan_run(
     """
     folder = model.find(config.model, weights=False)
     prompt = plan.load_prompt(config, dataset.labels, folder)
-    planner = plan.Planner(config, dataset, prompt, folder, precision, hardware_here(device))
+    planner = plan.Planner(
+        config,
+        dataset,
+        prompt,
+        folder,
+        precision,
+        hardware_here(device),
+        num_processes=num_processes,
+    )
     planned = planner.make()
     needed = spoken_bytes(planned.peak_bytes)
+    each = "" if num_processes == 1 else f" in each of {num_processes} processes"
     if not planned.fits:
         assert planned.available_bytes is not None
         raise ResourceError(
-            f"training needs {needed} of memory and there are "
+            f"training needs {needed} of memory{each} and there are "
             f"{spoken_bytes(planned.available_bytes)}; what would fit, the cheapest first: "
             f"{', or '.join(planned.alternatives)}"
         )
     reporter.say(
-        f"planned: {needed} of memory at the peak, at most {planned.micro_batch_tokens:,} tokens "
-        f"at once, checkpointing {'on' if planned.checkpointing else 'off'} ({planned.why})"
+        f"planned: {needed} of memory at the peak{each}, at most {planned.micro_batch_tokens:,} "
+        f"tokens at once, checkpointing {'on' if planned.checkpointing else 'off'} ({planned.why})"
     )
     return planned, planner.heaviest(planned)
 

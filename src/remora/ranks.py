@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remora.errors import ConfigError, PeerLostError, RemoraError
-from remora.launch import LAUNCHER, LISTENER, world_size
+from remora.launch import LAUNCHER, LISTENER, speaks, world_size
 
 Result = TypeVar("Result")
 
@@ -66,7 +66,7 @@ class Ranks:
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Give every process the sum of all gradients. A process that has none adds zeros."""
-        if self.size == 1:
+        if self.size == 1 or not parameters:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -162,10 +162,21 @@ class Ranks:
         try:
             call()
         except RuntimeError as error:
-            raise PeerLostError(
-                f"a process of the {self.size} is gone ({str(error).splitlines()[0][:100]}); "
-                "run the same command again to go on"
-            ) from error
+            raise _lost(self.size, error) from error
+
+
+def _lost(size: int, error: RuntimeError) -> PeerLostError:
+    return PeerLostError(
+        f"a process of the {size} is gone ({str(error).splitlines()[0][:100]}); run the same "
+        "command again to go on"
+    )
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Whether an error is of a collective call, such as those of sharded weights."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
 @contextlib.contextmanager
@@ -214,6 +225,14 @@ def join() -> Iterator[Ranks]:
     try:
         yield ranks
         ranks.gather(rank)  # so that nobody is taken for lost who is only ready before the others
+    except RuntimeError as error:
+        if isinstance(error, RemoraError) or not _is_of_a_peer(error):
+            raise
+        # Of sharded weights calls are under way, without which Python cannot shut down in order.
+        lost = _lost(size, error)
+        if speaks(lost):
+            print(f"error: {lost}", file=sys.stderr)  # noqa: T201
+        os._exit(PeerLostError.exit_code)
     finally:
         pulse.stop()
         with contextlib.suppress(RuntimeError):

@@ -24,7 +24,12 @@ FREE = {
     *("data", "validation", "test", "text_column", "label_column"),  # the rows' hash tells
     "model",  # the weights' hash tells
     *("name", "output", "trackers", "checkpoint_minutes", "max_time"),
-    *("micro_batch_tokens", "checkpointing", "devices"),  # change no result but by rounding
+    *(
+        "micro_batch_tokens",
+        "checkpointing",
+        "devices",
+        "shard",
+    ),  # change no result but by rounding
 }
 """Settings that may differ when a run goes on."""
 
@@ -98,7 +103,7 @@ def fixed(config: TrainConfig) -> dict[str, Any]:
 
 
 def as_before(config: TrainConfig, resumed: Checkpoint | None) -> TrainConfig:
-    """Return the settings with the micro-batches that a run had when it was saved."""
+    """Return the settings with what the plan had chosen when a run was saved."""
     if resumed is None:
         return config
     tokens = resumed.state["progress"]["micro_batch_tokens"]
@@ -106,6 +111,7 @@ def as_before(config: TrainConfig, resumed: Checkpoint | None) -> TrainConfig:
         config,
         micro_batch_tokens=min(tokens, config.micro_batch_tokens or tokens),
         checkpointing=resumed.state["checkpointing"],
+        shard=resumed.state.get("shard", config.shard),
     )
 
 

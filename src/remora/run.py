@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 import remora
 from remora import admit, lora, model, quantize
@@ -243,8 +244,21 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def save(trained: Any, prompt: Prompt, card: AdapterCard, path: Path) -> int:
+def save(
+    trained: Any,
+    prompt: Prompt,
+    card: AdapterCard,
+    path: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> int:
     """Save what was trained beside its card, whole or not at all; return its weights' bytes.
+
+    Args:
+        trained: PEFT's model, or a whole one.
+        prompt: How it is asked.
+        card: What goes with it.
+        path: The folder to write.
+        weights: Those of a whole model by their names; by default its own.
 
     Raises:
         ResourceError: If the disk fails.
@@ -254,7 +268,7 @@ def save(trained: Any, prompt: Prompt, card: AdapterCard, path: Path) -> int:
     if isinstance(trained, peft.PeftModel):
         return save_adapter(trained, card, path)
     with _replacing(path) as folder:
-        write_model(trained, prompt.tokenizer, card, folder)
+        write_model(trained, prompt.tokenizer, card, folder, weights)
     return folder_bytes(path, "*.safetensors")
 
 
@@ -274,10 +288,16 @@ def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
     return (path / "adapter_model.safetensors").stat().st_size
 
 
-def write_model(whole: Any, tokenizer: Any, card: AdapterCard, folder: Path) -> None:
+def write_model(
+    whole: Any,
+    tokenizer: Any,
+    card: AdapterCard,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write a whole model with its tokenizer and card, which gets the hash of these weights."""
     with model.without_progress_bar():
-        whole.save_pretrained(folder)
+        whole.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     card = replace(card, base_sha256=model.weights_sha256(folder))
     write_json(folder / "remora.json", asdict(card))

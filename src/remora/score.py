@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remora import attention, memory, tree
+from remora import attention, memory, shard, tree
 from remora.calibration import Scored
 from remora.data import Table
 from remora.progress import Reporter
@@ -451,14 +451,17 @@ def score_table(
 ) -> NDArray[np.float64]:
     """Return probabilities [texts, labels] and report the progress; raises Stopped.
 
-    With several processes each scores a part, and all get all.
+    With several processes each scores a part, and all get all. Where their weights are sharded, who
+    needs fewer passes computes along until all have done theirs.
     """
     ranks = ranks or Ranks()
     parts = []
     for start in range(0, len(texts), BATCH_ROWS * ranks.size):
         memory.trim()  # training and scoring, taking turns, leave free memory in pieces
         batch = texts[start : start + BATCH_ROWS * ranks.size]
-        parts += ranks.gather_arrays(scorer.probabilities(ranks.part(batch)))
+        with shard.in_step(scorer.model, ranks):
+            own = scorer.probabilities(ranks.part(batch))
+        parts += ranks.gather_arrays(own)
         reporter.scoring(what, start + len(batch), len(texts))
         if stop:
             stop.check()

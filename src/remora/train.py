@@ -26,6 +26,7 @@ from remora import (
     resume,
     run,
     score,
+    shard,
     tracking,
     tree,
 )
@@ -87,7 +88,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         heaviest: The batch that needs most memory, which is tried before the first step, so that
             what cannot fit fails in seconds.
         log: Called with each record as a dict.
-        save: Called when the weights have become better than before.
+        save: Called when the weights have become better than before, in all processes.
         checkpoints: Folder to save the state in, now and then, on request and at the end.
         resumed: What to go on from; the run ends with the bits it would have had undisturbed.
         stop: Asked after each step whether to save and stop.
@@ -132,9 +133,9 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             tensors, state = checkpoint.capture(
                 named, best_weights, optimizer, scheduler, scaler, device, ranks
             )
-            state |= {"progress": asdict(progress), "checkpointing": config.checkpointing}
-            if ranks.is_first:
-                checkpoint.save(checkpoints, Checkpoint(progress.name, tensors, state))
+            state |= {"progress": asdict(progress)}
+            state |= {"checkpointing": config.checkpointing, "shard": config.shard}
+            checkpoint.save(checkpoints, Checkpoint(progress.name, tensors, state), ranks)
             saved_name = progress.name
         saved = time.monotonic()
 
@@ -155,7 +156,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                 if better:
                     progress.best, progress.best_step = (accuracy, -log_loss), progress.step
                     best_weights = _copied(parameters, best_weights)
-                    if save and ranks.is_first:
+                    if save:
                         save()
                 validation = Validation(
                     step=progress.step, accuracy=accuracy, log_loss=log_loss, best=better
@@ -179,8 +180,9 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             adapted.train()
             own_loss, num_supervised = micro_batches.add_gradients(batch)
             loss = ranks.total(own_loss)
-            ranks.sum_gradients(parameters)
-            grad_norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
+            ranks.sum_gradients([p for p in parameters if not shard.is_sharded(p)])
+            norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            grad_norm = float(shard.whole(norm))
             learning_rate = scheduler.get_last_lr()[0]
             finite = math.isfinite(loss) and (scaler or math.isfinite(grad_norm))
             if finite or scaler:  # a loss scaler skips the step by itself, and has to be told
@@ -219,7 +221,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     save_checkpoint()
     if best_weights is None:
         progress.best_step = progress.step
-        if save and ranks.is_first:
+        if save:
             save()
     else:
         with torch.no_grad():
@@ -330,17 +332,27 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
         directory, resumed = resume.find(config, sha256, ranks, stack, reporter.say)
         with ranks.together():
             planned, heaviest = plan_run(
-                resume.as_before(config, resumed), dataset, precision, device, reporter
+                resume.as_before(config, resumed),
+                dataset,
+                precision,
+                device,
+                reporter,
+                num_processes=ranks.size,
             )
             if not directory:
                 refuse_full_disk(planned, config)
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(config.seed)
-            adapted, prompt, card, folder = prepare(config, dataset.labels, precision, device)
+            where = torch.device("cpu") if planned.shard else device
+            adapted, prompt, card, folder = prepare(config, dataset.labels, precision, where)
             parameters = lora.count_parameters(adapted)
             for line in introduce(config, dataset, prompt, adapted, parameters):
                 reporter.say(line)
             accelerator = stack.enter_context(accelerator_for(precision, device))
+        ranks.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
+        if planned.shard:
+            shard.apply(adapted, device, ranks)
+        with ranks.together():
             with accelerator.autocast():
                 tree.check(adapted, short_rows(dataset.train, prompt))
             if directory:
@@ -352,11 +364,17 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
                 reporter.say(f"run directory: {directory}")
                 environment = run.environment(device) | {"base_sha256": card.base_sha256}
                 write_settings(directory, environment, dataset, planned, config)
-        ranks.refuse_differences({"base model": card.base_sha256})
         directory = Path(ranks.share(str(directory)))
         model.set_checkpointing(adapted, planned.checkpointing)
         if not ranks.is_first:
             torch.manual_seed(config.seed + ranks.rank)  # for dropout of its own
+
+        def save() -> None:
+            weights = shard.weights(adapted, ranks) if config.method == "full" else None
+            if ranks.is_first:
+                path = directory / run.FOLDERS[config.method]
+                run.save(adapted, prompt, card, path, weights)
+
         with stop.deferred():
             with contextlib.ExitStack() as logging:
                 log = None
@@ -373,9 +391,7 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
                     precision=precision,
                     heaviest=heaviest,
                     log=log,
-                    save=lambda: run.save(
-                        adapted, prompt, card, directory / run.FOLDERS[config.method]
-                    ),
+                    save=save,
                     checkpoints=directory / resume.CHECKPOINTS,
                     resumed=resumed,
                     stop=stop,
