@@ -17,7 +17,7 @@ from remora import cli, data, diagnose, learning_curve, model, report, results, 
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.errors import ConfigError, Stopped
 from remora.extrapolation import Extrapolation
-from remora.learning_curve import Size, answer
+from remora.learning_curve import Size, answer, followed
 from remora.progress import Reporter, Step
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -302,6 +302,11 @@ def test_the_answer_turns_on_the_last_step_and_on_who_errs_alike() -> None:
     said = answer(worse, 0.1, (0.06, 0.14), None, 0.9)
     assert said.startswith("Train longer, or take a bigger model: with 2 per class this one gets")
     assert "60.0% where the baseline gets 70.0%" in said
+    assert followed(rising[-1], further, "with care") == (further, "with care")
+    found, caution = followed(worse[-1], further, "with care")
+    assert found is None
+    assert caution.startswith("no extrapolation: the last size is worse than the baseline")
+    assert followed(worse[-1], None, "too few") == (None, "too few")
     flat = sizes_of(0.8, 0.801)
     assert answer(flat, 0.001, (-0.004, 0.006), None, 0.6).startswith("Clean what there is")
     assert answer(flat, 0.001, (-0.004, 0.006), None, 0.4).startswith("Take a bigger model")

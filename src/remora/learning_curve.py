@@ -56,6 +56,11 @@ class Size:
         """The size in words."""
         return "all rows" if self.per_class is None else f"{self.per_class:,} per class"
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the baseline is better, and not by chance."""
+        return self.baseline_accuracy > self.accuracy and self.p_value < SIGNIFICANT
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearningCurve:
@@ -268,7 +273,9 @@ def _measure(config: TrainConfig, shared: _Shared, runs: Sequence[Results]) -> L
     fewer = int((wrong[-1] & ~wrong[-2]).sum())
     gain_interval = compare.difference_interval(more, fewer, len(true))
     rise = evaluate.mcnemar(last.true, last.predicted, runs[0].predicted)
-    extrapolation, caution = extrapolate([size.num_rows for size in sizes], wrong, rise)
+    extrapolation, caution = followed(
+        sizes[-1], *extrapolate([size.num_rows for size in sizes], wrong, rise)
+    )
     alike = None
     if last.baseline is not None and wrong[-1].any():
         same = np.array(last.predicted) == np.array(last.baseline)
@@ -283,6 +290,18 @@ def _measure(config: TrainConfig, shared: _Shared, runs: Sequence[Results]) -> L
         caution=caution,
         answer=answer(sizes, (more - fewer) / len(true), gain_interval, extrapolation, alike),
     )
+
+
+def followed(
+    last: Size, extrapolation: Extrapolation | None, caution: str
+) -> tuple[Extrapolation | None, str]:
+    """Leave out an extrapolation to more rows where it is not rows that the last size lacks."""
+    if extrapolation and last.is_behind:
+        return None, (
+            "no extrapolation: the last size is worse than the baseline, so longer training may "
+            "give what the curve would say of more rows"
+        )
+    return extrapolation, caution
 
 
 def answer(
@@ -309,7 +328,7 @@ def answer(
         f"from {before.num_rows:,} to {last.num_rows:,} rows, accuracy changed by {each:+.1f} "
         f"points for each doubling (95% interval {low:+.1f} to {high:+.1f})"
     )
-    if last.baseline_accuracy > last.accuracy and last.p_value < SIGNIFICANT:
+    if last.is_behind:
         return (
             f"Train longer, or take a bigger model: with {last.spoken} this one gets "
             f"{last.accuracy:.1%} where the baseline gets {last.baseline_accuracy:.1%}, so it is "
