@@ -273,7 +273,7 @@ def test_the_evidence_behind_a_verdict() -> None:
         np.array(["a", "a", "b", "c"]),
         np.array(["b", "a", "a", "c"]),
         np.array(["b", "a", "b", "c"]),
-        np.array(["b", "b", "b", "b"]),
+        np.array(["b", "a", "b", "b"]),
     )
     (pair,) = pairs.diagnose(["a", "b", "c"], true, judged, suspected, [(0, 9)], held_out)
     assert (pair.first_as_second, pair.second_as_first, pair.num_suspects) == (2, 1, 1)
@@ -282,10 +282,10 @@ def test_the_evidence_behind_a_verdict() -> None:
     assert pair.p_alike == pytest.approx(1 - (7 * 6) / (9 * 8))  # hypergeometric
     assert (pair.by_half, pair.by_most, pair.p_half) == (2, 2, 0.75)
     assert (pair.held_out_rows, pair.held_out_by_run, pair.held_out_by_both) == (3, 2, 1)
-    assert (pair.held_out_by_judges, pair.held_out_by_judges_too) == (2, 1)
+    assert (pair.held_out_by_judges, pair.held_out_by_judges_too) == (1, 1)
     assert (pair.num_conflicting, pair.accuracy_if_merged) == (2, 1.0)
-    # By the judges' border, the rows are b, b, b and, of another label, c: the run gets 2 right.
-    assert pair.accuracy_if_redefined == 0.5
+    # By the judges' border, the rows are b, a, b and, of another label, c: the run gets 3 right.
+    assert pair.accuracy_if_redefined == 0.75
 
 
 def made(num_rows: int, share_wrong: float, num_labels: int = 20):

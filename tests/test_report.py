@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import shlex
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -246,6 +248,7 @@ def test_a_run_can_do_without_what_is_not_its_result(tmp_path: Path) -> None:
     run = write(tmp_path / "run")
     whole = Read(report.page(run))
     assert {"Evaluations as a table", "Plan"} <= set(whole.text.splitlines())
+    assert ["command", shlex.join(sys.argv)] in table(whole, "Environment")
     for name in ("plan.json", "metrics.jsonl", "environment.json", "data.json"):
         (run / name).unlink()
     bare = Read(report.page(run))
