@@ -75,7 +75,7 @@ SETTINGS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--show", action="store_true", help="show what the runs say")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -174,6 +174,7 @@ def run(
         "--checkpointing": checkpointing,
         "--micro-batch-tokens": str(size),
         "--max-steps": str(options.steps),
+        "--eval-steps": str(max(1, options.steps // 3)),  # most steps have the best copy beside them
         "--validation-fraction": "0.1",
         "--learning-rate": "1e-5",
         "--device": "cpu",

@@ -152,30 +152,31 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
     """Time the step that `remora.train.fit` takes, with its own functions."""
     import torch
 
-    from remora import attention, lora, tree
+    from remora import attention, config, lora
+    from remora.device import choose_precision
+    from remora.micro_batches import MicroBatches
+    from remora.prepare import accelerator_for
+    from remora.progress import Reporter
+    from remora.ranks import Ranks
 
+    device = torch.device("cpu")
     model = adapter(workload.qwen_half_billion(torch.bfloat16, options.layers)).train()
     lora.make_fast(model)
     attention.install(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     losses, seconds = [], []
-    for batch in batches:
-        began = time.perf_counter()
-        trees = tree.split(batch, 4096)
-        weight = sum(packed.num_supervised_tokens for packed in trees)
-        loss = 0.0
-        for packed in trees:
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = tree.answer_logits(model, packed)
-            part = tree.loss_sum(logits, packed) / weight
-            part.backward()
-            loss += float(part.detach())
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss)
-        seconds.append(time.perf_counter() - began)
+    with accelerator_for(choose_precision(device, "bfloat16"), device) as accelerator:
+        most = config.DEFAULT_MICRO_BATCH_TOKENS
+        micro_batches = MicroBatches(model, most, accelerator, None, Ranks(), Reporter())
+        for batch in batches:
+            began = time.perf_counter()
+            loss, _ = micro_batches.add_gradients(batch)
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+            seconds.append(time.perf_counter() - began)
     return losses, seconds
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -463,13 +464,17 @@ def test_sigterm_at_any_moment_saves_and_is_out_at_once(
 def test_sigkill_at_any_moment_loses_nothing(
     config: TrainConfig, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    generator = random.Random(1)
-    for number in range(30):
+    def begin_and_kill(number: int) -> TrainConfig:
         attempt = replace(
             config, output=tmp_path / str(number) / "runs", checkpoint_minutes=0, name="mine"
         )
-        moment = time.monotonic() + generator.uniform(0.5, 8)
-        killed(attempt, signal.SIGKILL, lambda moment=moment: time.monotonic() > moment)
+        moment = time.monotonic() + random.Random(number).uniform(0.5, 8)
+        killed(attempt, signal.SIGKILL, lambda: time.monotonic() > moment)
+        return attempt
+
+    with ThreadPoolExecutor(2) as pool:
+        attempts = list(pool.map(begin_and_kill, range(30)))
+    for number, attempt in enumerate(attempts):
         finished = attempt.output / "mine" / "evaluation.json"
         if not finished.is_file() or (finished.parent / "checkpoints").is_dir():
             assert outcome(train.train(attempt).directory) == undisturbed, number

@@ -52,6 +52,10 @@ FRAGMENTS = 0.9
 comes less and less: so many bytes, and this share of what a step has there, are held in pieces of
 no use. Measured with glibc 2.36; docs/log.md has the figures."""
 
+ADDRESS_BYTES = 400_000_000
+"""Addresses, not memory, that a run takes: glibc reserves 64 MiB for each of three threads, and
+the libraries of the baseline are mapped at the end. A limit on the address space counts them."""
+
 # torch's 16-bit products on processors compile a kernel for each shape and keep 1,024 of them, half
 # a megabyte each. Micro-batches are of ever new lengths, so none but those of the same length, in
 # other layers, are of use again. Both caches look here when the first product is computed.
@@ -380,7 +384,13 @@ def free_bytes(device: torch.device) -> int | None:
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
-    words = ("out of memory", "can't allocate memory", "bad_alloc", "not enough memory")
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "bad_alloc",
+        "not enough memory",
+        "could not create a primitive",  # oneDNN's, where a kernel cannot be mapped
+    )
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
@@ -469,7 +479,9 @@ def _address_bytes() -> int | None:
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     used = _proc_bytes("/proc/self/status", "VmSize")
-    return None if limit == resource.RLIM_INFINITY or used is None else limit - used
+    if limit == resource.RLIM_INFINITY or used is None:
+        return None
+    return max(0, limit - used - ADDRESS_BYTES)
 
 
 def _read(path: Path) -> str | None:
