@@ -174,7 +174,7 @@ def run(
         "--checkpointing": checkpointing,
         "--micro-batch-tokens": str(size),
         "--max-steps": str(options.steps),
-        "--eval-steps": str(max(1, options.steps // 3)),  # most steps have the best copy beside them
+        "--eval-steps": str(max(1, options.steps // 3)),  # the best copy is beside most steps
         "--validation-fraction": "0.1",
         "--learning-rate": "1e-5",
         "--device": "cpu",

@@ -6,13 +6,15 @@ float32, labels looked at until the others hold at most 0.0001:
 - `remora predict` and `remora serve` with the run;
 - stock PEFT and transformers: their own forward passes, one message at a time, no code of Remora
   but the labels and the instruction in remora.json;
-- `remora export --merge`, stored in float32 and as the base is, by `predict`;
+- `remora export --merge`, stored in float32 and as the base is, by `predict`, the first by `serve`;
 - `remora export --compress`, of the size it chooses, by `predict` and by stock PEFT;
 - `generate()` of transformers on the merged model, greedy and with beams: the text it writes.
 
 Also `predict` in bfloat16 arithmetic, which is the default on processors that have it.
 
     python benchmarks/same_answers.py
+
+With --keep, what was exported and found stays in a folder, and a later call goes on from there.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="a finished run on Banking77")
     parser.add_argument("--rows", type=int, help="only the first test rows")
-    parser.add_argument("--keep", type=Path, help="folder for what is exported, used again")
+    parser.add_argument("--keep", type=Path, help="folder for what is exported and found")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = (options.keep or Path(made)).absolute()
@@ -85,25 +89,22 @@ def compare(directory: Path, texts: list[str], true: list[str], folder: Path) ->
         if not (folder / name).exists():
             remora("export", directory, *settings, "--output", folder / name)
 
+    labels = card["labels"]
+    merged, rounded = folder / "merged-float32", folder / "merged-as-base"
+    compressed = folder / "compressed"
     ways: dict[str, NDArray[np.float64]] = {}
-    for name, path in (
-        ("predict", directory),
-        ("predict, merged, float32", folder / "merged-float32"),
-        ("predict, merged, as the base", folder / "merged-as-base"),
-        ("predict, compressed", folder / "compressed"),
+    for name, way, *arguments in (
+        ("predict", predicted, directory, table, labels, "float32"),
+        ("predict, bfloat16 arithmetic", predicted, directory, table, labels, "bfloat16"),
+        ("predict, merged, float32", predicted, merged, table, labels, "float32"),
+        ("predict, merged, as the base", predicted, rounded, table, labels, "float32"),
+        ("predict, compressed", predicted, compressed, table, labels, "float32"),
+        ("serve", served, directory, texts, labels),
+        ("serve, merged, float32", served, merged, texts, labels),
+        ("stock PEFT", scored, base, directory / "adapter", card, texts),
+        ("stock PEFT, compressed", scored, base, compressed, card, texts),
     ):
-        ways[name] = predicted(path, table, card["labels"], "float32")
-        told(name)
-    ways["predict, bfloat16 arithmetic"] = predicted(directory, table, card["labels"], "bfloat16")
-    ways["serve"] = served(directory, texts, card["labels"])
-    told("serve")
-    for name, model in (
-        ("stock PEFT", with_peft(base, directory / "adapter")),
-        ("stock PEFT, compressed", with_peft(base, folder / "compressed")),
-    ):
-        ways[name] = scored(model, base, card, texts)
-        told(name)
-
+        ways[name] = kept(folder, name, way, *arguments)
     rows, results = [], {}
     for name, probabilities in ways.items():
         other = "predict, compressed" if name == "stock PEFT, compressed" else "predict"
@@ -123,8 +124,8 @@ def compare(directory: Path, texts: list[str], true: list[str], folder: Path) ->
     print()
     written = {}
     for name, beams in (("greedy", 1), (f"{NUM_BEAMS} beams", NUM_BEAMS)):
-        found = generated(whole(folder / "merged-float32"), base, card, texts, beams)
-        written[name] = writing(found, ways["predict, merged, float32"], card["labels"], true)
+        found = kept(folder, f"generate, {name}", generated, merged, base, card, texts, beams)
+        written[name] = writing(found.tolist(), ways["predict, merged, float32"], labels, true)
         figures = written[name]
         print(
             f"generate(), {name}: the likeliest label on {figures['likeliest']} of {len(texts)} "
@@ -135,8 +136,15 @@ def compare(directory: Path, texts: list[str], true: list[str], folder: Path) ->
     workload.write("same_answers", {"rows": len(texts), "ways": results, "generate": written})
 
 
-def told(name: str) -> None:
-    print(f"{name}: done", file=sys.stderr, flush=True)
+def kept(folder: Path, name: str, way: Callable[..., Any], *arguments: Any) -> NDArray[Any]:
+    """Return what a way finds, from the folder if it was found before."""
+    path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.npy"
+    if not path.exists():
+        began = time.perf_counter()
+        np.save(path.with_suffix(".part.npy"), np.asarray(way(*arguments)))
+        path.with_suffix(".part.npy").rename(path)
+        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return np.load(path)
 
 
 def packaged(base: str) -> Path:
@@ -217,8 +225,10 @@ def asked(tokenizer: Any, card: dict[str, Any], text: str) -> str:
     )
 
 
-def scored(model: Any, base: Path, card: dict[str, Any], texts: list[str]) -> NDArray[np.float64]:
-    """Return probabilities by ordinary forward passes: the message, then labels, padded.
+def scored(
+    base: Path, adapter: Path, card: dict[str, Any], texts: list[str]
+) -> NDArray[np.float64]:
+    """Return probabilities by PEFT's ordinary forward passes: the message, then labels, padded.
 
     Labels whose first token is more probable come first. A label is at most as probable as its
     first token, so the rest is not looked at once it holds no more than TOLERANCE.
@@ -226,7 +236,7 @@ def scored(model: Any, base: Path, card: dict[str, Any], texts: list[str]) -> ND
     import torch
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    model, tokenizer = with_peft(base, adapter), AutoTokenizer.from_pretrained(base)
     written = [card["label_texts"].get(label, label) for label in card["labels"]]
     answers = [
         tokenizer(text + tokenizer.eos_token, add_special_tokens=False).input_ids
@@ -264,12 +274,13 @@ def scored(model: Any, base: Path, card: dict[str, Any], texts: list[str]) -> ND
 
 
 def generated(
-    model: Any, base: Path, card: dict[str, Any], texts: list[str], beams: int
+    merged: Path, base: Path, card: dict[str, Any], texts: list[str], beams: int
 ) -> list[str]:
     """Return what generate() writes, in batches of 64 padded on the left."""
     import torch
     from transformers import AutoTokenizer
 
+    model = whole(merged)
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     prompts = [asked(tokenizer, card, text) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
@@ -294,7 +305,6 @@ def generated(
             chosen, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
         ):
             found[i] = text.strip()
-    told(f"generate(), {beams} beams")
     by_text = {card["label_texts"].get(label, label): label for label in card["labels"]}
     return [by_text.get(text, text) for text in found]
 

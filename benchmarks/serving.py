@@ -1,11 +1,13 @@
 """Requests per second and latency of `remora serve`, against generate() behind the same framework.
 
-The base model in the package with an adapter trained on Banking77, float32. Four services answer
+The base model in the package with an adapter trained on Banking77, float32. Five services answer
 the same requests of one message each, from clients that send the next as soon as they are answered:
 
 - `remora serve`, with probabilities to 0.01;
 - `remora serve --tolerance 1`, which makes sure of the likeliest label only;
-- FastAPI and uvicorn around `model.generate()`, one request at a time, the text matched to a label;
+- the same of base and adapter merged into one model;
+- FastAPI and uvicorn around `model.generate()` of the merged model, one request at a time, the text
+  matched to a label;
 - the same, but what waits is generated together, padded, up to 64 at a time.
 
 Each service is a process of its own, the clients are in this one.
@@ -37,7 +39,8 @@ import numpy as np
 import scoring
 import workload
 
-ARMS = ("remora", "remora, tolerance 1", "generate, one at a time", "generate, batched")
+OURS = ("remora", "remora, tolerance 1", "remora, tolerance 1, merged")
+ARMS = (*OURS, "generate, one at a time", "generate, batched")
 LARGEST_BATCH = 64
 
 
@@ -47,22 +50,22 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1_024)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
-        generate(options.adapter, options.port, batched=options.arm == ARMS[3])
+        generate(options.folder, options.port, batched=options.arm == ARMS[-1])
         return
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = Path(folder) / "banking77"
-        texts, true = train(adapter, options)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        texts, true = train(folder, options)
         name = "serving-labels-listed" if options.list_labels else "serving"
         few = slice(options.requests)
-        compare(name, adapter, texts[few], true[few], options.clients)
+        compare(name, folder, texts[few], true[few], options.clients)
 
 
-def train(directory: Path, options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Train an adapter or take the run's, save it, and return the test rows."""
+def train(folder: Path, options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Train an adapter or take the run's, save it and the merged model; return the test rows."""
     from remora import model, run
 
     base = model.find(options.model)
@@ -76,19 +79,18 @@ def train(directory: Path, options: argparse.Namespace) -> tuple[list[str], list
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
     )
-    directory.mkdir()
-    run.save_adapter(adapted, card, directory / "adapter")
+    run.save_adapter(adapted, card, folder / "adapter")
+    merged = adapted.merge_and_unload()
+    run.write_model(merged, prompt.tokenizer, card, folder / "merged")
     return list(dataset.test.texts), list(dataset.test.labels)
 
 
-def compare(
-    name: str, adapter: Path, texts: list[str], true: list[str], clients: list[int]
-) -> None:
+def compare(name: str, folder: Path, texts: list[str], true: list[str], clients: list[int]) -> None:
     results: dict[str, Any] = {"requests": len(texts)}
     answers: dict[str, list[str | None]] = {}
     rows = []
     for arm in ARMS:
-        with service(arm, adapter) as port:
+        with service(arm, folder) as port:
             asyncio.run(load(port, texts[:16], 4))  # warm-up
             for number in clients:
                 seconds, each, answers[arm] = asyncio.run(load(port, texts, number))
@@ -119,16 +121,16 @@ def compare(
 
 
 @contextlib.contextmanager
-def service(arm: str, adapter: Path) -> Iterator[int]:
+def service(arm: str, folder: Path) -> Iterator[int]:
     """Start a service in a process of its own; give its port once it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ours = ["-m", "remora", "serve", str(adapter), "--precision", "float32", "--device", "cpu"]
-    theirs = [__file__, "--arm", arm, "--adapter", str(adapter)]
-    if arm == ARMS[1]:
-        ours += ["--tolerance", "1"]
-    command = [sys.executable, *(ours if arm in ARMS[:2] else theirs), "--port", str(port)]
+    served = folder / ("merged" if arm == OURS[2] else "adapter")
+    ours = ["-m", "remora", "serve", str(served), "--precision", "float32", "--device", "cpu"]
+    ours += ["--tolerance", "0.01" if arm == OURS[0] else "1"]
+    theirs = [__file__, "--arm", arm, "--folder", str(folder / "merged")]
+    command = [sys.executable, *(ours if arm in OURS else theirs), "--port", str(port)]
     process = subprocess.Popen(command)
     try:
         while True:
@@ -178,7 +180,7 @@ async def load(
     return time.perf_counter() - began, seconds, labels
 
 
-def generate(adapter: Path, port: int, *, batched: bool) -> None:
+def generate(merged: Path, port: int, *, batched: bool) -> None:
     """Serve generate() in the ordinary way: a thread takes what waits, and writes labels."""
     import torch
     import uvicorn
@@ -187,7 +189,7 @@ def generate(adapter: Path, port: int, *, batched: bool) -> None:
     from remora import run
 
     model, prompt, _ = run.load_adapter(
-        adapter, base=None, dtype=torch.float32, device=torch.device("cpu")
+        merged, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     write = scoring.generating(model, prompt, LARGEST_BATCH)
     waiting: queue.Queue[tuple[str, Future[str | None]]] = queue.Queue()

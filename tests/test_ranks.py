@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,16 @@ def test_a_lost_process_ends_all(config: TrainConfig, number: signal.Signals, ra
 
 
 @pytest.mark.durability
-@pytest.mark.parametrize("attempt", range(20))
-def test_any_lost_process_ends_all(config: TrainConfig, attempt: int) -> None:
-    draw = random.Random(attempt)
-    number = draw.choice([signal.SIGKILL, signal.SIGSTOP])
-    lost(replace(config, devices=2, epochs=1_000), number, draw.randrange(2))
+def test_any_lost_process_ends_all(config: TrainConfig, tmp_path: Path) -> None:
+    def attempt(seed: int) -> None:
+        draw = random.Random(seed)
+        number = draw.choice([signal.SIGKILL, signal.SIGSTOP])
+        own = replace(config, devices=2, epochs=1_000, output=tmp_path / str(seed) / "runs")
+        own.output.parent.mkdir()
+        lost(own, number, draw.randrange(2))
+
+    with ThreadPoolExecutor(3) as pool:  # they wait most of the time
+        list(pool.map(attempt, range(20)))
 
 
 def lost(config: TrainConfig, number: signal.Signals, rank: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from remora import data, launch, lora, memory, micro_batches, plan, shard, train
 from remora.checkpoint import random_state
 from remora.config import PlanConfig, TrainConfig
 from remora.device import Precision
-from remora.errors import ResourceError
+from remora.errors import ConfigError, ResourceError
 from remora.micro_batches import MicroBatches
 from remora.prepare import accelerator_for
 from remora.progress import Reporter
 from remora.prompt import TokenSequence
 from remora.ranks import Ranks, join
-from test_ranks import TIMED, begun, ended, records
+from test_ranks import TIMED, begun, ended, lost, records
 
 CPU = torch.device("cpu")
 
@@ -71,6 +72,7 @@ def test_two_processes_with_sharded_weights_take_the_steps_of_one(
     assert left == {path.name for path in (config.output / "run").iterdir()}
 
 
+@pytest.mark.durability
 def test_a_stopped_run_with_sharded_weights_goes_on_to_the_same_bits(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -102,9 +104,9 @@ def untimed(config: TrainConfig) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in TIMED} for record in records(config)]
 
 
-def in_two_processes(check: Callable[[Ranks], Any]) -> list[tuple[int, str]]:
-    """Run a function of this file in two processes; return their codes and what they wrote."""
-    body = f"import test_shard; test_shard.within(test_shard.{check.__name__})"
+def in_two_processes() -> list[tuple[int, str]]:
+    """Run the checks below in two processes; return their codes and what they wrote."""
+    body = "import test_shard; test_shard.check()"
     listener = launch.socket.create_server(("127.0.0.1", 0))
     common = {
         **{"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
@@ -128,10 +130,11 @@ def in_two_processes(check: Callable[[Ranks], Any]) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
 
 
-def within(check: Callable[[Ranks], Any]) -> None:
+def check() -> None:
     try:
         with join() as ranks:
-            check(ranks)
+            for each in (check_steps, check_memory, check_passes, check_exhausted):
+                each(ranks)
     except launch.RemoraError as error:
         sys.stdout.write(str(error))
         raise SystemExit(error.exit_code) from error
@@ -149,6 +152,7 @@ class Trained:
         shard.apply(self.sharded, CPU, ranks)
         with torch.no_grad():  # as tree.check does before anything else
             self.sharded(input_ids=torch.zeros(1, 1, dtype=torch.int64))
+        self.sharded.reset_iter_state()
         self.ranks = ranks
 
     def gradients(self, model: Any, rows: list[TokenSequence], ranks: Ranks) -> Any:
@@ -253,16 +257,16 @@ def check_exhausted(ranks: Ranks) -> None:
     trained.gradients(trained.sharded, some_rows(9), ranks)
 
 
-@pytest.mark.parametrize("check", [check_steps, check_memory, check_passes])
-def test_two_processes(check: Callable[[Ranks], None]) -> None:
-    for code, told in in_two_processes(check):
-        assert code == 0, told
-
-
-def test_memory_that_runs_out_in_one_process_ends_both() -> None:
-    (first, told), (second, other) = in_two_processes(check_exhausted)
+def test_steps_memory_and_passes_of_two_processes() -> None:
+    """The last check ends them: the memory runs out in the second, in the middle of a step."""
+    (first, told), (second, other) = in_two_processes()
     assert (first, second) == (7, ResourceError.exit_code), told + other
     assert "--micro-batch-tokens 20" in other
+
+
+@pytest.mark.durability
+def test_a_lost_process_ends_one_that_waits_for_its_part(config: TrainConfig) -> None:
+    lost(replace(config, method="full", devices=2, epochs=1_000), signal.SIGKILL, 1)
 
 
 @pytest.fixture
@@ -287,11 +291,31 @@ def test_all_weights_that_train_are_sharded_over_the_devices(settings: dict[str,
     assert planned(settings, method="full", devices=4, shard="off").memory == alone.memory
 
 
-def test_a_base_is_sharded_only_where_it_does_not_fit(settings: dict[str, Any]) -> None:
-    settings |= {"micro_batch_tokens": 128}
-    roomy = planned(settings, devices=4)
+def test_a_base_is_sharded_only_where_it_does_not_fit(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    deep = tmp_path / "deep"
+    shutil.copytree(settings["model"], deep, ignore=shutil.ignore_patterns("*.safetensors"))
+    described = json.loads((deep / "config.json").read_text())
+    described |= {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
+    (deep / "config.json").write_text(json.dumps(described))
+    settings |= {"model": str(deep), "micro_batch_tokens": 128, "checkpointing": "on", "rank": 1}
+    roomy, parts = planned(settings, devices=4), planned(settings, devices=4, shard="on")
     assert not roomy.shard
-    parts = planned(settings, devices=4, shard="on")
     assert parts.shard
     assert parts.memory.adapter == roomy.memory.adapter
-    assert roomy.memory.base > parts.memory.base > roomy.memory.base / 4
+    assert roomy.memory.base / 3.9 > parts.memory.base > roomy.memory.base / 4
+    settings["device_memory"] = f"{(roomy.peak_bytes + parts.peak_bytes) / 2e6}MB"
+    tight = planned(settings, devices=4)
+    assert tight.shard
+    assert "4 processes, as the base does not fit on one device" in tight.why
+    assert not planned(settings, devices=4, shard="off").fits
+    alone = planned(settings)
+    assert not alone.fits
+    assert any(line.startswith("with --devices ") for line in alone.alternatives)
+
+
+def test_bases_in_4_bits_are_not_sharded(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="4-bit weights are not sharded"):
+        planned(settings, method="qlora", devices=4, shard="on")
+    assert not planned(settings, method="qlora", devices=4, device_memory="1MB").shard

@@ -31,10 +31,8 @@ SHARES = (1, 2, 4, 8, 10, 16, 32, 64)
 
 MAX_STEPS = 300
 MAX_PASSES = 3
-"""An adapter that was cut learns for so many steps, or passes over the training rows if fewer."""
-
-LEARNING_RATE_SHARE = 0.25
-"""It learns at this share of the learning rate that the adapter was trained at."""
+"""An adapter that was cut learns for so many steps, or passes over the training rows if fewer, at
+the learning rate that the whole one was trained at."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -193,7 +191,7 @@ class _Trials:
                 teacher="default",
                 student="compressed",
                 num_steps=min(MAX_STEPS, passes),
-                learning_rate=LEARNING_RATE_SHARE * (rate or default_learning_rate(width, "lora")),
+                learning_rate=rate or default_learning_rate(width, "lora"),
                 max_tokens=self._config.micro_batch_tokens,
                 precision=self._precision,
                 reporter=self._reporter,

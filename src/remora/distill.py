@@ -1,7 +1,9 @@
-"""An adapter that was cut learns again to say what the whole one says (Hinton et al. 2015).
+"""An adapter that was cut learns again to say what the whole one says.
 
 At each answer token it is moved towards the distribution over the vocabulary that the whole adapter
-gives, so nothing is learned from labels that the whole adapter did not learn.
+gives (Hinton et al. 2015), so nothing is learned from labels that the whole adapter did not learn.
+On training rows these distributions say little more than the label. Therefore the hidden states
+that they come from are followed too, after each layer (Jiao et al. 2020, TinyBERT).
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from remora.progress import Reporter
 from remora.prompt import Prompt
 
 BATCH_ROWS = 32
+
+HIDDEN_WEIGHT = 20.0
+"""What hidden states count, in nats, whose distance is as large as the states themselves."""
 
 
 def distill(
@@ -64,9 +69,8 @@ def distill(
         for part in tree.split(rows, max_tokens):
             packed = part.to(parameters[0].device)
             with torch.no_grad():
-                wanted = _log_probabilities(adapted, teacher, packed, precision)
-            found = _log_probabilities(adapted, student, packed, precision)
-            loss = functional.kl_div(found, wanted, log_target=True, reduction="sum")
+                wanted = _outputs(adapted, teacher, packed, precision)
+            loss = _distance(_outputs(adapted, student, packed, precision), wanted)
             scaler.scale(loss / num_supervised).backward()  # type: ignore[no-untyped-call]
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -78,12 +82,28 @@ def distill(
         reporter.scoring("distilling", step, num_steps)
 
 
-def _log_probabilities(
+def _outputs(
     adapted: Any, adapter: str, packed: tree.TokenTree, precision: Precision
-) -> Tensor:
-    """Return the logarithms [answer tokens, vocabulary] that an adapter gives."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Return what an adapter gives where answer tokens are predicted.
+
+    Returns:
+        Logarithms of probabilities [answer tokens, vocabulary], and the hidden states after each
+        layer [answer tokens, width], the last one normalized.
+    """
     adapted.set_adapter(adapter)
     dtype = precision.autocast
     with torch.autocast(packed.token_ids.device.type, dtype, enabled=dtype is not None):
-        logits = tree.answer_logits(adapted, packed)
-    return logits.float().log_softmax(-1)
+        output = adapted(**tree.inputs(adapted, packed), output_hidden_states=True)
+    hidden = [states[0, packed.predictors].float() for states in output.hidden_states[1:]]
+    return output.logits[0].float().log_softmax(-1), hidden
+
+
+def _distance(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> Tensor:
+    """Return how far two adapters' outputs are apart, summed over answer tokens, in nats."""
+    divergence = functional.kl_div(found[0], wanted[0], log_target=True, reduction="sum")
+    relative = [
+        ((one - other).square().sum(-1) / other.square().sum(-1)).sum()
+        for one, other in zip(found[1], wanted[1], strict=True)
+    ]
+    return divergence + HIDDEN_WEIGHT * torch.stack(relative).mean()

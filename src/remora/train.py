@@ -298,7 +298,7 @@ def train(config: TrainConfig, *, reporter: Reporter | None = None) -> TrainResu
         return train_until(config, stop, reporter or Reporter())
 
 
-def train_until(  # noqa: PLR0915 - what a run does, in its order
+def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
     config: TrainConfig,
     stop: Stop,
     reporter: Reporter,
@@ -355,6 +355,8 @@ def train_until(  # noqa: PLR0915 - what a run does, in its order
         with ranks.together():
             with accelerator.autocast():
                 tree.check(adapted, short_rows(dataset.train, prompt))
+            if planned.shard:
+                adapted.reset_iter_state()  # of a pass in blocks that the model may have refused
             if directory:
                 resume.refuse_other_base(directory, card.base_sha256)
             elif ranks.is_first:
