@@ -496,9 +496,9 @@ CASES: list[Case] = [
     ),
     ("an adapter of another base model", 4, lambda s: other_base(s, "eval", "copy", "good.csv")),
     (
-        "a service of a model that trained whole",
+        "a service of a model that trained whole beside an adapter",
         4,
-        lambda s: full(s, "serve", "--port", "0"),
+        lambda s: full(s, "serve", "runs/good", "--port", "0"),
     ),
     ("a damaged checkpoint and no other", 4, damaged_checkpoint),
     # the disk
