@@ -1,17 +1,26 @@
 """What `remora plan` says of the recipes on a device with 16 GB, from configurations alone.
 
 The configurations are those that the models' pages show; the tokenizer is the one that Qwen2.5's
-models share, and the rows are Banking77's.
+models share, and the rows are Banking77's. With `--train` models of these sizes with random weights
+take a few real steps on the CUDA device that is here, and the plan for it stands beside what was
+measured.
+
+    python benchmarks/device_plans.py
+    python benchmarks/device_plans.py --train
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import itertools
 import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import memory
 import workload
 
 QWEN: dict[str, Any] = {
@@ -52,16 +61,25 @@ PLANS = (
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", action="store_true", help="on a CUDA device")
+    parser.add_argument("--steps", type=int, default=16)
+    options = parser.parse_args()
+    if options.train:
+        train(options.steps)
+    else:
+        show()
+
+
+def show() -> None:
+    """Print the plans for a T4."""
     from remora.config import PlanConfig
     from remora.plan import plan
 
     made = {}
     with tempfile.TemporaryDirectory() as name:
         for model, method, checkpointing in PLANS:
-            folder = Path(name) / model
-            shutil.copytree(workload.SHARED / "models" / "qwen2.5-tokenizer", folder)
-            config = {**QWEN, **MODELS[model]}
-            (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            folder = write_base(Path(name) / model)
             settings = PlanConfig(
                 str(workload.SHARED / "data" / "banking77"),
                 model=str(folder),
@@ -89,6 +107,70 @@ def main() -> None:
             ["fits into 16 GB", *("yes" if each.fits else "no" for each in made.values())],
         ],
     )
+
+
+def write_base(folder: Path, *, weights: bool = False) -> Path:
+    """Write the tokenizer and the configuration of a model; random weights where asked for."""
+    shutil.copytree(workload.SHARED / "models" / "qwen2.5-tokenizer", folder)
+    config = {**QWEN, **MODELS[folder.name]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if weights:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            made = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+            )
+        made.save_pretrained(folder)
+        del made
+        torch.cuda.empty_cache()
+    return folder
+
+
+def train(num_steps: int) -> None:
+    """Train models of these sizes; print the plans beside what was measured."""
+    header = ["", "method", "planned", "measured", "ratio", "reserved", "context", "base", "step"]
+    rows, results = [], []
+    with tempfile.TemporaryDirectory() as name:
+        table = Path(name) / "rows"
+        table.mkdir()
+        for split, count in {"train": 10_003, "test": 64}.items():
+            source = workload.SHARED / "data" / "banking77" / f"{split}.csv"
+            with source.open(encoding="utf-8", newline="") as file:
+                lines = list(itertools.islice(csv.reader(file), count + 1))
+            with (table / source.name).open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(lines)
+        for model, method, _ in PLANS:
+            folder = write_base(Path(name) / model, weights=True)
+            flags = ["--model", str(folder), "--method", method, "--device", "cuda"]
+            flags += ["--max-steps", str(num_steps), "--validation-fraction", "0"]
+            flags += ["--output", name, "--name", f"run-{method}"]
+            told = memory.start(["--train", "train", str(table), *flags], show=True)
+            shutil.rmtree(folder)
+            measured, directory = json.loads(told), Path(name) / f"run-{method}"
+            plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
+            lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            last = [json.loads(line) for line in lines if "loss" in line][-1]
+            context = measured["peak_bytes"] - measured["reserved_bytes"]
+            found = {"model": model, "method": method, "plan": plan, "last": last, **measured}
+            results.append(found)
+            rows.append(
+                [
+                    model,
+                    method,
+                    _spoken(plan["peak_bytes"]),
+                    _spoken(measured["peak_bytes"]),
+                    f"{plan['peak_bytes'] / measured['peak_bytes']:.2f}",
+                    _spoken(measured["reserved_bytes"]),
+                    _spoken(context),
+                    _spoken(plan["memory"]["base"]),
+                    f"{last['examples_per_second']:.0f} examples/s",
+                ]
+            )
+    workload.print_table(header, rows)
+    workload.write("trained-plans", {"runs": results})
 
 
 def _spoken(count: int) -> str:

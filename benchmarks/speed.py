@@ -6,6 +6,7 @@ its own and sees the same rows in the same batches; the arms run one after the o
 
     python benchmarks/speed.py                  both prompts, all arms
     python benchmarks/speed.py --list-labels    only the prompt that lists the 77 labels
+    python benchmarks/speed.py --device cuda --size 1.5B --steps 20 --slow-steps 20
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def main() -> None:
     parser.add_argument("--no-list-labels", action="store_true")
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after one warm-up")
     parser.add_argument("--slow-steps", type=int, default=2, help="the same for the recipe")
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before those measured")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", default="0.5B", choices=workload.QWEN)
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--micro-batch", type=int, nargs="+", help="rows; the best one is shown")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
@@ -54,7 +58,7 @@ def main() -> None:
     for list_labels in chosen:
         key = "labels listed" if list_labels else "template only"
         results[key] = compare(options, list_labels)
-    workload.write("speed", results)
+    workload.write("speed" if options.device == "cpu" else "speed-cuda", results)
 
 
 def compare(options: argparse.Namespace, list_labels: bool) -> dict[str, Any]:
@@ -63,8 +67,9 @@ def compare(options: argparse.Namespace, list_labels: bool) -> dict[str, Any]:
     for arm in options.arms:
         # The recipe takes its 32 rows as they come. With the labels listed they do not fit, and it
         # accumulates like the others; each arm is shown at its fastest.
-        sizes = options.micro_batch or ([4, 8] if list_labels else [8, 32])
-        tries = {"remora": [BATCH], "recipe": sizes if list_labels else [BATCH]}.get(arm, sizes)
+        small = list_labels and options.device == "cpu"
+        sizes = options.micro_batch or ([4, 8] if small else [8, 32])
+        tries = {"remora": [BATCH], "recipe": sizes if small else [BATCH]}.get(arm, sizes)
         runs = [start(arm, size, options, list_labels) for size in tries]
         best = max(runs, key=lambda run: run["examples_per_second"])
         found[arm] = {**best, "tried": runs}
@@ -100,7 +105,9 @@ def compare(options: argparse.Namespace, list_labels: bool) -> dict[str, Any]:
 def start(arm: str, size: int, options: argparse.Namespace, list_labels: bool) -> dict[str, Any]:
     steps = options.slow_steps if arm == "recipe" else options.steps
     command = [sys.executable, __file__, "--arm", arm, "--micro-batch", str(size)]
-    command += ["--steps", str(steps), "--layers", str(options.layers)]
+    command += ["--steps", str(steps), "--warm-up", str(options.warm_up)]
+    command += ["--device", options.device, "--size", options.size]
+    command += ["--layers", str(options.layers)] if options.layers else []
     if list_labels:
         command.append("--list-labels")
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -122,7 +129,7 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
         max_length=2048,
     )
     random.seed(0)
-    picked = random.sample(range(len(texts)), BATCH * (options.steps + 1))
+    picked = random.sample(range(len(texts)), BATCH * (options.warm_up + options.steps))
     rows = prompt.rows([texts[i] for i in picked], [labels[i] for i in picked])
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
     measure = remora_arm if options.arm == "remora" else stock_arm
@@ -130,10 +137,10 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "arm": options.arm,
         "micro_batch": options.micro_batch[0],
-        "examples_per_second": BATCH / statistics.median(seconds[1:]),
+        "examples_per_second": BATCH / statistics.median(seconds[options.warm_up :]),
         "seconds": seconds,
         "losses": losses,
-        "peak_bytes": workload.peak_memory_bytes(),
+        "peak_bytes": workload.peak_memory_bytes(options.device),
     }
 
 
@@ -159,8 +166,9 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
     from remora.progress import Reporter
     from remora.ranks import Ranks
 
-    device = torch.device("cpu")
-    model = adapter(workload.qwen_half_billion(torch.bfloat16, options.layers)).train()
+    device = torch.device(options.device)
+    base = workload.qwen(options.size, torch.bfloat16, options.layers, options.device)
+    model = adapter(base).to(device).train()
     lora.make_fast(model)
     attention.install(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -175,9 +183,18 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
             accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            synchronize(options)
             losses.append(loss)
             seconds.append(time.perf_counter() - began)
     return losses, seconds
+
+
+def synchronize(options: argparse.Namespace) -> None:
+    """Wait until the device has done what it was given."""
+    import torch
+
+    if options.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[float], list[float]]:
@@ -190,7 +207,8 @@ def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[flo
 
     size = options.micro_batch[0]
     recipe = options.arm == "recipe"
-    base = workload.qwen_half_billion(torch.float32 if recipe else torch.bfloat16, options.layers)
+    dtype = torch.float32 if recipe else torch.bfloat16
+    base = workload.qwen(options.size, dtype, options.layers, options.device)
     if not recipe:
         # Sorted by length inside an effective batch, which changes no sum and pads least.
         batches = [sorted(batch, key=lambda row: len(row.token_ids)) for batch in batches]
@@ -208,9 +226,11 @@ def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[flo
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            synchronize(options)
             times.append(time.perf_counter())
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
+            synchronize(options)
             times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
@@ -224,7 +244,7 @@ def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[flo
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "bf16": True,
-            "use_cpu": True,
+            "use_cpu": options.device == "cpu",
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": [],

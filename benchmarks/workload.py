@@ -37,18 +37,33 @@ def qwen_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(SHARED / "models" / "qwen2.5-tokenizer")
 
 
-def qwen_half_billion(dtype: Any, layers: int = 24, seed: int = 0) -> Any:
-    """Return a model of Qwen2.5-0.5B's shape; its random weights are the same in any dtype."""
+QWEN = {
+    "0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4_864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "1.5B": {
+        "hidden_size": 1_536,
+        "intermediate_size": 8_960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+}
+"""The shapes of Qwen2.5."""
+
+
+def qwen(size: str, dtype: Any, layers: int | None = None, device: str = "cpu") -> Any:
+    """Return a model of a Qwen2.5's shape; its random weights are the same in any dtype."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(
+        **QWEN[size],
         vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4_864,
-        num_hidden_layers=layers,
-        num_attention_heads=14,
-        num_key_value_heads=2,
         max_position_embeddings=32_768,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
@@ -56,15 +71,24 @@ def qwen_half_billion(dtype: Any, layers: int = 24, seed: int = 0) -> Any:
         bos_token_id=151_643,
         eos_token_id=151_645,
     )
-    torch.manual_seed(seed)
+    if layers:
+        config.num_hidden_layers = layers
+        config.layer_types = config.layer_types[:layers]
+    torch.manual_seed(0)
     config._attn_implementation = "sdpa"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.to(dtype)
 
 
-def peak_memory_bytes() -> int:
-    """Return the most memory that this process has used."""
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """Return the most memory that this process has used, of the device."""
     import resource
+
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -80,6 +104,8 @@ def machine() -> str:
         name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()}, {name}"
     return (
         f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"

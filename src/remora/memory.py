@@ -46,11 +46,13 @@ KERNEL_BYTES = KEPT_KERNELS * 500_000
 MAPPED_BYTES = 1 << 25
 """Arrays from this size on are mapped by glibc each on its own, and given back when freed."""
 
-FRAGMENT_BYTES = 100_000_000
-FRAGMENTS = 0.9
-"""Smaller arrays lie in its heap. Micro-batches are of ever new lengths, so what is freed fits what
-comes less and less: so many bytes, and this share of what a step has there, are held in pieces of
-no use. Measured with glibc 2.36; docs/log.md has the figures."""
+FRAGMENT_BYTES = 140_000_000
+FRAGMENTS = 0.3
+LASTING_FRAGMENTS = 0.5
+"""Smaller arrays lie in its heap, which keeps what it once needed. Micro-batches are of ever new
+lengths, so what is freed fits what comes less and less: so many bytes are held in pieces of no use,
+and this share of the most that a step has there, and of what came during training to stay there,
+since that lies in between. Measured with glibc 2.36; docs/log.md has the figures."""
 
 ADDRESS_BYTES = 400_000_000
 """Addresses, not memory, that a run takes: glibc reserves 64 MiB for each of three threads, and
@@ -74,7 +76,8 @@ class StepMemory:
         workspace: Everything else that is alive at the peak.
         operations: Floating-point operations of forward and backward pass, recomputation included;
             a multiplication and an addition count as two.
-        heap: Of all bytes, those in arrays that lie in the allocator's heap.
+        heap: Most bytes in arrays that lie in the allocator's heap, at any moment.
+        mapped: Most bytes in larger arrays, at any moment.
     """
 
     gradients: int
@@ -82,7 +85,8 @@ class StepMemory:
     logits: int
     workspace: int
     operations: int
-    heap: int = 0
+    heap: int
+    mapped: int
 
     @property
     def peak(self) -> int:
@@ -171,7 +175,8 @@ class Skeleton:
             logits=at_peak["logits"],
             workspace=sum(at_peak.values()) - at_peak["gradients"] - saved - at_peak["logits"],
             operations=ledger.operations,
-            heap=ledger.heap_at_peak,
+            heap=ledger.most_heap,
+            mapped=ledger.most_mapped,
         )
 
     def count_scoring(self, num_tokens: int, num_kept: int) -> StepMemory:
@@ -219,7 +224,8 @@ class Skeleton:
             logits=ledger.totals["logits"],
             workspace=peak - ledger.totals["logits"],
             operations=ledger.operations,
-            heap=ledger.heap_at_peak,
+            heap=ledger.most_heap,
+            mapped=ledger.most_mapped,
         )
 
     def _faked(self, value: Any) -> Any:
@@ -270,7 +276,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tags = ("forward", "gradients", "logits", "saved", "workspace")
         self.totals = dict.fromkeys(tags, 0)
         self.at_peak, self.peak, self._total = dict(self.totals), 0, 0
-        self.heap_at_peak, self._heap = 0, 0
+        self.most_heap = self.most_mapped = self._heap = 0
         self.operations = 0
 
     def __torch_dispatch__(
@@ -297,7 +303,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._heap += storage.nbytes() if storage.nbytes() < MAPPED_BYTES else 0
         if self._total > self.peak:
             self.peak, self.at_peak = self._total, dict(self.totals)
-            self.heap_at_peak = self._heap
+        self.most_heap = max(self.most_heap, self._heap)
+        self.most_mapped = max(self.most_mapped, self._total - self._heap)
 
     def _remove(self, key: int) -> None:
         if key in self._live:

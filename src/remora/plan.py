@@ -236,6 +236,8 @@ class Planner:
             for t in [*adapted.parameters(), *adapted.buffers()]
             if not t.requires_grad
         )
+        in_float32 = [4 * p.numel() for p in adapted.parameters() if p.requires_grad]
+        self._trainable_in_heap = sum(b for b in in_float32 if b < memory.MAPPED_BYTES)
         self._sizes = self._sizes_of(adapted)
         self._skeleton = self._skeleton_of(adapted)
 
@@ -398,6 +400,7 @@ class Planner:
                 workspace=step.workspace + gathered_in_training,
             )
             scoring = dataclasses.replace(scoring, workspace=scoring.workspace + gathered)
+        in_heap = min(trainable, self._trainable_in_heap)
         # While the optimizer steps, all gradients are there and its own arrays; activations are
         # not. torch's AdamW makes one array as large as the weights where it steps them together.
         stepping = memory.StepMemory(
@@ -406,6 +409,8 @@ class Planner:
             logits=0,
             workspace=trainable if self._hardware.type != "cpu" else 0,
             operations=0,
+            heap=in_heap,
+            mapped=trainable - in_heap,
         )
         moments = [step, stepping, scoring]
         if num_parts > 1 and self._sizes and self._hardware.type == "cpu":
@@ -414,13 +419,14 @@ class Planner:
             moments.append(dataclasses.replace(stepping, gradients=0, workspace=whole))
         most = max(moments, key=lambda moment: moment.peak)
         fragments = 0
+        has_best = len(self._dataset.validation) > 0
         if self._hardware.type == "cpu":
-            heap = max(moment.heap for moment in moments)
-            fragments = memory.FRAGMENT_BYTES + int(memory.FRAGMENTS * heap)
+            # AdamW's two moments and the best weights come during training, to stay.
+            fragments = _fragments(moments, most.peak, lasting=(2 + has_best) * in_heap)
         return Components(
             base=base,
             adapter=trainable,
-            best=trainable if len(self._dataset.validation) else 0,
+            best=trainable if has_best else 0,
             gradients=most.gradients,
             optimizer=2 * trainable,
             saved_activations=most.saved,
@@ -546,7 +552,8 @@ class Planner:
         share = room / (components.peak - components.runtime)
         if share > 0:
             most = share * self._counts.total
-            yield f"a model of about {math.floor(most / 1e7) / 100:g} billion parameters or fewer"
+            count = f"{most / 1e9:.2g} billion" if most >= 1e9 else f"{most / 1e6:.0f} million"
+            yield f"a model of about {count} parameters or fewer"
         yield f"a device with {spoken_bytes(components.peak)} of memory"
 
     def _more_devices(self) -> Iterator[str]:
@@ -643,6 +650,23 @@ class Planner:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
+
+
+def _fragments(moments: Sequence[memory.StepMemory], peak: int, *, lasting: int) -> int:
+    """Return what a processor's allocator holds beyond the peak of the arrays in use.
+
+    Args:
+        moments: What is there at times.
+        peak: Most bytes of one of them.
+        lasting: Bytes in the heap that come during training, to stay.
+    """
+    heap = max(moment.heap for moment in moments)
+    mapped = max(moment.mapped for moment in moments)
+    return (
+        max(0, heap + mapped - peak)
+        + memory.FRAGMENT_BYTES
+        + int(memory.FRAGMENTS * heap + memory.LASTING_FRAGMENTS * lasting)
+    )
 
 
 def _survey(
