@@ -172,7 +172,8 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
     lora.make_fast(model)
     attention.install(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    fused = True if device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=fused)
     losses, seconds = [], []
     with accelerator_for(choose_precision(device, "bfloat16"), device) as accelerator:
         most = config.DEFAULT_MICRO_BATCH_TOKENS

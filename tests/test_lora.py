@@ -158,6 +158,24 @@ def test_the_backward_pass_is_the_forwards(has_bias: bool, rate: float | None) -
     assert torch.autograd.gradcheck(fused, (x, a, b))
 
 
+def test_the_backward_pass_of_torchs_own_dropout_is_the_forwards() -> None:
+    torch.manual_seed(0)
+    shapes = {"x": (2, 3, 6), "a": (2, 6), "b": (5, 2)}
+    given = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in shapes.values()]
+    weight = torch.randn(5, 6, dtype=torch.float64)
+
+    def fused(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return lora._LoraLinear.apply(None, 2.5, 0.3, lambda: weight, None, a, b, x)
+
+    x, a, b = given
+    torch.manual_seed(1)
+    dropped = functional.dropout(x, 0.3)
+    expected = functional.linear(x, weight) + 2.5 * (dropped @ a.t()) @ b.t()
+    torch.testing.assert_close(fused(*given), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(fused, given)
+
+
 @pytest.mark.parametrize("rate", [None, 0.3])
 def test_the_backward_pass_of_a_gated_input_is_the_forwards(rate: float | None) -> None:
     torch.manual_seed(0)

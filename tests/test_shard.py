@@ -297,14 +297,14 @@ def test_a_base_is_sharded_only_where_it_does_not_fit(
     deep = tmp_path / "deep"
     shutil.copytree(settings["model"], deep, ignore=shutil.ignore_patterns("*.safetensors"))
     described = json.loads((deep / "config.json").read_text())
-    described |= {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
+    described |= {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
     (deep / "config.json").write_text(json.dumps(described))
     settings |= {"model": str(deep), "micro_batch_tokens": 128, "checkpointing": "on", "rank": 1}
     roomy, parts = planned(settings, devices=4), planned(settings, devices=4, shard="on")
     assert not roomy.shard
     assert parts.shard
     assert parts.memory.adapter == roomy.memory.adapter
-    assert roomy.memory.base / 3.9 > parts.memory.base > roomy.memory.base / 4
+    assert roomy.memory.base / 3.7 > parts.memory.base > roomy.memory.base / 4
     settings["device_memory"] = f"{(roomy.peak_bytes + parts.peak_bytes) / 2e6}MB"
     tight = planned(settings, devices=4)
     assert tight.shard

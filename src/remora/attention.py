@@ -32,6 +32,9 @@ BLOCK_SIZES = (32, 64, 128)
 BLOCK_COST = 2_048
 """What a block costs beside its pairs, in pairs: its keys are copied together."""
 
+GPU_PAIRS = 1 << 24
+"""Pairs that a GPU computes whole: up to so many, what it saves takes longer to put together."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -69,7 +72,7 @@ def inputs(
     visible: Callable[[int | None], Tensor],
     dtype: torch.dtype,
     *,
-    in_blocks: bool = False,
+    in_blocks: bool | None = None,
 ) -> dict[str, Any]:
     """Return the arguments of a Hugging Face model's forward that make a packed row's attention.
 
@@ -77,7 +80,7 @@ def inputs(
         config: The model's (text) configuration; it names the attention of each layer.
         visible: Gives the boolean mask [queries, keys] for a sliding window, or None for no window.
         dtype: Of the additive mask that models without scaled-dot-product attention need.
-        in_blocks: Compute in blocks even where that costs more.
+        in_blocks: Whether to compute in blocks; None where that costs less.
 
     Returns:
         `attention_mask`, one or, where layers differ, one for each layer type; and the blocks.
@@ -97,7 +100,11 @@ def inputs(
     named = {"full_attention": None, "sliding_attention": window}
     windows = {kind: named[kind] for kind in layer_types} or every
     dense = visible(None)
-    blocks = _choose_blocks(dense, in_blocks) if config._attn_implementation == NAME else None
+    if in_blocks is None and prefers_whole(dense.device.type, *dense.shape):
+        in_blocks = False
+    blocks = None
+    if config._attn_implementation == NAME and in_blocks is not False:
+        blocks = _choose_blocks(dense, forced=bool(in_blocks))
     masks = {}
     for kind, width in windows.items():
         mask = dense if width is None else visible(width)
@@ -115,7 +122,12 @@ def inputs(
     }
 
 
-def _choose_blocks(visible: Tensor, forced: bool = False) -> Blocks | None:
+def prefers_whole(device: str, num_queries: int, num_keys: int) -> bool:
+    """Whether a type of device computes so many pairs at once, hidden ones too."""
+    return device == "cuda" and num_queries * num_keys <= GPU_PAIRS
+
+
+def _choose_blocks(visible: Tensor, *, forced: bool) -> Blocks | None:
     """Cut the queries of a mask [queries, keys] into blocks, or return None where it costs more."""
     num_queries, num_keys = visible.shape
     best, cost = None, math.inf if forced else num_queries * num_keys

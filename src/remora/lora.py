@@ -237,12 +237,16 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
     return _fused(down, adapter, gate, up, activation=module.act_fn)
 
 
+aten: Any = torch.ops.aten
+
+
 class _LoraLinear(torch.autograd.Function):
     """`x W' + bias + scaling * (mask * x A') B'`, saving the input once.
 
     The input is x [..., in], or what is computed from two as activation(gate) * up. Shapes: what
-    weight returns [out, in], a [r, in], b [out, r], mask as x, of booleans, or None. The weight is
-    asked for again in the backward pass, so that what comes back from 4 bits need not be kept.
+    weight returns [out, in], a [r, in], b [out, r]. Dropout is a mask as x of booleans, True where
+    kept, or a probability: then torch's kernel makes the mask, and scales what is kept. The weight
+    is asked for again in the backward pass, so that what comes back from 4 bits need not be kept.
     """
 
     @staticmethod
@@ -250,7 +254,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         activation: Callable[[Tensor], Tensor] | None,
         scaling: float,
-        mask: Tensor | None,
+        dropout: Tensor | float | None,
         weight: Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
@@ -258,13 +262,18 @@ class _LoraLinear(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         x = inputs[0] if activation is None else activation(inputs[0]) * inputs[1]
-        dropped = x if mask is None else x * mask.to(x.dtype)
+        mask = dropout if isinstance(dropout, Tensor) else None
+        if isinstance(dropout, float):
+            dropped, mask = torch.native_dropout(x, dropout, True)
+        else:
+            dropped = x if mask is None else x * mask.to(x.dtype)
         hidden = functional.linear(dropped, a.to(x.dtype))  # [..., r]
         output = functional.linear(x, weight(), bias)  # [..., out]
         flat = output.view(-1, output.shape[-1])
         flat.addmm_(hidden.view(-1, hidden.shape[-1]), b.to(x.dtype).t(), alpha=scaling)
         ctx.save_for_backward(mask, a, b, hidden, *inputs)
         ctx.activation, ctx.scaling, ctx.weight = activation, scaling, weight
+        ctx.kept = 1 - dropout if isinstance(dropout, float) else None
         return output
 
     @staticmethod
@@ -277,17 +286,26 @@ class _LoraLinear(torch.autograd.Function):
                 x = ctx.activation(leaves[0]) * leaves[1]
         gradient = grad_outputs[0].flatten(0, -2)  # [n, out]
         flat_x, flat_hidden = x.detach().flatten(0, -2), hidden.flatten(0, -2)
-        flat_mask = None if mask is None else mask.flatten(0, -2).to(x.dtype)
+        flat_mask = None if mask is None else mask.flatten(0, -2)
+        if flat_mask is not None and ctx.kept is None:
+            flat_mask = flat_mask.to(x.dtype)
+
+        def drop(flat: Tensor) -> Tensor:
+            if flat_mask is None:
+                return flat
+            if ctx.kept is None:
+                dropped: Tensor = flat * flat_mask
+            else:
+                dropped = aten.native_dropout_backward(flat, flat_mask, 1 / ctx.kept)
+            return dropped
+
         grad_hidden = (gradient @ b.to(gradient.dtype)).mul_(ctx.scaling)  # [n, r]
-        dropped = flat_x if flat_mask is None else flat_x * flat_mask
-        grad_a = grad_hidden.t() @ dropped  # [r, in]
+        grad_a = grad_hidden.t() @ drop(flat_x)  # [r, in]
         grad_b = (gradient.t() @ flat_hidden).mul_(ctx.scaling)  # [out, r]
         grad_inputs: Sequence[Tensor | None] = [None] * len(inputs)
         if any(ctx.needs_input_grad[-len(inputs) :]):
             grad_x = grad_hidden @ a.to(gradient.dtype)  # [n, in], through the adapter
-            if flat_mask is not None:
-                grad_x.mul_(flat_mask)
-            grad_x = grad_x.addmm_(gradient, ctx.weight()).view_as(x)
+            grad_x = drop(grad_x).addmm_(gradient, ctx.weight()).view_as(x)
             grad_inputs = [grad_x]
             if ctx.activation is not None:
                 grad_inputs = torch.autograd.grad(x, leaves, grad_x)
@@ -313,15 +331,19 @@ def _fused(
     dtype, device = inputs[0].dtype, inputs[0].device
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    scaling, mask = layer.scaling[adapter], None
+    scaling = layer.scaling[adapter]
+    dropout: Tensor | float | None = None
     rate = getattr(layer.lora_dropout[adapter], "p", 0.0)
     if rate > 0 and layer.training:
-        mask, kept = _keep_mask((*inputs[0].shape[:-1], layer.in_features), rate, device)
-        scaling /= kept
+        if device.type == "cpu":
+            dropout, kept = _keep_mask((*inputs[0].shape[:-1], layer.in_features), rate)
+            scaling /= kept
+        else:
+            dropout = rate
     output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         activation,
         scaling,
-        mask,
+        dropout,
         functools.partial(_base_weight, base, dtype),
         None if base.bias is None else base.bias.to(dtype),
         layer.lora_A[adapter].weight,
@@ -339,14 +361,12 @@ def _base_weight(base: Any, dtype: torch.dtype) -> Tensor:
     return weight.t() if _is_conv1d(base) else weight
 
 
-def _keep_mask(shape: Sequence[int], rate: float, device: torch.device) -> tuple[Tensor, float]:
+def _keep_mask(shape: Sequence[int], rate: float) -> tuple[Tensor, float]:
     """Return a dropout mask, True where kept, and the probability of that.
 
     torch's generator for processors makes a number a time, and takes longer over a mask than the
     matrix product that it is for. Here it makes 64 bits a time, for four decisions.
     """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - rate), 1 - rate
     size = math.prod(shape)
     bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(1 << 63), None)
     dropped = round(rate * (1 << 16))

@@ -133,7 +133,8 @@ class Skeleton:
 
     def _count(self, packed: TokenTree, accumulates: bool) -> StepMemory:
         adapted = self._model
-        inputs = tree.inputs(adapted, packed)
+        is_whole = self._by_kernel and attention.prefers_whole("cuda", *[packed.num_tokens] * 2)
+        inputs = tree.inputs(adapted, packed, in_blocks=False if is_whole else None)
         if blocks := inputs.get("tree_blocks"):
             inputs["tree_blocks"] = dataclasses.replace(blocks, by_kernel=self._by_kernel)
         trained = [p for p in adapted.parameters() if p.requires_grad]
@@ -387,6 +388,18 @@ def free_bytes(device: torch.device) -> int | None:
     known = [limit for limit in limits if limit is not None]
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # they share it
     return max(0, min(known)) // processes if known else None
+
+
+def use_expandable_segments(device: torch.device) -> None:
+    """Let torch's allocator for CUDA grow its segments, so that it holds less that is of no use.
+
+    Micro-batches are of ever new lengths. What the user sets by torch's variables stays.
+    """
+    if device.type != "cuda" or sys.platform != "linux":
+        return
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        with contextlib.suppress(AttributeError, RuntimeError):  # not of this build of torch
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def is_exhausted(error: BaseException) -> bool:

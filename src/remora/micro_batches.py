@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from remora import memory, plan, shard, tree
 from remora.checkpoint import random_state, set_random_state
@@ -121,7 +122,7 @@ class MicroBatches:
 
     def _add_gradients(self, rows: Sequence[TokenSequence], num_supervised: int) -> float:
         trees = tree.split(rows, self.max_tokens)
-        return sum(self._backward(packed, num_supervised) for packed in trees)
+        return float(sum(self._backward(packed, num_supervised) for packed in trees))
 
     def _add_in_step(
         self, own: Sequence[TokenSequence], batch: Sequence[TokenSequence], num_supervised: int
@@ -129,7 +130,7 @@ class MicroBatches:
         """Do the same in as many micro-batches as the process with most."""
         trees = tree.split(own, self.max_tokens)
         num_trees = max(self._ranks.gather(len(trees)))
-        loss = sum(self._backward(packed, num_supervised) for packed in trees)
+        loss = float(sum(self._backward(packed, num_supervised) for packed in trees))
         shortest = min(batch, key=lambda row: len(row.token_ids))
         for _ in range(num_trees - len(trees)):
             self._backward(tree.build([shortest]), num_supervised, counts=False)
@@ -138,14 +139,16 @@ class MicroBatches:
     def _time_largest(self, batch: Sequence[TokenSequence]) -> float:
         trees = tree.split(batch, self.max_tokens)
         largest = max(trees, key=lambda packed: packed.num_tokens)
-        began = time.perf_counter()
-        self._backward(largest, largest.num_supervised_tokens)
+        # What a GPU computes first sets up its libraries.
+        for _ in range(2 if self._accelerator.device.type == "cuda" else 1):
+            began = time.perf_counter()
+            float(self._backward(largest, largest.num_supervised_tokens))
         return (time.perf_counter() - began) / largest.num_tokens
 
     def _backward(
         self, packed: tree.TokenTree, num_supervised: int, *, counts: bool = True
-    ) -> float:
-        """Add the gradients of a micro-batch; return its part of the mean loss."""
+    ) -> Tensor:
+        """Add the gradients of a micro-batch; return its part of the mean loss, []."""
         device = self._accelerator.device
         if self._heaviest:
             memory.keep_within(device, self._heaviest.limit_bytes)
@@ -158,7 +161,7 @@ class MicroBatches:
             part = part * 0
         del logits  # the largest array; its gradient is there already
         self._accelerator.backward(part)
-        return float(part.detach())
+        return part.detach()
 
     def _refuse_to_exhaust(self, needed: int) -> None:
         """Fail before memory is taken that is not there: with sharded weights, in all processes.

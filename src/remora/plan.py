@@ -40,8 +40,10 @@ MICRO_BATCH_TOKENS = (2048, 1024, 512, 256, 128)
 RECOMPUTING_COST = 4 / 3
 """Checkpointing computes forward, forward and backward instead of forward and backward."""
 
-CUDA_RUNTIME_BYTES = 600_000_000
-"""Set aside for a CUDA context and the fragments that its allocator cannot use. An assumption."""
+CUDA_CONTEXT_BYTES = 850_000_000
+CUDA_WORKSPACE_BYTES = 80_000_000
+"""A CUDA context with the kernels that a run loads, and what cuBLAS allocates by torch. Measured on
+an H100; docs/log.md has the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,8 @@ class Components:
     saved_activations: int  # what the forward pass keeps for the backward pass
     logits: int  # or their gradient
     workspace: int
-    fragments: int  # freed, and held by a processor's allocator; CUDA's are part of the runtime
-    runtime: int  # Python, its libraries and their kernels on a processor, CUDA's context
+    fragments: int  # freed, and held by a processor's allocator
+    runtime: int  # Python, its libraries and their kernels; on CUDA the context and workspaces
 
     @property
     def peak(self) -> int:
@@ -121,7 +123,7 @@ class Plan:
 
         CUDA's context is not among what torch allocates, and nothing has validated best so far.
         """
-        return self.peak_bytes - self.memory.best - (self.memory.runtime if self.is_cuda else 0)
+        return self.peak_bytes - self.memory.best - (CUDA_CONTEXT_BYTES if self.is_cuda else 0)
 
     @property
     def fits_disk(self) -> bool:
@@ -240,6 +242,8 @@ class Planner:
         self._trainable_in_heap = sum(b for b in in_float32 if b < memory.MAPPED_BYTES)
         self._sizes = self._sizes_of(adapted)
         self._skeleton = self._skeleton_of(adapted)
+        self._counted: dict[tuple[int, bool], memory.StepMemory] = {}
+        self._scored: dict[int, memory.StepMemory] = {}
 
     def _sizes_of(self, adapted: Any) -> shard.Sizes | None:
         """Return how large the weights are that can be sharded, None where there are none."""
@@ -257,7 +261,7 @@ class Planner:
     def _runtime(self) -> int:
         """What is used beside the model; first asked for when a count has imported it."""
         if self._hardware.type == "cuda":
-            return CUDA_RUNTIME_BYTES
+            return CUDA_CONTEXT_BYTES + CUDA_WORKSPACE_BYTES
         memory.trim()
         kernels = 0 if self._precision.autocast is None else memory.KERNEL_BYTES
         return memory.used_bytes() + kernels
@@ -364,9 +368,14 @@ class Planner:
     def _tree_tokens(self, size: int) -> float:
         return self._survey_of(size)[2] / len(self._sequences)
 
-    @functools.lru_cache  # noqa: B019 - a planner does not outlive its plan
     def _count(self, size: int, checkpointing: bool) -> memory.StepMemory:
-        """Count the micro-batch that needs most."""
+        """Count the micro-batch that needs most, once."""
+        key = (size, checkpointing)
+        if key not in self._counted:
+            self._counted[key] = self._count_anew(size, checkpointing)
+        return self._counted[key]
+
+    def _count_anew(self, size: int, checkpointing: bool) -> memory.StepMemory:
         longest, widest, _, several = self._survey_of(size)
         found = self._skeleton.count(longest, checkpointing=checkpointing, accumulates=several)
         per_token = (found.peak - found.logits - found.gradients) / longest.num_tokens
@@ -402,12 +411,12 @@ class Planner:
             scoring = dataclasses.replace(scoring, workspace=scoring.workspace + gathered)
         in_heap = min(trainable, self._trainable_in_heap)
         # While the optimizer steps, all gradients are there and its own arrays; activations are
-        # not. torch's AdamW makes one array as large as the weights where it steps them together.
+        # not. On MPS torch's AdamW makes one array as large as the weights.
         stepping = memory.StepMemory(
             gradients=trainable,
             saved=0,
             logits=0,
-            workspace=trainable if self._hardware.type != "cpu" else 0,
+            workspace=trainable if self._hardware.type == "mps" else 0,
             operations=0,
             heap=in_heap,
             mapped=trainable - in_heap,
@@ -436,9 +445,13 @@ class Planner:
             runtime=self._runtime,
         )
 
-    @functools.lru_cache  # noqa: B019 - a planner does not outlive its plan
     def _scoring(self, size: int) -> memory.StepMemory:
-        """Count a pass that scores labels, in a packed row as long as it may become."""
+        """Count a pass that scores labels, in a packed row as long as it may become, once."""
+        if size not in self._scored:
+            self._scored[size] = self._scoring_anew(size)
+        return self._scored[size]
+
+    def _scoring_anew(self, size: int) -> memory.StepMemory:
         vocabulary = self._model_config.get_text_config().vocab_size
         tables = (self._dataset.validation, self._dataset.test)
         num_rows = max(len(table) if table else 0 for table in tables)
@@ -573,6 +586,10 @@ class Planner:
     def _changed(self, **change: Any) -> Planner:
         """Return a planner of the same run but for some settings."""
         settings = dataclasses.replace(self._settings, **change)
+        if change.keys() <= {"micro_batch_tokens", "checkpointing"}:  # what is counted is the same
+            other = copy.copy(self)
+            other._settings = settings
+            return other
         return Planner(
             settings,
             self._dataset,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from remora import lora, model, plan, quantize, run, tree
+from remora import lora, memory, model, plan, quantize, run, tree
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.device import Precision, choose_device, choose_precision, hardware_here
@@ -39,6 +39,7 @@ def choose_arithmetic(
         ConfigError: If it is not there, or cannot do what is asked for.
     """
     device = choose_device(config.device)
+    memory.use_expandable_segments(device)
     if config.method == "qlora":
         quantize.require(device)
     full = config.method == "full"

@@ -151,10 +151,10 @@ def answer_logits(model: nn.Module, tree: TokenTree) -> Tensor:
     return logits
 
 
-def inputs(model: nn.Module, tree: TokenTree, *, in_blocks: bool = False) -> dict[str, Any]:
+def inputs(model: nn.Module, tree: TokenTree, *, in_blocks: bool | None = None) -> dict[str, Any]:
     """Return the arguments of a Hugging Face model's forward that compute a tree's logits.
 
-    With `in_blocks` attention is computed in blocks even where that costs more.
+    With `in_blocks` or without it attention is computed in blocks or not, whichever costs less.
     """
     return {
         "input_ids": tree.token_ids[None],
