@@ -498,14 +498,15 @@ def test_a_given_size_learns_again_where_it_was_cut(place: Path, capsys, lessons
         settings = ("--distill", "--budget", budget, "--output", budget)
         assert remora("run", "--compress", *settings) == 0
         assert len(lessons) == count
-        assert sum(path.stat().st_size for path in Path(budget).iterdir()) <= 100_000
     Path("data.csv").unlink()
     capsys.readouterr()
     refused(place, capsys, 3, "cannot be read", "run", "--compress", "--distill", "--budget", "9kB")
     assert remora("run", "--compress", "--budget", "12kB", "--output", "cut") == 0
     assert len(lessons) == 1
-    learned, cut = ({p.name: p.stat().st_size for p in Path(x).iterdir()} for x in ("12kB", "cut"))
-    assert learned == cut
+    for folder, most in (("12kB", 12_000), ("cut", 12_000), ("100kB", 100_000)):
+        assert sum(path.stat().st_size for path in Path(folder).iterdir()) <= most
+    learned, cut = (low_rank.read(Path(name)).updates for name in ("12kB", "cut"))
+    assert len(learned) >= len(cut)  # spread over at least as many modules
 
 
 def test_a_changed_table_is_not_chosen_on(place: Path, capsys) -> None:

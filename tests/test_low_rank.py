@@ -167,6 +167,17 @@ def test_of_equal_values_the_cheaper_is_kept() -> None:
     assert found == {"dear": 0, "cheap": 1, "strong": 1}  # 20 and 60 numbers of 2 bytes
 
 
+def test_a_lower_power_spreads_the_ranks() -> None:
+    updates = {
+        "wide": low_rank.Update(torch.zeros(20, 2), torch.tensor([4.0, 3.0]), torch.zeros(2, 20)),
+        "narrow": low_rank.Update(torch.zeros(5, 2), torch.tensor([1.2, 1.1]), torch.zeros(2, 5)),
+    }
+    for budget, narrow in ((80, 0), (100, 1)):  # a rank takes 80 bytes, or 20
+        assert low_rank.allocate(updates, budget, torch.float16) == {"wide": 1, "narrow": narrow}
+        spread = low_rank.allocate(updates, budget, torch.float16, power=1)
+        assert spread == {"wide": 0, "narrow": 2}
+
+
 def test_modules_without_an_update_get_no_rank(trained, tmp_path):
     _, folder, updates = trained
     path = folder / "adapter_model.safetensors"

@@ -31,8 +31,10 @@ SHARES = (1, 2, 4, 8, 10, 16, 32, 64)
 
 MAX_STEPS = 300
 MAX_PASSES = 3
-"""An adapter that was cut learns for so many steps, or passes over the training rows if fewer, at
-the learning rate that the whole one was trained at."""
+"""An adapter that was cut learns for so many steps, or passes over the training rows if fewer."""
+
+LEARNING_RATE_FACTOR = 2
+"""Of the learning rate that the whole one was trained at."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -89,10 +91,12 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
     budget = config.budget_bytes()
     if config.ratio is not None:
         budget = int(base_bytes / config.ratio)
+    # An adapter that learns again does better with its ranks spread; docs/log.md has the figures.
+    power = 1 if config.distill else 2
     frontier: list[Point] = []
     least_accuracy = None
     if budget is not None:
-        artifact = low_rank.fit(adapter, budget, dtype, others)
+        artifact = low_rank.fit(adapter, budget, dtype, others, power=power)
         train_rows = _dataset(config.run).train if config.distill else None
         trials = _Trials(config, adapter, base_bytes, reporter)
         if train_rows and artifact.ranks != low_rank.allocate(adapter.updates, 1 << 62, dtype):
@@ -102,7 +106,7 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
         train_rows = _dataset(config.run).train if config.distill else None
         trials = _Trials(config, adapter, base_bytes, reporter)
         full = trials.full(validation)
-        artifacts = _candidates(adapter, adapter_bytes, dtype, others)
+        artifacts = _candidates(adapter, adapter_bytes, dtype, others, power)
         least_right = _least_right(full, validation, config.tolerance)
         least_accuracy = least_right / len(validation)
         for place, candidate in enumerate(artifacts):
@@ -178,8 +182,9 @@ class _Trials:
 
     def distilled(self, artifact: Artifact, table: Table) -> Artifact:
         """Return an adapter of the same ranks and bytes that has learned from the full one."""
-        rate = run.read_settings(self._config.run).learning_rate
         width = tree.text_config(self._adapted).hidden_size
+        rate = run.read_settings(self._config.run).learning_rate
+        rate = LEARNING_RATE_FACTOR * (rate or default_learning_rate(width, "lora"))
         passes = MAX_PASSES * math.ceil(len(table) / distill.BATCH_ROWS)
         # The large numbers that 8 bits want, no learning rate would move.
         start = low_rank.pack(self._adapter, artifact.ranks, torch.float32, {})
@@ -191,7 +196,7 @@ class _Trials:
                 teacher="default",
                 student="compressed",
                 num_steps=min(MAX_STEPS, passes),
-                learning_rate=rate or default_learning_rate(width, "lora"),
+                learning_rate=rate,
                 max_tokens=self._config.micro_batch_tokens,
                 precision=self._precision,
                 reporter=self._reporter,
@@ -241,12 +246,13 @@ def _candidates(
     adapter_bytes: int,
     dtype: torch.dtype,
     others: Mapping[str, bytes],
+    power: int,
 ) -> list[Artifact]:
     """Return an adapter at fractions of its bytes, the largest first; equal ones only once."""
     found: list[Artifact] = []
     for share in SHARES:
         try:
-            artifact = low_rank.fit(adapter, adapter_bytes // share, dtype, others)
+            artifact = low_rank.fit(adapter, adapter_bytes // share, dtype, others, power=power)
         except ConfigError:  # too small for anything
             break
         if not found or artifact.ranks != found[-1].ranks:

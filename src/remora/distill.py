@@ -3,7 +3,8 @@
 At each answer token it is moved towards the distribution over the vocabulary that the whole adapter
 gives (Hinton et al. 2015), so nothing is learned from labels that the whole adapter did not learn.
 On training rows these distributions say little more than the label. Therefore the hidden states
-that they come from are followed too, after each layer (Jiao et al. 2020, TinyBERT).
+that they come from are followed too, after each layer (Jiao et al. 2020, TinyBERT), less and less
+as the steps go on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from remora.prompt import Prompt
 BATCH_ROWS = 32
 
 HIDDEN_WEIGHT = 20.0
-"""What hidden states count, in nats, whose distance is as large as the states themselves."""
+"""What hidden states count at first, in nats, whose distance is as large as the states are."""
 
 
 def distill(
@@ -70,7 +71,8 @@ def distill(
             packed = part.to(parameters[0].device)
             with torch.no_grad():
                 wanted = _outputs(adapted, teacher, packed, precision)
-            loss = _distance(_outputs(adapted, student, packed, precision), wanted)
+            found = _outputs(adapted, student, packed, precision)
+            loss = _distance(found, wanted, HIDDEN_WEIGHT * (1 - step / num_steps))
             scaler.scale(loss / num_supervised).backward()  # type: ignore[no-untyped-call]
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -99,11 +101,13 @@ def _outputs(
     return output.logits[0].float().log_softmax(-1), hidden
 
 
-def _distance(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> Tensor:
+def _distance(
+    found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]], hidden_weight: float
+) -> Tensor:
     """Return how far two adapters' outputs are apart, summed over answer tokens, in nats."""
     divergence = functional.kl_div(found[0], wanted[0], log_target=True, reduction="sum")
     relative = [
         ((one - other).square().sum(-1) / other.square().sum(-1)).sum()
         for one, other in zip(found[1], wanted[1], strict=True)
     ]
-    return divergence + HIDDEN_WEIGHT * torch.stack(relative).mean()
+    return divergence + hidden_weight * torch.stack(relative).mean()

@@ -130,7 +130,12 @@ def read(folder: Path) -> Adapter:
 
 
 def fit(
-    adapter: Adapter, budget_bytes: int, dtype: torch.dtype, others: Mapping[str, bytes]
+    adapter: Adapter,
+    budget_bytes: int,
+    dtype: torch.dtype,
+    others: Mapping[str, bytes],
+    *,
+    power: int = 2,
 ) -> Artifact:
     """Return the best adapter whose files take at most a budget together.
 
@@ -139,12 +144,13 @@ def fit(
         budget_bytes: Most bytes of all files.
         dtype: What its weights are stored in.
         others: Files that go with it, and count.
+        power: As `allocate` takes it.
 
     Raises:
         ConfigError: If the budget does not suffice for one rank of one module.
     """
     for_weights = budget_bytes
-    while any((ranks := allocate(adapter.updates, for_weights, dtype)).values()):
+    while any((ranks := allocate(adapter.updates, for_weights, dtype, power=power)).values()):
         artifact = pack(adapter, ranks, dtype, others)
         if artifact.num_bytes <= budget_bytes:
             return artifact
@@ -159,15 +165,16 @@ def fit(
 
 
 def allocate(
-    updates: Mapping[str, Update], budget_bytes: int, dtype: torch.dtype
+    updates: Mapping[str, Update], budget_bytes: int, dtype: torch.dtype, *, power: int = 2
 ) -> dict[str, int]:
-    """Choose each module's rank: the singular values of all with the most energy per byte.
+    """Choose each module's rank: the singular values of all that are worth most per byte.
 
-    A value's energy is its square, its share of the squared Frobenius norm. What does not fit into
-    the rest of the budget is passed over.
+    A value is worth its square, its share of the squared Frobenius norm; with a `power` of 1
+    itself, which spreads the ranks over more modules. What does not fit into the rest of the budget
+    is passed over.
     """
     candidates = [
-        (float(value) ** 2 / update.num_per_rank, module)
+        (float(value) ** power / update.num_per_rank, module)
         for module, update in updates.items()
         for value in update.values
         if value > 1e-7 * update.values[0]  # below it is the rounding of float32
