@@ -134,7 +134,7 @@ def test_any_lost_process_ends_all(config: TrainConfig, tmp_path: Path) -> None:
         own.output.parent.mkdir()
         lost(own, number, draw.randrange(2))
 
-    with ThreadPoolExecutor(3) as pool:  # they wait most of the time
+    with ThreadPoolExecutor(4) as pool:  # they wait most of the time
         list(pool.map(attempt, range(20)))
 
 

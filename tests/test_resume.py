@@ -446,18 +446,19 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
 def test_sigterm_at_any_moment_saves_and_is_out_at_once(
     config: TrainConfig, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    generator = random.Random(0)
-    for number in range(30):
+    def begin_and_stop(number: int) -> tuple[TrainConfig, int, str, float]:
         attempt = replace(config, output=tmp_path / str(number) / "runs")
-        moment = time.monotonic() + generator.uniform(0.2, 8)
-        code, errors, seconds = killed(
-            attempt, signal.SIGTERM, lambda moment=moment: time.monotonic() > moment
-        )
-        (directory,) = attempt.output.glob("*") if attempt.output.exists() else [None]
-        if directory is None or not resume.is_finished(directory):
-            assert code == 75, errors
-            assert seconds < 2.5, errors  # a step takes less than half a second here
-            assert outcome(train.train(attempt).directory) == undisturbed, number
+        moment = time.monotonic() + random.Random(number).uniform(0.2, 8)
+        return attempt, *killed(attempt, signal.SIGTERM, lambda: time.monotonic() > moment)
+
+    with ThreadPoolExecutor(1) as pool:  # what was stopped goes on meanwhile, on another core
+        for number, begun in enumerate([pool.submit(begin_and_stop, n) for n in range(30)]):
+            attempt, code, errors, seconds = begun.result()
+            (directory,) = attempt.output.glob("*") if attempt.output.exists() else [None]
+            if directory is None or not resume.is_finished(directory):
+                assert code == 75, errors
+                assert seconds < 2.5, errors  # a step takes less than half a second here
+                assert outcome(train.train(attempt).directory) == undisturbed, number
 
 
 @pytest.mark.durability
@@ -473,11 +474,10 @@ def test_sigkill_at_any_moment_loses_nothing(
         return attempt
 
     with ThreadPoolExecutor(2) as pool:
-        attempts = list(pool.map(begin_and_kill, range(30)))
-    for number, attempt in enumerate(attempts):
-        finished = attempt.output / "mine" / "evaluation.json"
-        if not finished.is_file() or (finished.parent / "checkpoints").is_dir():
-            assert outcome(train.train(attempt).directory) == undisturbed, number
+        for number, attempt in enumerate(pool.map(begin_and_kill, range(30))):
+            finished = attempt.output / "mine" / "evaluation.json"
+            if not finished.is_file() or (finished.parent / "checkpoints").is_dir():
+                assert outcome(train.train(attempt).directory) == undisturbed, number
 
 
 def test_a_signal_before_training_is_not_taken_by_a_library() -> None:
