@@ -319,6 +319,8 @@ class Planner:
         choices = {"auto": (False, True), "on": (True,), "off": (False,)}[settings.checkpointing]
         least = (sizes[-1], choices[-1])
         best: tuple[float, int, bool] | None = None
+        if self._are_weights_too_large(num_parts):
+            return *least, False
         if self._fits(self.components(sizes[0], choices[0], num_parts)):
             best = (0, sizes[0], choices[0])
         elif self._fits(self.components(*least, num_parts)):
@@ -386,21 +388,34 @@ class Planner:
             found = max(found, other, key=lambda count: count.peak)
         return found
 
+    def _weights(self, num_parts: int) -> tuple[int, int, int]:
+        """Return the bytes of a process's weights: frozen, trained, and of its parts of all."""
+        base, trainable, held = self._base_bytes, 4 * self._counts.trainable, 0
+        if num_parts > 1 and (sizes := self._sizes):
+            held = -(-sizes.total // num_parts)
+            if self._settings.method == "full":
+                trainable = held
+            else:
+                base += held - sizes.total
+        return base, trainable, held
+
+    def _are_weights_too_large(self, num_parts: int) -> bool:
+        """Whether weights and optimizer alone do not fit; then there is nothing to count."""
+        base, trainable, _ = self._weights(num_parts)
+        # What a processor's libraries take is known once a count has loaded them.
+        runtime = 0 if self._hardware.type == "cpu" else self._runtime
+        return self._available is not None and base + 3 * trainable + runtime > self._available
+
     def components(self, size: int, checkpointing: bool, num_parts: int = 1) -> Components:
         """Return the memory at its peak, of one process; weights may be sharded in parts."""
-        trainable = 4 * self._counts.trainable
-        base = self._base_bytes
-        held = gathered = gathered_in_training = 0
+        base, trainable, held = self._weights(num_parts)
+        gathered = gathered_in_training = 0
         if num_parts > 1 and (sizes := self._sizes):
             # What is in no layer is there all the time, and with a layer the next is gathered. Of
             # what trains come the gradients and a copy of them to send.
             gathered = gathered_in_training = sizes.rest + 2 * sizes.largest_layer
-            held = -(-sizes.total // num_parts)
             if self._settings.method == "full":
-                trainable = held
                 gathered_in_training = max(2 * sizes.rest + 4 * sizes.largest_layer, 3 * sizes.rest)
-            else:
-                base += held - sizes.total
         step, scoring = self._count(size, checkpointing), self._scoring(size)
         if num_parts > 1:
             step = dataclasses.replace(
