@@ -30,8 +30,8 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        memory.write_rows(folder / "rows")
-        memory.start(["--make", "Qwen2", str(folder / "model")], show=False)
+        memory.write_rows(folder / "rows", memory.NUM_ROWS["cpu"])
+        memory.start(["--make", "cpu", "Qwen2", str(folder / "model")], show=False)
         for method in ("lora", "full"):
             for count, sharded in SETTINGS:
                 runs.append(train(folder, method, count, sharded, options.steps))
