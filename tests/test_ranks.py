@@ -118,9 +118,7 @@ def test_two_processes_stopped_together_go_on_to_the_same_bits(
     assert outcome(config) == outcome(undisturbed)
 
 
-@pytest.mark.parametrize(
-    ("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)]
-)
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
 def test_a_lost_process_ends_all(config: TrainConfig, number: signal.Signals, rank: int) -> None:
     lost(replace(config, devices=2, epochs=1_000), number, rank)
 
