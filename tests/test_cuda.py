@@ -169,7 +169,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert planned["device"] == torch.cuda.get_device_name(CUDA)
     for command in (
         ("predict", directory, "--device", "cuda"),
-        ("evaluate", directory, "--device", "cuda"),
+        ("eval", directory, table, "--device", "cuda"),
         ("plan", table, "--model", "nano"),
     ):
         stdin = "Where is my card?\n" if command[0] == "predict" else None

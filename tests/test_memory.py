@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from conftest import ARCHITECTURES, tiny_config, tiny_model
-from remora import lora, memory, model, tree
+from remora import attention, lora, memory, model, tree
 from remora.prompt import TokenSequence
 
 ROWS = [
@@ -27,7 +27,7 @@ ROWS = [
 def skeleton(architecture: str, rank: int = 4) -> memory.Skeleton:
     empty = model.load_empty(tiny_config(architecture), torch.float32)
     adapted = lora.add_adapter(empty, rank=rank, alpha=8, dropout=0.0)
-    return memory.Skeleton(adapted, autocast=None, by_kernel=False)
+    return memory.Skeleton(adapted, autocast=None, device="cpu")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -67,9 +67,23 @@ def test_arrays_that_glibc_maps_leave_no_fragments() -> None:
     assert small.heap == small.peak
     wide = model.load_empty(tiny_config("qwen2", vocabulary=1 << 20), torch.float32)
     adapted = lora.add_adapter(wide, rank=4, alpha=8, dropout=0.0)
-    counted = memory.Skeleton(adapted, autocast=None, by_kernel=False).count(tree.build(ROWS))
+    counted = memory.Skeleton(adapted, autocast=None, device="cpu").count(tree.build(ROWS))
     assert counted.logits >= memory.MAPPED_BYTES
     assert counted.heap <= counted.peak - counted.logits
+    assert counted.mapped >= counted.logits
+    assert counted.heap + counted.mapped >= counted.peak  # each at its own moment
+
+
+@pytest.mark.parametrize(("device", "looks"), [("cpu", True), ("mps", True), ("cuda", False)])
+def test_attention_is_counted_as_the_device_computes_it(
+    device: str, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(attention, "_choose_blocks", lambda *_, **__: asked.append(1))
+    empty = model.load_empty(tiny_config("qwen2"), torch.float32)
+    adapted = lora.add_adapter(empty, rank=4, alpha=8, dropout=0.0)
+    memory.Skeleton(adapted, autocast=None, device=device).count(tree.build(ROWS))
+    assert bool(asked) is looks
 
 
 def test_scoring_needs_keys_values_and_logits() -> None:

@@ -33,7 +33,8 @@ BLOCK_COST = 2_048
 """What a block costs beside its pairs, in pairs: its keys are copied together."""
 
 GPU_PAIRS = 1 << 24
-"""Pairs that a GPU computes whole: up to so many, what it saves takes longer to put together."""
+"""Pairs that a CUDA device computes whole. With 762 tokens that was faster than blocks, which take
+many small kernels (docs/log.md); the limit itself was not measured."""
 
 
 @dataclass(frozen=True)

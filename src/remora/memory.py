@@ -97,18 +97,15 @@ class StepMemory:
 class Skeleton:
     """A model without weights, that can be run to see what it would need."""
 
-    def __init__(
-        self, adapted: nn.Module, *, autocast: torch.dtype | None, by_kernel: bool
-    ) -> None:
+    def __init__(self, adapted: nn.Module, *, autocast: torch.dtype | None, device: str) -> None:
         """Take a model whose parameters are on the device `meta`, for this use only.
 
         Args:
             adapted: The model, with its adapter if it gets one.
             autocast: 16-bit arithmetic to compute in, or None.
-            by_kernel: Whether attention is computed by torch's kernels, as on GPUs, or by
-                matrix products, as on processors.
+            device: What type of device it would run on, which computes attention in its own way.
         """
-        self._model, self._autocast, self._by_kernel = adapted, autocast, by_kernel
+        self._model, self._autocast, self._device = adapted, autocast, device
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             _make_fake(adapted)
@@ -133,10 +130,10 @@ class Skeleton:
 
     def _count(self, packed: TokenTree, accumulates: bool) -> StepMemory:
         adapted = self._model
-        is_whole = self._by_kernel and attention.prefers_whole("cuda", *[packed.num_tokens] * 2)
+        is_whole = attention.prefers_whole(self._device, packed.num_tokens, packed.num_tokens)
         inputs = tree.inputs(adapted, packed, in_blocks=False if is_whole else None)
         if blocks := inputs.get("tree_blocks"):
-            inputs["tree_blocks"] = dataclasses.replace(blocks, by_kernel=self._by_kernel)
+            inputs["tree_blocks"] = dataclasses.replace(blocks, by_kernel=self._device != "cpu")
         trained = [p for p in adapted.parameters() if p.requires_grad]
         ledger = _Ledger([*adapted.parameters(), *adapted.buffers()])
         with self._mode, ledger:

@@ -37,7 +37,7 @@ def create_optimizer(
                 "lr": rate * config.loraplus_lr_ratio,
             },
         ]
-    # One kernel for many weights; on a processor torch's default is as fast.
+    # One kernel for many weights, where each would be launched by itself.
     fused = True if next(iter(named.values())).is_cuda else None
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.weight_decay, fused=fused)
     scheduler = get_scheduler(

@@ -242,8 +242,8 @@ class Planner:
         self._trainable_in_heap = sum(b for b in in_float32 if b < memory.MAPPED_BYTES)
         self._sizes = self._sizes_of(adapted)
         self._skeleton = self._skeleton_of(adapted)
-        self._counted: dict[tuple[int, bool], memory.StepMemory] = {}
-        self._scored: dict[int, memory.StepMemory] = {}
+        self._count = functools.cache(self._count_step)
+        self._scoring = functools.cache(self._count_scoring)
 
     def _sizes_of(self, adapted: Any) -> shard.Sizes | None:
         """Return how large the weights are that can be sharded, None where there are none."""
@@ -284,8 +284,8 @@ class Planner:
         return model.load_empty(model_config, self._precision.base, quantized=quantized)
 
     def _skeleton_of(self, adapted: Any) -> memory.Skeleton:
-        by_kernel = self._hardware.type != "cpu"
-        return memory.Skeleton(adapted, autocast=self._precision.autocast, by_kernel=by_kernel)
+        autocast = self._precision.autocast
+        return memory.Skeleton(adapted, autocast=autocast, device=self._hardware.type)
 
     @functools.cached_property
     def _sequences(self) -> list[TokenSequence]:
@@ -370,14 +370,8 @@ class Planner:
     def _tree_tokens(self, size: int) -> float:
         return self._survey_of(size)[2] / len(self._sequences)
 
-    def _count(self, size: int, checkpointing: bool) -> memory.StepMemory:
-        """Count the micro-batch that needs most, once."""
-        key = (size, checkpointing)
-        if key not in self._counted:
-            self._counted[key] = self._count_anew(size, checkpointing)
-        return self._counted[key]
-
-    def _count_anew(self, size: int, checkpointing: bool) -> memory.StepMemory:
+    def _count_step(self, size: int, checkpointing: bool) -> memory.StepMemory:
+        """Count the micro-batch that needs most."""
         longest, widest, _, several = self._survey_of(size)
         found = self._skeleton.count(longest, checkpointing=checkpointing, accumulates=several)
         per_token = (found.peak - found.logits - found.gradients) / longest.num_tokens
@@ -460,13 +454,8 @@ class Planner:
             runtime=self._runtime,
         )
 
-    def _scoring(self, size: int) -> memory.StepMemory:
-        """Count a pass that scores labels, in a packed row as long as it may become, once."""
-        if size not in self._scored:
-            self._scored[size] = self._scoring_anew(size)
-        return self._scored[size]
-
-    def _scoring_anew(self, size: int) -> memory.StepMemory:
+    def _count_scoring(self, size: int) -> memory.StepMemory:
+        """Count a pass that scores labels, in a packed row as long as it may become."""
         vocabulary = self._model_config.get_text_config().vocab_size
         tables = (self._dataset.validation, self._dataset.test)
         num_rows = max(len(table) if table else 0 for table in tables)
@@ -602,7 +591,7 @@ class Planner:
         """Return a planner of the same run but for some settings."""
         settings = dataclasses.replace(self._settings, **change)
         if change.keys() <= {"micro_batch_tokens", "checkpointing"}:  # what is counted is the same
-            other = copy.copy(self)
+            other = copy.copy(self)  # with what was counted
             other._settings = settings
             return other
         return Planner(
