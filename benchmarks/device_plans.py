@@ -64,9 +64,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", action="store_true", help="on a CUDA device")
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     options = parser.parse_args()
     if options.train:
-        train(options.steps)
+        train(options.models, options.steps)
     else:
         show()
 
@@ -129,7 +130,7 @@ def write_base(folder: Path, *, weights: bool = False) -> Path:
     return folder
 
 
-def train(num_steps: int) -> None:
+def train(models: list[str], num_steps: int) -> None:
     """Train models of these sizes; print the plans beside what was measured."""
     header = ["", "method", "planned", "measured", "ratio", "reserved", "context", "base", "step"]
     rows, results = [], []
@@ -142,7 +143,7 @@ def train(num_steps: int) -> None:
                 lines = list(itertools.islice(csv.reader(file), count + 1))
             with (table / source.name).open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows(lines)
-        for model, method, _ in PLANS:
+        for model, method, _ in (one for one in PLANS if one[0] in models):
             folder = write_base(Path(name) / model, weights=True)
             flags = ["--model", str(folder), "--method", method, "--device", "cuda"]
             flags += ["--max-steps", str(num_steps), "--validation-fraction", "0"]
