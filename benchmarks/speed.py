@@ -177,7 +177,10 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
     losses, seconds = [], []
     with accelerator_for(choose_precision(device, "bfloat16"), device) as accelerator:
         most = config.DEFAULT_MICRO_BATCH_TOKENS
-        micro_batches = MicroBatches(model, most, accelerator, None, Ranks(), Reporter())
+        graphs = device.type == "cuda"
+        micro_batches = MicroBatches(
+            model, most, accelerator, None, Ranks(), Reporter(), graphs=graphs
+        )
         for batch in batches:
             began = time.perf_counter()
             loss, _ = micro_batches.add_gradients(batch)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ARCHITECTURES, write_table
-from remora import export, quantize, run, score, train, tree
+from conftest import ARCHITECTURES, randomize_adapter, write_table
+from remora import data, export, quantize, run, score, train, tree
 from remora.config import ExportConfig, PredictConfig, TrainConfig
+from remora.cuda_graphs import Graphs
+from remora.device import choose_precision
+from remora.micro_batches import MicroBatches
 from remora.predict import load_scorer
+from remora.prepare import accelerator_for, prepare
 from remora.progress import Reporter
+from remora.ranks import Ranks
 from test_full import measured
 from test_resume import Interrupter, interrupted, keep_checkpoints, outcome  # noqa: F401
 from test_train import remora
@@ -176,3 +183,59 @@ def test_the_command_line(tmp_path: Path) -> None:
         done = remora(*command, stdin=stdin)
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_graphs_give_the_bits_of_the_kernels_alone(precision: Any, method: Any) -> None:
+    """With dropout, over micro-batches of several shapes, each of them recorded."""
+    settings = replace(NANO, method=method, dropout=0.1)
+    rows = data.load(settings)
+    found = []
+    for graphs in (False, True):
+        chosen = choose_precision(CUDA, precision)
+        torch.manual_seed(0)
+        model, prompt, _, _ = prepare(settings, rows.labels, chosen, CUDA)
+        randomize_adapter(model)
+        texts, labels = rows.train.texts, rows.train.labels
+        with accelerator_for(chosen, CUDA) as accelerator:
+            batches = MicroBatches(
+                model, 500, accelerator, None, Ranks(), Reporter(), graphs=graphs
+            )
+            if not graphs:  # the same, but nothing is ever recorded
+                batches._graphs = Graphs(model, accelerator, Reporter().say)
+                batches._graphs._records = False
+            steps = []
+            for start in (0, 40, 80, 0, 40, 80, 120):
+                part = slice(start, start + 40)
+                model.train().zero_grad()
+                loss, _ = batches.add_gradients(prompt.rows(texts[part], labels[part]))
+                gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+                steps.append((loss, gradients))
+            recorded = sum(s.graph is not None for s in batches._graphs._shapes.values())
+            assert recorded >= 2 if graphs else recorded == 0
+            found.append(steps)
+    assert found[0][0][0] != found[0][3][0]  # as other elements are dropped
+    for (loss, gradients), (other_loss, others) in zip(*found, strict=True):
+        assert loss == other_loss
+        assert all(map(torch.equal, gradients, others))
+
+
+def test_graphs_take_the_steps_of_the_padded_computation() -> None:
+    """In float64, without dropout: the loss and every gradient."""
+    here, model = adapted("qwen2"), adapted("qwen2").to(CUDA)
+    accelerator = SimpleNamespace(
+        device=CUDA, autocast=contextlib.nullcontext, backward=torch.Tensor.backward
+    )
+    graphs = Graphs(model, accelerator, pytest.fail)
+    for name, rows in BATCHES.items():
+        expected_loss = padded_loss(here, rows)
+        expected = gradients(here, expected_loss)
+        packed = tree.build(rows)
+        for _ in range(3):
+            graphs.begin()
+            loss = graphs.add_gradients(packed, packed.num_supervised_tokens)
+            found = {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
+            torch.testing.assert_close(float(loss), float(expected_loss), rtol=1e-6, atol=0)
+            assert relative_error(found, expected) < 1e-6, name
+    assert all(shape.graph for shape in graphs._shapes.values())

@@ -185,6 +185,31 @@ def test_split_keeps_every_row_and_the_limit() -> None:
     assert len(tree.split(rows, 1)) == 30
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("pairs")
+def test_what_a_tree_is_filled_up_with_counts_nothing(architecture: str) -> None:
+    model = adapted(architecture)
+    for name, rows in BATCHES.items():
+        packed = tree.build(rows)
+        full = tree.filled(packed)
+        assert len(full.edge_weights) == len(full.predictors) == 32
+        assert full.num_tokens % 32 == 0
+        assert full.num_tokens - packed.num_tokens < 32
+        assert full.num_supervised_tokens == packed.num_supervised_tokens
+        expected_loss = tree.loss_sum(tree.answer_logits(model, packed), packed)
+        expected = gradients(model, expected_loss)
+        loss = tree.loss_sum(tree.answer_logits(model, full), full)
+        assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-6), name
+        assert relative_error(gradients(model, loss), expected) < 1e-6, name
+
+
+def test_large_trees_are_filled_up_by_an_eighth_at_most() -> None:
+    sizes = {n: tree._full_size(n) for n in range(1, 5000)}
+    assert all(n <= full <= max(32, n * 9 / 8) or full - n < 32 for n, full in sizes.items())
+    assert sizes[2048] == 2048
+    assert len({full for n, full in sizes.items() if n > 256}) < 40
+
+
 def test_cross_entropy_equals_torch_and_its_gradient_is_right() -> None:
     torch.manual_seed(0)
     packed = tree.build(BATCHES["same text under two labels"])

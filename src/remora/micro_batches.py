@@ -11,6 +11,7 @@ from torch import Tensor
 
 from remora import memory, plan, shard, tree
 from remora.checkpoint import random_state, set_random_state
+from remora.cuda_graphs import Graphs
 from remora.errors import ResourceError
 from remora.progress import Reporter
 from remora.prompt import TokenSequence
@@ -38,13 +39,29 @@ class MicroBatches:
         heaviest: plan.Heaviest | None,
         ranks: Ranks,
         reporter: Reporter,
+        *,
+        graphs: bool = False,
     ) -> None:
+        """Take what is computed with.
+
+        Args:
+            adapted: The model.
+            max_tokens: Tokens to compute at once, at most.
+            accelerator: accelerate's Accelerator for the device and the precision.
+            heaviest: The batch that needs most memory, and how much; None where it does not matter.
+            ranks: The processes that train together.
+            reporter: Told when the memory ran out.
+            graphs: Whether to use CUDA graphs.
+        """
         self.max_tokens = max_tokens
         self._adapted, self._accelerator, self._reporter = adapted, accelerator, reporter
         self._heaviest, self._ranks = heaviest, ranks
         self._bytes_per_token = heaviest.bytes_per_token if heaviest else 0.0
         self._said = False
         self._is_sharded = shard.has_shards(adapted)
+        self._graphs = None
+        if graphs and not self._is_sharded:
+            self._graphs = Graphs(adapted, accelerator, reporter.say)
 
     def add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
         """Add this process's part of the gradients of an effective batch to none.
@@ -66,6 +83,15 @@ class MicroBatches:
         else:
             loss = 0.0
         return loss, num_supervised
+
+    def make_room(self) -> None:
+        """Give back what an evaluation needs on a GPU and the graphs hold."""
+        device = self._accelerator.device
+        if self._graphs and self._heaviest:
+            free = memory.free_bytes(device)
+            if free is not None and free < self._heaviest.scoring_bytes:
+                self._graphs.clear()
+                memory.release(device)
 
     def try_heaviest(self) -> float:
         """Compute the heaviest micro-batch and forget it; return the seconds for each token.
@@ -100,6 +126,8 @@ class MicroBatches:
                     ) from error
             # Here the error and the tensors that its traceback holds are gone.
             self._adapted.zero_grad()
+            if self._graphs:
+                self._graphs.clear()
             memory.release(self._accelerator.device)
             self._halve(batch)
             set_random_state(self._accelerator.device, before)
@@ -122,6 +150,8 @@ class MicroBatches:
 
     def _add_gradients(self, rows: Sequence[TokenSequence], num_supervised: int) -> float:
         trees = tree.split(rows, self.max_tokens)
+        if self._graphs:
+            self._graphs.begin()
         return float(sum(self._backward(packed, num_supervised) for packed in trees))
 
     def _add_in_step(
@@ -139,8 +169,10 @@ class MicroBatches:
     def _time_largest(self, batch: Sequence[TokenSequence]) -> float:
         trees = tree.split(batch, self.max_tokens)
         largest = max(trees, key=lambda packed: packed.num_tokens)
-        # What a GPU computes first sets up its libraries.
-        for _ in range(2 if self._accelerator.device.type == "cuda" else 1):
+        if self._graphs:
+            self._graphs.begin()
+        # On a GPU what is computed first sets up the libraries, and what comes second is recorded.
+        for _ in range(3 if self._accelerator.device.type == "cuda" else 1):
             began = time.perf_counter()
             float(self._backward(largest, largest.num_supervised_tokens))
         return (time.perf_counter() - began) / largest.num_tokens
@@ -150,6 +182,8 @@ class MicroBatches:
     ) -> Tensor:
         """Add the gradients of a micro-batch; return its part of the mean loss, []."""
         device = self._accelerator.device
+        if self._graphs:
+            return self._graphs.add_gradients(packed, num_supervised)
         if self._heaviest:
             memory.keep_within(device, self._heaviest.limit_bytes)
         self._refuse_to_exhaust(int(self._bytes_per_token * packed.num_tokens))

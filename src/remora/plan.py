@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from remora import data, lora, memory, model, quantize, shard, tree
+from remora import cuda_graphs, data, lora, memory, model, quantize, shard, tree
 from remora.config import PlanConfig, TrainConfig
 from remora.data import Dataset
 from remora.device import (
@@ -74,6 +74,7 @@ class Heaviest:
     rows: list[TokenSequence]
     bytes_per_token: float
     limit_bytes: int  # of the process on a processor; what is more is given back
+    scoring_bytes: int  # beside the weights, for a pass of scoring
     run_tokens: float  # tokens that the whole run computes
 
 
@@ -373,6 +374,9 @@ class Planner:
     def _count_step(self, size: int, checkpointing: bool) -> memory.StepMemory:
         """Count the micro-batch that needs most."""
         longest, widest, _, several = self._survey_of(size)
+        method = self._settings.method
+        if cuda_graphs.are_of_use(self._hardware.type, method, checkpointing=checkpointing):
+            longest, widest, several = tree.filled(longest), tree.filled(widest), True
         found = self._skeleton.count(longest, checkpointing=checkpointing, accumulates=several)
         per_token = (found.peak - found.logits - found.gradients) / longest.num_tokens
         per_predictor = found.logits / len(longest.predictors)
@@ -477,6 +481,7 @@ class Planner:
             rows=rows,
             bytes_per_token=(step.saved + step.logits + step.workspace) / largest,
             limit_bytes=made.peak_bytes - memory.FRAGMENT_BYTES // 2,
+            scoring_bytes=self._scoring(size).peak,
             run_tokens=made.tree_tokens * self._examples,
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from remora import (
     checkpoint,
+    cuda_graphs,
     data,
     launch,
     lora,
@@ -116,7 +117,15 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         )
         reporter.say(f"going on after step {progress.step:,} of {num_steps:,}")
     micro_batches = MicroBatches(
-        adapted, progress.micro_batch_tokens, accelerator, heaviest, ranks, reporter
+        adapted,
+        progress.micro_batch_tokens,
+        accelerator,
+        heaviest,
+        ranks,
+        reporter,
+        graphs=cuda_graphs.are_of_use(
+            device, config.method, checkpointing=config.checkpointing == "on"
+        ),
     )
     if heaviest and progress.step < num_steps:
         seconds_per_token = micro_batches.try_heaviest()
@@ -145,6 +154,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         while True:
             due = progress.step % eval_steps == 0 or progress.step == num_steps
             if due and progress.evaluated < progress.step and len(dataset.validation):
+                micro_batches.make_room()
                 scorer = Scorer(
                     adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
                 )

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from remora import attention
 from remora.errors import ModelError
@@ -145,6 +146,37 @@ def split(rows: Sequence[TokenSequence], max_tokens: int) -> list[TokenTree]:
     return trees
 
 
+def filled(tree: TokenTree) -> TokenTree:
+    """Return a tree filled up to sizes that many have, with what counts nothing.
+
+    Each size becomes a multiple of an eighth of the power of two below it. An added token sees
+    itself alone, an added predictor has no edge but added ones, and those weigh nothing.
+    """
+    num_tokens = _full_size(tree.num_tokens)
+    # One predictor at least is an added one, for the added edges to leave from.
+    size = _full_size(1 + max(len(tree.predictors), len(tree.edge_weights)))
+    own = torch.arange(tree.num_tokens, num_tokens)
+
+    def fill(tensor: Tensor, size: int, value: int = 0) -> Tensor:
+        return functional.pad(tensor, (0, size - len(tensor)), value=value)
+
+    return replace(
+        tree,
+        token_ids=fill(tree.token_ids, num_tokens),
+        position_ids=fill(tree.position_ids, num_tokens),
+        subtree_end=torch.cat([tree.subtree_end, own + 1]),
+        predictors=fill(tree.predictors, size),
+        edge_predictors=fill(tree.edge_predictors, size, size - 1),
+        edge_targets=fill(tree.edge_targets, size),
+        edge_weights=fill(tree.edge_weights, size),
+    )
+
+
+def _full_size(size: int) -> int:
+    step = max(32, (1 << size.bit_length()) // 16)
+    return -(-size // step) * step
+
+
 def answer_logits(model: nn.Module, tree: TokenTree) -> Tensor:
     """Return the logits at the tree's predictors, [P, vocabulary], as the model computes them."""
     logits: Tensor = model(**inputs(model, tree)).logits[0]
@@ -247,7 +279,7 @@ def check(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
         ids = torch.tensor([list(row.token_ids)], device=logits.device)
         alone = model(input_ids=ids, use_cache=False).logits[0, row.answer_start - 1 : -1]
         targets = ids[0, row.answer_start :]
-        expected += float(nn.functional.cross_entropy(alone.float(), targets, reduction="sum"))
+        expected += float(functional.cross_entropy(alone.float(), targets, reduction="sum"))
     try:
         blocked = model(**inputs(model, packed, in_blocks=True)).logits[0]
         follows = abs(float(loss_sum(blocked, packed)) - expected) <= tolerance * abs(expected)

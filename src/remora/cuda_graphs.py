@@ -1,0 +1,129 @@
+"""The gradients of micro-batches, recorded as CUDA graphs.
+
+A micro-batch is thousands of kernels of a few microseconds each, and it takes Python several times
+as long to launch them. A CUDA graph launches all of them at once
+(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/). Its shapes and addresses are
+fixed: trees are filled up to shapes that many of them have, and copied to where the graph reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remora import memory, tree
+from remora.config import Method
+from remora.tree import TokenTree
+
+MAX_GRAPHS = 16
+"""Shapes that are recorded, one after the other; the rest are launched kernel by kernel."""
+
+
+@dataclass
+class _Shape:
+    """Where the micro-batches of a shape lie on the device, and what their gradients take."""
+
+    packed: TokenTree
+    num_supervised: Tensor  # [] float32
+    loss: Tensor  # [] float32
+    graph: Any = None
+
+
+def are_of_use(device: torch.device | str, method: Method, *, checkpointing: bool) -> bool:
+    """Whether a run's micro-batches are computed by CUDA graphs.
+
+    Not where whole models train: their gradients would lie there all the time. Nor with
+    checkpointing, which looks at the state of the random numbers as it computes.
+    """
+    return str(device).startswith("cuda") and method != "full" and not checkpointing
+
+
+class Graphs:
+    """Computes gradients of micro-batches by CUDA graphs, bit for bit those of the kernels alone.
+
+    The first micro-batch of a shape is computed kernel by kernel, which sets up the libraries for
+    it, the second one is recorded.
+    """
+
+    def __init__(self, adapted: Any, accelerator: Any, say: Callable[[str], None]) -> None:
+        """Take a model whose trained parameters stay where they are.
+
+        Args:
+            adapted: The model.
+            accelerator: accelerate's Accelerator for the device and the precision.
+            say: Told if the model cannot be recorded.
+        """
+        self._adapted, self._accelerator, self._say = adapted, accelerator, say
+        self._records = True
+        self._parameters = [p for p in adapted.parameters() if p.requires_grad]
+        self._gradients: list[Tensor] = []
+        self._shapes: dict[tuple[int, ...], _Shape] = {}
+        self._pool: Any = None
+
+    def begin(self) -> None:
+        """Let gradients be zero, where the graphs add to them."""
+        if not self._gradients:
+            self._gradients = [torch.zeros_like(p) for p in self._parameters]
+        else:
+            torch._foreach_zero_(self._gradients)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def add_gradients(self, packed: TokenTree, num_supervised: int) -> Tensor:
+        """Add the gradients of a micro-batch on the processor; return its part of the mean loss."""
+        packed = tree.filled(packed)
+        arrays = {name: x for name, x in vars(packed).items() if isinstance(x, Tensor)}
+        sizes = tuple(map(len, arrays.values()))
+        shape, is_new = self._shapes.get(sizes), False
+        if shape is None:
+            is_new = True
+            device = self._accelerator.device
+            zero = torch.zeros((), dtype=torch.float32, device=device)
+            shape = self._shapes[sizes] = _Shape(packed.to(device), zero, zero.clone())
+        for name, array in arrays.items():
+            getattr(shape.packed, name).copy_(array)
+        shape.num_supervised.fill_(num_supervised)
+        recorded = sum(shape.graph is not None for shape in self._shapes.values())
+        if self._records and shape.graph is None and not is_new and recorded < MAX_GRAPHS:
+            self._record(shape)
+        if shape.graph is None:
+            self._compute(shape)
+        else:
+            shape.graph.replay()
+        return shape.loss.clone()
+
+    def clear(self) -> None:
+        """Give the memory of all graphs back; they are recorded again when they are needed."""
+        self._shapes.clear()
+        self._pool = None
+
+    def _record(self, shape: _Shape) -> None:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._compute(shape)
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)
+            cause = error.__context__ or error  # the recording's end fails as well, and hides it
+            if memory.is_exhausted(cause):
+                raise cause from None
+            self._records = False
+            reason = str(cause).strip().split("\n")[0]
+            self._say(
+                f"this model's kernels are launched one by one, as CUDA graphs fail: {reason}"
+            )
+        else:
+            shape.graph = graph
+
+    def _compute(self, shape: _Shape) -> None:
+        with self._accelerator.autocast():
+            logits = tree.answer_logits(self._adapted, shape.packed)
+        part = tree.loss_sum(logits, shape.packed) / shape.num_supervised
+        del logits
+        self._accelerator.backward(part)
+        shape.loss.copy_(part.detach())
