@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, randomize_adapter, write_table
-from remora import data, export, quantize, run, score, train, tree
+from remora import attention, cuda_graphs, data, export, memory, quantize, run, score, train, tree
 from remora.config import ExportConfig, PredictConfig, TrainConfig
 from remora.cuda_graphs import Graphs
 from remora.device import choose_precision
@@ -24,6 +25,7 @@ from remora.micro_batches import MicroBatches
 from remora.predict import load_scorer
 from remora.prepare import accelerator_for, prepare
 from remora.progress import Reporter
+from remora.prompt import TokenSequence
 from remora.ranks import Ranks
 from test_full import measured
 from test_resume import Interrupter, interrupted, keep_checkpoints, outcome  # noqa: F401
@@ -102,7 +104,7 @@ def test_where_memory_runs_out_the_effective_batch_stays(tmp_path: Path) -> None
     )  # fmt: skip
     free = train.train(replace(settings, output=tmp_path / "free"))
     peak = steps(free.directory)[-1]["peak_memory_bytes"]
-    torch.cuda.empty_cache()
+    memory.release(CUDA)
     total = torch.cuda.get_device_properties(CUDA).total_memory
     reporter = Interrupter()
     torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
@@ -221,21 +223,76 @@ def test_graphs_give_the_bits_of_the_kernels_alone(precision: Any, method: Any) 
         assert all(map(torch.equal, gradients, others))
 
 
-def test_graphs_take_the_steps_of_the_padded_computation() -> None:
-    """In float64, without dropout: the loss and every gradient."""
+@contextlib.contextmanager
+def compares_with_padded() -> Any:
+    """Give a model and a way to check its graphs, in float64 and without dropout."""
     here, model = adapted("qwen2"), adapted("qwen2").to(CUDA)
     accelerator = SimpleNamespace(
         device=CUDA, autocast=contextlib.nullcontext, backward=torch.Tensor.backward
     )
-    graphs = Graphs(model, accelerator, pytest.fail)
-    for name, rows in BATCHES.items():
+
+    def check(graphs: Graphs, rows: list[TokenSequence]) -> None:
         expected_loss = padded_loss(here, rows)
         expected = gradients(here, expected_loss)
         packed = tree.build(rows)
-        for _ in range(3):
-            graphs.begin()
-            loss = graphs.add_gradients(packed, packed.num_supervised_tokens)
-            found = {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
-            torch.testing.assert_close(float(loss), float(expected_loss), rtol=1e-6, atol=0)
-            assert relative_error(found, expected) < 1e-6, name
-    assert all(shape.graph for shape in graphs._shapes.values())
+        graphs.begin()
+        loss = graphs.add_gradients(packed, packed.num_supervised_tokens)
+        found = {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
+        torch.testing.assert_close(float(loss), float(expected_loss), rtol=1e-6, atol=0)
+        assert relative_error(found, expected) < 1e-6
+
+    yield model, accelerator, check
+
+
+def test_graphs_take_the_steps_of_the_padded_computation() -> None:
+    with compares_with_padded() as (model, accelerator, check):
+        graphs = Graphs(model, accelerator, pytest.fail)
+        for _, rows in itertools.product(range(3), BATCHES.values()):
+            check(graphs, rows)
+        assert all(shape.graph for shape in graphs._shapes.values())
+
+
+def test_graphs_of_more_shapes_than_are_kept_are_recorded_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 1)
+    monkeypatch.setattr(tree, "_full_size", lambda size: size)
+    with compares_with_padded() as (model, accelerator, check):
+        graphs = Graphs(model, accelerator, pytest.fail)
+        for _, rows in itertools.product(range(3), BATCHES.values()):
+            check(graphs, rows)
+            assert len(graphs._shapes) == 1
+        assert all(shape.graph for shape in graphs._shapes.values())
+
+
+@pytest.mark.parametrize("trouble", ["waits", "fails", "is large"])
+def test_what_cannot_be_recorded_is_launched_kernel_by_kernel(
+    trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = tree.answer_logits
+
+    def troubled(model: Any, packed: tree.TokenTree) -> torch.Tensor:
+        logits = compute(model, packed)
+        if trouble == "waits":
+            float(logits[0, 0])
+        elif trouble == "fails" and torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()
+        return logits
+
+    monkeypatch.setattr(tree, "answer_logits", troubled)
+    if trouble == "is large":
+        monkeypatch.setattr(attention, "GPU_PAIRS", 100)
+    said: list[str] = []
+    memory.release(CUDA)
+    with compares_with_padded() as (model, accelerator, check):
+        before = torch.cuda.memory_reserved()
+        graphs = Graphs(model, accelerator, said.append)
+        for _, rows in itertools.product(range(3), BATCHES.values()):
+            check(graphs, rows)
+        assert not any(shape.graph for shape in graphs._shapes.values())
+        graphs.clear()
+        model.zero_grad()
+        memory.release(CUDA)
+        assert torch.cuda.memory_reserved() - before < 100_000_000
+    assert len(said) == (trouble != "is large")
+    assert torch.rand(3, device=CUDA).max() < 1  # random numbers still come

@@ -12,6 +12,7 @@ each block and calls transformers' own scaled-dot-product attention on the block
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from remora.errors import ModelError
 
@@ -169,7 +171,8 @@ def _attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if tree_blocks is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        with _kernels(query.device):
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is not None
     num_queries = query.shape[2]
     padded = functional.pad(query[0], (0, 0, 0, -num_queries % tree_blocks.size))
@@ -198,7 +201,8 @@ def _by_kernel(
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = _gather(key, index), _gather(value, index)
-        output: Tensor = sdpa_attention_forward(module, query, keys, values, mask, **settings)[0]
+        with _kernels(query.device):
+            output, _ = sdpa_attention_forward(module, query, keys, values, mask, **settings)
         return output
 
     # The gathered keys are many times the keys: they are gathered again for the backward pass.
@@ -211,6 +215,20 @@ def _by_kernel(
         preserve_rng_state=bool(settings.get("dropout")),
     )
     return output
+
+
+def _kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Choose among torch's kernels for a device: on CUDA not cuDNN's.
+
+    Its backward pass gives other bits each time, and under a mask NaN at some lengths
+    (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    chosen: contextlib.AbstractContextManager[None] = sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+    return chosen
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -115,6 +115,6 @@ def tell_peak(directory: Path, planned: Plan, measured: int, reporter: Reporter)
     """Say and keep how the plan compares with what was measured, in bytes."""
     reporter.say(
         f"memory at the peak of training: {spoken_bytes(measured)} measured, "
-        f"{spoken_bytes(planned.allocated_bytes)} planned"
+        f"{spoken_bytes(planned.measurable_bytes)} planned"
     )
     run.write_json(directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured})

@@ -8,6 +8,8 @@ fixed: trees are filled up to shapes that many of them have, and copied to where
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remora import memory, tree
+from remora import attention, memory, tree
 from remora.config import Method
 from remora.tree import TokenTree
 
-MAX_GRAPHS = 16
-"""Shapes that are recorded, one after the other; the rest are launched kernel by kernel."""
+MAX_GRAPHS = 32
+"""Shapes whose graphs are kept, those used last."""
 
 
 @dataclass
@@ -45,8 +47,9 @@ def are_of_use(device: torch.device | str, method: Method, *, checkpointing: boo
 class Graphs:
     """Computes gradients of micro-batches by CUDA graphs, bit for bit those of the kernels alone.
 
-    The first micro-batch of a shape is computed kernel by kernel, which sets up the libraries for
-    it, the second one is recorded.
+    The first micro-batch is computed kernel by kernel, which sets up the libraries, and shows if
+    the model waits for the device, which cannot be recorded. After that each new shape is recorded,
+    which takes about as long as it takes to launch its kernels.
     """
 
     def __init__(self, adapted: Any, accelerator: Any, say: Callable[[str], None]) -> None:
@@ -58,7 +61,7 @@ class Graphs:
             say: Told if the model cannot be recorded.
         """
         self._adapted, self._accelerator, self._say = adapted, accelerator, say
-        self._records = True
+        self._is_tried, self._records = False, True
         self._parameters = [p for p in adapted.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = []
         self._shapes: dict[tuple[int, ...], _Shape] = {}
@@ -78,22 +81,21 @@ class Graphs:
         packed = tree.filled(packed)
         arrays = {name: x for name, x in vars(packed).items() if isinstance(x, Tensor)}
         sizes = tuple(map(len, arrays.values()))
-        shape, is_new = self._shapes.get(sizes), False
-        if shape is None:
-            is_new = True
-            device = self._accelerator.device
-            zero = torch.zeros((), dtype=torch.float32, device=device)
-            shape = self._shapes[sizes] = _Shape(packed.to(device), zero, zero.clone())
+        shape = self._shapes.pop(sizes, None) or self._place(packed)
+        self._shapes[sizes] = shape  # the one used last
         for name, array in arrays.items():
             getattr(shape.packed, name).copy_(array)
         shape.num_supervised.fill_(num_supervised)
-        recorded = sum(shape.graph is not None for shape in self._shapes.values())
-        if self._records and shape.graph is None and not is_new and recorded < MAX_GRAPHS:
-            self._record(shape)
-        if shape.graph is None:
-            self._compute(shape)
+        # What is larger attends in blocks, which are chosen by a look at the mask.
+        is_whole = attention.prefers_whole("cuda", packed.num_tokens, packed.num_tokens)
+        if is_whole and not self._is_tried:
+            self._try(shape)
+        elif is_whole and self._records:
+            if shape.graph is None:
+                self._record(shape)
+            self._compute(shape) if shape.graph is None else shape.graph.replay()
         else:
-            shape.graph.replay()
+            self._compute(shape)
         return shape.loss.clone()
 
     def clear(self) -> None:
@@ -101,24 +103,55 @@ class Graphs:
         self._shapes.clear()
         self._pool = None
 
+    def _place(self, packed: TokenTree) -> _Shape:
+        """Make room for a new shape."""
+        if len(self._shapes) == MAX_GRAPHS:
+            del self._shapes[next(iter(self._shapes))]
+        device = self._accelerator.device
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        return _Shape(packed.to(device), zero, zero.clone())
+
+    def _try(self, shape: _Shape) -> None:
+        """Compute kernel by kernel, and see whether anything waits for the device."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self._compute(shape)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        self._is_tried = True
+        for warning in caught:
+            if "synchronizing CUDA operation" not in str(warning.message):
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
+            elif self._records:
+                self._give_up("it waits for the device")
+
     def _record(self, shape: _Shape) -> None:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # A kernel is loaded when it is first launched, which the stricter modes forbid here.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
                 self._compute(shape)
         except RuntimeError as error:
+            # The recording's end fails as well, and its error hides the first one.
             torch.cuda.set_stream(stream)
-            cause = error.__context__ or error  # the recording's end fails as well, and hides it
-            if memory.is_exhausted(cause):
-                raise cause from None
-            self._records = False
-            reason = str(cause).strip().split("\n")[0]
-            self._say(
-                f"this model's kernels are launched one by one, as CUDA graphs fail: {reason}"
-            )
+            if memory.is_exhausted(error.__context__ or error):
+                raise torch.OutOfMemoryError("CUDA out of memory, in a recording") from error
+            with contextlib.suppress(AttributeError, RuntimeError):  # what the end has left undone
+                torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
+                torch._C._cuda_releasePool(stream.device_index, self._pool)
+            self._give_up(str(error.__context__ or error).strip().split("\n")[0])
         else:
             shape.graph = graph
+
+    def _give_up(self, reason: str) -> None:
+        self._records = False
+        self._say(f"this model's kernels are launched one by one, which takes longer: {reason}")
 
     def _compute(self, shape: _Shape) -> None:
         with self._accelerator.autocast():

@@ -78,6 +78,7 @@ class StepMemory:
             a multiplication and an addition count as two.
         heap: Most bytes in arrays that lie in the allocator's heap, at any moment.
         mapped: Most bytes in larger arrays, at any moment.
+        largest: Bytes of the largest array.
     """
 
     gradients: int
@@ -87,6 +88,7 @@ class StepMemory:
     operations: int
     heap: int
     mapped: int
+    largest: int = 0
 
     @property
     def peak(self) -> int:
@@ -175,6 +177,7 @@ class Skeleton:
             operations=ledger.operations,
             heap=ledger.most_heap,
             mapped=ledger.most_mapped,
+            largest=ledger.largest,
         )
 
     def count_scoring(self, num_tokens: int, num_kept: int) -> StepMemory:
@@ -224,6 +227,7 @@ class Skeleton:
             operations=ledger.operations,
             heap=ledger.most_heap,
             mapped=ledger.most_mapped,
+            largest=ledger.largest,
         )
 
     def _faked(self, value: Any) -> Any:
@@ -274,7 +278,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tags = ("forward", "gradients", "logits", "saved", "workspace")
         self.totals = dict.fromkeys(tags, 0)
         self.at_peak, self.peak, self._total = dict(self.totals), 0, 0
-        self.most_heap = self.most_mapped = self._heap = 0
+        self.most_heap = self.most_mapped = self._heap = self.largest = 0
         self.operations = 0
 
     def __torch_dispatch__(
@@ -299,6 +303,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.totals[self.tag] += storage.nbytes()
         self._total += storage.nbytes()
         self._heap += storage.nbytes() if storage.nbytes() < MAPPED_BYTES else 0
+        self.largest = max(self.largest, storage.nbytes())
         if self._total > self.peak:
             self.peak, self.at_peak = self._total, dict(self.totals)
         self.most_heap = max(self.most_heap, self._heap)
@@ -352,7 +357,7 @@ def _bytes(tensor: Tensor) -> int:
 def peak_bytes(device: torch.device) -> int:
     """Return the most memory used so far: of the device, or of the process on a processor."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return int(torch.cuda.max_memory_reserved(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
     own = _proc_bytes("/proc/self/status", "VmHWM")  # the one below begins with the parent's
@@ -387,16 +392,22 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(known)) // processes if known else None
 
 
-def use_expandable_segments(device: torch.device) -> None:
-    """Let torch's allocator for CUDA grow its segments, so that it holds less that is of no use.
+def begin(device: torch.device) -> None:
+    """Set up torch's allocator for CUDA for a run, and measure its peak from here on.
 
-    Micro-batches are of ever new lengths. What the user sets by torch's variables stays.
+    Its segments may grow, so that it holds less that is of no use: micro-batches are of ever new
+    lengths. What the user sets by torch's variables stays.
     """
-    if device.type != "cuda" or sys.platform != "linux":
+    if device.type != "cuda":
         return
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        with contextlib.suppress(AttributeError, RuntimeError):  # not of this build of torch
-            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    set_by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if sys.platform == "linux" and not set_by_user:
+        before = torch.cuda.memory._set_allocator_settings  # deprecated in later versions
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", before)
+        with contextlib.suppress(RuntimeError):  # not of this build of torch
+            change("expandable_segments:True")
+    release(device)
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def is_exhausted(error: BaseException) -> bool:

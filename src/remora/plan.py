@@ -119,12 +119,9 @@ class Plan:
         return self.memory.peak
 
     @property
-    def allocated_bytes(self) -> int:
-        """What can be measured of the peak up to the first evaluation.
-
-        CUDA's context is not among what torch allocates, and nothing has validated best so far.
-        """
-        return self.peak_bytes - self.memory.best - (CUDA_CONTEXT_BYTES if self.is_cuda else 0)
+    def measurable_bytes(self) -> int:
+        """What `memory.peak_bytes` measures of the peak: not CUDA's context."""
+        return self.peak_bytes - (CUDA_CONTEXT_BYTES if self.is_cuda else 0)
 
     @property
     def fits_disk(self) -> bool:
@@ -374,8 +371,7 @@ class Planner:
     def _count_step(self, size: int, checkpointing: bool) -> memory.StepMemory:
         """Count the micro-batch that needs most."""
         longest, widest, _, several = self._survey_of(size)
-        method = self._settings.method
-        if cuda_graphs.are_of_use(self._hardware.type, method, checkpointing=checkpointing):
+        if self._uses_graphs(checkpointing):
             longest, widest, several = tree.filled(longest), tree.filled(widest), True
         found = self._skeleton.count(longest, checkpointing=checkpointing, accumulates=several)
         per_token = (found.peak - found.logits - found.gradients) / longest.num_tokens
@@ -445,7 +441,10 @@ class Planner:
         if self._hardware.type == "cpu":
             # AdamW's two moments and the best weights come during training, to stay.
             fragments = _fragments(moments, most.peak, lasting=(2 + has_best) * in_heap)
-        return Components(
+        elif self._hardware.type == "cuda":
+            # Of what torch reserves, a piece stays free that the next large array did not fit.
+            fragments = max(moment.largest for moment in moments)
+        made = Components(
             base=base,
             adapter=trainable,
             best=trainable if has_best else 0,
@@ -457,6 +456,21 @@ class Planner:
             fragments=fragments,
             runtime=self._runtime,
         )
+        if num_parts == 1 and self._uses_graphs(checkpointing):
+            # What the graphs compute in stays theirs beside the scoring, where there is room.
+            both = dataclasses.replace(
+                made,
+                gradients=trainable,
+                saved_activations=step.saved,
+                logits=step.logits,
+                workspace=step.workspace + scoring.peak,
+            )
+            made = both if self._fits(both) else made
+        return made
+
+    def _uses_graphs(self, checkpointing: bool) -> bool:
+        device, method = self._hardware.type, self._settings.method
+        return cuda_graphs.are_of_use(device, method, checkpointing=checkpointing)
 
     def _count_scoring(self, size: int) -> memory.StepMemory:
         """Count a pass that scores labels, in a packed row as long as it may become."""

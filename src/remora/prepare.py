@@ -39,7 +39,7 @@ def choose_arithmetic(
         ConfigError: If it is not there, or cannot do what is asked for.
     """
     device = choose_device(config.device)
-    memory.use_expandable_segments(device)
+    memory.begin(device)
     if config.method == "qlora":
         quantize.require(device)
     full = config.method == "full"

@@ -95,7 +95,7 @@ class Progress:
     without_better: int = 0  # evaluations since the best
     skipped: int = 0  # steps in a row that were not taken, for a loss or gradient not finite
     micro_batch_tokens: int = 0
-    step_peak_bytes: int = 0  # most memory used up to the first evaluation
+    peak_bytes: int = 0  # most memory used
     seconds: float = 0.0
     speed: Speed = field(default_factory=Speed)
 

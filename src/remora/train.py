@@ -205,8 +205,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             progress.step += 1
             progress.speed.add(len(batch), num_supervised, time.perf_counter() - step_began)
             peak = memory.peak_bytes(device)
-            if best_weights is None:
-                progress.step_peak_bytes = peak
+            progress.peak_bytes = max(progress.peak_bytes, peak)
             step = Step(
                 step=progress.step,
                 num_steps=num_steps,
@@ -411,7 +410,8 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
                     reporter=reporter,
                 )
             if ranks.is_first:
-                tell_peak(directory, planned, fitted.step_peak_bytes, reporter)
+                most = max(fitted.peak_bytes, memory.peak_bytes(device))
+                tell_peak(directory, planned, most, reporter)
             scorer = Scorer(
                 adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
             )
