@@ -160,7 +160,7 @@ class Trained:
         precision = Precision(compute=torch.float32, base=torch.float32, reason="")
         with accelerator_for(precision, CPU) as accelerator:
             heaviest = plan.Heaviest(
-                rows=rows, bytes_per_token=1.0, limit_bytes=10**12, scoring_bytes=0, run_tokens=1
+                rows=rows, bytes_per_token=1.0, limit_bytes=10**12, run_tokens=1
             )
             batches = MicroBatches(model, 40, accelerator, heaviest, ranks, Reporter())
             model.zero_grad()

@@ -21,8 +21,8 @@ from remora import attention, memory, tree
 from remora.config import Method
 from remora.tree import TokenTree
 
-MAX_GRAPHS = 32
-"""Shapes whose graphs are kept, those used last."""
+MAX_GRAPHS = 16
+"""Shapes that are recorded, one after the other; the rest are launched kernel by kernel."""
 
 
 @dataclass
@@ -32,6 +32,7 @@ class _Shape:
     packed: TokenTree
     num_supervised: Tensor  # [] float32
     loss: Tensor  # [] float32
+    is_warm: bool = False
     graph: Any = None
 
 
@@ -47,9 +48,9 @@ def are_of_use(device: torch.device | str, method: Method, *, checkpointing: boo
 class Graphs:
     """Computes gradients of micro-batches by CUDA graphs, bit for bit those of the kernels alone.
 
-    The first micro-batch is computed kernel by kernel, which sets up the libraries, and shows if
-    the model waits for the device, which cannot be recorded. After that each new shape is recorded,
-    which takes about as long as it takes to launch its kernels.
+    The first micro-batch of a shape is computed kernel by kernel, which sets up the libraries for
+    it, the second one is recorded. Both need memory of their own. The very first one shows whether
+    the model waits for the device, which cannot be recorded.
     """
 
     def __init__(self, adapted: Any, accelerator: Any, say: Callable[[str], None]) -> None:
@@ -81,35 +82,32 @@ class Graphs:
         packed = tree.filled(packed)
         arrays = {name: x for name, x in vars(packed).items() if isinstance(x, Tensor)}
         sizes = tuple(map(len, arrays.values()))
-        shape = self._shapes.pop(sizes, None) or self._place(packed)
-        self._shapes[sizes] = shape  # the one used last
+        if sizes not in self._shapes:
+            device = self._accelerator.device
+            zero = torch.zeros((), dtype=torch.float32, device=device)
+            self._shapes[sizes] = _Shape(packed.to(device), zero, zero.clone())
+        shape = self._shapes[sizes]
         for name, array in arrays.items():
             getattr(shape.packed, name).copy_(array)
         shape.num_supervised.fill_(num_supervised)
         # What is larger attends in blocks, which are chosen by a look at the mask.
         is_whole = attention.prefers_whole("cuda", packed.num_tokens, packed.num_tokens)
-        if is_whole and not self._is_tried:
+        recorded = sum(shape.graph is not None for shape in self._shapes.values())
+        if shape.graph:
+            shape.graph.replay()
+        elif is_whole and not self._is_tried:
             self._try(shape)
-        elif is_whole and self._records:
-            if shape.graph is None:
-                self._record(shape)
-            self._compute(shape) if shape.graph is None else shape.graph.replay()
+        elif is_whole and shape.is_warm and self._records and recorded < MAX_GRAPHS:
+            self._record(shape)
         else:
             self._compute(shape)
+        shape.is_warm = True
         return shape.loss.clone()
 
     def clear(self) -> None:
         """Give the memory of all graphs back; they are recorded again when they are needed."""
         self._shapes.clear()
         self._pool = None
-
-    def _place(self, packed: TokenTree) -> _Shape:
-        """Make room for a new shape."""
-        if len(self._shapes) == MAX_GRAPHS:
-            del self._shapes[next(iter(self._shapes))]
-        device = self._accelerator.device
-        zero = torch.zeros((), dtype=torch.float32, device=device)
-        return _Shape(packed.to(device), zero, zero.clone())
 
     def _try(self, shape: _Shape) -> None:
         """Compute kernel by kernel, and see whether anything waits for the device."""
@@ -131,11 +129,11 @@ class Graphs:
                 self._give_up("it waits for the device")
 
     def _record(self, shape: _Shape) -> None:
+        """Record and compute."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # A kernel is loaded when it is first launched, which the stricter modes forbid here.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+            with torch.cuda.graph(graph, pool=self._pool):
                 self._compute(shape)
         except RuntimeError as error:
             # The recording's end fails as well, and its error hides the first one.
@@ -146,8 +144,10 @@ class Graphs:
                 torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
                 torch._C._cuda_releasePool(stream.device_index, self._pool)
             self._give_up(str(error.__context__ or error).strip().split("\n")[0])
+            self._compute(shape)
         else:
             shape.graph = graph
+            graph.replay()
 
     def _give_up(self, reason: str) -> None:
         self._records = False

@@ -84,15 +84,6 @@ class MicroBatches:
             loss = 0.0
         return loss, num_supervised
 
-    def make_room(self) -> None:
-        """Give back what an evaluation needs on a GPU and the graphs hold."""
-        device = self._accelerator.device
-        if self._graphs and self._heaviest:
-            free = memory.free_bytes(device)
-            if free is not None and free < self._heaviest.scoring_bytes:
-                self._graphs.clear()
-                memory.release(device)
-
     def try_heaviest(self) -> float:
         """Compute the heaviest micro-batch and forget it; return the seconds for each token.
 

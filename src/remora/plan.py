@@ -58,7 +58,8 @@ class Components:
     saved_activations: int  # what the forward pass keeps for the backward pass
     logits: int  # or their gradient
     workspace: int
-    fragments: int  # freed, and held by a processor's allocator
+    graphs: int  # what recorded CUDA graphs compute in; 0 where none are recorded
+    fragments: int  # freed, and held by the allocator in pieces
     runtime: int  # Python, its libraries and their kernels; on CUDA the context and workspaces
 
     @property
@@ -74,7 +75,6 @@ class Heaviest:
     rows: list[TokenSequence]
     bytes_per_token: float
     limit_bytes: int  # of the process on a processor; what is more is given back
-    scoring_bytes: int  # beside the weights, for a pass of scoring
     run_tokens: float  # tokens that the whole run computes
 
 
@@ -371,7 +371,7 @@ class Planner:
     def _count_step(self, size: int, checkpointing: bool) -> memory.StepMemory:
         """Count the micro-batch that needs most."""
         longest, widest, _, several = self._survey_of(size)
-        if self._uses_graphs(checkpointing):
+        if self._may_use_graphs(checkpointing):
             longest, widest, several = tree.filled(longest), tree.filled(widest), True
         found = self._skeleton.count(longest, checkpointing=checkpointing, accumulates=several)
         per_token = (found.peak - found.logits - found.gradients) / longest.num_tokens
@@ -453,22 +453,18 @@ class Planner:
             saved_activations=most.saved,
             logits=most.logits,
             workspace=most.workspace,
+            graphs=0,
             fragments=fragments,
             runtime=self._runtime,
         )
-        if num_parts == 1 and self._uses_graphs(checkpointing):
-            # What the graphs compute in stays theirs beside the scoring, where there is room.
-            both = dataclasses.replace(
-                made,
-                gradients=trainable,
-                saved_activations=step.saved,
-                logits=step.logits,
-                workspace=step.workspace + scoring.peak,
-            )
+        if num_parts == 1 and self._may_use_graphs(checkpointing):
+            # What they compute in stays theirs, and so do the gradients.
+            held = step.peak - step.gradients
+            both = dataclasses.replace(made, gradients=trainable, graphs=held)
             made = both if self._fits(both) else made
         return made
 
-    def _uses_graphs(self, checkpointing: bool) -> bool:
+    def _may_use_graphs(self, checkpointing: bool) -> bool:
         device, method = self._hardware.type, self._settings.method
         return cuda_graphs.are_of_use(device, method, checkpointing=checkpointing)
 
@@ -495,7 +491,6 @@ class Planner:
             rows=rows,
             bytes_per_token=(step.saved + step.logits + step.workspace) / largest,
             limit_bytes=made.peak_bytes - memory.FRAGMENT_BYTES // 2,
-            scoring_bytes=self._scoring(size).peak,
             run_tokens=made.tree_tokens * self._examples,
         )
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from remora import (
     checkpoint,
-    cuda_graphs,
     data,
     launch,
     lora,
@@ -69,6 +68,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     accelerator: Any,
     precision: Precision,
     heaviest: plan.Heaviest | None = None,
+    graphs: bool = False,
     log: Callable[[dict[str, Any]], None] | None = None,
     save: Callable[[], Any] | None = None,
     checkpoints: Path | None = None,
@@ -88,6 +88,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         precision: What is computed in.
         heaviest: The batch that needs most memory, which is tried before the first step, so that
             what cannot fit fails in seconds.
+        graphs: Whether to record micro-batches as CUDA graphs.
         log: Called with each record as a dict.
         save: Called when the weights have become better than before, in all processes.
         checkpoints: Folder to save the state in, now and then, on request and at the end.
@@ -123,9 +124,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         heaviest,
         ranks,
         reporter,
-        graphs=cuda_graphs.are_of_use(
-            device, config.method, checkpointing=config.checkpointing == "on"
-        ),
+        graphs=graphs,
     )
     if heaviest and progress.step < num_steps:
         seconds_per_token = micro_batches.try_heaviest()
@@ -154,7 +153,6 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         while True:
             due = progress.step % eval_steps == 0 or progress.step == num_steps
             if due and progress.evaluated < progress.step and len(dataset.validation):
-                micro_batches.make_room()
                 scorer = Scorer(
                     adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
                 )
@@ -401,6 +399,7 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
                     accelerator=accelerator,
                     precision=precision,
                     heaviest=heaviest,
+                    graphs=planned.memory.graphs > 0,
                     log=log,
                     save=save,
                     checkpoints=directory / resume.CHECKPOINTS,
