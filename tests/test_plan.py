@@ -79,7 +79,14 @@ def test_the_disk_is_looked_at_where_the_run_will_be(weightless, tmp_path, monke
 def test_less_memory_gives_smaller_micro_batches_then_alternatives(weightless):
     roomy = planned(weightless, device="t4", batch_size=32)
     assert not roomy.checkpointing
-    tight_bytes = roomy.peak_bytes - roomy.memory.saved_activations // 2
+    graphs = roomy.memory.graphs
+    assert graphs >= roomy.memory.saved_activations > 0
+    rest = f"{(roomy.peak_bytes - graphs // 2) / 1e6}MB"
+    without = planned(weightless, device="t4", batch_size=32, device_memory=rest)
+    assert without.memory.graphs == 0
+    assert without.micro_batch_tokens == roomy.micro_batch_tokens
+    assert not without.checkpointing
+    tight_bytes = without.peak_bytes - roomy.memory.saved_activations // 2
     tight = planned(weightless, device="t4", batch_size=32, device_memory=f"{tight_bytes / 1e6}MB")
     assert tight.fits
     assert tight.checkpointing or tight.largest_micro_batch < roomy.largest_micro_batch
