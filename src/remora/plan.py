@@ -457,7 +457,7 @@ class Planner:
             fragments=fragments,
             runtime=self._runtime,
         )
-        if num_parts == 1 and self._may_use_graphs(checkpointing):
+        if self._may_use_graphs(checkpointing):
             # What they compute in stays theirs, and so do the gradients.
             held = step.peak - step.gradients
             both = dataclasses.replace(made, gradients=trainable, graphs=held)
@@ -465,8 +465,11 @@ class Planner:
         return made
 
     def _may_use_graphs(self, checkpointing: bool) -> bool:
+        """Whether to record, if there is room; not beside NCCL's threads, where it is untried."""
         device, method = self._hardware.type, self._settings.method
-        return cuda_graphs.are_of_use(device, method, checkpointing=checkpointing)
+        return self._num_processes == 1 and cuda_graphs.are_of_use(
+            device, method, checkpointing=checkpointing
+        )
 
     def _count_scoring(self, size: int) -> memory.StepMemory:
         """Count a pass that scores labels, in a packed row as long as it may become."""
