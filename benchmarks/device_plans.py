@@ -75,7 +75,7 @@ def main() -> None:
 def show() -> None:
     """Print the plans for a T4."""
     from remora.config import PlanConfig
-    from remora.plan import plan
+    from remora.planner import plan
 
     made = {}
     with tempfile.TemporaryDirectory() as name:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from remora import plan
+from remora import planner
 from remora.config import PlanConfig
 from remora.errors import ConfigError
 
@@ -28,7 +28,7 @@ def weightless(base, tmp_path):
 
 
 def planned(weightless, **settings):
-    return plan.plan(PlanConfig(weightless["data"], model=weightless["model"], **settings))
+    return planner.plan(PlanConfig(weightless["data"], model=weightless["model"], **settings))
 
 
 def test_a_plan_needs_no_weights_and_sums_up(weightless):

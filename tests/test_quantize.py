@@ -26,7 +26,19 @@ from conftest import (
     teach,
     tiny_model,
 )
-from remora import attention, checkpoint, cli, export, lora, model, plan, quantize, run, train
+from remora import (
+    attention,
+    checkpoint,
+    cli,
+    export,
+    lora,
+    model,
+    plan,
+    planner,
+    quantize,
+    run,
+    train,
+)
 from remora.config import ExportConfig, PlanConfig, TrainConfig
 from remora.device import choose_precision
 from remora.engine import Engine
@@ -346,14 +358,14 @@ def test_a_plan_of_qlora_differs_in_its_base(
 ) -> None:
     methods = ("lora", "qlora")
     lora_plan, qlora_plan = (
-        plan.plan(PlanConfig(str(table), model=str(base), device="t4", method=method))
+        planner.plan(PlanConfig(str(table), model=str(base), device="t4", method=method))
         for method in methods
     )
     assert qlora_plan.memory.base < lora_plan.memory.base
     assert qlora_plan.trainable == lora_plan.trainable
     assert qlora_plan.parameters == lora_plan.parameters
     assert qlora_plan.memory.saved_activations == lora_plan.memory.saved_activations
-    here = plan.plan(PlanConfig(str(table), model=str(base), device="cpu", method="qlora"))
+    here = planner.plan(PlanConfig(str(table), model=str(base), device="cpu", method="qlora"))
     assert here.seconds is not None
     assert here.seconds > 0
 
@@ -369,7 +381,7 @@ def test_qwen_7b_is_planned_for_a_16_gb_t4(shared: Path, table: Path, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     def planned(method: Any, memory: str = "16GB") -> plan.Plan:
-        return plan.plan(
+        return planner.plan(
             PlanConfig(
                 str(table), model=str(tmp_path), method=method, device="t4", device_memory=memory
             )

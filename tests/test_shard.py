@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_model
-from remora import data, launch, lora, memory, micro_batches, plan, shard, train, tree
+from remora import data, launch, lora, memory, micro_batches, plan, planner, shard, train, tree
 from remora.checkpoint import random_state
 from remora.config import PlanConfig, TrainConfig
 from remora.device import Precision
@@ -275,7 +275,7 @@ def settings(base: Path, table: Path) -> dict[str, Any]:
 
 
 def planned(settings: dict[str, Any], **more: Any) -> plan.Plan:
-    return plan.plan(PlanConfig(**(settings | more)))
+    return planner.plan(PlanConfig(**(settings | more)))
 
 
 def test_all_weights_that_train_are_sharded_over_the_devices(settings: dict[str, Any]) -> None:

@@ -43,11 +43,10 @@ def plan(config: PlanConfig) -> None:
 
     Takes the settings of train.
     """
-    from remora import display
-    from remora import plan as planning
+    from remora import display, planner
 
     with display.TerminalReporter().live() as reporter:
-        made = planning.plan(config, say=reporter.say)
+        made = planner.plan(config, say=reporter.say)
     if config.json:
         _print_json(made.to_dict())
     else:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora import checkpoint, model, plan, resume, run, score, train, tree
+from remora import checkpoint, model, planner, resume, run, score, train, tree
 from remora.calibration import Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
@@ -171,7 +171,7 @@ def frozen_features(
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision)
     folder = model.find(settings.model)
-    prompt = plan.load_prompt(settings, labels, folder)
+    prompt = planner.load_prompt(settings, labels, folder)
     base = run.load_base(folder, settings.method, precision.base, device)
     stems = prompt.stems(texts)
     order = sorted(range(len(stems)), key=lambda i: len(stems[i]))

@@ -15,6 +15,7 @@ from remora.data import Dataset, Table
 from remora.device import Precision, choose_device, choose_precision, hardware_here
 from remora.errors import DataError, ResourceError
 from remora.optimizer import default_learning_rate
+from remora.planner import Planner, load_prompt
 from remora.progress import Reporter, spoken_bytes
 from remora.prompt import Prompt, TokenSequence
 
@@ -64,8 +65,8 @@ def plan_run(
         ResourceError: If nothing that the settings allow fits.
     """
     folder = model.find(config.model, weights=False)
-    prompt = plan.load_prompt(config, dataset.labels, folder)
-    planner = plan.Planner(
+    prompt = load_prompt(config, dataset.labels, folder)
+    planner = Planner(
         config,
         dataset,
         prompt,
@@ -132,7 +133,7 @@ def prepare(
         ModelError: If the model cannot be used for this.
     """
     folder = model.find(config.model)
-    prompt = plan.load_prompt(config, labels, folder)
+    prompt = load_prompt(config, labels, folder)
     base = run.load_base(folder, config.method, precision.base, device)
     adapted = lora.adapt(base, config).to(device)
     card = run.AdapterCard(
