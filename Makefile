@@ -20,8 +20,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One thread each: processes whose threads share cores wait for each other.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # What waits for other processes leaves a core to what computes, so the two go side by side.
 COMPUTING := tests/test_admit.py tests/test_engine.py tests/test_routes.py
