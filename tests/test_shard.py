@@ -137,7 +137,7 @@ def check() -> None:
                 each(ranks)
     except launch.RemoraError as error:
         sys.stdout.write(str(error))
-        raise SystemExit(error.exit_code) from error
+        launch.leave(error.exit_code)
 
 
 class Trained:

@@ -12,11 +12,14 @@ def run() -> int:
     """Run the command line; a SIGTERM before `train` listens itself ends it like a later one."""
     if sys.argv[1:2] == ["train"]:
         signal.signal(signal.SIGTERM, _stop)
+    from remora import launch
     from remora.cli import main
 
     code = main()
     if sys.argv[1:2] == ["train"]:  # what the code says is so already
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if launch.world_size() > 1:
+            launch.leave(code)
     return code
 
 

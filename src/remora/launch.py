@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import NoReturn
 
 from remora.errors import DivergedError, PeerLostError, RemoraError, Stopped
 
@@ -36,6 +37,17 @@ def speaks(error: RemoraError) -> bool:
         return LAUNCHER not in os.environ  # the launcher knows which process it was
     everywhere = error.is_shared or isinstance(error, DivergedError | Stopped)
     return os.environ.get("RANK") == "0" or not everywhere
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, one of several, with an exit code, and at once.
+
+    Where another is gone, calls to it may be under way, and with them torch's threads do not let
+    Python shut down in order.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(num_processes: int, arguments: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remora.errors import ConfigError, PeerLostError, RemoraError
-from remora.launch import LAUNCHER, LISTENER, speaks, world_size
+from remora.launch import LAUNCHER, LISTENER, leave, speaks, world_size
 
 Result = TypeVar("Result")
 
@@ -232,7 +232,7 @@ def join() -> Iterator[Ranks]:
         lost = _lost(size, error)
         if speaks(lost):
             print(f"error: {lost}", file=sys.stderr)  # noqa: T201
-        os._exit(PeerLostError.exit_code)
+        leave(PeerLostError.exit_code)
     finally:
         pulse.stop()
         with contextlib.suppress(RuntimeError):
