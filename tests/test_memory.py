@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.utils._pytree import tree_leaves
 
 from conftest import ARCHITECTURES, tiny_config, tiny_model
@@ -32,6 +34,8 @@ def skeleton(architecture: str, rank: int = 4) -> memory.Skeleton:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_counted_is_what_autograd_saves(architecture: str) -> None:
+    if architecture == "opt" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers before 5.23 looks at a random number in OPT's forward pass")
     packed = tree.build(ROWS)
     adapted = lora.add_adapter(
         tiny_model(architecture, torch.float32), rank=4, alpha=8, dropout=0.0

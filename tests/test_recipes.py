@@ -41,6 +41,15 @@ def test_a_recipe_needs_nothing_but_data(monkeypatch: pytest.MonkeyPatch, recipe
     assert parsed(monkeypatch, "data.csv", "--config", recipe, "--seed", "7").seed == 7
 
 
+def test_an_empty_list_in_a_file_is_no_value(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text("trackers = []\ntarget_modules = []\nlearning_curve = []\n")
+    config = parsed(monkeypatch, "data.csv", "--model", "nano", "--config", path)
+    assert (config.trackers, config.target_modules, config.learning_curve) == ((), (), None)
+
+
 def test_gemma_trains_in_all_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parsed(monkeypatch, "data.csv", "--config", RECIPES / "gemma-3-270m-full.toml")
     expected = TrainConfig(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -200,6 +200,14 @@ def serve(config: ServeConfig) -> None:
         serving.Service(config, say=display.TerminalReporter().say).run()
 
 
+class _Settings(Toml):
+    """A settings file. An empty list is no value: cyclopts 4 makes a list of one list of it."""
+
+    def _load_config(self, path: Path) -> dict[str, Any]:
+        loaded = super()._load_config(path)
+        return {name: value for name, value in loaded.items() if value != []}
+
+
 @app.meta.default
 def _main(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
@@ -218,7 +226,7 @@ def _main(
     if config is not None:
         if not config.is_file():
             raise ConfigError(f"there is no settings file {config}; correct --config")
-        app.config = (Toml(config, use_commands_as_keys=False),)
+        app.config = (_Settings(config, use_commands_as_keys=False),)
     app(tokens, exit_on_error=False, print_error=False)
 
 
