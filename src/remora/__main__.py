@@ -15,7 +15,12 @@ def run() -> int:
     from remora import launch
     from remora.cli import main
 
-    code = main()
+    try:
+        code = main()
+    except SystemExit as end:  # of a process that has no results to show
+        if launch.world_size() == 1 or isinstance(end.code, str):
+            raise
+        code = end.code or 0
     if sys.argv[1:2] == ["train"]:  # what the code says is so already
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if launch.world_size() > 1:
