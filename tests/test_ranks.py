@@ -93,6 +93,13 @@ def test_three_processes_take_the_steps_of_one(config: TrainConfig, tmp_path: Pa
         assert one.keys() == other.keys()
         for name in one.keys() - TIMED:
             assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    evaluations = [
+        json.loads((one.output / "run" / "evaluation.json").read_text(encoding="utf-8"))
+        for one in (config, together)
+    ]
+    assert "speed_up" not in evaluations[0]
+    assert evaluations[1]["num_processes"] == 3
+    assert 0 < evaluations[1]["speed_up"] <= 3
     left = {path.name for path in (together.output / "run").iterdir()}
     assert left == {path.name for path in (config.output / "run").iterdir()}
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remora import calibration, evaluate, lora, memory, report, run
+from remora import calibration, evaluate, launch, lora, memory, report, run
 from remora.calibration import Reliability, Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
@@ -36,6 +36,8 @@ class TrainResult:
     supervised_tokens_per_second: float
     train_seconds: float
     peak_memory_bytes: int
+    speed_up: float | None = None  # of several processes over one, estimated
+    num_processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them."""
@@ -96,6 +98,8 @@ def conclude(
         supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,
         train_seconds=fitted.seconds,
         peak_memory_bytes=memory.peak_bytes(choose_device(config.device)),
+        speed_up=fitted.speed_up,
+        num_processes=launch.world_size(),
     )
     run.write_predictions(
         directory / "predictions.csv",

@@ -156,6 +156,13 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
         f"{result.num_steps} steps in {result.train_seconds:.0f} s, "
         f"{_bytes(result.peak_memory_bytes)} peak memory",
     )
+    if result.speed_up is not None:
+        _line(
+            console,
+            f"           {result.num_processes} processes, {result.speed_up:.2f} times one "
+            f"({result.speed_up / result.num_processes:.0%}), estimated from the time that each "
+            "computes",
+        )
     _line(console, f"run        {result.directory}")
     if (page := result.directory / "report.html").is_file():
         _line(console, f"report     {page}")

@@ -62,9 +62,12 @@ class Speed:
     examples: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
+    own_seconds: float = 0.0  # in which this process computed gradients
     warm_up_steps: int = WARM_UP_STEPS
 
-    def add(self, examples: int, supervised_tokens: int, seconds: float) -> None:
+    def add(
+        self, examples: int, supervised_tokens: int, seconds: float, own_seconds: float = 0.0
+    ) -> None:
         """Count a step, unless it is one of the first."""
         if self.warm_up_steps > 0:
             self.warm_up_steps -= 1
@@ -72,6 +75,7 @@ class Speed:
         self.examples += examples
         self.supervised_tokens += supervised_tokens
         self.seconds += seconds
+        self.own_seconds += own_seconds
 
     @property
     def examples_per_second(self) -> float:
@@ -98,6 +102,7 @@ class Progress:
     peak_bytes: int = 0  # most memory used
     seconds: float = 0.0
     speed: Speed = field(default_factory=Speed)
+    speed_up: float | None = None  # of several processes over one, estimated
 
     @property
     def name(self) -> str:

@@ -187,6 +187,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             step_began = time.perf_counter()
             adapted.train()
             own_loss, num_supervised = micro_batches.add_gradients(batch)
+            own_seconds = time.perf_counter() - step_began
             loss = ranks.total(own_loss)
             ranks.sum_gradients([p for p in parameters if not shard.is_sharded(p)])
             norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -201,7 +202,8 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                 scheduler.step()
             optimizer.zero_grad()
             progress.step += 1
-            progress.speed.add(len(batch), num_supervised, time.perf_counter() - step_began)
+            seconds = time.perf_counter() - step_began
+            progress.speed.add(len(batch), num_supervised, seconds, own_seconds)
             peak = memory.peak_bytes(device)
             progress.peak_bytes = max(progress.peak_bytes, peak)
             step = Step(
@@ -235,6 +237,10 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             for parameter, weight in zip(parameters, best_weights, strict=True):
                 parameter.copy_(weight)
     progress.seconds = time.perf_counter() - began
+    if ranks.size > 1 and not shard.has_shards(adapted):
+        # One process would compute all parts, one after the other.
+        in_turn = ranks.total(progress.speed.own_seconds)
+        progress.speed_up = in_turn / progress.speed.seconds if in_turn else None
     return progress
 
 
