@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,35 +24,17 @@ ACCELERATOR: Any = SimpleNamespace(
 
 
 class Device:
-    """A device whose graphs are told here."""
+    """A device whose graphs are told here, and a model that is computed on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.recorded = self.replayed = 0
         self.trouble: Exception | None = None
         self.waits = False
         self.is_watched: Any = 0
-        self.computing: Any = None
-
-    def install(self, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-        compute = graphs._compute
-
-        def watched(shape: Any) -> None:
-            self.computing = shape
-            if self.waits and self.is_watched:
-                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-            compute(shape)
-
-        @contextlib.contextmanager
-        def record(graph: Any, pool: Any) -> Any:
-            kept = [gradient.clone() for gradient in graphs._gradients]
-            yield
-            for gradient, before in zip(graphs._gradients, kept, strict=True):
-                gradient.copy_(before)
-            if self.trouble is not None:
-                raise self.trouble
-            self.recorded += 1
-            graph.shape = self.computing
-
+        self.said: list[str] = []
+        self.model = adapted("qwen2")
+        self.graphs = graphs = Graphs(self.model, ACCELERATOR, self.said.append)
+        self.compute, self.computing = graphs._compute, None
         device = self
 
         class Graph:
@@ -59,11 +42,11 @@ class Device:
 
             def replay(self) -> None:
                 device.replayed += 1
-                compute(self.shape)
+                device.compute(self.shape)
 
-        monkeypatch.setattr(graphs, "_compute", watched)
+        monkeypatch.setattr(graphs, "_compute", self.watched)
         for name, value in {
-            "graph": record,
+            "graph": self.record,
             "CUDAGraph": Graph,
             "graph_pool_handle": object,
             "current_stream": lambda: SimpleNamespace(device_index=0),
@@ -75,38 +58,53 @@ class Device:
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             monkeypatch.setattr(torch._C, name, lambda *_: None, raising=False)
 
+    def watched(self, shape: Any) -> None:
+        self.computing = shape
+        if self.waits and self.is_watched:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        self.compute(shape)
+
+    @contextlib.contextmanager
+    def record(self, graph: Any, pool: Any) -> Iterator[None]:
+        kept = [gradient.clone() for gradient in self.graphs._gradients]
+        yield
+        for gradient, before in zip(self.graphs._gradients, kept, strict=True):
+            gradient.copy_(before)
+        if self.trouble is not None:
+            raise self.trouble
+        self.recorded += 1
+        graph.shape = self.computing
+
+    def check(self, name: str) -> None:
+        """Compare the loss and every gradient of a batch with the padded computation."""
+        rows = BATCHES[name]
+        expected_loss = padded_loss(self.model, rows)
+        expected = gradients(self.model, expected_loss)
+        packed = tree.build(rows)
+        self.graphs.begin()
+        loss = self.graphs.add_gradients(packed, packed.num_supervised_tokens)
+        found = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad}
+        assert float(loss) == pytest.approx(float(expected_loss.detach()), rel=1e-6)
+        assert relative_error(found, expected) < 1e-6, name
+
 
 @pytest.fixture
-def device(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(attention, "prefers_whole", lambda device, queries, keys: queries <= 64)
-    return Device()
+    return Device(monkeypatch)
 
 
-def check(graphs: Graphs, model: Any, name: str) -> None:
-    rows = BATCHES[name]
-    expected_loss = padded_loss(model, rows)
-    expected = gradients(model, expected_loss)
-    packed = tree.build(rows)
-    graphs.begin()
-    loss = graphs.add_gradients(packed, packed.num_supervised_tokens)
-    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    assert float(loss) == pytest.approx(float(expected_loss.detach()), rel=1e-6)
-    assert relative_error(found, expected) < 1e-6, name
+NAME = next(iter(BATCHES))
 
 
-def test_a_shape_is_recorded_when_it_comes_again(
-    device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = adapted("qwen2")
-    graphs = Graphs(model, ACCELERATOR, pytest.fail)
-    device.install(graphs, monkeypatch)
-    name = next(iter(BATCHES))
+def test_a_shape_is_recorded_when_it_comes_again(device: Device) -> None:
     for recorded, replayed in ((0, 0), (1, 1), (1, 2)):
-        check(graphs, model, name)
+        device.check(NAME)
         assert (device.recorded, device.replayed) == (recorded, replayed)
-    graphs.clear()
-    check(graphs, model, name)
+    device.graphs.clear()
+    device.check(NAME)
     assert device.replayed == 2
+    assert not device.said
 
 
 def test_no_more_shapes_are_recorded_than_there_may_be(
@@ -114,13 +112,10 @@ def test_no_more_shapes_are_recorded_than_there_may_be(
 ) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 1)
     monkeypatch.setattr(tree, "_full_size", lambda size: size)
-    model = adapted("qwen2")
-    graphs = Graphs(model, ACCELERATOR, pytest.fail)
-    device.install(graphs, monkeypatch)
     for _ in range(3):
         for name in BATCHES:
-            check(graphs, model, name)
-    assert len(graphs._shapes) > 1
+            device.check(name)
+    assert len(device.graphs._shapes) > 1
     assert device.recorded == 1
 
 
@@ -128,30 +123,21 @@ def test_no_more_shapes_are_recorded_than_there_may_be(
 def test_what_cannot_be_recorded_is_computed_all_the_same(
     trouble: str, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    model = adapted("qwen2")
-    graphs = Graphs(model, ACCELERATOR, said.append)
-    device.install(graphs, monkeypatch)
     device.waits = trouble == "waits"
     device.trouble = RuntimeError("not while recording") if trouble == "fails" else None
     if trouble == "is large":
         monkeypatch.setattr(attention, "prefers_whole", lambda *_: False)
     for _ in range(3):
-        check(graphs, model, next(iter(BATCHES)))
+        device.check(NAME)
     assert device.recorded == 0
     reason = {"waits": "it waits for the device", "fails": "not while recording"}.get(trouble)
     told = f"this model's kernels are launched one by one, which takes longer: {reason}"
-    assert said == ([told] if reason else [])
+    assert device.said == ([told] if reason else [])
 
 
-def test_memory_that_runs_out_in_a_recording_is_told_as_such(
-    device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = adapted("qwen2")
-    graphs = Graphs(model, ACCELERATOR, pytest.fail)
-    device.install(graphs, monkeypatch)
+def test_memory_that_runs_out_in_a_recording_is_told_as_such(device: Device) -> None:
     device.trouble = torch.OutOfMemoryError("CUDA out of memory")
-    name = next(iter(BATCHES))
-    check(graphs, model, name)
+    device.check(NAME)
     with pytest.raises(torch.OutOfMemoryError):
-        check(graphs, model, name)
+        device.check(NAME)
+    assert not device.said

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from remora import attention, memory, tree
-from remora.config import Method
 from remora.tree import TokenTree
 
 MAX_GRAPHS = 16
@@ -36,17 +35,8 @@ class _Shape:
     graph: Any = None
 
 
-def are_of_use(device: torch.device | str, method: Method, *, checkpointing: bool) -> bool:
-    """Whether a run's micro-batches are computed by CUDA graphs.
-
-    Not where whole models train: their gradients would lie there all the time. Nor with
-    checkpointing, which looks at the state of the random numbers as it computes.
-    """
-    return str(device).startswith("cuda") and method != "full" and not checkpointing
-
-
 class Graphs:
-    """Computes gradients of micro-batches by CUDA graphs, bit for bit those of the kernels alone.
+    """Computes gradients of micro-batches by CUDA graphs, those that the kernels alone would give.
 
     The first micro-batch of a shape is computed kernel by kernel, which sets up the libraries for
     it, the second one is recorded. Both need memory of their own. The very first one shows whether

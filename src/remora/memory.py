@@ -402,10 +402,9 @@ def begin(device: torch.device) -> None:
         return
     set_by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if sys.platform == "linux" and not set_by_user:
-        before = torch.cuda.memory._set_allocator_settings  # deprecated in later versions
-        change = getattr(torch._C, "_accelerator_setAllocatorSettings", before)
-        with contextlib.suppress(RuntimeError):  # not of this build of torch
-            change("expandable_segments:True")
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # of newer versions
+        with contextlib.suppress(AttributeError, RuntimeError):  # not of this build of torch
+            (change or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
     release(device)
     torch.cuda.reset_peak_memory_stats(device)
 

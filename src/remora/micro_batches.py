@@ -19,6 +19,9 @@ from remora.ranks import Ranks
 
 Result = TypeVar("Result")
 
+LONG_SECONDS = 30.0
+"""A micro-batch that takes longer is not computed again to time it."""
+
 
 class MicroBatches:
     """Computes effective batches in micro-batches, smaller ones once memory has run out.
@@ -51,7 +54,7 @@ class MicroBatches:
             heaviest: The batch that needs most memory, and how much; None where it does not matter.
             ranks: The processes that train together.
             reporter: Told when the memory ran out.
-            graphs: Whether to use CUDA graphs.
+            graphs: Whether to use CUDA graphs; not with sharded weights.
         """
         self.max_tokens = max_tokens
         self._adapted, self._accelerator, self._reporter = adapted, accelerator, reporter
@@ -59,9 +62,7 @@ class MicroBatches:
         self._bytes_per_token = heaviest.bytes_per_token if heaviest else 0.0
         self._said = False
         self._is_sharded = shard.has_shards(adapted)
-        self._graphs = None
-        if graphs and not self._is_sharded:
-            self._graphs = Graphs(adapted, accelerator, reporter.say)
+        self._graphs = Graphs(adapted, accelerator, reporter.say) if graphs else None
 
     def add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
         """Add this process's part of the gradients of an effective batch to none.
@@ -162,11 +163,15 @@ class MicroBatches:
         largest = max(trees, key=lambda packed: packed.num_tokens)
         if self._graphs:
             self._graphs.begin()
-        # On a GPU what is computed first sets up the libraries, and what comes second is recorded.
-        for _ in range(3 if self._accelerator.device.type == "cuda" else 1):
+        # What is computed first sets up the libraries, and what comes second on a GPU is recorded.
+        seconds = 0.0
+        for _ in range(3 if self._accelerator.device.type == "cuda" else 2):
+            if seconds > LONG_SECONDS:  # of which setting up is a small part
+                break
             began = time.perf_counter()
             float(self._backward(largest, largest.num_supervised_tokens))
-        return (time.perf_counter() - began) / largest.num_tokens
+            seconds = time.perf_counter() - began
+        return seconds / largest.num_tokens
 
     def _backward(
         self, packed: tree.TokenTree, num_supervised: int, *, counts: bool = True

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from remora import cuda_graphs, data, duration, lora, memory, model, quantize, shard, tree
+from remora import data, duration, lora, memory, model, quantize, shard, tree
 from remora.config import PlanConfig, TrainConfig
 from remora.data import Dataset
 from remora.device import (
@@ -59,7 +59,7 @@ def plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: None) -
     folder = model.find(settings.model, weights=False)
     prompt = load_prompt(settings, dataset.labels, folder)
     planner = Planner(
-        settings, dataset, prompt, folder, precision, hardware, settings.memory_bytes(), say
+        settings, dataset, prompt, folder, precision, hardware, settings.memory_bytes()
     )
     made = planner.make()
     operations = planner.operations(made)
@@ -104,7 +104,6 @@ class Planner:
         precision: Precision,
         hardware: Hardware,
         memory_bytes: int | None = None,
-        say: Callable[[str], None] = lambda _: None,
         batches: list[list[TokenSequence]] | None = None,
         num_processes: int | None = None,
     ) -> None:
@@ -118,12 +117,11 @@ class Planner:
             precision: What is computed in.
             hardware: What it is computed on.
             memory_bytes: Memory of each device to plan for; None for what is here.
-            say: Told what takes time.
             batches: The rows' batches, where they are known.
             num_processes: Those that train together, one a device; by default as the settings say.
         """
         self._settings, self._precision, self._hardware = settings, precision, hardware
-        self._folder, self._dataset, self._say, self._prompt = folder, dataset, say, prompt
+        self._folder, self._dataset, self._prompt = folder, dataset, prompt
         self._model_config = model.load_config(folder)
         self._num_processes = num_processes or settings.devices
         self._num_steps = settings.num_steps(len(dataset.train))
@@ -362,10 +360,17 @@ class Planner:
         return made
 
     def _may_use_graphs(self, checkpointing: bool) -> bool:
-        """Whether to record, if there is room; not beside NCCL's threads, where it is untried."""
-        device, method = self._hardware.type, self._settings.method
-        return self._num_processes == 1 and cuda_graphs.are_of_use(
-            device, method, checkpointing=checkpointing
+        """Whether micro-batches are recorded as CUDA graphs, if there is room.
+
+        Not where whole models train: their gradients would lie there all the time. Nor with
+        checkpointing, which looks at the state of the random numbers as it computes. Nor in one
+        of several processes, beside NCCL's threads, where it is untried.
+        """
+        return (
+            self._hardware.type == "cuda"
+            and self._settings.method != "full"
+            and not checkpointing
+            and self._num_processes == 1
         )
 
     def _count_scoring(self, size: int) -> memory.StepMemory:

@@ -257,7 +257,7 @@ def _copied(parameters: Sequence[Tensor], before: list[Tensor] | None) -> list[T
 def _expected_time(seconds: float, num_steps: int) -> str:
     return (
         f"about {spoken_seconds(seconds)} for {num_steps:,} steps, estimated from the largest "
-        "micro-batch, which was computed once to see that it fits"
+        "micro-batch, which was computed first, to see that it fits"
     )
 
 
