@@ -383,6 +383,36 @@ def test_speed_leaves_the_warm_up_out() -> None:
     assert speed.supervised_tokens_per_second == 32
 
 
+@pytest.mark.parametrize("first", [5.0, 50.0])
+def test_a_run_is_timed_without_what_sets_up_the_libraries(
+    first: float, config: TrainConfig, monkeypatch
+) -> None:
+    """The largest micro-batch is timed when it is computed again, unless it takes long."""
+    now = [0.0]
+    passed = iter([first, 1.0])
+
+    def backward(self, packed, num_supervised) -> torch.Tensor:
+        now[0] += next(passed)
+        sizes.append(packed.num_tokens)
+        return torch.zeros(())
+
+    sizes: list[int] = []
+    found: list[float] = []
+    tried = micro_batches.MicroBatches.try_heaviest
+
+    def try_heaviest(self) -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(micro_batches.MicroBatches, "_backward", backward)
+            patch.setattr(micro_batches.time, "perf_counter", lambda: now[0])
+            found.append(tried(self) * sizes[0])
+        return 0.0
+
+    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", try_heaviest)
+    train.train(replace(config, max_steps=1))
+    assert found == [pytest.approx(1.0 if first < micro_batches.LONG_SECONDS else first)]
+    assert len(sizes) == (2 if first < micro_batches.LONG_SECONDS else 1)
+
+
 def test_a_tracker_gets_every_record(base: Path, table: Path, tmp_path: Path) -> None:
     done = remora(
         *("train", table, "--model", base, "--output", tmp_path, "--name", "run"),
