@@ -10,9 +10,10 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=python3.x") if sys.version_info < (3, 10) else None'
-	$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' || { \
-		echo "error: the packages could not be installed; mend what pip says above (the network, the disk), then run make again" >&2; exit 1; }
+	@echo 'installing into $(VENV), which takes a minute or more'
+	@{ $(PYTHON) -m venv $(VENV) && \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; } || { \
+		echo "error: $(VENV) could not be made; mend what is said above (the network, or the disk, which has $$(df -Pk . | awk 'NR == 2 {printf "%.1f GB", $$4 / 1e6}') free), then run make again" >&2; exit 1; }
 	@touch $@
 
 check: install
