@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,9 +33,38 @@ def classifier(base: Path) -> TextClassifier:
     )
 
 
-def test_every_setting_exists_in_the_configuration() -> None:
+OF_A_RUN = {
+    *("data", "name", "output", "validation", "test", "text_column", "label_column"),
+    *("test_fraction", "rows_per_class", "learning_curve", "devices", "shard", "trackers"),
+    *("checkpointing", "checkpoint_minutes", "max_time"),
+}
+"""Settings of tables, run directories, several processes and the plan."""
+
+
+def test_every_setting_of_training_is_an_argument() -> None:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert set(TextClassifier().get_params()) <= known
+    assert set(TextClassifier().get_params()) == known - OF_A_RUN
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters", "scaling"),
+    [
+        ({"use_rslora": True}, {"lora_A", "lora_B"}, 16.0),
+        ({"use_dora": True}, {"lora_A", "lora_B", "lora_magnitude_vector"}, 8.0),
+        ({"init_lora_weights": "gaussian"}, {"lora_A", "lora_B"}, 8.0),
+        ({"loraplus_lr_ratio": 16}, {"lora_A", "lora_B"}, 8.0),
+    ],
+)
+def test_variants_of_lora(
+    classifier: TextClassifier, settings: dict[str, Any], parameters: set[str], scaling: float
+) -> None:
+    plain = clone(classifier).fit(TEXTS, LABELS).predict_proba(TEXTS[:4])
+    varied = classifier.set_params(**settings).fit(TEXTS, LABELS)
+    trained = [name for name, p in varied.model_.named_parameters() if p.requires_grad]
+    assert {part for name in trained for part in name.split(".") if "lora_" in part} == parameters
+    found = {m.scaling["default"] for m in varied.model_.modules() if hasattr(m, "lora_A")}
+    assert found == {scaling}
+    assert not np.allclose(varied.predict_proba(TEXTS[:4]), plain)
 
 
 def test_fit_predict_save_load(classifier: TextClassifier, tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         rank: int | None = None,
         alpha: float | None = None,
         dropout: float | None = None,
+        use_rslora: bool | None = None,
+        use_dora: bool | None = None,
+        init_lora_weights: str | None = None,
+        loraplus_lr_ratio: float | None = None,
         target_modules: Sequence[str] | None = None,
         learning_rate: float | None = None,
         epochs: float | None = None,
@@ -61,6 +65,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         warmup_fraction: float | None = None,
         weight_decay: float | None = None,
         max_grad_norm: float | None = None,
+        eval_steps: int | None = None,
         validation_fraction: float | None = None,
         patience: int | None = None,
         precision: str | None = None,
@@ -76,6 +81,10 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
+        self.use_rslora = use_rslora
+        self.use_dora = use_dora
+        self.init_lora_weights = init_lora_weights
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.target_modules = target_modules
         self.learning_rate = learning_rate
         self.epochs = epochs
@@ -86,6 +95,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.warmup_fraction = warmup_fraction
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
+        self.eval_steps = eval_steps
         self.validation_fraction = validation_fraction
         self.patience = patience
         self.precision = precision
