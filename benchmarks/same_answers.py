@@ -8,7 +8,8 @@ float32, labels looked at until the others hold at most 0.0001:
   but the labels and the instruction in remora.json;
 - `remora export --merge`, stored in float32 and as the base is, by `predict`, the first by `serve`;
 - `remora export --compress`, of the size it chooses, by `predict` and by stock PEFT;
-- `generate()` of transformers on the merged model, greedy and with beams: the text it writes.
+- `generate()` of transformers on the merged model, with the settings that the model brings (beams)
+  and greedy: the text it writes.
 
 Also `predict` in bfloat16 arithmetic, which is the default on processors that have it.
 
@@ -38,7 +39,6 @@ from numpy.typing import NDArray
 
 import workload
 
-NUM_BEAMS = 4
 LABELS_AT_ONCE = 8
 TOLERANCE = 1e-4
 """Most probability of the labels that are not looked at."""
@@ -123,8 +123,8 @@ def compare(directory: Path, texts: list[str], true: list[str], folder: Path) ->
     workload.print_table([*header[:3], f"{header[3]} of a probability", header[4]], rows)
     print()
     written = {}
-    for name, beams in (("greedy", 1), (f"{NUM_BEAMS} beams", NUM_BEAMS)):
-        found = kept(folder, f"generate, {name}", generated, merged, base, card, texts, beams)
+    for name, settings in (("as the model says", {}), ("greedy", {"num_beams": 1})):
+        found = kept(folder, f"generate, {name}", generated, merged, base, card, texts, settings)
         written[name] = writing(found.tolist(), ways["predict, merged, float32"], labels, true)
         figures = written[name]
         print(
@@ -274,7 +274,7 @@ def scored(
 
 
 def generated(
-    merged: Path, base: Path, card: dict[str, Any], texts: list[str], beams: int
+    merged: Path, base: Path, card: dict[str, Any], texts: list[str], settings: dict[str, int]
 ) -> list[str]:
     """Return what generate() writes, in batches of 64 padded on the left."""
     import torch
@@ -294,13 +294,7 @@ def generated(
             return_tensors="pt",
         )
         with torch.inference_mode():
-            tokens = model.generate(
-                **inputs,
-                max_new_tokens=64,
-                do_sample=False,
-                num_beams=beams,
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, inputs.input_ids.shape[1] :]
+            tokens = model.generate(**inputs, **settings)[:, inputs.input_ids.shape[1] :]
         for i, text in zip(
             chosen, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
         ):

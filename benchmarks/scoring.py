@@ -164,6 +164,7 @@ def generating(model: Any, prompt: Any, size: int) -> Any:
                 attention_mask=attention,
                 max_new_tokens=longest,
                 do_sample=False,
+                num_beams=1,
                 eos_token_id=end,
                 pad_token_id=end,
             )[:, width:].tolist()

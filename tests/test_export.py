@@ -124,6 +124,29 @@ def test_stock_transformers_loads_the_merged_model_alone(place: Path, capsys) ->
     torch.testing.assert_close(merged(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_stock_generate_writes_the_labels_that_predict_gives(place: Path) -> None:
+    """By the merged model's own settings: a chat model's would draw them, and avoid repetition."""
+    chat = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+    end = json.loads(Path("base/config.json").read_text())["eos_token_id"]
+    Path("base/generation_config.json").write_text(json.dumps({**chat, "eos_token_id": end}))
+    assert remora("run", "--merge", "--output", "out") == 0
+    card = json.loads(Path("out/remora.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained("out")
+    tokenizer = AutoTokenizer.from_pretrained("out", padding_side="left")
+    asked = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{card['instruction']}\n\n{message}"}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for message in MESSAGES
+    ]
+    inputs = tokenizer(asked, add_special_tokens=False, padding=True, return_tensors="pt")
+    written = model.generate(**inputs)[:, inputs.input_ids.shape[1] :]
+    found = tokenizer.batch_decode(written, skip_special_tokens=True)
+    assert [text.strip() for text in found] == [label for label, _ in labels(Path("run"))]
+
+
 def test_the_merged_base_is_the_base_and_the_tokenizer_its_own(place: Path) -> None:
     assert remora("run", "--merge", "--output", "out") == 0
     base, merged = load_file("base/model.safetensors"), load_file("out/model.safetensors")

@@ -96,7 +96,7 @@ def merge(config: ExportConfig, folder: Path, found: Results, reporter: Reporter
             config.run, base=config.model, dtype=torch.float32, device=device, dequantized=True
         )
     with run.disk_errors(folder):
-        _write(adapted, card, source, dtype, folder)
+        _write(adapted, prompt, card, dtype, folder)
     del adapted
     gc.collect()  # the layers hold on to themselves
     merged, prompt, _ = run.load_adapter(folder, base=None, dtype=torch.float32, device=device)
@@ -108,7 +108,7 @@ def merge(config: ExportConfig, folder: Path, found: Results, reporter: Reporter
 
 
 def _write(
-    adapted: Any, card: run.AdapterCard, source: Path, dtype: torch.dtype, folder: Path
+    adapted: Any, prompt: Prompt, card: run.AdapterCard, dtype: torch.dtype, folder: Path
 ) -> None:
     """Merge an adapter into its base, in place, and write the model with its tokenizer and card."""
     merged = adapted.merge_and_unload().to(dtype)
@@ -117,7 +117,7 @@ def _write(
             f"the merged model has weights that are no numbers in {dtype}; use --dtype float32, or "
             "train the adapter again"
         )
-    run.write_model(merged, model.load_tokenizer(source), card, folder)
+    run.write_model(merged, prompt, card, folder)
 
 
 def _effect(

@@ -40,6 +40,8 @@ SCHEMA = 1
 PROBABILITIES = "probabilities.safetensors"
 FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
 """Where in a run directory lies what was trained, by the method."""
+NUM_BEAMS = 4
+"""Labels that stock `generate()` goes on with; docs/export.md has what was measured."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -268,7 +270,7 @@ def save(
     if isinstance(trained, peft.PeftModel):
         return save_adapter(trained, card, path)
     with _replacing(path) as folder:
-        write_model(trained, prompt.tokenizer, card, folder, weights)
+        write_model(trained, prompt, card, folder, weights)
     return folder_bytes(path, "*.safetensors")
 
 
@@ -290,17 +292,42 @@ def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
 
 def write_model(
     whole: Any,
-    tokenizer: Any,
+    prompt: Prompt,
     card: AdapterCard,
     folder: Path,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a whole model with its tokenizer and card, which gets the hash of these weights."""
+    whole.generation_config = _writing_labels(whole.generation_config, prompt)
     with model.without_progress_bar():
         whole.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    prompt.tokenizer.save_pretrained(folder)
     card = replace(card, base_sha256=model.weights_sha256(folder))
     write_json(folder / "remora.json", asdict(card))
+
+
+def _writing_labels(before: Any, prompt: Prompt) -> Any:
+    """Return settings by which stock `generate()` writes the likeliest label.
+
+    A chat model's own ones draw tokens and make repeated ones less probable, such as those of a
+    label in the prompt. A greedy search may take the beginning of a less probable label; beams go
+    on with several, and a length penalty of 0 compares whole labels by their probability.
+    """
+    from transformers import GenerationConfig
+
+    ends = before.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends += [end for end in dict.fromkeys(a[-1] for a in prompt.answers) if end not in ends]
+    pad = before.pad_token_id
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        num_beams=NUM_BEAMS,
+        length_penalty=0.0,
+        do_sample=False,
+        max_new_tokens=max(map(len, prompt.answers)),
+        bos_token_id=before.bos_token_id,
+        eos_token_id=ends,
+        pad_token_id=ends[0] if pad is None else pad,
+    )
 
 
 @contextlib.contextmanager
