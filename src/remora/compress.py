@@ -1,6 +1,6 @@
 """A smaller adapter: measured at several sizes, the smallest that is as good is kept.
 
-Each is cut from the full one, and where that costs too much it learns again from it.
+Each is cut from the full one, and where that costs too much it learns again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from remora.score import Scorer
 SHARES = (1, 2, 4, 8, 10, 16, 32, 64)
 """Fractions of the full adapter's bytes that are tried, as their denominators."""
 
-MAX_STEPS = 300
+MAX_STEPS = 1_000
 MAX_PASSES = 3
 """An adapter that was cut learns for so many steps, or passes over the training rows if fewer."""
 
@@ -181,7 +181,7 @@ class _Trials:
         )
 
     def distilled(self, artifact: Artifact, table: Table) -> Artifact:
-        """Return an adapter of the same ranks and bytes that has learned from the full one."""
+        """Return an adapter of the same ranks and bytes that has learned again."""
         width = tree.text_config(self._adapted).hidden_size
         rate = run.read_settings(self._config.run).learning_rate
         rate = LEARNING_RATE_FACTOR * (rate or default_learning_rate(width, "lora"))

@@ -591,8 +591,8 @@ class ExportConfig:
     """Make the compressed adapter at least so many times smaller than the base model's weights."""
 
     distill: bool = False
-    """Let an adapter that was cut learn again from the whole one, on the training rows. That takes
-    up to 300 steps for each size that cutting alone costs too much."""
+    """Let an adapter that was cut learn again from the whole one and the training rows. That takes
+    up to 1,000 steps for each size that cutting alone costs too much."""
 
     tolerance: float = 0.5
     """Where neither budget nor ratio is given: how many points of accuracy on the validation rows
