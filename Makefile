@@ -23,7 +23,7 @@ check: install
 
 # One thread each: processes whose threads share cores wait for each other.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -rs
 
 # What waits for other processes leaves a core to what computes, so the two go side by side.
 COMPUTING := tests/test_admit.py tests/test_engine.py tests/test_routes.py
