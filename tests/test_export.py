@@ -474,7 +474,7 @@ def test_what_cutting_cost_too_much_learns_again(place: Path, capsys, lessons) -
     assert all(point["accuracy"] == 1 for point in frontier if point not in learned)
     num_rows = len(data.load(run.read_settings(Path("run"))).train)
     assert len(lessons) >= len(learned)
-    assert set(lessons) == {3 * math.ceil(num_rows / 32)}
+    assert set(lessons) == {6 * math.ceil(num_rows / 32)}
 
 
 def test_learning_again_moves_numbers_in_8_bits(place: Path) -> None:

@@ -29,8 +29,8 @@ from remora.score import Scorer
 SHARES = (1, 2, 4, 8, 10, 16, 32, 64)
 """Fractions of the full adapter's bytes that are tried, as their denominators."""
 
-MAX_STEPS = 1_000
-MAX_PASSES = 3
+MAX_STEPS = 2_000
+MAX_PASSES = 6
 """An adapter that was cut learns for so many steps, or passes over the training rows if fewer."""
 
 LEARNING_RATE_FACTOR = 2

@@ -592,7 +592,7 @@ class ExportConfig:
 
     distill: bool = False
     """Let an adapter that was cut learn again from the whole one and the training rows. That takes
-    up to 1,000 steps for each size that cutting alone costs too much."""
+    up to 2,000 steps for each size that cutting alone costs too much."""
 
     tolerance: float = 0.5
     """Where neither budget nor ratio is given: how many points of accuracy on the validation rows
