@@ -89,12 +89,12 @@ def adapter(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Return an adapted model, its prompt and Banking77."""
     import torch
 
-    from remora import data, run
+    from remora import data, store
 
     if options.run is None:
         return trained(options)
     dataset = data.load_dataset(str(workload.SHARED / "data" / "banking77"), seed=0)
-    adapted, prompt, _ = run.load_adapter(
+    adapted, prompt, _ = store.load_adapter(
         options.run, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     return adapted.eval(), prompt, dataset

@@ -66,11 +66,11 @@ def main() -> None:
 
 def train(folder: Path, options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Train an adapter or take the run's, save it and the merged model; return the test rows."""
-    from remora import model, run
+    from remora import model, store
 
     base = model.find(options.model)
     adapted, prompt, dataset = scoring.adapter(options)
-    card = run.AdapterCard(
+    card = store.AdapterCard(
         base_model=str(base),
         base_sha256=model.weights_sha256(base),
         labels=prompt.labels,
@@ -79,9 +79,9 @@ def train(folder: Path, options: argparse.Namespace) -> tuple[list[str], list[st
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
     )
-    run.save_adapter(adapted, card, folder / "adapter")
+    store.save_adapter(adapted, card, folder / "adapter")
     merged = adapted.merge_and_unload()
-    run.write_model(merged, prompt.tokenizer, card, folder / "merged")
+    store.write_model(merged, prompt.tokenizer, card, folder / "merged")
     return list(dataset.test.texts), list(dataset.test.labels)
 
 
@@ -186,9 +186,9 @@ def generate(merged: Path, port: int, *, batched: bool) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    from remora import run
+    from remora import store
 
-    model, prompt, _ = run.load_adapter(
+    model, prompt, _ = store.load_adapter(
         merged, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     write = scoring.generating(model, prompt, LARGEST_BATCH)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from remora import calibration, evaluate, run
+from remora import calibration, evaluate, run, store
 from remora.conclude import TrainResult
 from remora.config import TrainConfig
 from remora.extrapolation import Extrapolation
@@ -95,7 +95,7 @@ def write(
     )
     run.write_probabilities(path / run.PROBABILITIES, labels, {"test": scored})
     run.write_json(path / "evaluation.json", result.to_dict())
-    trained = path / run.FOLDERS[method]
+    trained = path / store.FOLDERS[method]
     trained.mkdir()
     run.write_json(trained / "remora.json", {"base_model": model, "method": method})
     return path

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import torch
 
 from conftest import WORDS, randomize_adapter
-from remora import lora, model, run
+from remora import lora, model, store
 from remora.config import PredictConfig, ServeConfig
 from remora.predict import predictions
 from remora.serve import Service
@@ -40,7 +40,7 @@ def write_adapter(
         model.load(base, torch.float32), rank=4, alpha=32, dropout=0.0, modules=modules
     )
     randomize_adapter(adapted, seed)
-    card = run.AdapterCard(
+    card = store.AdapterCard(
         base_model=str(base),
         base_sha256=base_sha256 or model.weights_sha256(base),
         labels=tuple(labels),
@@ -50,7 +50,7 @@ def write_adapter(
         max_length=200,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    run.save_adapter(adapted, card, folder / "adapter")
+    store.save_adapter(adapted, card, folder / "adapter")
     return folder
 
 

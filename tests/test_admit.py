@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import WAYS, WORDS, tiny_config
-from remora import admit, data, lora, model, run, train
+from remora import admit, data, lora, model, store, train
 from remora.config import TrainConfig
 from remora.errors import ModelError, RemoraError
 
@@ -53,7 +53,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def load(folder: Path) -> None:
-    run.load_adapter(folder, base=None, dtype=torch.float32, device=CPU)
+    store.load_adapter(folder, base=None, dtype=torch.float32, device=CPU)
 
 
 def test_what_remora_writes_is_let_in(adapter: Path) -> None:

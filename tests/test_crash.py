@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from remora import checkpoint, lora, model, run
+from remora import checkpoint, lora, model, store
 from remora.checkpoint import Checkpoint
 from remora.errors import ResourceError
 
@@ -162,7 +162,7 @@ def test_a_save_into_the_final_place_does_not_survive_the_same(tmp_path: Path) -
 def test_an_adapter_whose_save_died_is_saved_again(base: Path, tmp_path: Path) -> None:
     loaded = model.load(base, torch.float32)
     adapted = lora.add_adapter(loaded, rank=4, alpha=8, dropout=0)
-    card = run.AdapterCard(
+    card = store.AdapterCard(
         base_model=str(base),
         base_sha256=model.weights_sha256(base),
         labels=("a", "b"),
@@ -173,7 +173,7 @@ def test_an_adapter_whose_save_died_is_saved_again(base: Path, tmp_path: Path) -
     )
 
     def save(folder: Path, _: Checkpoint) -> Path:
-        run.save_adapter(adapted, card, folder / "adapter")
+        store.save_adapter(adapted, card, folder / "adapter")
         return folder
 
     folder = tmp_path / "run"
@@ -181,7 +181,7 @@ def test_an_adapter_whose_save_died_is_saved_again(base: Path, tmp_path: Path) -
     for _ in deaths(save, tmp_path, folder):
         kept += (folder / "adapter").is_dir()
         save(folder, state(3))
-        run.load_adapter(folder, base=None, dtype=torch.float32, device=torch.device("cpu"))
+        store.load_adapter(folder, base=None, dtype=torch.float32, device=torch.device("cpu"))
         assert [path.name for path in folder.iterdir()] == ["adapter"]
     assert kept > 20
 

@@ -17,7 +17,18 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, randomize_adapter, write_table
-from remora import attention, cuda_graphs, data, export, memory, quantize, run, score, train, tree
+from remora import (
+    attention,
+    cuda_graphs,
+    data,
+    export,
+    memory,
+    quantize,
+    score,
+    store,
+    train,
+    tree,
+)
 from remora.config import ExportConfig, PredictConfig, TrainConfig
 from remora.cuda_graphs import Graphs
 from remora.device import choose_precision
@@ -73,7 +84,7 @@ def test_it_learns_in_every_arithmetic(tmp_path: Path, precision: Any, method: A
     result = train.train(settings)
     assert result.metrics.accuracy > 0.6
     assert all(math.isfinite(step["loss"]) for step in steps(result.directory))
-    (weights,) = (result.directory / run.FOLDERS[method]).glob("*.safetensors")
+    (weights,) = (result.directory / store.FOLDERS[method]).glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}
 
 

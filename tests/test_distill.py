@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from conftest import WAYS, WORDS
-from remora import distill, low_rank, run
+from remora import distill, low_rank, store
 from remora.data import Table
 from remora.device import Precision
 from remora.progress import Reporter
@@ -51,7 +51,7 @@ def cut(base: Path, tmp_path: Path) -> tuple[Any, Any]:
     small.mkdir()
     for name, content in artifact.files.items():
         (small / name).write_bytes(content)
-    adapted, prompt, _ = run.load_adapter(
+    adapted, prompt, _ = store.load_adapter(
         folder, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     adapted.load_adapter(str(small), adapter_name="compressed")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from conftest import ARCHITECTURES, WAYS, WORDS, randomize_adapter, tiny_model
-from remora import compress, data, distill, lora, low_rank, merge, model, predict, run, train
+from remora import compress, data, distill, lora, low_rank, merge, model, predict, run, store, train
 from remora.cli import main
 from remora.config import ExportConfig, PredictConfig, TrainConfig
 from remora.data import Table
@@ -268,7 +268,7 @@ def test_a_merge_that_forgets_the_adapter_says_what_it_flips(place: Path, monkey
     assert remora("run", "--merge") == 4
     line = capsys.readouterr().err.splitlines()[-1]
     base = AutoModelForCausalLM.from_pretrained("base")
-    _, prompt, _ = run.load_adapter(
+    _, prompt, _ = store.load_adapter(
         Path("run"), base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     dataset = data.load(run.read_settings(Path("run")))
@@ -388,7 +388,7 @@ def test_compress_shows_the_frontier_and_keeps_the_smallest_that_is_good_enough(
         [full / size for size in sizes], rel=1e-3
     )
     # What was measured is what the folder does.
-    adapted, prompt, _ = run.load_adapter(
+    adapted, prompt, _ = store.load_adapter(
         folder, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     scorer = train.Scorer(adapted, prompt)
@@ -417,7 +417,7 @@ def test_stock_peft_predicts_the_same_from_a_compressed_adapter(place: Path) -> 
     stock = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained("base"), "out"
     ).eval()
-    adapted, prompt, card = run.load_adapter(
+    adapted, prompt, card = store.load_adapter(
         Path("out"), base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     assert card.labels == tuple(sorted(WORDS))

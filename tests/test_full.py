@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, WORDS, build_tokenizer, tiny_model
-from remora import TextClassifier, checkpoint, cli, lora, resume, run, score, train, tree
+from remora import TextClassifier, checkpoint, cli, lora, resume, run, score, store, train, tree
 from remora.config import PredictConfig, TrainConfig
 from remora.errors import ModelError, Stopped
 from remora.optimizer import default_learning_rate
@@ -292,10 +292,10 @@ def test_other_weights_and_unknown_methods_are_refused(trained, tmp_path: Path) 
     good = json.loads(card.read_text())
     card.write_text(json.dumps({**good, "method": "magic"}))
     with pytest.raises(ModelError, match="a value is not of its kind"):
-        run.load_adapter(copy, base=None, dtype=torch.float32, device=CPU)
+        store.load_adapter(copy, base=None, dtype=torch.float32, device=CPU)
     card.write_text(json.dumps({**good, "base_sha256": "0" * 64}))
     with pytest.raises(ModelError, match="are not those that were written; restore them"):
-        run.load_adapter(copy, base=None, dtype=torch.float32, device=CPU)
+        store.load_adapter(copy, base=None, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 
 import hub as stand_in
 from conftest import WAYS, WORDS
-from remora import cli, predict, push, run
+from remora import cli, predict, push, store
 from remora.config import PredictConfig, PushConfig
 from remora.errors import ConfigError, DataError, ModelError
 from remora.progress import Reporter
@@ -138,7 +138,7 @@ def test_stock_peft_loads_it_by_its_id(
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    adapted, _, _ = run.load_adapter(
+    adapted, _, _ = store.load_adapter(
         trained, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     expected = adapted(torch.tensor([[5, 6, 7]])).logits[0, -1]
@@ -311,10 +311,10 @@ def test_an_id_is_asked_of_the_hub_only_where_it_can_be_no_folder(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     for name in ("runs/bank", "mine/bank", "./mine/bank", "../bank", "bank", "a/b/c"):
-        assert run.adapter_folder(Path(name)) == Path(name)
+        assert store.adapter_folder(Path(name)) == Path(name)
     assert hub.requests == []
     (tmp_path / "mine").rmdir()
-    assert run.read_card(run.adapter_folder(Path("mine/bank"))).base_model == "own/base"
+    assert store.read_card(store.adapter_folder(Path("mine/bank"))).base_model == "own/base"
 
 
 def test_of_a_base_model_that_is_no_adapter_no_weights_are_fetched(
@@ -322,7 +322,7 @@ def test_of_a_base_model_that_is_no_adapter_no_weights_are_fetched(
 ) -> None:
     hub.publish("models/own/other", base)
     with pytest.raises(ModelError, match="own/other on the hub is no adapter of Remora, it has no"):
-        run.adapter_folder(Path("own/other"))
+        store.adapter_folder(Path("own/other"))
     assert not [line for line in hub.requests if line.endswith("safetensors")]
 
 
@@ -369,5 +369,5 @@ def test_the_service_takes_an_id(hub: stand_in.Hub, trained: Path) -> None:
     from remora import engine
 
     push.push(PushConfig(trained, "me/served"))
-    with engine._copied(run.adapter_folder(Path("me/served"))) as copied:
-        assert copied.card == run.read_card(trained / "adapter")
+    with engine._copied(store.adapter_folder(Path("me/served"))) as copied:
+        assert copied.card == store.read_card(trained / "adapter")

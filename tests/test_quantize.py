@@ -36,7 +36,7 @@ from remora import (
     plan,
     planner,
     quantize,
-    run,
+    store,
     train,
 )
 from remora.config import ExportConfig, PlanConfig, TrainConfig
@@ -272,7 +272,7 @@ def test_the_adapter_is_a_plain_one_of_peft_and_its_base_is_quantized_again(
     card = json.loads((folder / "remora.json").read_text())
     assert card["method"] == "qlora"
     assert card["base_sha256"] == model.weights_sha256(wide)  # of the files, as they lie there
-    ours, _, _ = run.load_adapter(folder, base=None, dtype=torch.float32, device=CPU)
+    ours, _, _ = store.load_adapter(folder, base=None, dtype=torch.float32, device=CPU)
     assert len(quantize.layers(ours)) == len(lora._lora_layers(ours)) > 0
     with torch.no_grad():
         expected = stock(wide, folder)(input_ids=IDS).logits
@@ -307,7 +307,7 @@ def test_merging_dequantizes_first(trained, tmp_path: Path) -> None:
     weights = load_file(tmp_path / "whole" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
-    ours, _, _ = run.load_adapter(trained.directory, base=None, dtype=torch.float32, device=CPU)
+    ours, _, _ = store.load_adapter(trained.directory, base=None, dtype=torch.float32, device=CPU)
     with torch.no_grad():
         expected, found = ours(input_ids=IDS).logits, merged(input_ids=IDS).logits
         with ours.disable_adapter():

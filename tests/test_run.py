@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import randomize_adapter, tiny_model
-from remora import lora, model, run
+from remora import lora, model, run, store
 from remora.calibration import Scored
 from remora.errors import ConfigError, ModelError, ResourceError
 
@@ -46,7 +46,7 @@ def trained(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "base")
     adapted = lora.add_adapter(base, rank=4, alpha=10, dropout=0.05)
     randomize_adapter(adapted)
-    card = run.AdapterCard(
+    card = store.AdapterCard(
         base_model=str(folder / "base"),
         base_sha256=model.weights_sha256(folder / "base"),
         labels=("card", "refund"),
@@ -56,7 +56,7 @@ def trained(tmp_path_factory, tokenizer):
         max_length=99,
     )
     (folder / "run").mkdir()
-    size = run.save_adapter(adapted, card, folder / "run" / "adapter")
+    size = store.save_adapter(adapted, card, folder / "run" / "adapter")
     logits = adapted.eval()(input_ids=IDS).logits.detach()
     return SimpleNamespace(
         folder=folder, run=folder / "run", card=card, adapted=adapted, logits=logits, size=size
@@ -69,7 +69,7 @@ def copy(trained, tmp_path):
 
 
 def load(path, base=None):
-    return run.load_adapter(path, base=base, dtype=torch.float32, device=CPU)
+    return store.load_adapter(path, base=base, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize("inside", ["", "adapter"])
@@ -160,7 +160,7 @@ def test_broken_incomplete_and_foreign_weights_are_refused(copy):
 def test_a_second_save_replaces_the_first(trained, copy):
     marker = copy / "adapter" / "old"
     marker.touch()
-    run.save_adapter(trained.adapted, trained.card, copy / "adapter")
+    store.save_adapter(trained.adapted, trained.card, copy / "adapter")
     assert not marker.exists()
     assert [path.name for path in copy.iterdir()] == ["adapter"]
 
@@ -171,7 +171,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_adapter(trained, copy):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
     try:
         with pytest.raises(ResourceError, match=r"cannot write to .*File too large.*; free space"):
-            run.save_adapter(trained.adapted, trained.card, copy / "adapter")
+            store.save_adapter(trained.adapted, trained.card, copy / "adapter")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {p.name: p.read_bytes() for p in (copy / "adapter").iterdir()} == before
@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(trained, tmp_path):
         lambda: run.create(tmp_path / "file", "x", "d", "m"),
         lambda: run.write_json(below, {}),
         lambda: run.write_predictions(below, [], [], [], []),
-        lambda: run.save_adapter(trained.adapted, trained.card, below),
+        lambda: store.save_adapter(trained.adapted, trained.card, below),
     ):
         with pytest.raises(ResourceError, match=r"cannot write to .*--output"):
             call()

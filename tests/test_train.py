@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from conftest import WORDS
-from remora import data, micro_batches, progress, run, train
+from remora import data, micro_batches, progress, run, store, train
 from remora.config import TrainConfig
 from remora.device import choose_precision
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
@@ -175,7 +175,7 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     assert result.best_step == best.step
     assert [v for v in watcher.seen if v.best][-1] == best
     dtype, device = torch.float32, torch.device("cpu")
-    adapted, prompt, _ = run.load_adapter(result.directory, base=None, dtype=dtype, device=device)
+    adapted, prompt, _ = store.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = data.load_dataset(config.data, seed=config.seed)
     scorer = train.Scorer(adapted, prompt)
     accuracy, log_loss = train._validate(

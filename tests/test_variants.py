@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from remora import checkpoint, compress, export, lora, run, train
+from remora import checkpoint, compress, export, lora, store, train
 from remora.config import ExportConfig, TrainConfig
 from remora.data import Table
 from remora.errors import ConfigError, ModelError, Stopped
@@ -68,7 +68,7 @@ def test_stock_peft_loads_it_to_the_same_logits(trained: tuple[str, Path], base:
         stock = peft.PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(base), directory / "adapter"
         ).eval()
-    ours, _, _ = run.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
+    ours, _, _ = store.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
     with torch.no_grad():
         expected, found = stock(input_ids=IDS).logits, ours(input_ids=IDS).logits
         with stock.disable_adapter():
@@ -95,8 +95,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
 def test_merging_keeps_the_parity(trained: tuple[str, Path], tmp_path: Path) -> None:
     _, directory = trained
     export.export(ExportConfig(directory, merge=True, output=tmp_path / "whole"))
-    ours, _, _ = run.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
-    whole, _, _ = run.load_adapter(tmp_path / "whole", base=None, dtype=torch.float32, device=CPU)
+    ours, _, _ = store.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
+    whole, _, _ = store.load_adapter(tmp_path / "whole", base=None, dtype=torch.float32, device=CPU)
     with torch.no_grad():
         expected, found = ours(input_ids=IDS).logits, whole(input_ids=IDS).logits
     assert relative_error(found, expected) < 1e-5
@@ -177,13 +177,13 @@ def test_a_dora_of_a_stranger_has_the_shapes_of_its_base(
     name = next(name for name in tensors if name.endswith("magnitude_vector"))
     save_file({**tensors, name: torch.ones(100_000)}, path)
     with pytest.raises(ModelError, match="magnitude_vector with the shape \\(100000,\\), not"):
-        run.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
+        store.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
     with pytest.raises(ModelError, match="is no plain LoRA, which is all that can be compressed"):
         compress.low_rank.read(directory / "adapter")
     config = directory / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": "yes"}))
     with pytest.raises(ModelError, match="use_dora or use_rslora that is not true or false"):
-        run.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
+        store.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
-from remora import data, run, train, tree
+from remora import data, store, train, tree
 from remora.config import TrainConfig
 from remora.device import choose_device, choose_precision
 from remora.errors import DataError
@@ -178,7 +178,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Save the adapter in PEFT's format, or the model, beside what Remora needs to load it."""
         check_is_fitted(self)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        run.save(self.model_, self.prompt_, self._card, Path(path))
+        store.save(self.model_, self.prompt_, self._card, Path(path))
 
     @classmethod
     def load(
@@ -205,8 +205,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         config = TrainConfig("", model=model or "", precision=precision, device=device)  # type: ignore[arg-type]
         where = choose_device(config.device)
-        decided = choose_precision(where, config.precision, trains_base=run.is_full(Path(path)))
-        adapted, prompt, card = run.load_adapter(
+        decided = choose_precision(where, config.precision, trains_base=store.is_full(Path(path)))
+        adapted, prompt, card = store.load_adapter(
             Path(path), base=model, dtype=decided.base, device=where
         )
         loaded = cls(

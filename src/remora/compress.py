@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from remora import data, distill, low_rank, model, run, score, tree
+from remora import data, distill, low_rank, model, run, score, store, tree
 from remora.config import ExportConfig
 from remora.data import Dataset, Table
 from remora.device import choose_device, choose_precision
@@ -80,8 +80,8 @@ def compress(config: ExportConfig, folder: Path, found: Results, reporter: Repor
         ModelError: If adapter or base model cannot be used, or every size is too bad.
         ResourceError: If the disk fails.
     """
-    full_folder = run.adapter_folder(config.run)
-    card = run.read_card(full_folder)
+    full_folder = store.adapter_folder(config.run)
+    card = store.read_card(full_folder)
     base_bytes = run.folder_bytes(model.find(config.model or card.base_model), "*.safetensors")
     adapter_bytes = run.folder_bytes(full_folder)
     adapter = low_rank.read(full_folder)
@@ -154,7 +154,7 @@ class _Trials:
         self._config, self._adapter = config, adapter
         device = choose_device(config.device)
         self._precision = choose_precision(device, "auto")
-        self._adapted, self._prompt, _ = run.load_adapter(
+        self._adapted, self._prompt, _ = store.load_adapter(
             config.run, base=config.model, dtype=self._precision.base, device=device
         )
         self._base_bytes, self._reporter = base_bytes, reporter

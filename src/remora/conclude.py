@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remora import calibration, evaluate, launch, lora, memory, report, run
+from remora import calibration, evaluate, launch, lora, memory, report, run, store
 from remora.calibration import Reliability, Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
@@ -90,7 +90,7 @@ def conclude(
         baseline=baseline,
         p_value=evaluate.mcnemar(held_out.labels, predicted, baseline.predictions),
         parameters=parameters,
-        adapter_bytes=run.folder_bytes(run.adapter_folder(directory), "*.safetensors"),
+        adapter_bytes=run.folder_bytes(store.adapter_folder(directory), "*.safetensors"),
         base_bytes=run.folder_bytes(folder, "*.safetensors"),
         num_steps=fitted.step,
         best_step=fitted.best_step,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora import checkpoint, model, planner, resume, run, score, train, tree
+from remora import checkpoint, model, planner, resume, run, score, store, train, tree
 from remora.calibration import Scored
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
@@ -172,7 +172,7 @@ def frozen_features(
     precision = choose_precision(device, settings.precision)
     folder = model.find(settings.model)
     prompt = planner.load_prompt(settings, labels, folder)
-    base = run.load_base(folder, settings.method, precision.base, device)
+    base = store.load_base(folder, settings.method, precision.base, device)
     stems = prompt.stems(texts)
     order = sorted(range(len(stems)), key=lambda i: len(stems[i]))
     found: dict[int, NDArray[np.float32]] = {}

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from remora import admit, lora, model, run
+from remora import admit, lora, model, store
 from remora.device import Precision
 from remora.errors import ModelError
 from remora.prompt import Prompt
@@ -95,7 +95,7 @@ class _Copy:
 
     folder: Path
     sha256: str
-    card: run.AdapterCard
+    card: store.AdapterCard
 
 
 class Engine:
@@ -130,7 +130,7 @@ class Engine:
             ModelError: If a part is missing or broken, adapters have different base models, or a
                 whole model is not alone.
         """
-        self._folders = {name: run.adapter_folder(path) for name, path in folders.items()}
+        self._folders = {name: store.adapter_folder(path) for name, path in folders.items()}
         self._device = device
         self._precision = precision
         self._micro_batch_tokens = micro_batch_tokens
@@ -140,7 +140,7 @@ class Engine:
         self._adapted: Any = None
         self._num_loaded = 0
         self._generations: dict[str, Generation] = {}
-        if wholes := [name for name, folder in self._folders.items() if run.is_whole(folder)]:
+        if wholes := [name for name, folder in self._folders.items() if store.is_whole(folder)]:
             self._load_whole(wholes[0], base)
         else:
             self._load_adapters(base)
@@ -218,7 +218,7 @@ class Engine:
             raise ModelError(
                 f"{name} is a whole model, which shares no base with others; serve it by itself"
             )
-        whole, prompt, card = run.load_adapter(
+        whole, prompt, card = store.load_adapter(
             self._folders[name], base=base, dtype=self._precision.base, device=self._device
         )
         self.base_sha256 = card.base_sha256
@@ -231,14 +231,14 @@ class Engine:
 
     def _load_adapters(self, base: str | None) -> None:
         """Load the base model, and all adapters around it."""
-        cards = {name: run.read_card(folder) for name, folder in self._folders.items()}
+        cards = {name: store.read_card(folder) for name, folder in self._folders.items()}
         source = model.find(base or next(iter(cards.values())).base_model)
         self.base_sha256 = model.weights_sha256(source)
         self._method = next(iter(cards.values())).method
         for name, card in cards.items():
             self._refuse_other_base(name, card)
         self._tokenizer = model.load_tokenizer(source)
-        self._base = run.load_base(source, self._method, self._precision.base, self._device)
+        self._base = store.load_base(source, self._method, self._precision.base, self._device)
         # Names and shapes as they are without adapters, to hold adapters against.
         self._skeleton = model.load_empty(model.load_config(source), self._precision.base)
         for name, folder in self._folders.items():
@@ -255,7 +255,7 @@ class Engine:
             autocast=self._precision.autocast,
         )
 
-    def _refuse_other_base(self, adapter: str, card: run.AdapterCard) -> None:
+    def _refuse_other_base(self, adapter: str, card: store.AdapterCard) -> None:
         if card.base_sha256 != self.base_sha256:
             raise ModelError(
                 f"the adapter {adapter} was trained on other base weights than those that are "
@@ -432,7 +432,7 @@ def _copied(folder: Path) -> Iterator[_Copy]:
                     break
             except OSError as error:
                 if last:
-                    run.read_card(folder)  # which says what is missing
+                    store.read_card(folder)  # which says what is missing
                     raise ModelError(
                         f"{folder} cannot be read ({one_line(error)}); restore it"
                     ) from error
@@ -442,7 +442,7 @@ def _copied(folder: Path) -> Iterator[_Copy]:
             for path in Path(made).iterdir():
                 path.unlink()
         try:
-            card = run.read_card(Path(made))
+            card = store.read_card(Path(made))
         except ModelError as error:
             raise _named(error, Path(made), folder) from error
         yield _Copy(folder=Path(made), sha256=digest.hexdigest(), card=card)

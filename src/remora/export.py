@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remora import charts, report, results, run
+from remora import charts, report, results, run, store
 from remora.compress import Compressed, compress
 from remora.config import ExportConfig
 from remora.errors import ConfigError, ModelError
@@ -54,10 +54,10 @@ def export(config: ExportConfig, *, reporter: Reporter | None = None) -> Exporte
     output = (config.output or config.run / ("merged" if config.merge else "compressed")).absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} exists already; give another --output or remove it")
-    if run.is_full(config.run):
+    if store.is_full(config.run):
         raise ModelError(
             f"{config.run} trained all weights and has no adapter to merge or compress; use "
-            f"{run.adapter_folder(config.run)}, which is a plain model folder already"
+            f"{store.adapter_folder(config.run)}, which is a plain model folder already"
         )
     found = results.read(config.run)
     export_into = merge if config.merge else compress

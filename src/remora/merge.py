@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora import model, run, score
+from remora import model, run, score, store
 from remora.config import ExportConfig
 from remora.device import choose_device
 from remora.errors import ModelError
@@ -66,7 +66,7 @@ def merge(config: ExportConfig, folder: Path, found: Results, reporter: Reporter
         ResourceError: If the disk fails.
     """
     device = choose_device(config.device)
-    adapted, prompt, card = run.load_adapter(
+    adapted, prompt, card = store.load_adapter(
         config.run, base=config.model, dtype=torch.float32, device=device
     )
     source = model.find(config.model or card.base_model)
@@ -92,14 +92,14 @@ def merge(config: ExportConfig, folder: Path, found: Results, reporter: Reporter
     if card.method == "qlora":  # merged into 4 bits, the update would be rounded away
         del adapted
         gc.collect()
-        adapted, _, _ = run.load_adapter(
+        adapted, _, _ = store.load_adapter(
             config.run, base=config.model, dtype=torch.float32, device=device, dequantized=True
         )
     with run.disk_errors(folder):
         _write(adapted, prompt, card, dtype, folder)
     del adapted
     gc.collect()  # the layers hold on to themselves
-    merged, prompt, _ = run.load_adapter(folder, base=None, dtype=torch.float32, device=device)
+    merged, prompt, _ = store.load_adapter(folder, base=None, dtype=torch.float32, device=device)
     got = score.score_table(scorer(merged, prompt), found.texts, "merged", reporter)
     parity = _compare(wanted, got, dtype=name, allowed=min(tolerance, effect / 10))
     if not parity.holds:
@@ -108,7 +108,7 @@ def merge(config: ExportConfig, folder: Path, found: Results, reporter: Reporter
 
 
 def _write(
-    adapted: Any, prompt: Prompt, card: run.AdapterCard, dtype: torch.dtype, folder: Path
+    adapted: Any, prompt: Prompt, card: store.AdapterCard, dtype: torch.dtype, folder: Path
 ) -> None:
     """Merge an adapter into its base, in place, and write the model with its tokenizer and card."""
     merged = adapted.merge_and_unload().to(dtype)
@@ -117,7 +117,7 @@ def _write(
             f"the merged model has weights that are no numbers in {dtype}; use --dtype float32, or "
             "train the adapter again"
         )
-    run.write_model(merged, prompt, card, folder)
+    store.write_model(merged, prompt, card, folder)
 
 
 def _effect(

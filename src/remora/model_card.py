@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from remora import evaluate, model, results, run
+from remora import evaluate, model, results, run, store
 from remora.errors import DataError
 from remora.results import Results
 
@@ -37,7 +37,7 @@ def card(directory: Path) -> str:
 
     found = results.read(directory)
     metrics = found.figures["metrics"]
-    trained = results.read_json(run.adapter_folder(directory) / "remora.json")
+    trained = results.read_json(store.adapter_folder(directory) / "remora.json")
     if trained is None:
         raise DataError(f"{directory} has no adapter; give the directory of a finished run")
     is_full = trained.get("method") == "full"

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import numpy as np
 
-from remora import calibration, data, evaluate, run, score
+from remora import calibration, data, evaluate, run, score, store
 from remora.config import EvalConfig, PredictConfig
 from remora.device import Precision, choose_device, choose_precision
 from remora.errors import ConfigError
@@ -27,8 +27,10 @@ def load_scorer(
         ModelError: If a part is missing or broken, or the base model is another one.
     """
     device = choose_device(config.device)
-    precision = choose_precision(device, config.precision, trains_base=run.is_full(config.adapter))
-    adapted, prompt, _ = run.load_adapter(
+    precision = choose_precision(
+        device, config.precision, trains_base=store.is_full(config.adapter)
+    )
+    adapted, prompt, _ = store.load_adapter(
         config.adapter, base=config.model, dtype=precision.base, device=device
     )
     scorer = Scorer(

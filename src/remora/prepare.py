@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from remora import lora, memory, model, plan, quantize, run, tree
+from remora import lora, memory, model, plan, quantize, run, store, tree
 from remora.config import TrainConfig
 from remora.data import Dataset, Table
 from remora.device import Precision, choose_device, choose_precision, hardware_here
@@ -123,7 +123,7 @@ def accelerator_for(precision: Precision, device: torch.device) -> Iterator[Any]
 
 def prepare(
     config: TrainConfig, labels: Sequence[str], precision: Precision, device: torch.device
-) -> tuple[Any, Prompt, run.AdapterCard, Path]:
+) -> tuple[Any, Prompt, store.AdapterCard, Path]:
     """Load the base model and make it trainable: with a new adapter, or in all its weights.
 
     Returns:
@@ -134,9 +134,9 @@ def prepare(
     """
     folder = model.find(config.model)
     prompt = load_prompt(config, labels, folder)
-    base = run.load_base(folder, config.method, precision.base, device)
+    base = store.load_base(folder, config.method, precision.base, device)
     adapted = lora.adapt(base, config).to(device)
-    card = run.AdapterCard(
+    card = store.AdapterCard(
         base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,
         base_sha256=model.weights_sha256(folder),
         labels=tuple(labels),

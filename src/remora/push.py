@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import remora
-from remora import admit, model, model_card, results, run
+from remora import admit, model, model_card, results, store
 from remora.config import PushConfig
 from remora.errors import ConfigError, RemoraError
 from remora.progress import Reporter
@@ -56,8 +56,8 @@ def push(config: PushConfig, *, reporter: Reporter | None = None) -> Pushed:
     """
     reporter = reporter or Reporter()
     results.read(config.run)  # which refuses a run that is not finished
-    folder = run.adapter_folder(config.run)
-    base = run.read_card(folder).base_model
+    folder = store.adapter_folder(config.run)
+    base = store.read_card(folder).base_model
     admit.read_shapes([folder / "adapter_model.safetensors"])
     files = _files(config.run, folder, base)
     with _hub_errors(config.repo_id):

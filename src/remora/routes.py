@@ -29,7 +29,7 @@ from remora import memory
 from remora.config import ServeConfig
 from remora.engine import Answer, Batch, Engine, QueueFullError
 from remora.errors import ModelError
-from remora.run import is_text
+from remora.store import is_text
 
 OPEN_ROUTE = "/health"
 """The one route that needs no token."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from remora import run
+from remora import store
 from remora.config import ServeConfig
 from remora.device import choose_device, choose_precision
 from remora.engine import Engine
@@ -63,7 +63,7 @@ class Service:
             device = choose_device(config.device)
             metrics = routes.Metrics()
             folders = config.folders()
-            is_full = any(run.is_full(folder) for folder in folders.values())
+            is_full = any(store.is_full(folder) for folder in folders.values())
             self._engine = Engine(
                 folders,
                 base=config.model,

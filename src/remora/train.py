@@ -27,6 +27,7 @@ from remora import (
     run,
     score,
     shard,
+    store,
     tracking,
     tree,
 )
@@ -317,7 +318,7 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
     reporter: Reporter,
     *,
     load: Callable[[TrainConfig], Dataset] = data.load,
-    prepare: Callable[..., tuple[Any, Prompt, run.AdapterCard, Path]] = prepare,
+    prepare: Callable[..., tuple[Any, Prompt, store.AdapterCard, Path]] = prepare,
     concluded: Callable[[TrainResult], None] = lambda result: None,
 ) -> TrainResult:
     """Train as `train` does, as a part of something larger that listens to requests to stop.
@@ -387,8 +388,8 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
         def save() -> None:
             weights = shard.weights(adapted, ranks) if config.method == "full" else None
             if ranks.is_first:
-                path = directory / run.FOLDERS[config.method]
-                run.save(adapted, prompt, card, path, weights)
+                path = directory / store.FOLDERS[config.method]
+                store.save(adapted, prompt, card, path, weights)
 
         with stop.deferred():
             with contextlib.ExitStack() as logging:
