@@ -81,7 +81,7 @@ def train(folder: Path, options: argparse.Namespace) -> tuple[list[str], list[st
     )
     store.save_adapter(adapted, card, folder / "adapter")
     merged = adapted.merge_and_unload()
-    store.write_model(merged, prompt.tokenizer, card, folder / "merged")
+    store.write_model(merged, prompt, card, folder / "merged")
     return list(dataset.test.texts), list(dataset.test.labels)
 
 

@@ -2,6 +2,7 @@
 
 The paths, headers and bodies are those that huggingface_hub sends and reads. Files are kept in
 memory; weights are LFS objects, known by their SHA-256, and other files by git's SHA-1 of them.
+With `uses_xet` weights come and go by the Xet protocol, see `xet`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import http.server
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants, utils
+
+import xet
 
 TOKEN = "hf_of_the_tests"
 LFS_ENDINGS = (".safetensors", ".parquet", ".bin")
@@ -60,6 +64,8 @@ class Hub:
     cut_after: dict[str, int] = field(default_factory=dict)  # bytes of a file, once
     cut_requests: set[str] = field(default_factory=set)  # "POST /path": the connection ends
     url: str = ""
+    uses_xet: bool = False
+    storage: xet.Storage = field(default_factory=xet.Storage)
 
     def publish(self, name: str, files: Path | dict[str, bytes], **settings: Any) -> Repository:
         """Put up a repository such as `models/owner/name`, from a folder's files."""
@@ -74,7 +80,7 @@ class Hub:
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",  # another protocol, which is not here
+            "HF_HUB_DISABLE_XET": "0" if self.uses_xet else "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "*",
         }
@@ -167,8 +173,36 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.reply({})
         elif found := re.fullmatch(rf"/api/(models/{name})/commit/main", path):
             self.commit(found[1], body)
+        elif self.hub.uses_xet:
+            self.route_xet(path, body)
         else:
             raise _RefusalError(404, "RepoNotFound", "Repository not found")
+
+    def route_xet(self, path: str, body: bytes) -> None:
+        storage = self.hub.storage
+        if found := re.fullmatch(r"/api/(models/[\w./-]+)/xet-(read|write)-token/\w+", path):
+            (self.to_write if found[2] == "write" else self.to_read)(found[1])
+            until = int(time.time()) + 900
+            headers = {
+                "X-Xet-Cas-Url": self.hub.url,
+                "X-Xet-Access-Token": found[2],
+                "X-Xet-Token-Expiration": str(until),
+            }
+            answer = {"casUrl": self.hub.url, "accessToken": found[2], "exp": until}
+            self.reply(answer, headers=headers)
+        elif found := re.fullmatch(r"/v1/xorbs/default/(\w+)", path):
+            storage.xorbs[found[1]] = body
+            self.reply({"was_inserted": True})
+        elif path == "/v1/shards":
+            self.hub.objects |= storage.add_shard(body)
+            self.reply({"result": 1})
+        elif found := re.fullmatch(r"/v1/reconstructions/(\w+)", path):
+            self.reply(storage.reconstruction(found[1], self.hub.url))
+        elif found := re.fullmatch(r"/xorb/(\w+)", path):
+            asked = xet.bytes_asked_for(self.headers.get("Range", ""))
+            self.reply(storage.xorbs[found[1]][asked], 206)
+        else:  # such as whether it has a chunk already
+            raise _RefusalError(404, "", "not found")
 
     # Who may what
 
@@ -207,6 +241,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             entry = {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
             if path.endswith(LFS_ENDINGS):
                 entry["lfs"] = {"oid": etag(path, content), "size": len(content), "pointerSize": 1}
+                if hashed := self.hub.storage.hashes.get(etag(path, content)):
+                    entry["xetHash"] = hashed
             else:
                 entry["oid"] = etag(path, content)
             entries.append(entry)
@@ -224,6 +260,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "X-Repo-Commit": repository.sha,
             "Accept-Ranges": "bytes",
         }
+        if hashed := self.hub.storage.hashes.get(etag(path, repository.files[path])):
+            asked = f"{self.hub.url}/api/{name}/xet-read-token/{repository.sha}"
+            headers |= {"X-Xet-Hash": hashed, "Link": f'<{asked}>; rel="xet-auth"'}
         status, content = 200, whole
         if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             status, content = 206, whole[int(found[1]) :]

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard, constants, snapshot_download
 
 import hub as stand_in
+import xet
 from conftest import WAYS, WORDS
 from remora import cli, predict, push, store
 from remora.config import PredictConfig, PushConfig
@@ -298,6 +299,45 @@ def test_a_connection_that_is_cut_publishes_nothing(
     hub.cut_requests.clear()
     push.push(PushConfig(trained, "me/bank"))  # the same again
     assert hub.repositories["models/me/bank"].commits == [sorted(FILES)]
+
+
+def test_weights_go_and_come_by_the_protocol_of_large_files(
+    hub: stand_in.Hub, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own way today; its client is in Rust and reads its variables once a process."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(hub, "uses_xet", True)
+    monkeypatch.setattr(hub, "storage", xet.Storage())
+
+    def remora(home: str, *command: str) -> subprocess.CompletedProcess[str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        return subprocess.run(
+            [sys.executable, "-m", "remora", *command],
+            env=kept | hub.environment(tmp_path / home) | {"HF_TOKEN": stand_in.TOKEN},
+            input=MESSAGES,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+
+    done = remora("home", "push", str(trained), "me/large")
+    assert done.returncode == 0, done.stderr
+    pushed = hub.repositories["models/me/large"].files
+    weights = (trained / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert pushed["adapter_model.safetensors"] == weights
+    assert not [line for line in hub.requests if "/lfs/" in line]
+    hub.requests.clear()
+    fetched, own = remora("home", "predict", "me/large"), remora("home", "predict", str(trained))
+    assert fetched.returncode == 0, fetched.stderr
+    assert fetched.stdout == own.stdout
+    assert len(fetched.stdout.splitlines()) == 4
+    assert [line for line in hub.requests if line.startswith("GET /xorb/")]
+    ((name, xorb),) = hub.storage.xorbs.items()
+    hub.storage.xorbs[name] = xorb[:1_000] + bytes([xorb[1_000] ^ 1]) + xorb[1_001:]
+    altered = remora("other", "predict", "me/large")
+    assert altered.returncode == ModelError.exit_code, altered.stderr
+    assert "adapter_model.safetensors" in altered.stderr.splitlines()[-1]
 
 
 # Adapters by their id

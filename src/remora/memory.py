@@ -54,6 +54,8 @@ lengths, so what is freed fits what comes less and less: so many bytes are held 
 and this share of the most that a step has there, and of what came during training to stay there,
 since that lies in between. Measured with glibc 2.36; docs/log.md has the figures."""
 
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+
 ADDRESS_BYTES = 400_000_000
 """Addresses, not memory, that a run takes: glibc reserves 64 MiB for each of three threads, and
 the libraries of the baseline are mapped at the end. A limit on the address space counts them."""
@@ -453,6 +455,16 @@ def keep_within(device: torch.device, limit: int) -> None:
     """Give back what a processor's allocator holds, where the process has more than a limit."""
     if device.type == "cpu" and used_bytes() > limit:
         trim()
+
+
+def map_arrays() -> None:
+    """Have arrays of a megabyte or more mapped each on its own, so that none is held in pieces.
+
+    That takes time: pages are mapped and cleared again and again. What the user has set stays.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def trim() -> None:

@@ -415,8 +415,9 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
                     ranks=ranks,
                     reporter=reporter,
                 )
+            most = max(ranks.gather(max(fitted.peak_bytes, memory.peak_bytes(device))))
+            fitted.peak_bytes = most
             if ranks.is_first:
-                most = max(fitted.peak_bytes, memory.peak_bytes(device))
                 tell_peak(directory, planned, most, reporter)
             scorer = Scorer(
                 adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast

@@ -1,0 +1,163 @@
+"""A stand-in for the hub's storage of large files, by the Xet protocol: as much as is used.
+
+A client cuts files into chunks and sends them in bundles (xorbs), then shards that say which chunks
+of which bundle make up a file. To fetch a file, it asks for that list and for the bundles' bytes.
+The formats are those of https://huggingface.co/docs/xet. Only hashes of whole files are checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+ENTRY = 48  # bytes of each entry of a shard, and of its header
+END = b"\xff" * 32
+HAS_VERIFICATION, HAS_SHA256 = 1 << 31, 1 << 30
+LZ4, GROUPED_LZ4 = 1, 2  # how a chunk is compressed; 0 is not at all
+
+
+@dataclass(frozen=True)
+class Term:
+    """Chunks of a bundle that come next in a file, the last one not included."""
+
+    xorb: str
+    begin: int
+    end: int
+    num_bytes: int
+
+
+@dataclass
+class Storage:
+    """What was sent."""
+
+    xorbs: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, list[Term]] = field(default_factory=dict)  # by the file's Xet hash
+    hashes: dict[str, str] = field(default_factory=dict)  # the file's Xet hash, by its SHA-256
+
+    def add_shard(self, shard: bytes) -> dict[str, bytes]:
+        """Keep what a shard says, and return the files that it is about, by their SHA-256."""
+        found = {}
+        entries = iter(shard[i : i + ENTRY] for i in range(ENTRY, len(shard), ENTRY))
+        for head in entries:
+            if head[:32] == END:
+                break
+            name, (flags, count) = text(head[:32]), struct.unpack_from("<II", head, 32)
+            terms = []
+            for _ in range(count):
+                entry = next(entries)
+                _, size, begin, end = struct.unpack_from("<IIII", entry, 32)
+                terms.append(Term(text(entry[:32]), begin, end, size))
+            for _ in range(count if flags & HAS_VERIFICATION else 0):
+                next(entries)
+            assert flags & HAS_SHA256
+            sha256 = text(next(entries)[:32])
+            content = b"".join(self.content(term) for term in terms)
+            assert hashlib.sha256(content).hexdigest() == sha256
+            self.files[name], self.hashes[sha256], found[sha256] = terms, name, content
+        return found
+
+    def content(self, term: Term) -> bytes:
+        """Return the bytes of a file's part."""
+        pieces = list(chunks(self.xorbs[term.xorb]))[term.begin : term.end]
+        content = b"".join(unpacked(kind, packed) for _, kind, packed in pieces)
+        assert len(content) == term.num_bytes
+        return content
+
+    def reconstruction(self, name: str, url: str) -> dict[str, Any]:
+        """Say where the parts of a file are to be had."""
+        fetched: dict[str, Any] = {}
+        for term in self.files[name]:
+            pieces = list(chunks(self.xorbs[term.xorb]))[term.begin : term.end]
+            last, _, packed = pieces[-1]
+            chosen = {"start": term.begin, "end": term.end}
+            in_bytes = {"start": pieces[0][0], "end": last + 8 + len(packed) - 1}
+            where = {"range": chosen, "url": f"{url}/xorb/{term.xorb}", "url_range": in_bytes}
+            fetched.setdefault(term.xorb, []).append(where)
+        terms = [
+            {
+                "hash": term.xorb,
+                "unpacked_length": term.num_bytes,
+                "range": {"start": term.begin, "end": term.end},
+            }
+            for term in self.files[name]
+        ]
+        return {"offset_into_first_range": 0, "terms": terms, "fetch_info": fetched}
+
+
+def text(digest: bytes) -> str:
+    """Return a hash as Xet writes it: four numbers of eight bytes, the lowest byte first."""
+    return "".join(f"{number:016x}" for number in struct.unpack("<4Q", digest))
+
+
+def chunks(xorb: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Yield where each chunk of a bundle begins, how it is compressed, and its bytes."""
+    place = 0
+    while place < len(xorb) and xorb[place : place + 7] != b"XETBLOB":
+        size, kind = int.from_bytes(xorb[place + 1 : place + 4], "little"), xorb[place + 4]
+        yield place, kind, xorb[place + 8 : place + 8 + size]
+        place += 8 + size
+
+
+def unpacked(kind: int, packed: bytes) -> bytes:
+    """Return a chunk's content."""
+    if kind not in {LZ4, GROUPED_LZ4}:
+        return packed
+    content = b"".join(_blocks(packed))
+    if kind == LZ4:
+        return content
+    whole = bytearray(len(content))
+    place = 0
+    for byte in range(4):  # first bytes of all numbers, then second ones, and so on
+        size = len(range(byte, len(content), 4))
+        whole[byte::4] = content[place : place + size]
+        place += size
+    return bytes(whole)
+
+
+def _blocks(frame: bytes) -> Iterator[bytes]:
+    """Yield the blocks of an LZ4 frame, each of which stands alone."""
+    assert frame[:4] == b"\x04\x22\x4d\x18"
+    flags = frame[4]
+    assert flags & 0x20, "blocks that look back into others"
+    place = 7 + (8 if flags & 0x08 else 0)
+    while size := int.from_bytes(frame[place : place + 4], "little"):
+        block = frame[place + 4 :][: size & 0x7FFFFFFF]
+        yield block if size >> 31 else _decompressed(block)
+        place += 4 + len(block) + (4 if flags & 0x10 else 0)
+
+
+def _decompressed(block: bytes) -> bytes:
+    out, place = bytearray(), 0
+
+    def length(count: int) -> int:
+        nonlocal place
+        while count >= 15 and place < len(block):
+            more = block[place]
+            place += 1
+            count += more
+            if more < 255:
+                break
+        return count
+
+    while place < len(block):
+        token = block[place]
+        place += 1
+        count = length(token >> 4)
+        out += block[place : place + count]
+        place += count
+        if place < len(block):
+            back = int.from_bytes(block[place : place + 2], "little")
+            place += 2
+            for _ in range(length(token & 15) + 4):
+                out.append(out[-back])
+    return bytes(out)
+
+
+def bytes_asked_for(header: str) -> slice:
+    """Return what a Range header asks for."""
+    found = re.fullmatch(r"bytes=(\d+)-(\d+)", header)
+    return slice(int(found[1]), int(found[2]) + 1) if found else slice(None)
