@@ -97,9 +97,7 @@ def conclude(
         examples_per_second=fitted.speed.examples_per_second,
         supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,
         train_seconds=fitted.seconds,
-        peak_memory_bytes=max(
-            fitted.peak_bytes, memory.peak_bytes(choose_device(config.device))
-        ),
+        peak_memory_bytes=max(fitted.peak_bytes, memory.peak_bytes(choose_device(config.device))),
         speed_up=fitted.speed_up,
         num_processes=launch.world_size(),
     )

@@ -55,6 +55,8 @@ and this share of the most that a step has there, and of what came during traini
 since that lies in between. Measured with glibc 2.36; docs/log.md has the figures."""
 
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+MAPPED_FRAGMENT_BYTES = 60_000_000
+"""What is held in pieces where arrays from a megabyte on are mapped, as measured."""
 
 ADDRESS_BYTES = 400_000_000
 """Addresses, not memory, that a run takes: glibc reserves 64 MiB for each of three threads, and
@@ -457,12 +459,13 @@ def keep_within(device: torch.device, limit: int) -> None:
         trim()
 
 
-def map_arrays() -> None:
-    """Have arrays of a megabyte or more mapped each on its own, so that none is held in pieces.
+def map_arrays(device: torch.device) -> None:
+    """Have a processor's arrays of a megabyte or more mapped each on its own, not in the heap.
 
-    That takes time: pages are mapped and cleared again and again. What the user has set stays.
+    Then no pieces of them are held once they are freed. That takes time, since their pages are
+    mapped and cleared again and again. What the user has set stays.
     """
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 

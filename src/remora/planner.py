@@ -298,19 +298,14 @@ class Planner:
     def components(self, size: int, checkpointing: bool, num_parts: int = 1) -> Components:
         """Return the memory at its peak, of one process; weights may be sharded in parts."""
         base, trainable, held = self._weights(num_parts)
-        gathered = gathered_in_training = 0
-        if num_parts > 1 and (sizes := self._sizes):
-            # What is in no layer is there all the time, and with a layer the next is gathered. Of
-            # what trains come the gradients and a copy of them to send.
-            gathered = gathered_in_training = sizes.rest + 2 * sizes.largest_layer
-            if self._settings.method == "full":
-                gathered_in_training = max(2 * sizes.rest + 4 * sizes.largest_layer, 3 * sizes.rest)
         step, scoring = self._count(size, checkpointing), self._scoring(size)
-        if num_parts > 1:
+        if num_parts > 1 and self._sizes:
+            # What is in no layer is there all the time, and with a layer the next is gathered.
+            gathered = self._sizes.rest + 2 * self._sizes.largest_layer
             step = dataclasses.replace(
                 step,
                 gradients=min(step.gradients, trainable),
-                workspace=step.workspace + gathered_in_training,
+                workspace=step.workspace + gathered,
             )
             scoring = dataclasses.replace(scoring, workspace=scoring.workspace + gathered)
         in_heap = min(trainable, self._trainable_in_heap)
@@ -333,7 +328,9 @@ class Planner:
         most = max(moments, key=lambda moment: moment.peak)
         fragments = 0
         has_best = len(self._dataset.validation) > 0
-        if self._hardware.type == "cpu":
+        if self._hardware.type == "cpu" and num_parts > 1:
+            fragments = memory.MAPPED_FRAGMENT_BYTES
+        elif self._hardware.type == "cpu":
             # AdamW's two moments and the best weights come during training, to stay.
             fragments = _fragments(moments, most.peak, lasting=(2 + has_best) * in_heap)
         elif self._hardware.type == "cuda":

@@ -358,6 +358,8 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(config.seed)
             where = torch.device("cpu") if planned.shard else device
+            if planned.shard:
+                memory.map_arrays(device)
             adapted, prompt, card, folder = prepare(config, dataset.labels, precision, where)
             parameters = lora.count_parameters(adapted)
             for line in introduce(config, dataset, prompt, adapted, parameters):
