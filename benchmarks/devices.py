@@ -2,8 +2,11 @@
 
 Each row of the table is a whole `remora train` on a processor, one thread to a process, so two
 processes have two cores where one has one. Efficiency is the speed-up over the processes; beside
-it stands what the run itself tells, an estimate from the time that each process computes. The model
-has the shape of Qwen2.5-0.5B with fewer layers and words, and random weights.
+it stands what the run itself tells, an estimate from the time that each process computes. The
+models have the shapes of `memory.py`, with fewer layers and words, and random weights.
+
+    python benchmarks/devices.py
+    python benchmarks/devices.py --shapes Qwen2 Llama "Gemma 3" --shard on
 """
 
 from __future__ import annotations
@@ -27,41 +30,52 @@ SETTINGS = ((1, "off"), (2, "off"), (2, "on"))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--shapes", nargs="+", default=["Qwen2"], choices=memory.SMALL)
+    parser.add_argument("--shard", choices=["on", "off"], help="only two such processes")
     options = parser.parse_args()
+    settings = [(2, options.shard)] if options.shard else SETTINGS
     runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         memory.write_rows(folder / "rows", memory.NUM_ROWS["cpu"])
-        memory.start(["--make", "cpu", "Qwen2", str(folder / "model")], show=False)
-        for method in ("lora", "full"):
-            for count, sharded in SETTINGS:
-                runs.append(train(folder, method, count, sharded, options.steps))
-                print(json.dumps(runs[-1]), file=sys.stderr)
-    alone = {run["method"]: run for run in runs if run["processes"] == 1}
+        for number, shape in enumerate(options.shapes):
+            base = folder / f"model-{number}"
+            memory.start(["--make", "cpu", shape, str(base)], show=False)
+            for method in ("lora", "full"):
+                for count, sharded in settings:
+                    run = train(folder, base, method, count, sharded, options.steps)
+                    runs.append({"shape": shape, **run})
+                    print(json.dumps(runs[-1]), file=sys.stderr)
+    alone = {(run["shape"], run["method"]): run for run in runs if run["processes"] == 1}
     rows = []
     for run in runs:
-        speed_up = run["examples_per_second"] / alone[run["method"]]["examples_per_second"]
+        one = alone.get((run["shape"], run["method"]))
+        speed_up = run["examples_per_second"] / one["examples_per_second"] if one else None
         rows.append(
             [
-                *(str(run[key]) for key in ("method", "processes", "shard")),
+                *(str(run[key]) for key in ("shape", "method", "processes", "shard")),
                 f"{run['examples_per_second']:.1f}",
-                f"{speed_up:.2f}",
-                f"{speed_up / run['processes']:.0%}",
+                "" if speed_up is None else f"{speed_up:.2f}",
+                "" if speed_up is None else f"{speed_up / run['processes']:.0%}",
                 "" if run["told"] is None else f"{run['told'] / run['processes']:.0%}",
                 f"{run['planned_bytes'] / 1e6:.0f} MB",
                 f"{run['measured_bytes'] / 1e6:.0f} MB",
+                f"{run['planned_bytes'] / run['measured_bytes']:.2f}",
             ]
         )
-    header = ["method", "processes", "sharded", "examples/s", "speed-up", "efficiency", "as told"]
-    workload.print_table([*header, "planned", "measured"], rows)
-    workload.write("devices", {"steps": options.steps, "runs": runs})
+    header = ["shape", "method", "processes", "sharded", "examples/s", "speed-up", "efficiency"]
+    workload.print_table([*header, "as told", "planned", "measured", "ratio"], rows)
+    if not options.shard:
+        workload.write("devices", {"steps": options.steps, "runs": runs})
 
 
-def train(folder: Path, method: str, count: int, sharded: str, steps: int) -> dict[str, Any]:
-    """Train once; return the speed, and the memory of the first process as planned and measured."""
-    name = f"{method}-{count}-{sharded}"
+def train(
+    folder: Path, base: Path, method: str, count: int, sharded: str, steps: int
+) -> dict[str, Any]:
+    """Train once; return the speed, and the largest process's memory as planned and measured."""
+    name = f"{base.name}-{method}-{count}-{sharded}"
     settings = {
-        "--model": str(folder / "model"),
+        "--model": str(base),
         "--output": str(folder / "runs"),
         "--name": name,
         "--method": method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -76,6 +77,38 @@ def test_arrays_that_glibc_maps_leave_no_fragments() -> None:
     assert counted.heap <= counted.peak - counted.logits
     assert counted.mapped >= counted.logits
     assert counted.heap + counted.mapped >= counted.peak  # each at its own moment
+
+
+MAPPED = """
+import ctypes
+import torch
+from remora import memory
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "chunks", "fast", "mapped", "bytes")]
+    _fields_ += [(f"other{i}", ctypes.c_size_t) for i in range(5)]
+
+def mapped():
+    libc.mallinfo2.restype = Info
+    return libc.mallinfo2().mapped
+
+libc = ctypes.CDLL(None)
+torch.empty(30 << 20, dtype=torch.uint8)  # glibc takes its size for the least to be mapped
+before, kept = mapped(), [torch.empty(2 << 20, dtype=torch.uint8)]
+assert mapped() == before
+memory.map_arrays(torch.device("cpu"))
+kept.append(torch.empty(2 << 20, dtype=torch.uint8))
+assert mapped() == before + 1
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="needs glibc 2.33",
+)
+def test_arrays_can_be_mapped_one_by_one() -> None:
+    own = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    subprocess.run([sys.executable, "-c", MAPPED], env=own, check=True, timeout=60)
 
 
 @pytest.mark.parametrize(("device", "looks"), [("cpu", True), ("mps", True), ("cuda", False)])

@@ -289,6 +289,8 @@ def test_all_weights_that_train_are_sharded_over_the_devices(settings: dict[str,
         assert getattr(four.memory, name) == -(-getattr(alone.memory, name) // 4)
     assert four.memory.workspace > alone.memory.workspace
     assert planned(settings, method="full", devices=4, shard="off").memory == alone.memory
+    here = planned(settings | {"device": "cpu"}, method="full", devices=4)
+    assert here.memory.fragments == memory.MAPPED_FRAGMENT_BYTES
 
 
 def test_a_base_is_sharded_only_where_it_does_not_fit(
