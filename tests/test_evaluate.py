@@ -84,6 +84,16 @@ def test_a_large_table_is_sampled_and_says_so() -> None:
     assert found.predictions == ["r", "b"]
 
 
+def test_a_baseline_that_would_not_fit_takes_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "MIN_BASELINE_ROWS", 10)
+    texts = ["red red red red red" if i % 2 else "blue blue blue blue" for i in range(400)]
+    labels = ["r" if i % 2 else "b" for i in range(400)]
+    for room, expected in ((10**9, 400), (evaluate.BYTES_PER_CHARACTER * 19 * 50, 50), (0, 10)):
+        found = baseline(texts, labels, ["red"], ["r"], ["b", "r"], max_bytes=room)
+        assert found.num_train_rows == expected
+        assert found.predictions == ["r"]
+
+
 def test_the_sample_keeps_the_shares_of_the_labels() -> None:
     labels = ["rare", *["common"] * 19] * 100  # 5 % and 95 %
     rows = evaluate._stratified_rows(labels, 200, seed=0)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from remora import calibration, evaluate, launch, lora, memory, report, run, store
 from remora.calibration import Reliability, Scored
 from remora.config import TrainConfig
@@ -71,6 +73,7 @@ def conclude(
     """Measure against the baseline and write down what was found."""
     probabilities = scores[measured_on].probabilities
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
+    free = memory.free_bytes(torch.device("cpu"))
     baseline = evaluate.baseline(
         dataset.train.texts,
         dataset.train.labels,
@@ -78,6 +81,7 @@ def conclude(
         held_out.labels,
         dataset.labels,
         seed=config.seed,
+        max_bytes=None if free is None else free // 2,
     )
     result = TrainResult(
         directory=directory,

@@ -105,6 +105,7 @@ class Scorer:
         max_tokens: int = 2048,
         tolerance: float = 1e-2,
         autocast: torch.dtype | None = None,
+        limit_bytes: int | None = None,
     ) -> None:
         """Prepare the trie of labels; the prefix is computed with the first batch.
 
@@ -115,12 +116,15 @@ class Scorer:
             tolerance: Most probability that the labels not looked at may hold together. 0 looks at
                 every label; 1 stops as soon as the likeliest label is certain.
             autocast: 16-bit arithmetic to compute in.
+            limit_bytes: Of the process on a processor; what it holds above and has freed is given
+                back.
         """
         self.model = model
         self.prompt = prompt
         self.max_tokens = max_tokens
         self.tolerance = tolerance
         self.autocast = autocast
+        self.limit_bytes = limit_bytes
         self._root = _trie(prompt.answers)
         self._most_kept = memory.most_kept(tree.text_config(model).vocab_size)
         self._prefix: tuple[tuple[int, ...], _PackedRow] | None = None
@@ -204,12 +208,18 @@ class Scorer:
             (search, [self._root], 0.0, [end]) for search, end in zip(searches, ends, strict=True)
         ]
         _look_below(chains, logits)
-        self._descend(row, searches)
+        waiting: list[tuple[_PackedRow, Sequence[_Search]]] = [(row, searches)]
+        del row
+        self._descend(waiting)
         return searches
 
-    def _descend(self, row: _PackedRow, searches: Sequence[_Search]) -> None:
-        """Carry searches on, a forward pass or few a round, until all are good enough."""
-        while True:
+    def _descend(self, waiting: list[tuple[_PackedRow, Sequence[_Search]]]) -> None:
+        """Carry searches on, a forward pass or few a round, until all are good enough.
+
+        Each row is taken off the list before it is parted, so that it is freed and its parts stay.
+        """
+        while waiting:
+            row, searches = waiting.pop()
             chosen = [
                 (search, opened, _chain(opened.node))
                 for search in searches
@@ -220,13 +230,12 @@ class Scorer:
                 # Messages do not see each other: part them, so that no row grows too long.
                 for search, opened, _ in chosen:
                     search.frontier.append(opened)
-                for part in (searches[::2], searches[1::2]):
-                    self._descend(row.keep_only(part), part)
-                return
-            if not chosen:
-                return
-            for paths in self._passes(chosen):
-                self._extend(row, paths)
+                halves = (searches[1::2], searches[::2])
+                waiting += [(row.keep_only(half), half) for half in halves]
+            elif chosen:
+                for paths in self._passes(chosen):
+                    self._extend(row, paths)
+                waiting.append((row, searches))
 
     def _passes(self, chosen: Sequence[_Chosen]) -> Iterator[list[_Chosen]]:
         """Part the paths to compute so that no pass has too many logits."""
@@ -243,6 +252,8 @@ class Scorer:
 
     def _extend(self, row: _PackedRow, chosen: Sequence[_Chosen]) -> None:
         """Compute paths below open nodes, in one pass."""
+        if self.limit_bytes is not None:
+            memory.keep_within(next(self.model.parameters()).device, self.limit_bytes)
         new: list[tuple[int, int]] = []
         chains = []
         for search, opened, nodes in chosen:

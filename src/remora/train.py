@@ -155,7 +155,11 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             due = progress.step % eval_steps == 0 or progress.step == num_steps
             if due and progress.evaluated < progress.step and len(dataset.validation):
                 scorer = Scorer(
-                    adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
+                    adapted,
+                    prompt,
+                    max_tokens=config.max_tokens,
+                    autocast=precision.autocast,
+                    limit_bytes=heaviest.limit_bytes if heaviest else None,
                 )
                 accuracy, log_loss = _validate(scorer, dataset.validation, reporter, stop, ranks)
                 better = math.isfinite(log_loss) and (
@@ -422,7 +426,11 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
             if ranks.is_first:
                 tell_peak(directory, planned, most, reporter)
             scorer = Scorer(
-                adapted, prompt, max_tokens=config.max_tokens, autocast=precision.autocast
+                adapted,
+                prompt,
+                max_tokens=config.max_tokens,
+                autocast=precision.autocast,
+                limit_bytes=heaviest.limit_bytes,
             )
             scores = {
                 name: score.score_rows(scorer, table, name, reporter, stop, ranks)
