@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+import workload
 from remora import evaluate, results, train
 from remora.config import TrainConfig
-from workload import RESULTS, SHARED
 
-RATES = {"full": (5e-4, 1e-3, 2e-3), "lora": (2e-3, 4e-3, 8e-3), "qlora": (2e-3, 4e-3, 8e-3)}
+RATES = {
+    "full": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "lora": (2e-3, 4e-3, 8e-3),
+    "qlora": (2e-3, 4e-3, 8e-3),
+}
 PAIRS = (("full", "lora"), ("lora", "qlora"))
 
 
@@ -67,8 +71,7 @@ def main() -> None:
     for entry in found.values():
         entry["directory"] = str(entry["directory"])
     if not options.rates and set(options.methods) == set(RATES):
-        path = RESULTS / "methods.json"
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        workload.write("methods", found)
 
 
 def run(model: str, method: Any, rate: float, seed: int, output: Path) -> Path:
@@ -76,7 +79,7 @@ def run(model: str, method: Any, rate: float, seed: int, output: Path) -> Path:
     directory = output / f"{Path(model).name}-{method}-{rate:g}-{seed}"
     if not (directory / "evaluation.json").is_file():
         config = TrainConfig(
-            str(SHARED / "data" / "banking77"),
+            str(workload.SHARED / "data" / "banking77"),
             model=model,
             method=method,
             learning_rate=rate,
