@@ -13,6 +13,7 @@ rows, with what `generate()` writes on some.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -138,17 +139,28 @@ def scoring(model: Any, prompt: Any, tolerance: float) -> Any:
     return lambda texts: scorer.probabilities(texts).argmax(1)
 
 
-def generating(model: Any, prompt: Any, size: int) -> Any:
-    """Generate in batches, sorted by length, padded on the left, as one would by hand."""
+def generating(model: Any, prompt: Any, size: int, *, keep_prefix: bool = False) -> Any:
+    """Generate in batches, sorted by length, padded on the left, as one would by hand.
+
+    With `keep_prefix` what all prompts begin with is computed once, and its cache copied for each
+    batch; padding then stands behind it.
+    """
     import torch
+    from transformers import DynamicCache
 
     longest = max(map(len, prompt.answers))
     end = prompt.answers[0][-1]
     by_tokens = {answer: prompt.labels[i] for i, answer in enumerate(prompt.answers)}
+    prefix = list(prompt.prefix) if keep_prefix else []
+    kept = DynamicCache()
+    if prefix:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([prefix]), past_key_values=kept, use_cache=True)
 
     @torch.inference_mode()
     def run(texts: list[str]) -> list[str | None]:
         stems = prompt.stems(texts)
+        assert all(list(stem[: len(prefix)]) == prefix for stem in stems)
         order = sorted(range(len(stems)), key=lambda i: len(stems[i]))
         found: list[str | None] = [None] * len(stems)
         for start in range(0, len(order), size):
@@ -157,8 +169,14 @@ def generating(model: Any, prompt: Any, size: int) -> Any:
             ids = torch.full((len(chosen), width), end)
             attention = torch.zeros_like(ids)
             for row, i in enumerate(chosen):
-                ids[row, width - len(stems[i]) :] = torch.tensor(stems[i])
-                attention[row, width - len(stems[i]) :] = 1
+                rest = stems[i][len(prefix) :]
+                ids[row, width - len(rest) :] = torch.tensor(rest)
+                attention[row, width - len(rest) :] = 1
+            more = {}
+            if prefix:
+                ids[:, : len(prefix)], attention[:, : len(prefix)] = torch.tensor(prefix), 1
+                more["past_key_values"] = copy.deepcopy(kept)
+                more["past_key_values"].batch_repeat_interleave(len(chosen))
             written = model.generate(
                 input_ids=ids,
                 attention_mask=attention,
@@ -167,6 +185,7 @@ def generating(model: Any, prompt: Any, size: int) -> Any:
                 num_beams=1,
                 eos_token_id=end,
                 pad_token_id=end,
+                **more,
             )[:, width:].tolist()
             for i, tokens in zip(chosen, written, strict=True):
                 answer = tokens[: tokens.index(end) + 1] if end in tokens else tokens

@@ -1,6 +1,6 @@
 """Requests per second and latency of `remora serve`, against generate() behind the same framework.
 
-The base model in the package with an adapter trained on Banking77, float32. Five services answer
+The base model in the package with an adapter trained on Banking77, float32. Six services answer
 the same requests of one message each, from clients that send the next as soon as they are answered:
 
 - `remora serve`, with probabilities to 0.01;
@@ -8,7 +8,8 @@ the same requests of one message each, from clients that send the next as soon a
 - the same of base and adapter merged into one model;
 - FastAPI and uvicorn around `model.generate()` of the merged model, one request at a time, the text
   matched to a label;
-- the same, but what waits is generated together, padded, up to 64 at a time.
+- the same, but what waits is generated together, padded, up to 64 at a time;
+- that with the cache of what all prompts begin with, computed once and copied for each batch.
 
 Each service is a process of its own, the clients are in this one.
 
@@ -40,7 +41,7 @@ import scoring
 import workload
 
 OURS = ("remora", "remora, tolerance 1", "remora, tolerance 1, merged")
-ARMS = (*OURS, "generate, one at a time", "generate, batched")
+ARMS = (*OURS, "generate, one at a time", "generate, batched", "generate, prefix kept")
 LARGEST_BATCH = 64
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
-        generate(options.folder, options.port, batched=options.arm == ARMS[-1])
+        generate(options.folder, options.port, options.arm)
         return
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -180,7 +181,7 @@ async def load(
     return time.perf_counter() - began, seconds, labels
 
 
-def generate(merged: Path, port: int, *, batched: bool) -> None:
+def generate(merged: Path, port: int, arm: str) -> None:
     """Serve generate() in the ordinary way: a thread takes what waits, and writes labels."""
     import torch
     import uvicorn
@@ -191,7 +192,8 @@ def generate(merged: Path, port: int, *, batched: bool) -> None:
     model, prompt, _ = store.load_adapter(
         merged, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
-    write = scoring.generating(model, prompt, LARGEST_BATCH)
+    batched = arm != ARMS[3]
+    write = scoring.generating(model, prompt, LARGEST_BATCH, keep_prefix=arm == ARMS[5])
     waiting: queue.Queue[tuple[str, Future[str | None]]] = queue.Queue()
 
     def work() -> None:
