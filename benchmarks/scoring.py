@@ -2,7 +2,7 @@
 
 The base model in the package with an adapter trained on Banking77, for a short while or as a run
 given, float32. `generate()` runs greedily with its key-value cache, one message at a time and in
-batches sorted by length. Best-first search is compared with looking at every label on all test
+batches sorted by length, also with the cache of what all prompts begin with. Best-first search is compared with looking at every label on all test
 rows, with what `generate()` writes on some.
 
     python benchmarks/scoring.py
@@ -35,12 +35,14 @@ def main() -> None:
     rows = []
 
     few = texts[:: max(1, len(texts) // options.generate_rows)][: options.generate_rows]
-    for size in (1, 32, 128):
-        told(f"generate(), batches of {size}")
+    for size, keep_prefix in ((1, False), (32, False), (128, False), (32, True), (128, True)):
+        way = "generate(), prefix kept" if keep_prefix else "generate()"
+        told(f"{way}, batches of {size}")
         some = few[: len(few) // 4] if size == 1 else few
-        seconds, found = timed(generating(adapted, prompt, size), some)
-        results[f"generate, batch {size}"] = len(some) / seconds
-        rows.append(["generate() + string match", str(size), f"{len(some) / seconds:.1f}"])
+        run = generating(adapted, prompt, size, keep_prefix=keep_prefix)
+        seconds, found = timed(run, some)
+        results[f"{way}, batch {size}"] = len(some) / seconds
+        rows.append([way, str(size), f"{len(some) / seconds:.1f}"])
     answers = {}
     for tolerance, name in ((1.0, "argmax"), (1e-2, "best-first, to 0.01"), (0.0, "every label")):
         told(f"Remora, {name}")
@@ -53,12 +55,16 @@ def main() -> None:
         a == prompt.labels[answers[0.0][places[t]]] for a, t in zip(found, few, strict=True)
     )
     workload.print_table(["way", "batch", "rows/s"], rows)
-    one = results["generate, batch 1"]
-    best = max(v for k, v in results.items() if k.startswith("generate"))
+    one = results["generate(), batch 1"]
+    ordinary, kept = (
+        max(v for k, v in results.items() if k.startswith(way))
+        for way in ("generate(), batch", "generate(), prefix kept")
+    )
     for name in ("argmax", "best-first, to 0.01"):
         print(
             f"\n{name} is {results[name] / one:.1f} times generate() one message at a time, "
-            f"{results[name] / best:.1f} times at its best batch"
+            f"{results[name] / ordinary:.1f} times at its best batch, "
+            f"{results[name] / kept:.1f} times with the prefix kept"
         )
     print(
         f"argmax as by looking at every label: {same[1]} of {len(texts)} rows "
