@@ -2,8 +2,8 @@
 
 The base model in the package with an adapter trained on Banking77, for a short while or as a run
 given, float32. `generate()` runs greedily with its key-value cache, one message at a time and in
-batches sorted by length, also with the cache of what all prompts begin with. Best-first search is compared with looking at every label on all test
-rows, with what `generate()` writes on some.
+batches sorted by length, also with the cache of what all prompts begin with. Best-first search is
+compared with looking at every label on all test rows, with what `generate()` writes on some.
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --list-labels
