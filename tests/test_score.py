@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 from conftest import ARCHITECTURES, tiny_model
-from remora import memory
+from remora import memory, score
 from remora.prompt import Prompt
 from remora.score import Scorer
 
@@ -123,3 +125,36 @@ def test_the_model_keeps_its_mode(tokenizer):
     prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)
     Scorer(model, prompt).probabilities(["a"])
     assert model.training
+
+
+def test_a_row_that_was_parted_is_freed(tokenizer, monkeypatch):
+    model = tiny_model("qwen2", torch.float32, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)
+    messages = [f"{message} {i}" for i in range(8) for message in MESSAGES]
+    parted, alive = [], []
+    keep_only, extend = score._PackedRow.keep_only, score._PackedRow.extend
+
+    def keeping(row, searches):
+        if not parted or parted[-1]() is not row:
+            parted.append(weakref.ref(row))
+        return keep_only(row, searches)
+
+    def extending(row, *arguments):
+        alive.append(sum(ref() is not None for ref in parted))
+        return extend(row, *arguments)
+
+    monkeypatch.setattr(score._PackedRow, "keep_only", keeping)
+    monkeypatch.setattr(score._PackedRow, "extend", extending)
+    Scorer(model, prompt, tolerance=0, max_tokens=150).probabilities(messages)
+    assert len(parted) > 3
+    assert max(alive) == 0
+
+
+def test_what_is_freed_above_the_limit_is_given_back(tokenizer, monkeypatch):
+    model = tiny_model("qwen2", torch.float32, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)
+    trimmed = []
+    monkeypatch.setattr(memory, "trim", lambda: trimmed.append(1))
+    for limit, gives in ((None, False), (1 << 60, False), (1, True)):
+        Scorer(model, prompt, tolerance=0, limit_bytes=limit).probabilities(MESSAGES)
+        assert bool(trimmed) is gives
