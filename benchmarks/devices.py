@@ -65,8 +65,8 @@ def main() -> None:
         )
     header = ["shape", "method", "processes", "sharded", "examples/s", "speed-up", "efficiency"]
     workload.print_table([*header, "as told", "planned", "measured", "ratio"], rows)
-    if not options.shard:
-        workload.write("devices", {"steps": options.steps, "runs": runs})
+    name = f"devices-shard-{options.shard}" if options.shard else "devices"
+    workload.write(name, {"steps": options.steps, "runs": runs})
 
 
 def train(

@@ -41,7 +41,8 @@ import scoring
 import workload
 
 OURS = ("remora", "remora, tolerance 1", "remora, tolerance 1, merged")
-ARMS = (*OURS, "generate, one at a time", "generate, batched", "generate, prefix kept")
+THEIRS = ("generate, one at a time", "generate, batched", "generate, prefix kept")
+ARMS = (*OURS, *THEIRS)
 LARGEST_BATCH = 64
 
 
@@ -192,8 +193,9 @@ def generate(merged: Path, port: int, arm: str) -> None:
     model, prompt, _ = store.load_adapter(
         merged, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
-    batched = arm != ARMS[3]
-    write = scoring.generating(model, prompt, LARGEST_BATCH, keep_prefix=arm == ARMS[5])
+    one_at_a_time, _, prefix_kept = THEIRS
+    batched = arm != one_at_a_time
+    write = scoring.generating(model, prompt, LARGEST_BATCH, keep_prefix=arm == prefix_kept)
     waiting: queue.Queue[tuple[str, Future[str | None]]] = queue.Queue()
 
     def work() -> None:

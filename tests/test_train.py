@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -302,6 +303,39 @@ def test_the_plan_is_kept_beside_what_was_measured(finished) -> None:
     assert kept["peak_bytes"] == sum(kept["memory"].values())
     assert kept["measured_peak_bytes"] > 0
     assert "memory at the peak of training: " in done.stderr
+
+
+def test_scoring_keeps_to_what_was_planned(config: TrainConfig, monkeypatch) -> None:
+    plan_run = train.plan_run
+    made = []
+
+    def plan_smaller(*arguments, **settings):
+        planned, heaviest = plan_run(*arguments, **settings)
+        return replace(planned, micro_batch_tokens=70), heaviest
+
+    class Noted(train.Scorer):
+        def __init__(self, *arguments, **settings) -> None:
+            made.append(settings)
+            super().__init__(*arguments, **settings)
+
+    monkeypatch.setattr(train, "plan_run", plan_smaller)
+    monkeypatch.setattr(train, "Scorer", Noted)
+    train.train(replace(config, epochs=1))
+    assert len(made) >= 2  # for validation and for the test rows
+    assert {settings["max_tokens"] for settings in made} == {70}
+    assert all(settings["limit_bytes"] > 0 for settings in made)
+
+
+def test_the_peak_that_is_told_is_that_of_any_process(config: TrainConfig, monkeypatch) -> None:
+    class OfTwo(Ranks):
+        def gather(self, value):
+            told = super().gather(value)
+            return [*told, told[0] + 10**12] if isinstance(value, int) and value > 10**7 else told
+
+    monkeypatch.setattr(train, "join", lambda: contextlib.nullcontext(OfTwo()))
+    result = train.train(replace(config, epochs=1))
+    planned = json.loads((result.directory / "plan.json").read_text())
+    assert result.peak_memory_bytes == planned["measured_peak_bytes"] > 10**12
 
 
 def test_the_loss_of_the_first_step_is_the_stock_loss(config: TrainConfig, base: Path) -> None:

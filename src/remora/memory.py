@@ -465,7 +465,10 @@ def map_arrays(device: torch.device) -> None:
     Then no pieces of them are held once they are freed. That takes time, since their pages are
     mapped and cleared again and again. What the user has set stays.
     """
-    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    set_by_user = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
+    if device.type == "cpu" and not set_by_user:
         with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 

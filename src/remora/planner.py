@@ -301,11 +301,16 @@ class Planner:
         step, scoring = self._count(size, checkpointing), self._scoring(size)
         if num_parts > 1 and self._sizes:
             # What is in no layer is there all the time, and with a layer the next is gathered.
-            gathered = self._sizes.rest + 2 * self._sizes.largest_layer
+            rest, layer = self._sizes.rest, self._sizes.largest_layer
+            gathered = in_training = rest + 2 * layer
+            if self._settings.method == "full" and self._hardware.type != "cpu":
+                # With gradients that wait to be sent, and their copies; measured on a processor
+                # only, which needs less.
+                in_training = max(2 * rest + 4 * layer, 3 * rest)
             step = dataclasses.replace(
                 step,
                 gradients=min(step.gradients, trainable),
-                workspace=step.workspace + gathered,
+                workspace=step.workspace + in_training,
             )
             scoring = dataclasses.replace(scoring, workspace=scoring.workspace + gathered)
         in_heap = min(trainable, self._trainable_in_heap)
@@ -392,7 +397,7 @@ class Planner:
         return Heaviest(
             rows=rows,
             bytes_per_token=(step.saved + step.logits + step.workspace) / largest,
-            limit_bytes=made.peak_bytes - memory.FRAGMENT_BYTES // 2,
+            limit_bytes=made.peak_bytes - min(memory.FRAGMENT_BYTES, made.memory.fragments) // 2,
             run_tokens=made.tree_tokens * self._examples,
         )
 

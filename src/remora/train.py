@@ -428,7 +428,7 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
             scorer = Scorer(
                 adapted,
                 prompt,
-                max_tokens=config.max_tokens,
+                max_tokens=planned.micro_batch_tokens,
                 autocast=precision.autocast,
                 limit_bytes=heaviest.limit_bytes,
             )
