@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow
+
 ENTRY = 48  # bytes of each entry of a shard, and of its header
 END = b"\xff" * 32
 HAS_VERIFICATION, HAS_SHA256 = 1 << 31, 1 << 30
@@ -63,7 +65,7 @@ class Storage:
     def content(self, term: Term) -> bytes:
         """Return the bytes of a file's part."""
         pieces = list(chunks(self.xorbs[term.xorb]))[term.begin : term.end]
-        content = b"".join(unpacked(kind, packed) for _, kind, packed in pieces)
+        content = b"".join(piece for _, _, piece in pieces)
         assert len(content) == term.num_bytes
         return content
 
@@ -72,9 +74,8 @@ class Storage:
         fetched: dict[str, Any] = {}
         for term in self.files[name]:
             pieces = list(chunks(self.xorbs[term.xorb]))[term.begin : term.end]
-            last, _, packed = pieces[-1]
             chosen = {"start": term.begin, "end": term.end}
-            in_bytes = {"start": pieces[0][0], "end": last + 8 + len(packed) - 1}
+            in_bytes = {"start": pieces[0][0], "end": pieces[-1][1] - 1}
             where = {"range": chosen, "url": f"{url}/xorb/{term.xorb}", "url_range": in_bytes}
             fetched.setdefault(term.xorb, []).append(where)
         terms = [
@@ -94,67 +95,29 @@ def text(digest: bytes) -> str:
 
 
 def chunks(xorb: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield where each chunk of a bundle begins, how it is compressed, and its bytes."""
+    """Yield where each chunk of a bundle begins, where it ends, and its content."""
     place = 0
     while place < len(xorb) and xorb[place : place + 7] != b"XETBLOB":
-        size, kind = int.from_bytes(xorb[place + 1 : place + 4], "little"), xorb[place + 4]
-        yield place, kind, xorb[place + 8 : place + 8 + size]
-        place += 8 + size
+        kind = xorb[place + 4]
+        packed, whole = (
+            int.from_bytes(xorb[place + at : place + at + 3], "little") for at in (1, 5)
+        )
+        end = place + 8 + packed
+        content = xorb[place + 8 : end]
+        if kind in {LZ4, GROUPED_LZ4}:
+            content = pyarrow.decompress(content, whole, codec="lz4", asbytes=True)
+        yield place, end, ungrouped(content) if kind == GROUPED_LZ4 else content
+        place = end
 
 
-def unpacked(kind: int, packed: bytes) -> bytes:
-    """Return a chunk's content."""
-    if kind not in {LZ4, GROUPED_LZ4}:
-        return packed
-    content = b"".join(_blocks(packed))
-    if kind == LZ4:
-        return content
-    whole = bytearray(len(content))
-    place = 0
-    for byte in range(4):  # first bytes of all numbers, then second ones, and so on
+def ungrouped(content: bytes) -> bytes:
+    """Return bytes that were stored as the first ones of all numbers, then the second ones..."""
+    numbers, place = bytearray(len(content)), 0
+    for byte in range(4):
         size = len(range(byte, len(content), 4))
-        whole[byte::4] = content[place : place + size]
+        numbers[byte::4] = content[place : place + size]
         place += size
-    return bytes(whole)
-
-
-def _blocks(frame: bytes) -> Iterator[bytes]:
-    """Yield the blocks of an LZ4 frame, each of which stands alone."""
-    assert frame[:4] == b"\x04\x22\x4d\x18"
-    flags = frame[4]
-    assert flags & 0x20, "blocks that look back into others"
-    place = 7 + (8 if flags & 0x08 else 0)
-    while size := int.from_bytes(frame[place : place + 4], "little"):
-        block = frame[place + 4 :][: size & 0x7FFFFFFF]
-        yield block if size >> 31 else _decompressed(block)
-        place += 4 + len(block) + (4 if flags & 0x10 else 0)
-
-
-def _decompressed(block: bytes) -> bytes:
-    out, place = bytearray(), 0
-
-    def length(count: int) -> int:
-        nonlocal place
-        while count >= 15 and place < len(block):
-            more = block[place]
-            place += 1
-            count += more
-            if more < 255:
-                break
-        return count
-
-    while place < len(block):
-        token = block[place]
-        place += 1
-        count = length(token >> 4)
-        out += block[place : place + count]
-        place += count
-        if place < len(block):
-            back = int.from_bytes(block[place : place + 2], "little")
-            place += 2
-            for _ in range(length(token & 15) + 4):
-                out.append(out[-back])
-    return bytes(out)
+    return bytes(numbers)
 
 
 def bytes_asked_for(header: str) -> slice:
