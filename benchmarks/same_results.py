@@ -27,8 +27,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-SAMPLE = ["sample:support", "--model", "nano", "--device", "cpu"]
-SHORT = ["--rows-per-class", "8", "--eval-steps", "5"]
+NUM_TRAIN, NUM_TEST = 200, 24
+"""Rows of the sample table that each run has: few, so that all of them take minutes."""
+
+ROWS = ["train.csv", "--test", "test.csv", "--model", "nano"]
+ROWS += ["--validation-fraction", "0.06"]
+SHORT = ["--eval-steps", "5"]
 TRAIN = {
     "lora": [*SHORT, "--max-steps", "12"],
     "variants": [*SHORT, "--max-steps", "6", "--use-dora", "--use-rslora", "--list-labels"],
@@ -49,10 +53,10 @@ READS = {
     "predict": ["predict", "runs/lora", "messages.txt", "--top-k", "3"],
     "predict_full": ["predict", "runs/full", "messages.txt"],
     "predict_qlora": ["predict", "runs/qlora", "messages.txt", "--json"],
-    "eval": ["eval", "runs/lora", "rows.csv", "--abstain-at-accuracy", "0.9", "--json"],
+    "eval": ["eval", "runs/lora", "test.csv", "--abstain-at-accuracy", "0.9", "--json"],
     "compare": ["compare", "runs/lora", "runs/full", "--json"],
-    "plan": ["plan", *SAMPLE, "--device", "t4", "--json"],
-    "plan_full": ["plan", *SAMPLE, "--device", "h100", "--method", "full", "--json"],
+    "plan": ["plan", *ROWS, "--device", "t4", "--json"],
+    "plan_full": ["plan", *ROWS, "--device", "h100", "--method", "full", "--json"],
     "diagnose": ["diagnose", "runs/lora", "--json"],
     "merge": ["export", "runs/lora", "--merge", "--json"],
     "compress": ["export", "runs/lora", "--compress", "--ratio", "20", "--json"],
@@ -101,8 +105,11 @@ class Tree:
         self.source, self.folder = source, folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "messages.txt").write_text("\n".join(MESSAGES) + "\n", encoding="utf-8")
-        sample = ROOT / "src" / "remora" / "samples" / "support" / "test.csv"
-        (self.folder / "rows.csv").write_bytes(sample.read_bytes())
+        for name, count in (("train.csv", NUM_TRAIN), ("test.csv", NUM_TEST)):
+            path = ROOT / "src" / "remora" / "samples" / "support" / name
+            header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            chosen = [header, *rows[:: len(rows) // count]]
+            (self.folder / name).write_text("".join(chosen), encoding="utf-8")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         environment = {
@@ -131,7 +138,7 @@ class Tree:
         kept = self.folder / f"{case}.json"
         if not kept.is_file():
             if case in TRAIN:
-                self.run("train", *SAMPLE, *TRAIN[case], "--name", case)
+                self.run("train", *ROWS, "--device", "cpu", *TRAIN[case], "--name", case)
                 found = read(self.folder / "runs" / case)
             else:
                 for needed in {"runs/lora", "runs/full", "runs/qlora"} & set(READS[case]):
@@ -158,7 +165,17 @@ def reads(base: Tree, head: Tree) -> bool:
 
 def resumes(base: Tree, head: Tree) -> bool:
     """Whether the working tree finishes a run that the revision began with the same bits."""
-    command = ["train", *SAMPLE, *TRAIN["lora"], "--checkpoint-minutes", "0", "--name", "begun"]
+    command = [
+        "train",
+        *ROWS,
+        "--device",
+        "cpu",
+        *TRAIN["lora"],
+        "--checkpoint-minutes",
+        "0",
+        "--name",
+        "begun",
+    ]
     command += ["--output", str(head.folder / "runs")]
     run = head.folder / "runs" / "begun"
     process = base.start(*command)
@@ -179,7 +196,7 @@ def resumes(base: Tree, head: Tree) -> bool:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return what the files of a folder say, without what varies: text as it is, weights' hashes."""
+    """Return what the files of a folder say: text without what varies, the hashes of weights."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -230,7 +247,9 @@ def first_difference(one: Any, other: Any, where: str) -> str | None:
         return None
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))
-        return next((d for i, (a, b) in pairs if (d := first_difference(a, b, f"{where}/{i}"))), None)
+        return next(
+            (d for i, (a, b) in pairs if (d := first_difference(a, b, f"{where}/{i}"))), None
+        )
     return None if one == other else f"{where} differs: {str(one)[:200]!r} and {str(other)[:200]!r}"
 
 
