@@ -162,7 +162,7 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
     from remora.config import DEFAULT_MICRO_BATCH_TOKENS
     from remora.models import fused_lora
     from remora.runtime.device import choose_precision
-    from remora.runtime.process_group import Ranks
+    from remora.runtime.process_group import ProcessGroup
     from remora.runtime.reporter import Reporter
     from remora.training.micro_batches import MicroBatches
     from remora.training.setup import accelerator_for
@@ -181,7 +181,7 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
         most = DEFAULT_MICRO_BATCH_TOKENS
         graphs = device.type == "cuda"
         micro_batches = MicroBatches(
-            model, most, accelerator, None, Ranks(), Reporter(), graphs=graphs
+            model, most, accelerator, None, ProcessGroup(), Reporter(), graphs=graphs
         )
         for batch in batches:
             began = time.perf_counter()

@@ -24,7 +24,7 @@ from remora.export import export
 from remora.models import adapter_card, quantize
 from remora.runtime import memory
 from remora.runtime.device import choose_precision
-from remora.runtime.process_group import Ranks
+from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.serving.predict import load_scorer
 from remora.training.micro_batches import MicroBatches
@@ -209,7 +209,7 @@ def test_graphs_give_the_bits_of_the_kernels_alone(precision: Any, method: Any) 
         texts, labels = rows.train.texts, rows.train.labels
         with accelerator_for(chosen, CUDA) as accelerator:
             batches = MicroBatches(
-                model, 500, accelerator, None, Ranks(), Reporter(), graphs=graphs
+                model, 500, accelerator, None, ProcessGroup(), Reporter(), graphs=graphs
             )
             if not graphs:  # the same, but nothing is ever recorded
                 batches._graphs = Graphs(model, accelerator, Reporter().say)

@@ -23,6 +23,7 @@ from remora.config import DiagnoseConfig, ReportConfig
 from remora.errors import ResourceError
 from remora.evaluation import confusion_matrix, report, run_files
 from remora.models import model_card
+from remora.training import finish
 
 LABELS = ["card arrival", "refund", "top up", "pin", "limit"]
 TRUE = [i % 5 for i in range(100)]
@@ -385,13 +386,13 @@ def test_a_report_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch) 
         raise RuntimeError("something\nunforeseen")
 
     monkeypatch.setattr(report, "page", fail)
-    report.conclude(run, told.append)
+    finish.write_pages(run, told.append)
     assert told == [
         "report.html is not written (something unforeseen); all else of the run is there"
     ]
     assert (run / "README.md").is_file()
     monkeypatch.undo()
     monkeypatch.setattr(model_card, "card", fail)
-    report.conclude(run, told.append)
+    finish.write_pages(run, told.append)
     assert told[1].startswith("README.md is not written (something unforeseen)")
     assert (run / "report.html").is_file()

@@ -26,7 +26,7 @@ from remora.config import TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
 from remora.runtime import launch
-from remora.runtime.process_group import BEAT_SECONDS, LOST_BEATS, Ranks
+from remora.runtime.process_group import BEAT_SECONDS, LOST_BEATS, ProcessGroup
 from remora.training import resume
 from remora.training.run import train
 
@@ -236,22 +236,22 @@ def test_an_error_of_one_is_told_once_and_ends_all(config: TrainConfig) -> None:
 
 
 def test_a_process_alone_sends_nothing() -> None:
-    ranks = Ranks()
-    assert ranks.is_first
-    assert ranks.total(2.5) == 2.5
-    assert ranks.any(True)
-    assert not ranks.any(False)
-    assert ranks.share({"a": 1}) == {"a": 1}
-    (array,) = ranks.gather_arrays(np.arange(3))
+    group = ProcessGroup()
+    assert group.is_first
+    assert group.total(2.5) == 2.5
+    assert group.any(True)
+    assert not group.any(False)
+    assert group.share({"a": 1}) == {"a": 1}
+    (array,) = group.gather_arrays(np.arange(3))
     assert array.tolist() == [0, 1, 2]
-    with pytest.raises(DataError, match="as it is"), ranks.together():
+    with pytest.raises(DataError, match="as it is"), group.together():
         raise DataError("as it is")
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 32])
 def test_parts_in_order_are_all_rows(count: int) -> None:
     rows = list(range(count))
-    parts = [Ranks(rank, 3).part(rows) for rank in range(3)]
+    parts = [ProcessGroup(rank, 3).part(rows) for rank in range(3)]
     assert [row for part in parts for row in part] == rows
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -26,7 +26,7 @@ from remora.models import lora
 from remora.planning import allocator, plan, planner
 from remora.runtime import launch, memory, sharding
 from remora.runtime.device import Precision
-from remora.runtime.process_group import Ranks, join
+from remora.runtime.process_group import ProcessGroup, join
 from remora.runtime.reporter import Reporter
 from remora.training.checkpoint import random_state
 from remora.training.micro_batches import MicroBatches
@@ -138,9 +138,9 @@ def in_two_processes() -> list[tuple[int, str]]:
 
 def check() -> None:
     try:
-        with join() as ranks:
+        with join() as group:
             for each in (check_steps, check_memory, check_passes, check_exhausted):
-                each(ranks)
+                each(group)
     except RemoraError as error:
         sys.stdout.write(str(error))
         launch.leave(error.exit_code)
@@ -149,36 +149,36 @@ def check() -> None:
 class Trained:
     """A small model whose weights are sharded, beside the same model whole."""
 
-    def __init__(self, ranks: Ranks, method: Any) -> None:
+    def __init__(self, group: ProcessGroup, method: Any) -> None:
         settings = TrainConfig("t.csv", model="m", method=method, dropout=0.0, rank=4)
         self.whole, self.sharded = (
             lora.adapt(tiny_model("qwen2", torch.float32, scale=2), settings) for _ in range(2)
         )
         self.sharded.load_state_dict(self.whole.state_dict())
-        sharding.apply(self.sharded, CPU, ranks)
+        sharding.apply(self.sharded, CPU, group)
         with torch.no_grad():  # as tree.check does before anything else
             self.sharded(input_ids=torch.zeros(1, 1, dtype=torch.int64))
         self.sharded.reset_iter_state()
-        self.ranks = ranks
+        self.group = group
 
-    def gradients(self, model: Any, rows: list[TokenSequence], ranks: Ranks) -> Any:
+    def gradients(self, model: Any, rows: list[TokenSequence], group: ProcessGroup) -> Any:
         """Return what trains with its gradients of a batch, the loss and the micro-batches."""
         precision = Precision(compute=torch.float32, base=torch.float32, reason="")
         with accelerator_for(precision, CPU) as accelerator:
             heaviest = plan.Heaviest(
                 rows=rows, bytes_per_token=1.0, limit_bytes=10**12, run_tokens=1
             )
-            batches = MicroBatches(model, 40, accelerator, heaviest, ranks, Reporter())
+            batches = MicroBatches(model, 40, accelerator, heaviest, group, Reporter())
             model.zero_grad()
             loss, _ = batches.add_gradients(rows)
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        ranks.sum_gradients([p for p in named.values() if not sharding.is_sharded(p)])
+        group.sum_gradients([p for p in named.values() if not sharding.is_sharded(p)])
         found = {n: sharding.whole(p.grad) for n, p in named.items()}
-        return found, ranks.total(loss), batches
+        return found, group.total(loss), batches
 
     def compare(self, rows: list[TokenSequence]) -> MicroBatches:
-        expected, loss, _ = self.gradients(self.whole, rows, Ranks())
-        found, sharded_loss, batches = self.gradients(self.sharded, rows, self.ranks)
+        expected, loss, _ = self.gradients(self.whole, rows, ProcessGroup())
+        found, sharded_loss, batches = self.gradients(self.sharded, rows, self.group)
         assert abs(loss - sharded_loss) < 1e-6
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
@@ -196,9 +196,9 @@ def some_rows(count: int) -> list[TokenSequence]:
     ]
 
 
-def check_steps(ranks: Ranks) -> None:
+def check_steps(group: ProcessGroup) -> None:
     for method in ("full", "lora"):
-        trained = Trained(ranks, method)
+        trained = Trained(group, method)
         held = [p for p in trained.sharded.parameters() if sharding.is_sharded(p)]
         own = sum(p.to_local().numel() for p in held)
         total = sum(p.numel() for p in held)
@@ -211,34 +211,34 @@ def check_steps(ranks: Ranks) -> None:
             trained.compare(some_rows(count))
 
 
-def check_memory(ranks: Ranks) -> None:
-    trained = Trained(ranks, "full")
+def check_memory(group: ProcessGroup) -> None:
+    trained = Trained(group, "full")
     asked = []
 
     def refuse(device: torch.device, needed: int) -> None:
         asked.append(needed)
-        if ranks.rank == 1 and needed > 20:
+        if group.rank == 1 and needed > 20:
             raise torch.OutOfMemoryError("not enough memory")
 
     memory.refuse_to_exhaust = refuse
     before = random_state(CPU)
-    batches = trained.gradients(trained.sharded, some_rows(9), ranks)[2]
+    batches = trained.gradients(trained.sharded, some_rows(9), group)[2]
     assert batches.max_tokens <= 26
     assert torch.equal(before[0], random_state(CPU)[0])
-    assert len(set(ranks.gather(batches.max_tokens))) == 1
+    assert len(set(group.gather(batches.max_tokens))) == 1
     memory.refuse_to_exhaust = lambda device, needed: None
     trained.compare(some_rows(9))
 
 
-def check_passes(ranks: Ranks) -> None:
+def check_passes(group: ProcessGroup) -> None:
     """Scoring: one process has nothing to compute, the other three passes."""
-    trained = Trained(ranks, "full")
+    trained = Trained(group, "full")
     ids = torch.arange(9)[None]
     trained.sharded.eval()
     with torch.inference_mode():
         expected = trained.whole.eval()(input_ids=ids).logits
-        with sharding.in_step(trained.sharded, ranks):
-            for _ in range(3 * ranks.rank):
+        with sharding.in_step(trained.sharded, group):
+            for _ in range(3 * group.rank):
                 found = trained.sharded(input_ids=ids).logits
                 assert torch.allclose(found, expected, atol=1e-5)
         with torch.no_grad():  # nothing that was gathered may be left from before
@@ -247,21 +247,21 @@ def check_passes(ranks: Ranks) -> None:
                     parameter.mul_(1.1)
         found = trained.sharded(input_ids=ids).logits
         assert torch.allclose(found, trained.whole(input_ids=ids).logits, atol=1e-5)
-    assert len(set(ranks.gather("in step"))) == 1
+    assert len(set(group.gather("in step"))) == 1
 
 
-def check_exhausted(ranks: Ranks) -> None:
-    trained = Trained(ranks, "full")
+def check_exhausted(group: ProcessGroup) -> None:
+    trained = Trained(group, "full")
 
     def failing(model: Any, packed: packing.TokenTree) -> torch.Tensor:
-        if ranks.rank == 1:
+        if group.rank == 1:
             raise torch.OutOfMemoryError("in the middle")
         return answer_logits(model, packed)
 
     from remora.training import micro_batches
 
     micro_batches.answer_logits = failing
-    trained.gradients(trained.sharded, some_rows(9), ranks)
+    trained.gradients(trained.sharded, some_rows(9), group)
 
 
 def test_steps_memory_and_passes_of_two_processes() -> None:

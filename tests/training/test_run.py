@@ -25,7 +25,7 @@ from remora.evaluation.predictions import PROBABILITIES, read_probabilities
 from remora.models import loading, saved
 from remora.runtime import memory, reporter
 from remora.runtime.device import choose_precision
-from remora.runtime.process_group import Ranks
+from remora.runtime.process_group import ProcessGroup
 from remora.runtime.stop import Stop
 from remora.training import finish, micro_batches, run, setup
 from remora.training.loop import _validate
@@ -189,7 +189,9 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     adapted, prompt, _ = saved.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = load_dataset(config.data, seed=config.seed)
     scorer = scoring.Scorer(adapted, prompt)
-    accuracy, log_loss = _validate(scorer, dataset.validation, reporter.Reporter(), Stop(), Ranks())
+    accuracy, log_loss = _validate(
+        scorer, dataset.validation, reporter.Reporter(), Stop(), ProcessGroup()
+    )
     assert (accuracy, log_loss) == pytest.approx((best.accuracy, best.log_loss), rel=1e-4)
 
 
@@ -335,7 +337,7 @@ def test_scoring_keeps_to_what_was_planned(config: TrainConfig, monkeypatch) -> 
 
 
 def test_the_peak_that_is_told_is_that_of_any_process(config: TrainConfig, monkeypatch) -> None:
-    class OfTwo(Ranks):
+    class OfTwo(ProcessGroup):
         def gather(self, value):
             told = super().gather(value)
             return [*told, told[0] + 10**12] if isinstance(value, int) and value > 10**7 else told

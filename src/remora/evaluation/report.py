@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,6 @@ from remora.evaluation.run_files import (
     setting_rows,
 )
 from remora.evaluation.significance import accuracy_verdict
-from remora.formatting import one_line
-from remora.models import model_card
 from remora.runtime import files
 
 MAX_CHARS = 1_500_000  # of all messages together
@@ -69,29 +66,10 @@ def write_report(config: ReportConfig) -> Path:
     return write(config.run, config.output)
 
 
-def conclude(directory: Path, say: Callable[[str], None]) -> None:
-    """Write README.md and report.html of a run that has just ended.
-
-    What cannot be written is told, not raised: the run is whole without it, and its figures are
-    still to be shown.
-    """
-    with _told("README.md", say):
-        model_card.write(directory)
-    refresh(directory, say)
-
-
 def refresh(directory: Path, say: Callable[[str], None]) -> None:
     """Write report.html again, since files that it shows have changed; tell why, if it cannot."""
-    with _told("report.html", say):
+    with files.optional("report.html", say):
         write(directory)
-
-
-@contextlib.contextmanager
-def _told(name: str, say: Callable[[str], None]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        say(f"{name} is not written ({one_line(error)}); all else of the run is there")
 
 
 def write(directory: Path, output: Path | None = None) -> Path:

@@ -1,12 +1,12 @@
 from .device import Hardware, Precision, choose_device, choose_precision
-from .process_group import Ranks
+from .process_group import ProcessGroup
 from .reporter import Reporter
 from .stop import Stop
 
 __all__ = [
     "Hardware",
     "Precision",
-    "Ranks",
+    "ProcessGroup",
     "Reporter",
     "Stop",
     "choose_device",

@@ -7,13 +7,14 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from remora.errors import ResourceError
+from remora.formatting import one_line
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -28,6 +29,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise ResourceError(
             f"cannot write to {path} ({reason}); free space, or choose another folder with --output"
         ) from error
+
+
+@contextlib.contextmanager
+def optional(name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Say why a file of a run cannot be written, and go on: the run is whole without it."""
+    try:
+        yield
+    except Exception as error:
+        say(f"{name} is not written ({one_line(error)}); all else of the run is there")
 
 
 def sync(path: Path) -> None:

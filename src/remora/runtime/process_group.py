@@ -37,7 +37,7 @@ They are counted, not timed: processes that all slept, with the machine or by Ct
 """
 
 
-class Ranks:
+class ProcessGroup:
     """The processes of a run. One alone is the first of one, and sends nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -180,7 +180,7 @@ def _is_of_a_peer(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def join() -> Iterator[Ranks]:
+def join() -> Iterator[ProcessGroup]:
     """Join the other processes of this run, if there are any; leave together at the end.
 
     Raises:
@@ -189,7 +189,7 @@ def join() -> Iterator[Ranks]:
     """
     size = world_size()
     if size == 1:
-        yield Ranks()
+        yield ProcessGroup()
         return
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
@@ -214,8 +214,8 @@ def join() -> Iterator[Ranks]:
             world_size=size,
             timeout=datetime.timedelta(days=1),  # who waits for a lost process learns it elsewhere
         )
-        ranks = Ranks(rank, size)
-        ranks.gather(rank)
+        group = ProcessGroup(rank, size)
+        group.gather(rank)
     except (RuntimeError, ValueError, KeyError) as error:
         raise PeerLostError(
             f"the {size} processes of this run did not find each other "
@@ -223,8 +223,8 @@ def join() -> Iterator[Ranks]:
         ) from error
     pulse.start()
     try:
-        yield ranks
-        ranks.gather(rank)  # so that nobody is taken for lost who is only ready before the others
+        yield group
+        group.gather(rank)  # so that nobody is taken for lost who is only ready before the others
     except RuntimeError as error:
         if isinstance(error, RemoraError) or not _is_of_a_peer(error):
             raise

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from remora.errors import ConfigError
-from remora.runtime.process_group import Ranks
+from remora.runtime.process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sizes:
     largest_layer: int
 
 
-def apply(model: Any, device: torch.device, ranks: Ranks) -> None:
+def apply(model: Any, device: torch.device, group: ProcessGroup) -> None:
     """Leave each process its part of the weights, on its device.
 
     An adapter's weights stay whole in each process, and so do their gradients. The model may lie
@@ -39,7 +39,7 @@ def apply(model: Any, device: torch.device, ranks: Ranks) -> None:
     Args:
         model: The same in each process: PEFT's, or a plain one of which every weight trains.
         device: Where to compute.
-        ranks: The processes.
+        group: The processes.
 
     Raises:
         ConfigError: If it is not known which of its parts are layers.
@@ -47,7 +47,7 @@ def apply(model: Any, device: torch.device, ranks: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh = init_device_mesh(device.type, (ranks.size,))
+    mesh = init_device_mesh(device.type, (group.size,))
     whole = _adapter(model)
     for part in [*layers(model), model]:
         # The root's weights are freed after a forward pass too: they may be changed before the next
@@ -124,17 +124,17 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
-def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+def gathered(tensors: Mapping[str, Tensor], group: ProcessGroup) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors whole, one at a time, in the first process's memory.
 
     All processes go through it together; the others get empty ones.
     """
     for name, tensor in tensors.items():
         found = whole(tensor.detach())
-        yield name, found.cpu() if ranks.is_first else found.new_empty(0, device="cpu")
+        yield name, found.cpu() if group.is_first else found.new_empty(0, device="cpu")
 
 
-def weights(model: nn.Module, ranks: Ranks) -> dict[str, Tensor] | None:
+def weights(model: nn.Module, group: ProcessGroup) -> dict[str, Tensor] | None:
     """Return all weights in the first process, by their names; None where none is sharded.
 
     Tied weights are one tensor there as here.
@@ -143,12 +143,12 @@ def weights(model: nn.Module, ranks: Ranks) -> dict[str, Tensor] | None:
         return None
     state = model.state_dict(keep_vars=True)
     once = {id(tensor): tensor for tensor in state.values()}
-    found = dict(gathered({str(key): tensor for key, tensor in once.items()}, ranks))
+    found = dict(gathered({str(key): tensor for key, tensor in once.items()}, group))
     return {name: found[str(id(tensor))] for name, tensor in state.items()}
 
 
 @contextlib.contextmanager
-def in_step(model: Any, ranks: Ranks) -> Iterator[None]:
+def in_step(model: Any, group: ProcessGroup) -> Iterator[None]:
     """Let processes compute a sharded model as often as each needs to, without gradients.
 
     Before each forward pass they tell each other that they compute. Who has left computes along,
@@ -160,7 +160,7 @@ def in_step(model: Any, ranks: Ranks) -> Iterator[None]:
         return
 
     def tell(*_: Any) -> None:
-        ranks.any(True)
+        group.any(True)
 
     hook = model.register_forward_pre_hook(tell, prepend=True)
     try:
@@ -170,7 +170,7 @@ def in_step(model: Any, ranks: Ranks) -> Iterator[None]:
     was_training = model.training
     model.eval()
     one = torch.zeros(1, 1, dtype=torch.int64, device=parameter.device)
-    while ranks.any(False):
+    while group.any(False):
         with torch.inference_mode():
             model(input_ids=one, use_cache=False)
     model.train(was_training)

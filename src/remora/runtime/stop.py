@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from remora.errors import Stopped
 
 if TYPE_CHECKING:  # a request may come before torch is imported
-    from remora.runtime.process_group import Ranks
+    from remora.runtime.process_group import ProcessGroup
 
 
 class _StopNow(BaseException):
@@ -27,11 +27,11 @@ class Stop:
         max_seconds: The time after which it is asked to; None for no limit.
 
     Attributes:
-        ranks: The processes that stop together once one of them was asked to, if there are several.
+        group: The processes that stop together once one of them was asked to, if there are several.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
-        self.ranks: Ranks | None = None
+        self.group: ProcessGroup | None = None
         self._reason: str | None = None
         self._deferred = False
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
@@ -73,7 +73,7 @@ class Stop:
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._reason = self._reason or "the time is up"
         asked = self._reason is not None
-        if self.ranks.any(asked) if self.ranks else asked:
+        if self.group.any(asked) if self.group else asked:
             raise self._stopped()
 
     def _stopped(self) -> Stopped:

@@ -25,7 +25,7 @@ from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.runtime import sharding
 from remora.runtime.files import disk_errors, sync
-from remora.runtime.process_group import Ranks
+from remora.runtime.process_group import ProcessGroup
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 SCHEMA = 2
@@ -52,21 +52,21 @@ class Checkpoint:
     state: Mapping[str, Any]  # as JSON holds it
 
 
-def save(folder: Path, checkpoint: Checkpoint, ranks: Ranks | None = None) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, group: ProcessGroup | None = None) -> Path:
     """Write a checkpoint and delete those before it; return where it is.
 
     Args:
         folder: The folder of all checkpoints of the run.
         checkpoint: What to save.
-        ranks: The processes, which call this together. The first one writes; of sharded tensors
+        group: The processes, which call this together. The first one writes; of sharded tensors
             it gets one at a time.
 
     Raises:
         ResourceError: If the disk fails. The checkpoint before is still there then.
     """
     final, temporary = folder / checkpoint.name, folder / f"{checkpoint.name}.tmp"
-    tensors = sharding.gathered(_in_file_order(checkpoint.tensors), ranks or Ranks())
-    if ranks and not ranks.is_first:
+    tensors = sharding.gathered(_in_file_order(checkpoint.tensors), group or ProcessGroup())
+    if group and not group.is_first:
         for _ in tensors:
             pass
         return final
@@ -205,7 +205,7 @@ def capture(
     scheduler: Any,
     scaler: Any,
     device: torch.device,
-    ranks: Ranks,
+    group: ProcessGroup,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the state that a loop needs to go on as if nothing had happened.
 
@@ -220,7 +220,7 @@ def capture(
         for key, value in entries.items():
             tensors[f"optimizer/{index}/{key}"] = torch.as_tensor(value)
     for i, own in enumerate(random_state(device)):
-        for rank, found in enumerate(ranks.gather_arrays(own.numpy())):
+        for rank, found in enumerate(group.gather_arrays(own.numpy())):
             tensors[f"random/{rank}/{i}"] = torch.from_numpy(found)
     state = {
         "optimizer": saved["param_groups"],
@@ -238,7 +238,7 @@ def restore(
     scheduler: Any,
     scaler: Any,
     device: torch.device,
-    ranks: Ranks,
+    group: ProcessGroup,
 ) -> list[Tensor] | None:
     """Set everything to what `capture` saw; return the best weights, if there are any.
 
@@ -265,7 +265,7 @@ def restore(
     scheduler.load_state_dict(state["scheduler"])
     if scaler is not None and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    random = f"random/{ranks.rank}/"
+    random = f"random/{group.rank}/"
     if count := _count(tensors, random):
         set_random_state(device, [tensors[f"{random}{i}"] for i in range(count)])
     if not _count(tensors, "best/"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from remora.evaluation.predictions import (
 )
 from remora.evaluation.significance import mcnemar
 from remora.formatting import spoken_bytes
-from remora.models import adapter_card, lora
+from remora.models import adapter_card, lora, model_card
 from remora.planning.plan import Plan
 from remora.runtime import files, launch, memory
 from remora.runtime.device import choose_device
@@ -129,8 +129,15 @@ def conclude(
     )
     write_probabilities(directory / PROBABILITIES, dataset.labels, scores)
     files.write_json(directory / "evaluation.json", result.to_dict())
-    report.conclude(directory, reporter.say)
+    write_pages(directory, reporter.say)
     return result
+
+
+def write_pages(directory: Path, say: Callable[[str], None]) -> None:
+    """Write README.md and report.html of a run that has just ended; say why one cannot be."""
+    with files.optional("README.md", say):
+        model_card.write(directory)
+    report.refresh(directory, say)
 
 
 def tell_peak(directory: Path, planned: Plan, measured: int, reporter: Reporter) -> None:

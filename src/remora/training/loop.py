@@ -24,7 +24,7 @@ from remora.formatting import spoken_seconds
 from remora.planning import plan
 from remora.runtime import memory, sharding
 from remora.runtime.device import Precision
-from remora.runtime.process_group import Ranks
+from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter, Step, Validation
 from remora.runtime.stop import Stop
 from remora.training import checkpoint
@@ -54,7 +54,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     checkpoints: Path | None = None,
     resumed: Checkpoint | None = None,
     stop: Stop | None = None,
-    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
     reporter: Reporter | None = None,
 ) -> Progress:
     """Train an adapter or a whole model; it ends up with the weights that validated best.
@@ -74,7 +74,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         checkpoints: Folder to save the state in, now and then, on request and at the end.
         resumed: What to go on from; the run ends with the bits it would have had undisturbed.
         stop: Asked after each step whether to save and stop.
-        ranks: The processes that train together, each in such a call; the first one saves.
+        group: The processes that train together, each in such a call; the first one saves.
         reporter: Told how it goes.
 
     Raises:
@@ -82,7 +82,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         ResourceError: If the memory does not suffice for a single row, or the disk fails.
         Stopped: If that was asked for; the state is saved.
     """
-    reporter, stop, ranks = reporter or Reporter(), stop or Stop(), ranks or Ranks()
+    reporter, stop, group = reporter or Reporter(), stop or Stop(), group or ProcessGroup()
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     parameters = list(named.values())
     optimizer, scheduler, num_steps = create_optimizer(named, adapted, dataset, config, accelerator)
@@ -94,7 +94,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
     if resumed:
         progress = Progress.restored(resumed.state["progress"])
         best_weights = checkpoint.restore(
-            resumed, named, optimizer, scheduler, scaler, device, ranks
+            resumed, named, optimizer, scheduler, scaler, device, group
         )
         reporter.say(f"going on after step {progress.step:,} of {num_steps:,}")
     micro_batches = MicroBatches(
@@ -102,7 +102,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
         progress.micro_batch_tokens,
         accelerator,
         heaviest,
-        ranks,
+        group,
         reporter,
         graphs=graphs,
     )
@@ -119,11 +119,11 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             progress.micro_batch_tokens = micro_batches.max_tokens
             progress.seconds = time.perf_counter() - began
             tensors, state = checkpoint.capture(
-                named, best_weights, optimizer, scheduler, scaler, device, ranks
+                named, best_weights, optimizer, scheduler, scaler, device, group
             )
             state |= {"progress": asdict(progress)}
             state |= {"checkpointing": config.checkpointing, "shard": config.shard}
-            checkpoint.save(checkpoints, Checkpoint(progress.name, tensors, state), ranks)
+            checkpoint.save(checkpoints, Checkpoint(progress.name, tensors, state), group)
             saved_name = progress.name
         saved = time.monotonic()
 
@@ -140,7 +140,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                     autocast=precision.autocast,
                     limit_bytes=heaviest.limit_bytes if heaviest else None,
                 )
-                accuracy, log_loss = _validate(scorer, dataset.validation, reporter, stop, ranks)
+                accuracy, log_loss = _validate(scorer, dataset.validation, reporter, stop, group)
                 better = math.isfinite(log_loss) and (
                     progress.best is None or (accuracy, -log_loss) > progress.best
                 )
@@ -172,8 +172,8 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             adapted.train()
             own_loss, num_supervised = micro_batches.add_gradients(batch)
             own_seconds = time.perf_counter() - step_began
-            loss = ranks.total(own_loss)
-            ranks.sum_gradients([p for p in parameters if not sharding.is_sharded(p)])
+            loss = group.total(own_loss)
+            group.sum_gradients([p for p in parameters if not sharding.is_sharded(p)])
             norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
             grad_norm = float(sharding.whole(norm))
             learning_rate = scheduler.get_last_lr()[0]
@@ -206,7 +206,7 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
                 log(asdict(step))
             _refuse_divergence(step, progress.skipped, scaler, reporter)
             stop.check()
-            if ranks.any(time.monotonic() - saved >= 60 * config.checkpoint_minutes):
+            if group.any(time.monotonic() - saved >= 60 * config.checkpoint_minutes):
                 save_checkpoint()
     except Stopped:
         save_checkpoint()
@@ -221,9 +221,9 @@ def fit(  # noqa: PLR0912, PLR0915 - the loop, to be read top to bottom
             for parameter, weight in zip(parameters, best_weights, strict=True):
                 parameter.copy_(weight)
     progress.seconds = time.perf_counter() - began
-    if ranks.size > 1 and not sharding.has_shards(adapted):
+    if group.size > 1 and not sharding.has_shards(adapted):
         # One process would compute all parts, one after the other.
-        in_turn = ranks.total(progress.speed.own_seconds)
+        in_turn = group.total(progress.speed.own_seconds)
         progress.speed_up = in_turn / progress.speed.seconds if in_turn else None
     return progress
 
@@ -271,8 +271,8 @@ def _refuse_divergence(step: Step, skipped: int, scaler: Any, reporter: Reporter
 
 
 def _validate(
-    scorer: Scorer, table: Table, reporter: Reporter, stop: Stop, ranks: Ranks
+    scorer: Scorer, table: Table, reporter: Reporter, stop: Stop, group: ProcessGroup
 ) -> tuple[float, float]:
     """Return accuracy and mean log-loss, in nats, on a table."""
-    scored = scoring.score_rows(scorer, table, "validation", reporter, stop, ranks)
+    scored = scoring.score_rows(scorer, table, "validation", reporter, stop, group)
     return float(scored.correct.mean()), scored.log_loss

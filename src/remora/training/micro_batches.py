@@ -13,7 +13,7 @@ from remora.data.prompt import TokenSequence
 from remora.errors import ResourceError
 from remora.planning import plan
 from remora.runtime import memory, sharding
-from remora.runtime.process_group import Ranks
+from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.training.checkpoint import random_state, set_random_state
 from remora.tree import packing
@@ -44,7 +44,7 @@ class MicroBatches:
         max_tokens: int,
         accelerator: Any,
         heaviest: plan.Heaviest | None,
-        ranks: Ranks,
+        group: ProcessGroup,
         reporter: Reporter,
         *,
         graphs: bool = False,
@@ -56,13 +56,13 @@ class MicroBatches:
             max_tokens: Tokens to compute at once, at most.
             accelerator: accelerate's Accelerator for the device and the precision.
             heaviest: The batch that needs most memory, and how much; None where it does not matter.
-            ranks: The processes that train together.
+            group: The processes that train together.
             reporter: Told when the memory ran out.
             graphs: Whether to use CUDA graphs; not with sharded weights.
         """
         self.max_tokens = max_tokens
         self._adapted, self._accelerator, self._reporter = adapted, accelerator, reporter
-        self._heaviest, self._ranks = heaviest, ranks
+        self._heaviest, self._group = heaviest, group
         self._bytes_per_token = heaviest.bytes_per_token if heaviest else 0.0
         self._said = False
         self._is_sharded = sharding.has_shards(adapted)
@@ -80,7 +80,7 @@ class MicroBatches:
         """
         num_supervised = sum(len(row.token_ids) - row.answer_start for row in batch)
         # Rows that share most are computed in one process.
-        own = self._ranks.part(sorted(batch, key=lambda row: row.token_ids))
+        own = self._group.part(sorted(batch, key=lambda row: row.token_ids))
         if self._is_sharded:
             loss = self._repeat(batch, lambda: self._add_in_step(own, batch, num_supervised))
         elif own:
@@ -155,7 +155,7 @@ class MicroBatches:
     ) -> float:
         """Do the same in as many micro-batches as the process with most."""
         trees = packing.split(own, self.max_tokens)
-        num_trees = max(self._ranks.gather(len(trees)))
+        num_trees = max(self._group.gather(len(trees)))
         loss = float(sum(self._backward(packed, num_supervised) for packed in trees))
         shortest = min(batch, key=lambda row: len(row.token_ids))
         for _ in range(num_trees - len(trees)):
@@ -213,7 +213,7 @@ class MicroBatches:
             memory.refuse_to_exhaust(device, needed)
         except torch.OutOfMemoryError:
             suffices = False
-        if self._ranks.any(not suffices):
+        if self._group.any(not suffices):
             raise _NotEnoughError
 
 

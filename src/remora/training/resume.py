@@ -15,7 +15,7 @@ from typing import Any
 from remora.config import TrainConfig
 from remora.errors import ConfigError
 from remora.runtime import files, run_directory
-from remora.runtime.process_group import Ranks
+from remora.runtime.process_group import ProcessGroup
 from remora.training import checkpoint
 from remora.training.checkpoint import Checkpoint
 
@@ -64,7 +64,7 @@ def unfinished(config: TrainConfig, data_sha256: str, say: Callable[[str], None]
 def find(
     config: TrainConfig,
     data_sha256: str,
-    ranks: Ranks,
+    group: ProcessGroup,
     stack: contextlib.ExitStack,
     say: Callable[[str], None],
 ) -> tuple[Path | None, Checkpoint | None]:
@@ -73,7 +73,7 @@ def find(
     Args:
         config: The settings of this run.
         data_sha256: The hash of its rows.
-        ranks: The first process looks and holds the directory; the others read what it has found.
+        group: The first process looks and holds the directory; the others read what it has found.
         stack: Where the directory is held until the end.
         say: Told of what is passed over.
 
@@ -82,13 +82,13 @@ def find(
         ModelError: If all checkpoints are damaged.
     """
     directory, resumed = None, None
-    with ranks.together():
-        if ranks.is_first and (directory := unfinished(config, data_sha256, say)):
+    with group.together():
+        if group.is_first and (directory := unfinished(config, data_sha256, say)):
             stack.enter_context(hold(directory))
             resumed = checkpoint.newest(directory / CHECKPOINTS, say)
-    found = ranks.share([directory and str(directory), resumed and resumed.name])
-    with ranks.together():
-        if not ranks.is_first and found[0]:
+    found = group.share([directory and str(directory), resumed and resumed.name])
+    with group.together():
+        if not group.is_first and found[0]:
             directory = Path(found[0])
             resumed = checkpoint.load(directory / CHECKPOINTS / found[1]) if found[1] else None
     return directory, resumed

@@ -74,26 +74,26 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
         concluded: Called once the results are written, before the run counts as finished.
     """
     with contextlib.ExitStack() as stack:
-        ranks = stop.ranks = stack.enter_context(join())
-        reporter = reporter if ranks.is_first else Reporter()
-        with ranks.together():
+        group = stop.group = stack.enter_context(join())
+        reporter = reporter if group.is_first else Reporter()
+        with group.together():
             tracking.check(config.trackers)
             dataset = load(config)
             measured_on, held_out = next(iter(tables_to_measure_on(dataset).items()))
             for line in dataset.summary.lines():
                 reporter.say(line)
-            device, precision = choose_arithmetic(config, ranks.size, reporter)
+            device, precision = choose_arithmetic(config, group.size, reporter)
         sha256 = dataset.summary.sha256
-        ranks.refuse_differences({"data": sha256, **resume.fixed(config), "model": config.model})
-        directory, resumed = resume.find(config, sha256, ranks, stack, reporter.say)
-        with ranks.together():
+        group.refuse_differences({"data": sha256, **resume.fixed(config), "model": config.model})
+        directory, resumed = resume.find(config, sha256, group, stack, reporter.say)
+        with group.together():
             planned, heaviest = plan_run(
                 resume.as_before(config, resumed),
                 dataset,
                 precision,
                 device,
                 reporter,
-                num_processes=ranks.size,
+                num_processes=group.size,
             )
             if not directory:
                 refuse_full_disk(planned, config)
@@ -107,40 +107,40 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
             for line in introduce(config, dataset, prompt, adapted, parameters):
                 reporter.say(line)
             accelerator = stack.enter_context(accelerator_for(precision, device))
-        ranks.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
+        group.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
         if planned.shard:
-            sharding.apply(adapted, device, ranks)
-        with ranks.together():
+            sharding.apply(adapted, device, group)
+        with group.together():
             with accelerator.autocast():
                 check_tree(adapted, short_rows(dataset.train, prompt))
             if planned.shard:
                 adapted.reset_iter_state()  # of a pass in blocks that the model may have refused
             if directory:
                 resume.refuse_other_base(directory, card.base_sha256)
-            elif ranks.is_first:
+            elif group.is_first:
                 directory = run_directory.create(
                     config.output, config.name, config.data, config.model
                 )
                 stack.enter_context(resume.hold(directory))
-            if directory and ranks.is_first:
+            if directory and group.is_first:
                 reporter.say(f"run directory: {directory}")
                 environment = run_directory.environment(device) | {"base_sha256": card.base_sha256}
                 write_settings(directory, environment, dataset, planned, config)
-        directory = Path(ranks.share(str(directory)))
+        directory = Path(group.share(str(directory)))
         loading.set_checkpointing(adapted, planned.checkpointing)
-        if not ranks.is_first:
-            torch.manual_seed(config.seed + ranks.rank)  # for dropout of its own
+        if not group.is_first:
+            torch.manual_seed(config.seed + group.rank)  # for dropout of its own
 
         def save() -> None:
-            weights = sharding.weights(adapted, ranks) if config.method == "full" else None
-            if ranks.is_first:
+            weights = sharding.weights(adapted, group) if config.method == "full" else None
+            if group.is_first:
                 path = directory / adapter_card.FOLDERS[config.method]
                 saved.save(adapted, prompt, card, path, weights)
 
         with stop.deferred():
             with contextlib.ExitStack() as logging:
                 log = None
-                if ranks.is_first:
+                if group.is_first:
                     log = logging.enter_context(
                         tracking.metrics_log(directory, config, resumed, accelerator)
                     )
@@ -158,12 +158,12 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
                     checkpoints=directory / resume.CHECKPOINTS,
                     resumed=resumed,
                     stop=stop,
-                    ranks=ranks,
+                    group=group,
                     reporter=reporter,
                 )
-            most = max(ranks.gather(max(fitted.peak_bytes, memory.peak_bytes(device))))
+            most = max(group.gather(max(fitted.peak_bytes, memory.peak_bytes(device))))
             fitted.peak_bytes = most
-            if ranks.is_first:
+            if group.is_first:
                 tell_peak(directory, planned, most, reporter)
             scorer = Scorer(
                 adapted,
@@ -173,12 +173,12 @@ def train_until(  # noqa: PLR0912, PLR0915 - what a run does, in its order
                 limit_bytes=heaviest.limit_bytes,
             )
             scores = {
-                name: scoring.score_rows(scorer, table, name, reporter, stop, ranks)
+                name: scoring.score_rows(scorer, table, name, reporter, stop, group)
                 for name, table in tables_to_measure_on(dataset).items()
             }
         stop.check()
         result = None
-        if ranks.is_first:
+        if group.is_first:
             result = conclude(
                 config,
                 dataset,

@@ -24,7 +24,7 @@ from remora.data.prompt import Prompt, common_prefix_length
 from remora.data.table import Table
 from remora.evaluation.predictions import Scored
 from remora.runtime import memory, sharding
-from remora.runtime.process_group import Ranks
+from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
 from remora.tree.forward import text_config
@@ -235,12 +235,12 @@ def score_rows(
     what: str,
     reporter: Reporter,
     stop: Stop | None = None,
-    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
 ) -> Scored:
     """Return the probabilities of a table's rows beside their labels; raises Stopped."""
     place = {label: index for index, label in enumerate(scorer.prompt.labels)}
     return Scored(
-        probabilities=score_table(scorer, table.texts, what, reporter, stop, ranks),
+        probabilities=score_table(scorer, table.texts, what, reporter, stop, group),
         true=np.array([place[label] for label in table.labels], dtype=np.int64),
     )
 
@@ -251,21 +251,21 @@ def score_table(
     what: str,
     reporter: Reporter,
     stop: Stop | None = None,
-    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
 ) -> NDArray[np.float64]:
     """Return probabilities [texts, labels] and report the progress; raises Stopped.
 
     With several processes each scores a part, and all get all. Where their weights are sharded, who
     needs fewer passes computes along until all have done theirs.
     """
-    ranks = ranks or Ranks()
+    group = group or ProcessGroup()
     parts = []
-    for start in range(0, len(texts), BATCH_ROWS * ranks.size):
+    for start in range(0, len(texts), BATCH_ROWS * group.size):
         memory.trim()  # training and scoring, taking turns, leave free memory in pieces
-        batch = texts[start : start + BATCH_ROWS * ranks.size]
-        with sharding.in_step(scorer.model, ranks):
-            own = scorer.probabilities(ranks.part(batch))
-        parts += ranks.gather_arrays(own)
+        batch = texts[start : start + BATCH_ROWS * group.size]
+        with sharding.in_step(scorer.model, group):
+            own = scorer.probabilities(group.part(batch))
+        parts += group.gather_arrays(own)
         reporter.scoring(what, start + len(batch), len(texts))
         if stop:
             stop.check()
