@@ -15,6 +15,7 @@ from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
 from remora.models import hub, quantize, untrusted
+from remora.runtime import memory
 from remora.tree import attention
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -148,6 +149,8 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
     Raises:
         ModelError: If there is none for it.
     """
+    # All models pass here before they compute: `load` counts its parameters by this.
+    memory.limit_kernel_caches()
     quantize.import_quietly()
     from transformers import AutoModelForCausalLM
 
