@@ -105,7 +105,8 @@ def weights(folder: Path, num_parameters: int, *, quantized: bool) -> None:
         for name in set(map(str, names.values())):
             if Path(name).name != name or not (folder / name).is_file():
                 raise ModelError(
-                    f"{index} names {name!r}, which is not a file beside it; download the model again"
+                    f"{index} names {name!r}, which is not a file beside it; "
+                    "download the model again"
                 )
     for path in (*paths, folder / "config.json", folder / "tokenizer.json"):
         followed(path)

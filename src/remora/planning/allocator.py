@@ -13,9 +13,10 @@ MAPPED_BYTES = 1 << 25
 FRAGMENT_BYTES = 140_000_000
 FRAGMENTS = 0.3
 LASTING_FRAGMENTS = 0.5
-"""Smaller arrays are in its heap, which fragments as micro-batches keep changing length: a constant,
-a share of the most that a step has there, and a share of the arrays allocated there during training
-that stay, since they lie in between. Measured with glibc 2.36; docs/log.md has the figures."""
+"""Smaller arrays are in its heap, which fragments as micro-batches keep changing length. Fragments
+are a constant, a share of the most that a step has in the heap, and a share of the arrays that are
+allocated there during training and stay, since they lie in between. Measured with glibc 2.36;
+docs/log.md has the figures."""
 
 MAPPED_FRAGMENT_BYTES = 60_000_000
 """Fragments if arrays from a megabyte on are mapped one by one, as measured."""

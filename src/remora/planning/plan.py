@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def measurable_bytes(self) -> int:
-        """The part of the peak that `runtime.memory.peak_bytes` measures: without CUDA's context."""
+        """The part of the peak that `memory.peak_bytes` measures: without CUDA's context."""
         return self.peak_bytes - (CUDA_CONTEXT_BYTES if self.is_cuda else 0)
 
     @property

@@ -133,9 +133,7 @@ class Graphs:
             torch.cuda.set_stream(stream)
             if memory.is_exhausted(error.__context__ or error):
                 raise torch.OutOfMemoryError("CUDA out of memory, in a recording") from error
-            with contextlib.suppress(
-                AttributeError, RuntimeError
-            ):  # cleanup that the end left undone
+            with contextlib.suppress(AttributeError, RuntimeError):  # left undone
                 torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
                 torch._C._cuda_releasePool(stream.device_index, self._pool)
             self._give_up(str(error.__context__ or error).strip().split("\n")[0])

@@ -119,7 +119,7 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
 
 
 def split(rows: Sequence[TokenSequence], max_tokens: int) -> list[TokenTree]:
-    """Cut rows into trees of at most `max_tokens` computed tokens; a longer row is alone in its tree.
+    """Cut rows into trees of at most `max_tokens` computed tokens; a longer row is alone.
 
     Rows are sorted by their tokens first, so that rows which share most are in one tree. The order
     within an effective batch does not change sums over it.
