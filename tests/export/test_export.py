@@ -214,7 +214,7 @@ def test_a_merged_model_needs_no_base_and_is_checked(place: Path, capsys) -> Non
     assert row["label"] == "card arrival"
     shutil.copy("base/model.safetensors", "out/model.safetensors")
     assert remora("out", "m.txt", verb="predict") == 4
-    assert "are not those that were written" in capsys.readouterr().err
+    assert "have changed since they were written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -625,7 +625,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name: str, place: Path, capsys
 def test_what_is_no_run_is_refused(place: Path, capsys, what: str) -> None:
     refused(place, capsys, 3, "give the directory of a finished run", "base", what)
     shutil.rmtree("run/adapter")
-    refused(place, capsys, 4, "is no adapter of Remora", "run", what)
+    refused(place, capsys, 4, "is not an adapter of Remora", "run", what)
 
 
 @pytest.mark.parametrize("what", [["--merge"], ["--compress", "--budget", "12kB"]])

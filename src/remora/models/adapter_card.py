@@ -110,7 +110,7 @@ def read_card(folder: Path) -> AdapterCard:
             f"{folder} holds a whole model, not an adapter; give a run that trained an adapter"
         )
     if not folder.is_dir():
-        raise ModelError(f"{folder} does not exist; give a run directory or its adapter folder")
+        raise ModelError(f"there is no folder {folder}; give a run directory or its adapter folder")
     if (folder / "checkpoints").is_dir():
         raise ModelError(
             f"the run in {folder} is not finished; resume it with the command that started it"
