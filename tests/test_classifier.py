@@ -36,7 +36,7 @@ def classifier(base: Path) -> TextClassifier:
 OF_A_RUN = {
     *("data", "name", "output", "validation", "test", "text_column", "label_column"),
     *("test_fraction", "rows_per_class", "learning_curve", "devices", "shard", "trackers"),
-    *("checkpointing", "checkpoint_minutes", "max_time"),
+    *("checkpoint_minutes", "max_time"),
 }
 """Settings of tables, run directories, several processes and the plan."""
 

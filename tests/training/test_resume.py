@@ -340,7 +340,7 @@ def test_a_folder_of_something_else_is_refused_or_passed_over(config: TrainConfi
 def test_a_run_that_another_process_holds_is_refused(config: TrainConfig) -> None:
     directory = interrupted(config, Interrupter(step=1))
     code = (
-        "import sys, time, pathlib; from remora import resume\n"
+        "import sys, time, pathlib; from remora.training import resume\n"
         "with resume.hold(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(directory)]

@@ -23,12 +23,11 @@ from remora.data.dataset import load_dataset
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 from remora.evaluation.predictions import PROBABILITIES, read_probabilities
 from remora.models import loading, saved
-from remora.runtime import memory, reporter
+from remora.runtime import memory
 from remora.runtime.device import choose_precision
 from remora.runtime.process_group import ProcessGroup
-from remora.runtime.stop import Stop
-from remora.training import finish, micro_batches, run, setup
-from remora.training.loop import _validate
+from remora.runtime.reporter import Reporter, Validation
+from remora.training import finish, micro_batches, run, session, setup
 from remora.training.progress import Speed
 from remora.training.run import train
 from remora.training.setup import load_trainable
@@ -169,11 +168,11 @@ def test_eval_chooses_its_threshold_on_validation_rows(
     assert 0 < found["out_of_scope"]["auroc"] < 1
 
 
-class Watcher(reporter.Reporter):
+class Watcher(Reporter):
     def __init__(self) -> None:
-        self.seen: list[reporter.Validation] = []
+        self.seen: list[Validation] = []
 
-    def validated(self, validation: reporter.Validation) -> None:
+    def validated(self, validation: Validation) -> None:
         self.seen.append(validation)
 
 
@@ -189,10 +188,10 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     adapted, prompt, _ = saved.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = load_dataset(config.data, seed=config.seed)
     scorer = scoring.Scorer(adapted, prompt)
-    accuracy, log_loss = _validate(
-        scorer, dataset.validation, reporter.Reporter(), Stop(), ProcessGroup()
+    scored = scoring.score_rows(scorer, dataset.validation, "validation", Reporter())
+    assert (scored.correct.mean(), scored.log_loss) == pytest.approx(
+        (best.accuracy, best.log_loss), rel=1e-4
     )
-    assert (accuracy, log_loss) == pytest.approx((best.accuracy, best.log_loss), rel=1e-4)
 
 
 def test_early_stopping_stops_after_patience(config: TrainConfig) -> None:
@@ -235,7 +234,7 @@ def losses(result: finish.TrainResult) -> list[float]:
     return [record["loss"] for record in map(json.loads, records) if "loss" in record]
 
 
-class Listener(reporter.Reporter):
+class Listener(Reporter):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -293,7 +292,7 @@ def test_a_processor_is_not_asked_for_memory_that_is_not_there(config, monkeypat
         monkeypatch.setattr(memory, "free_bytes", lambda _: int(largest * 0.7))
         return made, heaviest
 
-    monkeypatch.setattr(run, "plan_run", plan_then_shrink)
+    monkeypatch.setattr(setup, "plan_run", plan_then_shrink)
     settings = replace(config, dropout=0.0, max_steps=3)
     disturbed = losses(train(settings, reporter=listener))
     assert [line for line in listener.lines if "the memory ran out" in line]
@@ -328,8 +327,8 @@ def test_scoring_keeps_to_what_was_planned(config: TrainConfig, monkeypatch) -> 
             made.append(settings)
             super().__init__(*arguments, **settings)
 
-    monkeypatch.setattr(run, "plan_run", plan_smaller)
-    monkeypatch.setattr(run, "Scorer", Noted)
+    monkeypatch.setattr(setup, "plan_run", plan_smaller)
+    monkeypatch.setattr(session, "Scorer", Noted)
     train(replace(config, epochs=1))
     assert len(made) >= 2  # for validation and for the test rows
     assert {settings["max_tokens"] for settings in made} == {70}
@@ -382,7 +381,7 @@ def diverging(monkeypatch, steps: set[int]) -> None:
         return loss_sum(logits, packed) * (float("nan") if done[0] in steps else 1.0)
 
     monkeypatch.setattr(micro_batches, "loss_sum", spoilt)
-    monkeypatch.setattr(run, "check_tree", lambda *_: None)
+    monkeypatch.setattr(session, "check_tree", lambda *_: None)
 
 
 def test_a_diverging_run_ends_with_six_and_says_where_it_began(
@@ -401,7 +400,7 @@ def test_a_diverging_run_ends_with_six_and_says_where_it_began(
 def test_a_step_that_is_not_finite_is_not_taken(config: TrainConfig, monkeypatch) -> None:
     lines: list[str] = []
 
-    class Listener(reporter.Reporter):
+    class Listener(Reporter):
         def say(self, line: str) -> None:
             lines.append(line)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from remora.config import TrainConfig
@@ -25,17 +24,13 @@ from remora.evaluation.predictions import (
     read_probabilities,
     write_probabilities,
 )
-from remora.models import loading
 from remora.runtime import files
-from remora.runtime.device import choose_device, choose_precision
-from remora.runtime.reporter import Reporter
+from remora.runtime.reporter import Reporter, SayOnce
 from remora.runtime.stop import Stop
 from remora.training import checkpoint, resume
 from remora.training.loop import fit
-from remora.training.setup import accelerator_for, load_trainable, plan_run, short_rows
+from remora.training.session import open_session
 from remora.tree import scoring
-from remora.tree.check import check_tree
-from remora.tree.scoring import Scorer
 
 Method = Literal["fast", "frozen", "tfidf", "adapters"]
 
@@ -114,8 +109,8 @@ def judge(
     ridges = [ridge(x, penalty, true, len(labels), folds) for x, _, penalty in views]
     halves = deal_folds(true, 2, settings.seed)
     by_half = [ridge(x, penalty, true, len(labels), halves) for x, _, penalty in views]
-    logistic = [logistic(x, true, len(labels), folds) for _, x, _ in views]
-    parts = [list(view) for view in zip(ridges, logistic, strict=True)]
+    logistics = [logistic(x, true, len(labels), folds) for _, x, _ in views]
+    parts = [list(view) for view in zip(ridges, logistics, strict=True)]
     if method == "adapters":
         assert folder is not None
         adapters = _adapters(dataset, settings, true, folds, folder, reporter)
@@ -139,7 +134,7 @@ def _adapters(
     """Return what adapters, each trained on all folds but one, say of that one."""
     _begin(folder, dataset.train, settings, len(folds))
     result = np.zeros((len(true), len(dataset.labels)))
-    stop = Stop()
+    stop, once = Stop(), SayOnce(reporter)
     with stop.listening():
         for number, (others, own) in enumerate(folds, 1):
             place = folder / f"fold-{number}"
@@ -150,10 +145,9 @@ def _adapters(
             else:
                 reporter.say(told)
                 place.mkdir(exist_ok=True)
-                found = _fold(dataset, settings, others, own, place, stop, reporter)
-                write_probabilities(
-                    kept, dataset.labels, {"fold": Scored(probabilities=found, true=true[own])}
-                )
+                probabilities = _fold(dataset, settings, others, own, place, stop, once)
+                fold = Scored(probabilities=probabilities, true=true[own])
+                write_probabilities(kept, dataset.labels, {"fold": fold})
                 shutil.rmtree(place / resume.CHECKPOINTS, ignore_errors=True)
             scored = read_probabilities(kept, dataset.labels, "fold")
             assert scored is not None
@@ -185,36 +179,15 @@ def _fold(
     """Return what an adapter that was trained on other rows says of a fold's own, [own, labels]."""
     rows = dataset.train
     part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])
-    device = choose_device(settings.device)
-    precision = choose_precision(device, settings.precision, trains_base=settings.method == "full")
-    resumed = checkpoint.newest(place / resume.CHECKPOINTS, reporter.say)
-    planned, heaviest = plan_run(
-        resume.as_before(settings, resumed),
-        replace(dataset, train=part),
-        precision,
-        device,
-        reporter,
-    )
-    with torch.random.fork_rng(), accelerator_for(precision, device) as accelerator:
-        torch.manual_seed(settings.seed)
-        adapted, prompt, _, _ = load_trainable(settings, dataset.labels, precision, device)
-        with accelerator.autocast():
-            check_tree(adapted, short_rows(part, prompt))
-        loading.set_checkpointing(adapted, planned.checkpointing)
-        with stop.deferred():
-            fit(
-                adapted,
-                prompt,
-                replace(dataset, train=part),
-                planned.applied_to(settings),
-                accelerator=accelerator,
-                precision=precision,
-                heaviest=heaviest,
-                checkpoints=place / resume.CHECKPOINTS,
-                resumed=resumed,
-                stop=stop,
-                reporter=reporter,
-            )
-            scorer = Scorer(adapted, prompt, tolerance=1e-3, autocast=precision.autocast)
-            texts = [rows.texts[i] for i in own]
-            return scoring.score_table(scorer, texts, "fold", reporter, stop)
+    checkpoints = place / resume.CHECKPOINTS
+    resumed = checkpoint.newest(checkpoints, reporter.say)
+    with (
+        open_session(
+            settings, replace(dataset, train=part), resumed=resumed, stop=stop, reporter=reporter
+        ) as session,
+        stop.deferred(),
+    ):
+        fit(session, checkpoints=checkpoints, resumed=resumed)
+        texts = [rows.texts[i] for i in own]
+        scorer = session.scorer(tolerance=1e-3)
+        return scoring.score_table(scorer, texts, "fold", reporter, stop)

@@ -199,8 +199,8 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def capture(
-    parameters: Mapping[str, Tensor],
     best: Sequence[Tensor] | None,
+    parameters: Mapping[str, Tensor],
     optimizer: Any,
     scheduler: Any,
     scaler: Any,

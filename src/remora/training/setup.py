@@ -13,7 +13,7 @@ from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
-from remora.errors import DataError, ResourceError
+from remora.errors import ResourceError
 from remora.formatting import spoken_bytes
 from remora.models import adapter_card, hub, loading, lora, quantize
 from remora.models.loading import load_prompt
@@ -24,17 +24,6 @@ from remora.runtime.device import Precision, choose_device, choose_precision, ha
 from remora.runtime.reporter import Reporter
 from remora.training.optimizer import default_learning_rate
 from remora.tree.forward import text_config
-
-
-def tables_to_measure_on(dataset: Dataset) -> dict[str, Table]:
-    """Return the tables to measure on by split, the one that counts first."""
-    tables = {"test": dataset.test, "validation": dataset.validation}
-    found = {name: table for name, table in tables.items() if table is not None and len(table)}
-    if not found:
-        raise DataError(
-            "there are no rows to measure on; give --test, or a --test-fraction above 0"
-        )
-    return found
 
 
 def choose_arithmetic(
