@@ -443,7 +443,7 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
     assert code == -signal.SIGKILL
     reporter = Interrupter()
     result = train(config, reporter=reporter)
-    assert any("going on after step" in line for line in reporter.lines)
+    assert any("resuming after step" in line for line in reporter.lines)
     assert outcome(result.directory) == undisturbed
 
 
