@@ -18,16 +18,22 @@ exclude_patterns = ["images/*"]
 html_theme = "furo"
 html_title = f"Remora {version}"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["remora.css"]
 html_copy_source = False
 highlight_language = "text"
 
 myst_heading_anchors = 4
 
+default_role = "code"  # docstrings write code in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_type_aliases = {"ArrayLike": "ArrayLike"}
 autodoc_typehints_description_target = "documented"
 # Types of other packages have no pages here, and none are fetched.
-nitpick_ignore_regex = [(r"py:.*", r"(numpy|np|sklearn|collections|pathlib)\..*|optional|ArrayLike")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(numpy|np|sklearn|collections|pathlib)\..*|optional|ArrayLike")
+]
 
 
 def setup(app: Any) -> None:
@@ -35,6 +41,8 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", _without_module)
 
 
-def _without_module(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def _without_module(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
     if what == "module":
         lines.clear()

@@ -27,8 +27,8 @@ INTRODUCTION = f"""\
 
 Each setting is a flag and a key of a TOML file. The key is the name of the flag with underscores: \
 `--learning-rate 2e-4` is `learning_rate = 2e-4`. `--config FILE` reads such a file. A flag wins \
-over the file, the file over the default. An argument in capitals needs no flag; its key is its name \
-in small letters, such as `data`. An unknown key or flag is an error that names the nearest \
+over the file, the file over the default. An argument in capitals needs no flag; its key is its \
+name in small letters, such as `data`. An unknown key or flag is an error that names the nearest \
 one. A switch such as `--merge` is off unless given, `true` or `false` in TOML; \
 `--no-merge` overrides the file.
 
@@ -48,7 +48,7 @@ def commands() -> str:
         parts.append(f"## remora {name}\n\n    remora {name} {_usage(verb)}\n")
         parts.append(f"{_description(verb)}\n")
         if name == "plan":
-            parts.append("Besides the settings of [train](#remora-train):\n")
+            parts.append("Its own, and those that differ from [train](#remora-train):\n")
             settings = [each for each in settings if train.get(each[0]) != each[1]]
         parts.append(_table(settings))
     return "\n".join(parts)

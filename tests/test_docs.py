@@ -1,4 +1,4 @@
-"""README.md and docs/: their commands exist, their links lead somewhere, their reference is today's.
+"""README.md and docs/: commands exist, links lead somewhere, the reference is that of the code.
 
 Whether the pages build, and links between them, is for `make docs`.
 """
@@ -87,11 +87,15 @@ def test_commands_exist(arguments, monkeypatch):
 
 
 def test_commands_are_found():
-    assert commands("a\n\n    remora train x.csv --model m < in.txt\n\n```\n$ remora report r\n```") == [
+    assert commands(
+        "a\n\n    remora train x.csv --model m < in.txt\n\n```\n$ remora report r\n```"
+    ) == [
         ["train", "x.csv", "--model", "m"],
         ["report", "r"],
     ]
-    text = "```sh\nT=$(openssl rand) remora serve \\\n  runs/a\necho 'a b' | remora predict r > f\n```"
+    text = (
+        "```sh\nT=$(openssl rand) remora serve \\\n  runs/a\necho 'a b' | remora predict r > f\n```"
+    )
     assert commands(text) == [["serve", "runs/a"], ["predict", "r"]]
     assert commands("remora train is a verb; ```remora```") == []
 
