@@ -25,8 +25,10 @@ check: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -rs
 
-# Without a network. A broken link, a missing page or a page outside the navigation fails.
+# Without a network. A broken link, a missing page or a page outside the navigation fails. Built anew
+# each time, since Sphinx does not repeat the warnings of pages that it has read before.
 docs: install
+	rm -rf build/docs build/doctrees
 	$(BIN)/python -m sphinx -b html -W --keep-going -n -q -d build/doctrees docs build/docs
 	@echo 'the docs are in build/docs/index.html'
 
