@@ -62,5 +62,14 @@ bench: install
 bench-memory: install
 	$(BIN)/python benchmarks/memory.py
 
+# What is published: a wheel and a source archive in dist, checked. The release workflow runs this.
+.PHONY: package
+package:
+	$(PYTHON) -m venv build/package
+	build/package/bin/python -m pip install --quiet --constraint constraints.txt build twine
+	rm -rf dist
+	build/package/bin/python -m build
+	build/package/bin/twine check --strict dist/*
+
 clean:
 	rm -rf $(VENV) build dist

@@ -16,8 +16,11 @@ from pathlib import Path
 from scipy.stats import binomtest
 
 import workload
-from remora import compare, display, report, resume, train
+from remora import display
 from remora.config import CompareConfig, Method, TrainConfig
+from remora.evaluation import compare, report
+from remora.training import resume
+from remora.training.run import train
 
 
 def main() -> None:
@@ -34,9 +37,9 @@ def main() -> None:
             config = TrainConfig(
                 options.data, model=options.model, method=method, output=options.runs, name=method
             )
-            train.train(config, reporter=display.TerminalReporter())
+            train(config, reporter=display.TerminalReporter())
     directories = tuple(options.runs / method for method in methods)
-    found = compare.compare(CompareConfig(directories))
+    found = compare.compare_runs(CompareConfig(directories))
     display.show_comparison(found)
     page = options.runs / "comparison.html"
     report.write_comparison(page, found, directories)

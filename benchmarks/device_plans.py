@@ -75,7 +75,7 @@ def main() -> None:
 def show() -> None:
     """Print the plans for a T4."""
     from remora.config import PlanConfig
-    from remora.planner import plan
+    from remora.planning.planner import make_plan
 
     made = {}
     with tempfile.TemporaryDirectory() as name:
@@ -90,7 +90,7 @@ def show() -> None:
                 device="t4",
                 device_memory="16GB",
             )
-            made[f"{model}, {method}"] = plan(settings)
+            made[f"{model}, {method}"] = make_plan(settings)
     components = list(vars(next(iter(made.values())).memory))
     workload.print_table(
         ["", *made],
@@ -175,7 +175,7 @@ def train(models: list[str], num_steps: int) -> None:
 
 
 def _spoken(count: int) -> str:
-    from remora.progress import spoken_bytes
+    from remora.formatting import spoken_bytes
 
     return spoken_bytes(count) if count else "0"
 

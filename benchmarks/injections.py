@@ -53,10 +53,10 @@ def main() -> None:
 def measure(directory: Path, texts: Sequence[str], seed: int) -> None:
     import torch
 
-    from remora import store
-    from remora.score import Scorer
+    from remora.models import saved
+    from remora.tree.scoring import Scorer
 
-    model, prompt, _ = store.load_adapter(
+    model, prompt, _ = saved.load_adapter(
         directory, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     scorer = Scorer(model, prompt, tolerance=1)

@@ -35,8 +35,8 @@ def main() -> None:
     options = parser.parse_args()
 
     from remora.config import TrainConfig
-    from remora.crossfit import frozen_features
-    from remora.progress import Reporter
+    from remora.diagnosis import out_of_sample
+    from remora.runtime.reporter import Reporter
 
     runs = []
     for name in options.sets:
@@ -48,7 +48,7 @@ def main() -> None:
             device="cpu",
             precision="float32",
         )
-        features = frozen_features(texts, sorted(set(labels)), settings, Reporter())
+        features = out_of_sample.frozen_features(texts, sorted(set(labels)), settings, Reporter())
         for seed in options.seeds:
             runs.append(measure(settings, features, texts, labels, seed))
             print(runs[-1], file=sys.stderr, flush=True)
@@ -81,8 +81,9 @@ def measure(
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
-    from remora import crossfit, data, diagnose, label_noise
-    from remora.progress import Reporter
+    from remora.data.dataset import dataset_from_lists
+    from remora.diagnosis import diagnose, label_noise, out_of_sample
+    from remora.runtime.reporter import Reporter
 
     names = sorted(set(labels))
     given = np.array([names.index(label) for label in labels])
@@ -93,9 +94,9 @@ def measure(
     given[flipped] = (given[flipped] + shift) % len(names)
 
     start = time.perf_counter()
-    crossfit.frozen_features = lambda *_: features  # computed once, since no label is in them
-    dataset = data.from_lists(texts, [names[i] for i in given], validation_fraction=0.0, seed=0)
-    judged = crossfit.judge(dataset, settings, "fast", None, Reporter())
+    out_of_sample.frozen_features = lambda *_: features  # computed once, since no label is in them
+    dataset = dataset_from_lists(texts, [names[i] for i in given], validation_fraction=0.0, seed=0)
+    judged = out_of_sample.judge(dataset, settings, "fast", None, Reporter())
     noise = label_noise.estimate(judged.probabilities, given)
     seconds = time.perf_counter() - start
     peer = tfidf_probabilities(texts, given)

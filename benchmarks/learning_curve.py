@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import workload
-from remora import data, display, learning_curve, results, resume, train
+from remora import display
 from remora.config import TrainConfig
-from remora.progress import Reporter
+from remora.data.dataset import load_data
+from remora.diagnosis import learning_curve
+from remora.evaluation import results
+from remora.runtime.reporter import Reporter
+from remora.training import resume
+from remora.training.run import train
 
 
 def main() -> None:
@@ -69,9 +74,9 @@ def figures(config: TrainConfig, per_class: int | None, reporter: Reporter) -> d
     directory = config.output / ("curve" if per_class is None else f"epochs-{per_class}")
     if not resume.is_finished(directory):
         alone = replace(config, learning_curve=None, rows_per_class=per_class, name=directory.name)
-        steps = alone.num_steps(len(data.load(alone).train))
+        steps = alone.num_steps(len(load_data(alone).train))
         evaluations = max(1, math.ceil(config.epochs))
-        train.train(replace(alone, eval_steps=math.ceil(steps / evaluations)), reporter=reporter)
+        train(replace(alone, eval_steps=math.ceil(steps / evaluations)), reporter=reporter)
     return results.read(directory).figures
 
 

@@ -19,8 +19,10 @@ import numpy as np
 from scipy.stats import binomtest
 
 import workload
-from remora import evaluate, results, train
 from remora.config import TrainConfig
+from remora.evaluation import results
+from remora.evaluation.significance import mcnemar
+from remora.training.run import train
 
 RATES = {
     "full": (2.5e-4, 5e-4, 1e-3, 2e-3),
@@ -87,7 +89,7 @@ def run(model: str, method: Any, rate: float, seed: int, output: Path) -> Path:
             name=directory.name,
             output=output,
         )
-        train.train(config)
+        train(config)
     print(f"{directory.name}: {measured(directory)}", flush=True)
     return directory
 
@@ -118,7 +120,7 @@ def against(found: dict[str, Any], better: str, worse: str) -> str:
     lost, won = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
     low, high = binomtest(won, max(1, lost + won)).proportion_ci(method="exact")
     share = (lost + won) / len(right[0])
-    p = evaluate.mcnemar(one.true, other.predicted, one.predicted)
+    p = mcnemar(one.true, other.predicted, one.predicted)
     return (
         f"{(won - lost) / len(right[0]):+.2%} (95 % interval {(2 * low - 1) * share:+.2%} to "
         f"{(2 * high - 1) * share:+.2%}), p = {p:.2g}"

@@ -85,11 +85,12 @@ def start(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from remora import data, evaluate
     from remora.config import TrainConfig
-    from remora.device import choose_precision
-    from remora.prepare import prepare
-    from remora.score import Scorer
+    from remora.data.dataset import load_dataset
+    from remora.evaluation.metrics import measure
+    from remora.runtime.device import choose_precision
+    from remora.training.setup import load_trainable
+    from remora.tree.scoring import Scorer
 
     torch.set_num_threads(1)
     (seed,) = options.seeds
@@ -107,18 +108,18 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
         device="cpu",
         seed=seed,
     )
-    dataset = data.load_dataset(config.data, validation_fraction=0.0, seed=seed)
+    dataset = load_dataset(config.data, validation_fraction=0.0, seed=seed)
     device = torch.device("cpu")
     precision = choose_precision(device, config.precision)
     torch.manual_seed(seed)
-    adapted, prompt, _, folder = prepare(config, dataset.labels, precision, device)
+    adapted, prompt, _, folder = load_trainable(config, dataset.labels, precision, device)
     losses = (_fit_stock if options.arm == "stock" else _fit_remora)(
         adapted, prompt, dataset, config, precision, folder
     )
     scorer = Scorer(adapted, prompt, tolerance=1, max_tokens=512)
     probabilities = scorer.probabilities(dataset.test.texts)
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
-    metrics = evaluate.measure(dataset.labels, dataset.test.labels, predicted)
+    metrics = measure(dataset.labels, dataset.test.labels, predicted)
     return {
         "arm": options.arm,
         "seed": seed,
@@ -133,12 +134,12 @@ def _fit_remora(
 ) -> list[float]:
     import torch
 
-    from remora import train
-    from remora.prepare import accelerator_for
+    from remora.training.loop import fit
+    from remora.training.setup import accelerator_for
 
     losses: list[float] = []
     with accelerator_for(precision, torch.device("cpu")) as accelerator:
-        train.fit(
+        fit(
             adapted,
             prompt,
             dataset,

@@ -32,10 +32,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    from remora import data
+    from remora.data import sources
+    from remora.data.dataset import load_dataset
 
-    dataset = data.load_dataset("sample:support", validation_fraction=0.0)
-    rows, right = dataset.train, data.planted_errors("sample:support")
+    dataset = load_dataset("sample:support", validation_fraction=0.0)
+    rows, right = dataset.train, sources.planted_errors("sample:support")
     true = [right.get(number, label) for number, label in enumerate(rows.labels, 1)]
     generator = np.random.default_rng(options.seed)
     flipped = list(true)

@@ -41,7 +41,7 @@ def main() -> None:
     if executable is None:
         raise SystemExit(f"error: no browser found; install one of {', '.join(chromium.NAMES)}")
 
-    from remora import report
+    from remora.evaluation import report
 
     path = report.write(options.run)
     seconds, requests, console = [], set(), []

@@ -149,9 +149,9 @@ def kept(folder: Path, name: str, way: Callable[..., Any], *arguments: Any) -> N
 
 def packaged(base: str) -> Path:
     """Return the folder of a base model, also of the one in the package."""
-    from remora import model
+    from remora.models import hub
 
-    return Path(model.find(base))
+    return Path(hub.find(base))
 
 
 def predicted(path: Path, table: Path, labels: list[str], precision: str) -> NDArray[np.float64]:

@@ -96,12 +96,13 @@ def adapter(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Return an adapted model, its prompt and Banking77."""
     import torch
 
-    from remora import data, store
+    from remora.data.dataset import load_dataset
+    from remora.models import saved
 
     if options.run is None:
         return trained(options)
-    dataset = data.load_dataset(str(workload.SHARED / "data" / "banking77"), seed=0)
-    adapted, prompt, _ = store.load_adapter(
+    dataset = load_dataset(str(workload.SHARED / "data" / "banking77"), seed=0)
+    adapted, prompt, _ = saved.load_adapter(
         options.run, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     return adapted.eval(), prompt, dataset
@@ -111,10 +112,11 @@ def trained(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Train an adapter for a short while."""
     import torch
 
-    from remora import data, train
     from remora.config import TrainConfig
-    from remora.device import choose_precision
-    from remora.prepare import accelerator_for, prepare
+    from remora.data.dataset import load_dataset
+    from remora.runtime.device import choose_precision
+    from remora.training.loop import fit
+    from remora.training.setup import accelerator_for, load_trainable
 
     config = TrainConfig(
         str(workload.SHARED / "data" / "banking77"),
@@ -128,18 +130,18 @@ def trained(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         device="cpu",
     )
     told(f"training {options.model} for {options.train_steps} steps")
-    dataset = data.load_dataset(config.data, validation_fraction=0.0, seed=0)
+    dataset = load_dataset(config.data, validation_fraction=0.0, seed=0)
     device = torch.device("cpu")
     precision = choose_precision(device, config.precision)
     torch.manual_seed(0)
-    adapted, prompt, _, _ = prepare(config, dataset.labels, precision, device)
+    adapted, prompt, _, _ = load_trainable(config, dataset.labels, precision, device)
     with accelerator_for(precision, device) as accelerator:
-        train.fit(adapted, prompt, dataset, config, accelerator=accelerator, precision=precision)
+        fit(adapted, prompt, dataset, config, accelerator=accelerator, precision=precision)
     return adapted.eval(), prompt, dataset
 
 
 def scoring(model: Any, prompt: Any, tolerance: float) -> Any:
-    from remora.score import Scorer
+    from remora.tree.scoring import Scorer
 
     scorer = Scorer(model, prompt, tolerance=tolerance)
     return lambda texts: scorer.probabilities(texts).argmax(1)

@@ -68,22 +68,23 @@ def main() -> None:
 
 def train(folder: Path, options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Train an adapter or take the run's, save it and the merged model; return the test rows."""
-    from remora import model, store
+    from remora.models import adapter_card, hub, saved
+    from remora.runtime import files
 
-    base = model.find(options.model)
+    base = hub.find(options.model)
     adapted, prompt, dataset = scoring.adapter(options)
-    card = store.AdapterCard(
+    card = adapter_card.AdapterCard(
         base_model=str(base),
-        base_sha256=model.weights_sha256(base),
+        base_sha256=files.weights_sha256(base),
         labels=prompt.labels,
         instruction=prompt.instruction,
         list_labels=prompt.list_labels,
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
     )
-    store.save_adapter(adapted, card, folder / "adapter")
+    saved.save_adapter(adapted, card, folder / "adapter")
     merged = adapted.merge_and_unload()
-    store.write_model(merged, prompt, card, folder / "merged")
+    saved.write_model(merged, prompt, card, folder / "merged")
     return list(dataset.test.texts), list(dataset.test.labels)
 
 
@@ -188,9 +189,9 @@ def generate(merged: Path, port: int, arm: str) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    from remora import store
+    from remora.models import saved
 
-    model, prompt, _ = store.load_adapter(
+    model, prompt, _ = saved.load_adapter(
         merged, base=None, dtype=torch.float32, device=torch.device("cpu")
     )
     one_at_a_time, _, prefix_kept = THEIRS

@@ -118,7 +118,7 @@ def start(arm: str, size: int, options: argparse.Namespace, list_labels: bool) -
 
 
 def run_arm(options: argparse.Namespace) -> dict[str, Any]:
-    from remora.prompt import Prompt
+    from remora.data.prompt import Prompt
 
     texts, labels = workload.banking77("train")
     prompt = Prompt(
@@ -156,30 +156,32 @@ def adapter(model: Any) -> Any:
 
 
 def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[float], list[float]]:
-    """Time the step that `remora.train.fit` takes, with its own functions."""
+    """Time the step that `remora.training.fit` takes, with its own functions."""
     import torch
 
-    from remora import attention, config, lora
-    from remora.device import choose_precision
-    from remora.micro_batches import MicroBatches
-    from remora.prepare import accelerator_for
-    from remora.progress import Reporter
-    from remora.ranks import Ranks
+    from remora.config import DEFAULT_MICRO_BATCH_TOKENS
+    from remora.models import fused_lora
+    from remora.runtime.device import choose_precision
+    from remora.runtime.process_group import ProcessGroup
+    from remora.runtime.reporter import Reporter
+    from remora.training.micro_batches import MicroBatches
+    from remora.training.setup import accelerator_for
+    from remora.tree import attention
 
     device = torch.device(options.device)
     base = workload.qwen(options.size, torch.bfloat16, options.layers, options.device)
     model = adapter(base).to(device).train()
-    lora.make_fast(model)
+    fused_lora.make_fast(model)
     attention.install(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = True if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=fused)
     losses, seconds = [], []
     with accelerator_for(choose_precision(device, "bfloat16"), device) as accelerator:
-        most = config.DEFAULT_MICRO_BATCH_TOKENS
+        most = DEFAULT_MICRO_BATCH_TOKENS
         graphs = device.type == "cuda"
         micro_batches = MicroBatches(
-            model, most, accelerator, None, Ranks(), Reporter(), graphs=graphs
+            model, most, accelerator, None, ProcessGroup(), Reporter(), graphs=graphs
         )
         for batch in batches:
             began = time.perf_counter()

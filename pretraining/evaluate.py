@@ -23,12 +23,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from remora import data, evaluate, lora, model, train
 from remora.config import TrainConfig
-from remora.device import choose_precision
-from remora.prepare import accelerator_for
-from remora.prompt import Prompt
-from remora.score import Scorer
+from remora.data.dataset import Dataset, load_dataset
+from remora.data.prompt import Prompt
+from remora.evaluation.baselines import train_baseline
+from remora.evaluation.metrics import measure
+from remora.models import hub, loading, lora
+from remora.runtime.device import choose_precision
+from remora.training.loop import fit
+from remora.training.setup import accelerator_for
+from remora.tree.scoring import Scorer
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("REMORA_SHARED", ROOT.parent / "shared"))
@@ -59,7 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("nano-banking77.json"))
     options = parser.parse_args()
-    folder = model.find(options.base)
+    folder = hub.find(options.base)
     results: dict[str, Any] = {}
     for rows in options.rows:
         epochs = options.epochs or EPOCHS[rows]
@@ -88,9 +92,9 @@ def main() -> None:
     options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def dataset_of(rows: str, seed: int) -> data.Dataset:
+def dataset_of(rows: str, seed: int) -> Dataset:
     """Return Banking77 with all training rows, or with a few of each class."""
-    found = data.load_dataset(str(SHARED / "data" / "banking77"), seed=seed)
+    found = load_dataset(str(SHARED / "data" / "banking77"), seed=seed)
     if rows == "all":
         return found
     order = np.random.default_rng(seed).permutation(len(found.train))
@@ -122,10 +126,10 @@ def run(folder: Path, method: str, rows: str, rate: float, epochs: float, seed: 
     )
     device = torch.device("cpu")
     precision = choose_precision(device, "auto")
-    tokenizer = model.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     prompt = Prompt(tokenizer, dataset.labels, instruction=config.instruction, max_length=2_048)
     torch.manual_seed(seed)
-    base = model.load(folder, torch.float32 if method == "full" else precision.base)
+    base = loading.load(folder, torch.float32 if method == "full" else precision.base)
     if method == "random":
         fresh = AutoModelForCausalLM.from_config(base.config)
         base.load_state_dict(fresh.state_dict())
@@ -143,7 +147,7 @@ def run(folder: Path, method: str, rows: str, rate: float, epochs: float, seed: 
 
     began = time.perf_counter()
     with accelerator_for(precision, device) as accelerator:
-        train.fit(
+        fit(
             trained,
             prompt,
             dataset,
@@ -157,7 +161,7 @@ def run(folder: Path, method: str, rows: str, rate: float, epochs: float, seed: 
     assert dataset.test is not None
     chosen = scorer.probabilities(dataset.test.texts).argmax(1)
     predicted = [dataset.labels[i] for i in chosen]
-    accuracy = evaluate.measure(dataset.labels, dataset.test.labels, predicted).accuracy
+    accuracy = measure(dataset.labels, dataset.test.labels, predicted).accuracy
     found = Measured(max(validations), accuracy, seconds)
     print(f"{rows} {method} rate {rate} seed {seed}: {found}", flush=True)
     return found
@@ -167,7 +171,7 @@ def baseline(rows: str, seed: int) -> float:
     """Return the accuracy of TF-IDF with a linear SVM."""
     dataset = dataset_of(rows, seed)
     assert dataset.test is not None
-    return evaluate.baseline(
+    return train_baseline(
         dataset.train.texts,
         dataset.train.labels,
         dataset.test.texts,

@@ -30,8 +30,9 @@ from torch.nn import functional
 
 import corpus
 import phrases
-from remora import attention, tree
-from remora.prompt import Prompt, TokenSequence
+from remora.data.prompt import Prompt, TokenSequence, common_prefix_length
+from remora.tree import attention, packing
+from remora.tree.loss import loss_sum
 
 VOCABULARY = 6_144
 CHAT_TEMPLATE = (
@@ -341,7 +342,7 @@ def step_losses(
     # Everything after the common prefix is learned; where the answer begins is remembered.
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].token_ids)
     learned = [TokenSequence(sequences[i].token_ids, prefix) for i in order]
-    packed = tree.build(learned)
+    packed = packing.build(learned)
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(
             input_ids=packed.token_ids[None],
@@ -352,14 +353,14 @@ def step_losses(
         next_token = torch.zeros(())
         if labelled:
             logits = model.lm_head(hidden[packed.predictors])
-            next_token = tree.loss_sum(logits, packed) / packed.num_supervised_tokens
+            next_token = loss_sum(logits, packed) / packed.num_supervised_tokens
     # The last token of each stem: in a preorder, rows stand in the order of their tokens.
     ends: list[int] = []
     path: list[int] = []
     start, before = 0, []
     for i in order:
         ids, answer_start = sequences[i]
-        shared = tree.common_prefix_length(before, ids)
+        shared = common_prefix_length(before, ids)
         path = [*path[:shared], *range(start, start + len(ids) - shared)]
         start += len(ids) - shared
         ends.append(path[answer_start - 1])

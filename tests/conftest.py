@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-import remora.model
-from remora import attention
 from remora.config import TrainConfig
+from remora.models import loading
+from remora.tree import attention, kernels
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -95,7 +95,7 @@ def tiny_model(
 
     torch.manual_seed(0)
     config = tiny_config(architecture, **kwargs)
-    config._attn_implementation = remora.model._attention(config)
+    config._attn_implementation = loading._attention(config)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -119,7 +119,7 @@ def randomize_adapter(model: Any, seed: int = 1) -> None:
 def pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Compute attention over all pairs of tokens, or in blocks small enough for tiny rows."""
     if request.param == "kernel":
-        monkeypatch.setattr(attention, "_has_slow_kernel", lambda device: False)
+        monkeypatch.setattr(kernels, "has_slow_kernel", lambda device: False)
     if request.param != "dense":
         monkeypatch.setattr(attention, "BLOCK_SIZES", (4,))
         monkeypatch.setattr(attention, "BLOCK_COST", -10_000)
@@ -228,8 +228,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def teach(model: Any, tokenizer: Any) -> None:
     """Train a model to answer a message with a label, whichever."""
-    from remora import tree
-    from remora.prompt import Prompt
+    from remora.data.prompt import Prompt
+    from remora.tree import packing
+    from remora.tree.forward import answer_logits
+    from remora.tree.loss import loss_sum
 
     prompt = Prompt(tokenizer, list(WORDS), instruction="Classify the message.", max_length=200)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -238,8 +240,8 @@ def teach(model: Any, tokenizer: Any) -> None:
         messages = [
             WAYS[i % 5].format(w) for i, w in enumerate(generator.choice(list(WORDS.values()), 16))
         ]
-        packed = tree.build(prompt.rows(messages, generator.choice(list(WORDS), 16).tolist()))
-        loss = tree.loss_sum(tree.answer_logits(model, packed), packed)
+        packed = packing.build(prompt.rows(messages, generator.choice(list(WORDS), 16).tolist()))
+        loss = loss_sum(answer_logits(model, packed), packed)
         (loss / packed.num_supervised_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()

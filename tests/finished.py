@@ -10,13 +10,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from remora import calibration, evaluate, run, store
-from remora.conclude import TrainResult
 from remora.config import TrainConfig
-from remora.extrapolation import Extrapolation
-from remora.learning_curve import FILE, LearningCurve, Size, answer
-from remora.lora import ParameterCount
-from remora.progress import Step, Validation
+from remora.diagnosis.curve_answer import LearningCurve, Size, answer
+from remora.diagnosis.extrapolation import Extrapolation
+from remora.diagnosis.learning_curve import FILE
+from remora.evaluation import calibration
+from remora.evaluation.baselines import Baseline
+from remora.evaluation.metrics import measure
+from remora.evaluation.predictions import (
+    PROBABILITIES,
+    Scored,
+    write_predictions,
+    write_probabilities,
+)
+from remora.evaluation.significance import mcnemar
+from remora.models import adapter_card
+from remora.models.lora import ParameterCount
+from remora.runtime import files, run_directory
+from remora.runtime.reporter import Step, Validation
+from remora.training.finish import TrainResult
 
 PLAN = {
     "device": "this processor",
@@ -59,21 +71,21 @@ def write(
         row[[best, place]] = row[[place, best]]
     truth, answers = [labels[i] for i in true], [labels[i] for i in predicted]
     theirs = [labels[(i + (row % 3 == 0)) % len(labels)] for row, i in enumerate(true)]
-    scored = calibration.Scored(probabilities=probabilities, true=np.array(true))
+    scored = Scored(probabilities=probabilities, true=np.array(true))
     result = TrainResult(
         directory=path,
         method=method,
         measured_on="test",
-        metrics=evaluate.measure(labels, truth, answers, probabilities),
+        metrics=measure(labels, truth, answers, probabilities),
         reliability=calibration.assess(scored, scored),
-        baseline=evaluate.Baseline(
-            metrics=evaluate.measure(labels, truth, theirs),
+        baseline=Baseline(
+            metrics=measure(labels, truth, theirs),
             predictions=theirs,
             num_train_rows=90,
             num_all_train_rows=90,
             seconds=0.5,
         ),
-        p_value=evaluate.mcnemar(truth, answers, theirs),
+        p_value=mcnemar(truth, answers, theirs),
         parameters=ParameterCount(trainable=5, total=1000, modules={"q_proj": 5}),
         adapter_bytes=1_700_000,
         base_bytes=20_000_000,
@@ -85,19 +97,19 @@ def write(
         peak_memory_bytes=3_000_000,
     )
     config = TrainConfig(data, model=model, instruction=note, label_texts={labels[0]: note})
-    run.write_text(path / "config.toml", config.to_toml())
-    run.write_json(path / "environment.json", run.environment(torch.device("cpu")))
-    run.write_json(path / "data.json", {"source": data, "text_column": note, "labels": [*labels]})
-    run.write_json(path / "plan.json", PLAN | {"why": note})
-    run.write_text(path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records()))
-    run.write_predictions(
+    files.write_text(path / "config.toml", config.to_toml())
+    files.write_json(path / "environment.json", run_directory.environment(torch.device("cpu")))
+    files.write_json(path / "data.json", {"source": data, "text_column": note, "labels": [*labels]})
+    files.write_json(path / "plan.json", PLAN | {"why": note})
+    files.write_text(path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records()))
+    write_predictions(
         path / "predictions.csv", texts, truth, answers, probabilities.max(1).tolist(), theirs
     )
-    run.write_probabilities(path / run.PROBABILITIES, labels, {"test": scored})
-    run.write_json(path / "evaluation.json", result.to_dict())
-    trained = path / store.FOLDERS[method]
+    write_probabilities(path / PROBABILITIES, labels, {"test": scored})
+    files.write_json(path / "evaluation.json", result.to_dict())
+    trained = path / adapter_card.FOLDERS[method]
     trained.mkdir()
-    run.write_json(trained / "remora.json", {"base_model": model, "method": method})
+    files.write_json(trained / "remora.json", {"base_model": model, "method": method})
     return path
 
 
@@ -118,8 +130,8 @@ def diagnose(path: Path, labels: Sequence[str], reason: str) -> None:
     tied = [{"token": reason, "label": labels[1], "num_rows": 5, "share": 0.1}]
     found = {"method": "fast mode", "pairs": [pair], **figures, **near}
     found |= {"ceiling": ceiling, "tied_tokens": tied}
-    run.write_json(path / "diagnosis.json", found)
-    run.write_csv(
+    files.write_json(path / "diagnosis.json", found)
+    files.write_csv(
         path / "relabel.csv",
         ("row", "text", "label", "suggested", "decision"),
         [(str(i), text, labels[0], labels[1], "") for i, text in enumerate(("=a", reason), 1)],
@@ -164,7 +176,7 @@ def learn(path: Path) -> None:
         caution="few sizes",
         answer=answer(sizes, 0.1, (0.08, 0.12), further, 0.5),
     )
-    run.write_json(path / FILE, found.to_dict())
+    files.write_json(path / FILE, found.to_dict())
 
 
 def records() -> list[dict[str, float]]:

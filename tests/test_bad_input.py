@@ -21,7 +21,8 @@ import pytest
 
 import finished
 from conftest import WAYS, WORDS
-from remora import cli, quantize
+from remora import cli
+from remora.models import quantize
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = (

@@ -17,31 +17,27 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, randomize_adapter, write_table
-from remora import (
-    attention,
-    cuda_graphs,
-    data,
-    export,
-    memory,
-    quantize,
-    score,
-    store,
-    train,
-    tree,
-)
 from remora.config import ExportConfig, PredictConfig, TrainConfig
-from remora.cuda_graphs import Graphs
-from remora.device import choose_precision
-from remora.micro_batches import MicroBatches
-from remora.predict import load_scorer
-from remora.prepare import accelerator_for, prepare
-from remora.progress import Reporter
-from remora.prompt import TokenSequence
-from remora.ranks import Ranks
-from test_full import measured
-from test_resume import Interrupter, interrupted, keep_checkpoints, outcome  # noqa: F401
-from test_train import remora
-from test_tree import BATCHES, adapted, gradients, padded_loss, relative_error
+from remora.data.dataset import load_data
+from remora.data.prompt import TokenSequence
+from remora.export import export
+from remora.models import adapter_card, quantize
+from remora.runtime import memory
+from remora.runtime.device import choose_precision
+from remora.runtime.process_group import ProcessGroup
+from remora.runtime.reporter import Reporter
+from remora.serving.predict import load_scorer
+from remora.training.micro_batches import MicroBatches
+from remora.training.run import train
+from remora.training.setup import accelerator_for, load_trainable
+from remora.tree import attention, cuda_graphs, forward, packing, scoring
+from remora.tree.cuda_graphs import Graphs
+from remora.tree.forward import answer_logits
+from remora.tree.loss import loss_sum
+from training.test_full import measured
+from training.test_resume import Interrupter, interrupted, keep_checkpoints, outcome  # noqa: F401
+from training.test_run import remora
+from tree.test_packing import BATCHES, adapted, gradients, padded_loss, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -63,9 +59,9 @@ def test_loss_and_every_gradient_equal_the_padded_computation(architecture: str)
         expected = gradients(model, expected_loss)
         model.to(CUDA)
         for max_tokens in (10_000, 25):
-            trees = [packed.to(CUDA) for packed in tree.split(rows, max_tokens)]
+            trees = [packed.to(CUDA) for packed in packing.split(rows, max_tokens)]
             weight = sum(packed.num_supervised_tokens for packed in trees)
-            losses = [tree.loss_sum(tree.answer_logits(model, t), t) for t in trees]
+            losses = [loss_sum(answer_logits(model, t), t) for t in trees]
             loss = torch.stack(losses).sum() / weight
             found = {n: g.cpu() for n, g in gradients(model, loss).items()}
             assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-6), (
@@ -81,10 +77,10 @@ def test_it_learns_in_every_arithmetic(tmp_path: Path, precision: Any, method: A
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
     settings = replace(NANO, precision=precision, method=method, max_steps=100, output=tmp_path)
-    result = train.train(settings)
+    result = train(settings)
     assert result.metrics.accuracy > 0.6
     assert all(math.isfinite(step["loss"]) for step in steps(result.directory))
-    (weights,) = (result.directory / store.FOLDERS[method]).glob("*.safetensors")
+    (weights,) = (result.directory / adapter_card.FOLDERS[method]).glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}
 
 
@@ -94,17 +90,17 @@ def test_a_run_stopped_after_a_step_ends_with_the_bits_of_one_that_was_not(
     on_cuda: TrainConfig, tmp_path: Path, precision: Any
 ) -> None:
     settings = replace(on_cuda, precision=precision)
-    undisturbed = train.train(replace(settings, output=tmp_path / "undisturbed"))
+    undisturbed = train(replace(settings, output=tmp_path / "undisturbed"))
     for step in (1, 6, 11):
         assert interrupted(settings, Interrupter(step=step))
-    assert outcome(train.train(settings).directory) == outcome(undisturbed.directory)
+    assert outcome(train(settings).directory) == outcome(undisturbed.directory)
 
 
 @pytest.mark.usefixtures("keep_checkpoints")
 def test_a_real_table_takes_the_same_steps_twice(tmp_path: Path) -> None:
     """Of rows so long that attention is computed in blocks."""
     settings = replace(NANO, max_steps=6, list_labels=True)
-    found = [outcome(train.train(replace(settings, output=tmp_path / n)).directory) for n in "ab"]
+    found = [outcome(train(replace(settings, output=tmp_path / n)).directory) for n in "ab"]
     assert found[0] == found[1]
 
 
@@ -113,7 +109,7 @@ def test_where_memory_runs_out_the_effective_batch_stays(tmp_path: Path) -> None
         NANO, precision="float32", max_steps=4, batch_size=256, micro_batch_tokens=8192,
         dropout=0.0, learning_rate=1e-4,
     )  # fmt: skip
-    free = train.train(replace(settings, output=tmp_path / "free"))
+    free = train(replace(settings, output=tmp_path / "free"))
     peak = steps(free.directory)[-1]["peak_memory_bytes"]
     memory.release(CUDA)
     total = torch.cuda.get_device_properties(CUDA).total_memory
@@ -121,7 +117,7 @@ def test_where_memory_runs_out_the_effective_batch_stays(tmp_path: Path) -> None
     torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
     try:
         settings = replace(settings, output=tmp_path / "tight")
-        tight = train.train(settings, reporter=reporter)
+        tight = train(settings, reporter=reporter)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert sum("the memory ran out" in line for line in reporter.lines) == 1
@@ -154,26 +150,26 @@ def test_weights_in_4_bits_are_those_of_a_processor(shape: tuple[int, int]) -> N
 def test_qlora_resumes_and_merges(on_cuda: TrainConfig, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     settings = replace(on_cuda, precision="auto", method="qlora")
-    undisturbed = train.train(replace(settings, output=tmp_path / "undisturbed"))
+    undisturbed = train(replace(settings, output=tmp_path / "undisturbed"))
     assert interrupted(settings, Interrupter(step=5))
-    again = train.train(settings)
+    again = train(settings)
     assert outcome(again.directory) == outcome(undisturbed.directory)
     merging = ExportConfig(
         again.directory, merge=True, dtype="float32", device="cuda", output=tmp_path / "merged"
     )
-    assert export.export(merging)
+    assert export.export_run(merging)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_what_cuda_answers_a_processor_answers(on_cuda: TrainConfig, method: Any) -> None:
     rate = 1e-2 if method == "lora" else 1e-3
     settings = replace(on_cuda, method=method, epochs=4, learning_rate=rate)
-    directory = train.train(settings).directory
+    directory = train(settings).directory
     before = measured(directory)
     texts = [text for text, _ in before]
     for device in ("cuda", "cpu"):
         scorer, _ = load_scorer(PredictConfig(directory, precision="float32", device=device))
-        found = score.score_table(scorer, texts, "test", Reporter())
+        found = scoring.score_table(scorer, texts, "test", Reporter())
         expected = [float(probability) for _, probability in before]
         np.testing.assert_allclose(found.max(1), expected, atol=1e-4)
 
@@ -203,17 +199,17 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_graphs_give_the_bits_of_the_kernels_alone(precision: Any, method: Any) -> None:
     """With dropout, over micro-batches of several shapes, each of them recorded."""
     settings = replace(NANO, method=method, dropout=0.1)
-    rows = data.load(settings)
+    rows = load_data(settings)
     found = []
     for graphs in (False, True):
         chosen = choose_precision(CUDA, precision)
         torch.manual_seed(0)
-        model, prompt, _, _ = prepare(settings, rows.labels, chosen, CUDA)
+        model, prompt, _, _ = load_trainable(settings, rows.labels, chosen, CUDA)
         randomize_adapter(model)
         texts, labels = rows.train.texts, rows.train.labels
         with accelerator_for(chosen, CUDA) as accelerator:
             batches = MicroBatches(
-                model, 500, accelerator, None, Ranks(), Reporter(), graphs=graphs
+                model, 500, accelerator, None, ProcessGroup(), Reporter(), graphs=graphs
             )
             if not graphs:  # the same, but nothing is ever recorded
                 batches._graphs = Graphs(model, accelerator, Reporter().say)
@@ -245,7 +241,7 @@ def compares_with_padded() -> Any:
     def check(graphs: Graphs, rows: list[TokenSequence]) -> None:
         expected_loss = padded_loss(here, rows)
         expected = gradients(here, expected_loss)
-        packed = tree.build(rows)
+        packed = packing.build(rows)
         graphs.begin()
         loss = graphs.add_gradients(packed, packed.num_supervised_tokens)
         found = {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
@@ -267,7 +263,7 @@ def test_graphs_of_more_shapes_than_are_kept_are_recorded_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 1)
-    monkeypatch.setattr(tree, "_full_size", lambda size: size)
+    monkeypatch.setattr(packing, "_full_size", lambda size: size)
     with compares_with_padded() as (model, accelerator, check):
         graphs = Graphs(model, accelerator, pytest.fail)
         for _, rows in itertools.product(range(3), BATCHES.values()):
@@ -280,9 +276,9 @@ def test_graphs_of_more_shapes_than_are_kept_are_recorded_again(
 def test_what_cannot_be_recorded_is_launched_kernel_by_kernel(
     trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = tree.answer_logits
+    compute = answer_logits
 
-    def troubled(model: Any, packed: tree.TokenTree) -> torch.Tensor:
+    def troubled(model: Any, packed: packing.TokenTree) -> torch.Tensor:
         logits = compute(model, packed)
         if trouble == "waits":
             float(logits[0, 0])
@@ -290,7 +286,7 @@ def test_what_cannot_be_recorded_is_launched_kernel_by_kernel(
             torch.cuda.current_stream().synchronize()
         return logits
 
-    monkeypatch.setattr(tree, "answer_logits", troubled)
+    monkeypatch.setattr(forward, "answer_logits", troubled)
     if trouble == "is large":
         monkeypatch.setattr(attention, "GPU_PAIRS", 100)
     said: list[str] = []

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from remora import TextClassifier, data, model
-from remora.prompt import Prompt
+from remora import TextClassifier
+from remora.data.dataset import load_dataset
+from remora.data.prompt import Prompt
+from remora.models import hub, loading
 
 ALLOWED = {
     "README.md",
@@ -26,7 +28,7 @@ ALLOWED = {
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return model.find("nano")
+    return hub.find("nano")
 
 
 def test_it_is_small_and_holds_no_code_and_no_pickle(folder: Path) -> None:
@@ -41,8 +43,8 @@ def test_it_wins_over_a_folder_of_its_name(
     (tmp_path / "nano").mkdir()
     (tmp_path / "nano" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert model.find("nano") == folder
-    assert model.find("./nano") == tmp_path / "nano"
+    assert hub.find("nano") == folder
+    assert hub.find("./nano") == tmp_path / "nano"
 
 
 def test_stock_transformers_loads_it_and_it_writes(folder: Path) -> None:
@@ -69,7 +71,7 @@ def test_stock_transformers_loads_it_and_it_writes(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", ["Card 4021 was charged £9.99!", "ñandú — 東京", "a_b-c\tD\n  e"])
 def test_every_text_comes_back_from_its_tokens(folder: Path, text: str) -> None:
-    tokenizer = model.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == text
     digits = [
@@ -79,7 +81,7 @@ def test_every_text_comes_back_from_its_tokens(folder: Path, text: str) -> None:
 
 
 def test_its_prompt_is_in_the_form_of_qwen(folder: Path) -> None:
-    tokenizer = model.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     prompt = Prompt(tokenizer, ["a", "b"], instruction="Sort this.", max_length=2048)
     (row,) = prompt.rows(["hello"], ["b"])
     assert tokenizer.decode(row.token_ids) == (
@@ -91,7 +93,7 @@ def test_its_adapter_gives_the_same_predictions_in_stock_peft(tmp_path: Path) ->
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    dataset = data.load_dataset("sample:support", seed=0)
+    dataset = load_dataset("sample:support", seed=0)
     texts, labels = dataset.train.texts[:96], dataset.train.labels[:96]
     classifier = TextClassifier("nano", precision="float32", device="cpu", max_steps=4)
     classifier.fit(texts, labels)
@@ -99,7 +101,7 @@ def test_its_adapter_gives_the_same_predictions_in_stock_peft(tmp_path: Path) ->
     few = dataset.validation.texts[:6]
     found = classifier.predict_proba(few)
 
-    base = AutoModelForCausalLM.from_pretrained(model.find("nano"), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(hub.find("nano"), dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         stock = PeftModel.from_pretrained(base, tmp_path).eval()

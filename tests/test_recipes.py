@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from remora import cli, train
+from remora import cli
 from remora.config import TrainConfig
+from remora.training import run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -25,7 +26,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> TrainConf
         found.append(config)
         raise Parsed
 
-    monkeypatch.setattr(train, "train", begin)
+    monkeypatch.setattr(run, "train", begin)
     monkeypatch.setattr(cli.app, "config", ())
     with pytest.raises(Parsed):
         cli.main(["train", *map(str, arguments)])
@@ -64,7 +65,7 @@ def test_gemma_trains_in_all_its_weights(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_lora_recipe_is_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    from remora.lora import SEED_RECIPE_MODULES
+    from remora.models.lora import SEED_RECIPE_MODULES
 
     config = parsed(monkeypatch, "data.csv", "--config", RECIPES / "qwen2.5-1.5b-lora.toml")
     modules = SEED_RECIPE_MODULES

@@ -12,8 +12,8 @@ def run() -> int:
     """Run the command line; a SIGTERM before `train` listens itself ends it like a later one."""
     if sys.argv[1:2] == ["train"]:
         signal.signal(signal.SIGTERM, _stop)
-    from remora import launch
     from remora.cli import main
+    from remora.runtime import launch
 
     try:
         code = main()

@@ -13,12 +13,15 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
-from remora import data, store, train, tree
 from remora.config import TrainConfig
-from remora.device import choose_device, choose_precision
+from remora.data.dataset import dataset_from_lists
 from remora.errors import DataError
-from remora.prepare import accelerator_for, prepare, short_rows
-from remora.score import Scorer
+from remora.models import adapter_card, saved
+from remora.runtime.device import choose_device, choose_precision
+from remora.training.loop import fit
+from remora.training.setup import accelerator_for, load_trainable, short_rows
+from remora.tree.check import check_tree
+from remora.tree.scoring import Scorer
 
 
 class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -132,7 +135,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"the labels hold the classes {', '.join(names)}; give at least two different ones"
             )
         config = self._config()
-        dataset = data.from_lists(
+        dataset = dataset_from_lists(
             texts,
             [str(value) for value in targets],
             validation_fraction=config.validation_fraction,
@@ -143,13 +146,11 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
-            adapted, prompt, card, _ = prepare(config, names, precision, device)
+            adapted, prompt, card, _ = load_trainable(config, names, precision, device)
             with accelerator_for(precision, device) as accelerator:
                 with accelerator.autocast():
-                    tree.check(adapted, short_rows(dataset.train, prompt))
-                train.fit(
-                    adapted, prompt, dataset, config, accelerator=accelerator, precision=precision
-                )
+                    check_tree(adapted, short_rows(dataset.train, prompt))
+                fit(adapted, prompt, dataset, config, accelerator=accelerator, precision=precision)
         self.classes_ = classes
         self.model_, self.prompt_, self._card, self._precision = adapted, prompt, card, precision
         return self
@@ -178,7 +179,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Save the adapter in PEFT's format, or the model, beside what Remora needs to load it."""
         check_is_fitted(self)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        store.save(self.model_, self.prompt_, self._card, Path(path))
+        saved.save(self.model_, self.prompt_, self._card, Path(path))
 
     @classmethod
     def load(
@@ -205,8 +206,10 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         config = TrainConfig("", model=model or "", precision=precision, device=device)  # type: ignore[arg-type]
         where = choose_device(config.device)
-        decided = choose_precision(where, config.precision, trains_base=store.is_full(Path(path)))
-        adapted, prompt, card = store.load_adapter(
+        decided = choose_precision(
+            where, config.precision, trains_base=adapter_card.is_full(Path(path))
+        )
+        adapted, prompt, card = saved.load_adapter(
             Path(path), base=model, dtype=decided.base, device=where
         )
         loaded = cls(

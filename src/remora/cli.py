@@ -15,7 +15,6 @@ from cyclopts import App, Parameter
 from cyclopts.config import Toml
 
 import remora
-from remora import launch
 from remora.config import (
     CompareConfig,
     DiagnoseConfig,
@@ -29,6 +28,7 @@ from remora.config import (
     TrainConfig,
 )
 from remora.errors import ConfigError, RemoraError, ResourceError
+from remora.runtime import launch
 
 app = App(
     name="remora",
@@ -43,10 +43,11 @@ def plan(config: PlanConfig) -> None:
 
     Takes the settings of train.
     """
-    from remora import display, planner
+    from remora import display
+    from remora.planning import planner
 
     with display.TerminalReporter().live() as reporter:
-        made = planner.plan(config, say=reporter.say)
+        made = planner.make_plan(config, say=reporter.say)
     if config.json:
         _print_json(made.to_dict())
     else:
@@ -66,19 +67,20 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
     """
     if config.devices > 1 and launch.world_size() == 1:
         raise SystemExit(launch.run(config.devices, sys.argv[1:]))
-    from remora.stop import Stop
+    from remora.runtime.stop import Stop
 
     stop = Stop()  # for what is outside of the run, which has its own
     with stop.listening():
-        from remora import display, learning_curve
-        from remora import train as training
+        from remora import display
+        from remora.diagnosis import learning_curve
+        from remora.training.run import train
 
         curve = None
         with display.TerminalReporter().live() as reporter:
             if config.learning_curve:
                 result, curve = learning_curve.learn(config, reporter=reporter)
             else:
-                result = training.train(config, reporter=reporter)
+                result = train(config, reporter=reporter)
         with stop.deferred():  # all is done; show it, whatever comes
             if json:
                 found = {"learning_curve": curve.to_dict()} if curve else {}
@@ -92,7 +94,8 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
 @app.command(name="eval")
 def evaluate(config: EvalConfig) -> None:
     """Measure an adapter on a table of texts and labels."""
-    from remora import display, predict
+    from remora import display
+    from remora.serving import predict
 
     with display.TerminalReporter().live() as reporter:
         metrics, reliability = predict.evaluate_adapter(config, reporter=reporter)
@@ -106,23 +109,22 @@ def evaluate(config: EvalConfig) -> None:
 @app.command
 def predict(config: PredictConfig) -> None:
     """Classify messages, from a table or from standard input, as they come."""
-    from remora import predict as prediction
+    from remora.serving import predict
 
-    prediction.write_predictions(config, sys.stdout)
+    predict.write_predictions(config, sys.stdout)
 
 
 @app.command
 def compare(config: CompareConfig) -> None:
     """Put runs side by side: does the bigger model earn its keep?"""
-    from remora import compare as comparing
     from remora import display
-    from remora import report as reporting
+    from remora.evaluation import compare, report
 
     if config.report:
-        reporting.check_output(config.report, "report")
-    found = comparing.compare(config)
+        report.check_output(config.report, "report")
+    found = compare.compare_runs(config)
     if config.report:
-        reporting.write_comparison(config.report, found, config.runs)
+        report.write_comparison(config.report, found, config.runs)
     if config.json:
         _print_json(found.to_dict())
     else:
@@ -134,17 +136,17 @@ def compare(config: CompareConfig) -> None:
 @app.command
 def diagnose(config: DiagnoseConfig) -> None:
     """Find out why a run errs, and which rows to look at."""
-    from remora import diagnose as diagnosing
     from remora import display
-    from remora import report as reporting
+    from remora.diagnosis import diagnose
+    from remora.evaluation import report
 
     if config.apply is not None:
-        path, num_corrected, num_deleted = diagnosing.apply(config)
+        path, num_corrected, num_deleted = diagnose.apply_corrections(config)
         display.show_line(f"{num_corrected:,} corrected and {num_deleted:,} deleted rows in {path}")
         return
     with display.TerminalReporter().live() as reporter:
-        found = diagnosing.diagnose(config, reporter=reporter)
-        reporting.refresh(config.run, reporter.say)
+        found = diagnose.diagnose_run(config, reporter=reporter)
+        report.refresh(config.run, reporter.say)
     if config.json:
         _print_json(found.to_dict())
     else:
@@ -155,10 +157,10 @@ def diagnose(config: DiagnoseConfig) -> None:
 def export(config: ExportConfig) -> None:
     """Write a run's model as one plain folder, or its adapter as a smaller one, once measured."""
     from remora import display
-    from remora import export as exporting
+    from remora.export import export
 
     with display.TerminalReporter().live() as reporter:
-        written = exporting.export(config, reporter=reporter)
+        written = export.export_run(config, reporter=reporter)
     if config.json:
         _print_json(written.to_dict())
     else:
@@ -169,9 +171,9 @@ def export(config: ExportConfig) -> None:
 def push(config: PushConfig) -> None:
     """Publish a run's adapter and its model card on the Hugging Face hub, privately by default."""
     from remora import display
-    from remora import push as pushing
+    from remora.export import push
 
-    published = pushing.push(config, reporter=display.TerminalReporter())
+    published = push.push_run(config, reporter=display.TerminalReporter())
     if config.json:
         _print_json(published.to_dict())
     else:
@@ -182,9 +184,9 @@ def push(config: PushConfig) -> None:
 def report(config: ReportConfig) -> None:
     """Write a run's report.html again, with what diagnose has found if it was run."""
     from remora import display
-    from remora import report as reporting
+    from remora.evaluation import report
 
-    display.show_line(f"report in {reporting.report(config)}")
+    display.show_line(f"report in {report.write_report(config)}")
 
 
 @app.command
@@ -194,10 +196,10 @@ def serve(config: ServeConfig) -> None:
     An adapter whose folder was replaced is taken over on SIGHUP.
     """
     from remora import display
-    from remora import serve as serving
+    from remora.serving import server
 
-    with serving.ended_by_sigterm():
-        serving.Service(config, say=display.TerminalReporter().say).run()
+    with server.ended_by_sigterm():
+        server.Service(config, say=display.TerminalReporter().say).run()
 
 
 class _Settings(Toml):
@@ -247,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(str(error), ConfigError.exit_code)
         return _fail(str(error), error.exit_code) if launch.speaks(error) else error.exit_code
     except (MemoryError, RuntimeError) as error:
-        from remora import memory
+        from remora.runtime import memory
 
         if "--debug" in given or not memory.is_exhausted(error):
             raise

@@ -10,18 +10,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from remora.calibration import Abstention, Reliability
-from remora.compare import Comparison
-from remora.compress import Compressed
-from remora.conclude import TrainResult
-from remora.diagnose import Diagnosis
-from remora.evaluate import Metrics, verdict
-from remora.export import Exported
-from remora.learning_curve import LearningCurve
-from remora.merge import Parity
-from remora.plan import Plan
-from remora.progress import Reporter, Step, Validation, spoken_bytes, spoken_seconds
-from remora.push import Pushed
+from remora.diagnosis.curve_answer import LearningCurve
+from remora.diagnosis.diagnose import Diagnosis
+from remora.evaluation.calibration import Abstention, Reliability
+from remora.evaluation.compare import Comparison
+from remora.evaluation.metrics import Metrics
+from remora.evaluation.significance import accuracy_verdict
+from remora.export.compress import Compressed
+from remora.export.export import Exported
+from remora.export.merge import Parity
+from remora.export.push import Pushed
+from remora.formatting import spoken_bytes, spoken_seconds
+from remora.planning.plan import Plan
+from remora.runtime.reporter import Reporter, Step, Validation
+from remora.training.finish import TrainResult
 
 NUM_CONFUSIONS = 5
 
@@ -142,7 +144,10 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
         f"baseline   {base.metrics.accuracy:.2%}  (95% interval {low:.1%} to {high:.1%})  "
         f"{base.description}, {base.seconds:.1f} s{note}",
     )
-    _line(console, f"           {verdict(ours.accuracy, base.metrics.accuracy, result.p_value)}")
+    _line(
+        console,
+        f"           {accuracy_verdict(ours.accuracy, base.metrics.accuracy, result.p_value)}",
+    )
     size = _bytes(result.adapter_bytes)
     trained = f"model      {size}"
     if result.method != "full":

@@ -12,6 +12,8 @@
 A message says what was found and what to do, in one line: ``<found>; <what to do>``.
 """
 
+from __future__ import annotations
+
 
 class RemoraError(Exception):
     """The base of every error that is the user's to mend; `exit_code` is what the CLI ends with."""

@@ -1,0 +1,32 @@
+"""The settings of each verb: the one place where a default and its help text stand.
+
+The command line's flags and the keys of a TOML file are generated from these fields.
+"""
+
+from remora.config.checks import DeviceName, Method, PrecisionName
+from remora.config.compare import CompareConfig
+from remora.config.diagnose import DiagnoseConfig
+from remora.config.eval import EvalConfig
+from remora.config.export import ExportConfig
+from remora.config.plan import PlanConfig
+from remora.config.predict import PredictConfig
+from remora.config.push import PushConfig
+from remora.config.report import ReportConfig
+from remora.config.serve import ServeConfig
+from remora.config.train import TrainConfig
+
+__all__ = [
+    "CompareConfig",
+    "DeviceName",
+    "DiagnoseConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "Method",
+    "PlanConfig",
+    "PrecisionName",
+    "PredictConfig",
+    "PushConfig",
+    "ReportConfig",
+    "ServeConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,20 @@
+"""The settings of `remora report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cyclopts import Parameter
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Settings of `remora report`."""
+
+    run: Path = field(kw_only=False)
+    """Directory of a finished run."""
+
+    output: Path | None = None
+    """File to write; by default report.html in the run directory."""

@@ -1,0 +1,5 @@
+"""Reading tables and hub data sets into checked rows, splitting them, and prompting with them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,17 @@
+from .dataset import Dataset, DataSummary, dataset_from_lists, limit_rows, load_data, load_dataset
+from .prompt import Prompt, TokenSequence
+from .table import Table, read_table, stream_texts
+
+__all__ = [
+    "DataSummary",
+    "Dataset",
+    "Prompt",
+    "Table",
+    "TokenSequence",
+    "dataset_from_lists",
+    "limit_rows",
+    "load_data",
+    "load_dataset",
+    "read_table",
+    "stream_texts",
+]

@@ -1,0 +1,312 @@
+"""The splits of a source: which rows are trained on, which are held out, and what to know of them.
+
+A source is a table, a folder of tables, a sample of this package or a dataset of the Hugging Face
+Hub. Reading and checking the rows is `remora.table`'s, whose names are also here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from remora.config import TrainConfig
+from remora.data.readers import Pick, Row, file_part
+from remora.data.sources import source_parts
+from remora.data.splits import MAX_TEST_ROWS, MAX_VALIDATION_ROWS, check_fractions, hold_out
+from remora.data.table import Table, read_parts
+from remora.errors import DataError
+from remora.formatting import quote
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    """What a run says about its data, and keeps in `data.json`.
+
+    The counts of classes, duplicates and conflicts are of the training rows, after the split.
+    `sha256` is over split, text and label of every row in order, whatever the file format.
+    """
+
+    source: str
+    text_column: str
+    label_column: str
+    num_train: int
+    num_validation: int
+    num_test: int | None
+    num_labels: int
+    labels: tuple[str, ...]
+    smallest_label: str
+    smallest_label_rows: int
+    largest_label: str
+    largest_label_rows: int
+    num_duplicates: int  # rows that repeat an earlier text with its label
+    num_conflicting: int  # rows whose text occurs with another label too
+    num_train_validation_shared: int  # validation rows whose text is also a training text
+    num_train_test_shared: int
+    longest_text_chars: int
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON knows them."""
+        return asdict(self) | {"labels": list(self.labels)}
+
+    def lines(self) -> list[str]:
+        """Return what is worth telling a person, a sentence a line."""
+        test = "no" if self.num_test is None else f"{self.num_test:,}"
+        lines = [
+            f"{self.num_train:,} training, {self.num_validation:,} validation and {test} test rows"
+            f" from {self.source} (text: {quote(self.text_column)},"
+            f" label: {quote(self.label_column)})",
+            f"{self.num_labels:,} labels, from {_rows(self.smallest_label_rows)}"
+            f" ({quote(self.smallest_label)}) to {_rows(self.largest_label_rows)}"
+            f" ({quote(self.largest_label)})",
+        ]
+        remarks = (
+            (self.num_duplicates, "in training repeat an earlier text and label"),
+            (self.num_conflicting, "in training have a text that also occurs with another label"),
+            (self.num_train_validation_shared, "in validation have a text that is in training too"),
+            (
+                self.num_train_test_shared,
+                "in test have a text that is in training too: the test score may flatter",
+            ),
+        )
+        return lines + [f"{_rows(count)} {remark}" for count, remark in remarks if count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The splits of a source, its labels in sorted order, and what there is to say about it."""
+
+    train: Table
+    validation: Table  # empty when there is no file and `validation_fraction` is 0
+    test: Table | None
+    labels: tuple[str, ...]
+    summary: DataSummary
+
+
+def load_data(settings: TrainConfig) -> Dataset:
+    """Return the dataset that a run's settings name; raises as `load_dataset` does."""
+    dataset = load_dataset(
+        settings.data,
+        test=settings.test,
+        validation=settings.validation,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+        validation_fraction=settings.validation_fraction,
+        test_fraction=settings.test_fraction,
+        seed=settings.seed,
+    )
+    return limit_rows(dataset, settings.num_per_class, settings.seed)
+
+
+def limit_rows(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:
+    """Return the dataset with so many training rows of each class, or all that it has.
+
+    The rows are drawn by `seed`; those of a smaller number are among those of a larger one.
+    """
+    import numpy as np
+
+    if per_class is None:
+        return dataset
+    rows, seen, kept = dataset.train, Counter[str](), []
+    for row in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        seen[rows.labels[row]] += 1
+        if seen[rows.labels[row]] <= per_class:
+            kept.append(row)
+    train = Table(*([column[i] for i in sorted(kept)] for column in (rows.texts, rows.labels)))
+    tables = {"train": train, "validation": dataset.validation}
+    if dataset.test is not None:
+        tables["test"] = dataset.test
+    old = dataset.summary
+    found = _summarize(old.source, [old.text_column, old.label_column], tables, dataset.labels)
+    return replace(dataset, train=train, summary=found)
+
+
+def load_dataset(
+    source: str,
+    *,
+    test: str | None = None,
+    validation: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+) -> Dataset:
+    """Read a source, check every row, and split off what it does not bring.
+
+    Args:
+        source: A table, a folder with a `train` file (and `validation`, `test`), `sample:support`,
+            or `hf:owner/name[:config]`, the only form that may touch the network.
+        test: A table of test rows, instead of the source's own.
+        validation: A table of validation rows, instead of the source's own.
+        text_column: The column of the messages; by default found by its usual names.
+        label_column: The column of the labels; by default found by its usual names.
+        validation_fraction: The share of the source's training rows to hold out, stratified by
+            label, where there is no validation table. At most 2,000 rows.
+        test_fraction: The same for the test table. At most 10,000 rows.
+        seed: Decides which rows are held out.
+
+    Raises:
+        ConfigError: A fraction is outside [0, 1), or the two leave nothing to train on.
+        DataError: A table is missing, broken, or cannot be learned from.
+
+    """
+    check_fractions(validation_fraction, test_fraction)
+    parts = source_parts(source)
+    for split, path in (("validation", validation), ("test", test)):
+        if path is not None:
+            parts[split] = [file_part(Path(path))]
+    train, columns = read_parts(parts["train"], text_column, label_column)
+    labels = _labels(source, train)
+    given: dict[str, Table] = {
+        split: read_parts(parts[split], text_column, label_column, known=labels)[0]
+        for split in ("validation", "test")
+        if split in parts
+    }
+    return _assemble(
+        source,
+        columns,
+        train,
+        given,
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+    )
+
+
+def dataset_from_lists(
+    texts: Sequence[str], labels: Sequence[str], *, validation_fraction: float, seed: int
+) -> Dataset:
+    """Check texts and labels that are in memory, and split off a validation set, but no test set.
+
+    Args:
+        texts: The messages, [N].
+        labels: Their labels, [N], kept exactly as they are.
+        validation_fraction: The share of the rows to hold out, stratified by label. At most 2,000.
+        seed: Decides which rows are held out.
+
+    Raises:
+        ConfigError: The fraction is outside [0, 1).
+        DataError: The lists differ in length, a value is blank or no string, or there is but one
+            label.
+
+    """
+    check_fractions(validation_fraction, 0)
+    if len(texts) != len(labels):
+        raise DataError(
+            f"there are {len(texts):,} texts and {len(labels):,} labels; give one for each text"
+        )
+    table, columns = Table(list(texts), list(labels)), ["text", "label"]
+
+    def rows(pick: Pick) -> Iterator[Row]:
+        pick(columns)
+        for row, pair in enumerate(zip(table.texts, table.labels, strict=True), 1):
+            yield row, row, pair
+
+    read_parts([("memory", rows)])
+    return _assemble(
+        "memory",
+        columns,
+        table,
+        {},
+        validation_fraction=validation_fraction,
+        test_fraction=0,
+        seed=seed,
+    )
+
+
+def _labels(source: str, train: Table) -> tuple[str, ...]:
+    labels = tuple(sorted(set(train.labels)))
+    if len(labels) < 2:
+        raise DataError(
+            f"{source}: every training row has the label {quote(labels[0])};"
+            " add rows of at least one other label"
+        )
+    return labels
+
+
+def _assemble(
+    source: str,
+    columns: list[str],
+    train: Table,
+    given: dict[str, Table],
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> Dataset:
+    """Hold out the splits that are not given, and count."""
+    labels = _labels(source, train)
+    sizes = {
+        split: min(max(1, round(fraction * len(train))), limit)
+        for split, fraction, limit in (
+            ("test", test_fraction, MAX_TEST_ROWS),
+            ("validation", validation_fraction, MAX_VALIDATION_ROWS),
+        )
+        if split not in given and fraction > 0
+    }
+    train, held_out = hold_out(train, sizes, seed)
+    tables = {"train": train, "validation": Table([], []), **given, **held_out}
+    return Dataset(
+        train=train,
+        validation=tables["validation"],
+        test=tables.get("test"),
+        labels=labels,
+        summary=_summarize(source, columns, tables, labels),
+    )
+
+
+def _summarize(
+    source: str, columns: list[str], tables: dict[str, Table], labels: tuple[str, ...]
+) -> DataSummary:
+    train = tables["train"]
+    first: dict[str, str] = {}  # text -> its first label
+    others: dict[str, set[str]] = {}  # text -> its other labels
+    num_duplicates = 0
+    for text, label in zip(train.texts, train.labels, strict=True):
+        num_known = len(first)
+        if first.setdefault(text, label) == label:
+            num_duplicates += len(first) == num_known
+        elif label in others.setdefault(text, set()):
+            num_duplicates += 1
+        else:
+            others[text].add(label)
+
+    def num_shared(split: str) -> int:
+        return sum(text in first for text in tables[split].texts) if split in tables else 0
+
+    digest = hashlib.sha256()
+    for split in sorted(tables):
+        digest.update(f"{split}:{len(tables[split])}\n".encode())
+        for text, label in zip(tables[split].texts, tables[split].labels, strict=True):
+            digest.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
+
+    counts = sorted(Counter(train.labels).items(), key=lambda item: (item[1], item[0]))
+    return DataSummary(
+        source=source,
+        text_column=columns[0],
+        label_column=columns[1],
+        num_train=len(train),
+        num_validation=len(tables["validation"]),
+        num_test=len(tables["test"]) if "test" in tables else None,
+        num_labels=len(labels),
+        labels=labels,
+        smallest_label=counts[0][0],
+        smallest_label_rows=counts[0][1],
+        largest_label=counts[-1][0],
+        largest_label_rows=counts[-1][1],
+        num_duplicates=num_duplicates,
+        num_conflicting=sum(text in others for text in train.texts),
+        num_train_validation_shared=num_shared("validation"),
+        num_train_test_shared=num_shared("test"),
+        longest_text_chars=max(len(text) for table in tables.values() for text in table.texts),
+        sha256=digest.hexdigest(),
+    )
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"

@@ -1,0 +1,101 @@
+"""The tables of a source: a file, a folder, a sample of this package, a hub data set."""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import re
+from pathlib import Path
+
+from remora.data.readers import FORMATS, Part, file_part, hub_splits
+from remora.errors import DataError
+from remora.formatting import listed, quote
+
+_SPLITS = {
+    **{"train": "train", "training": "train", "test": "test"},
+    **{"validation": "validation", "val": "validation", "valid": "validation", "dev": "validation"},
+}
+_SHARD = re.compile(r"(?P<split>[a-z]+)(-\d+-of-(?P<num_shards>\d+))?")
+
+
+def source_parts(source: str) -> dict[str, list[Part]]:
+    """Map each split that the source has to its parts; `train` is always there."""
+    if source.startswith("hf:"):
+        return _hub_parts(source)
+    if source.startswith("sample:"):
+        return _folder_parts(_sample_folder(source))
+    path = Path(source)
+    return _folder_parts(path) if path.is_dir() else {"train": [file_part(path)]}
+
+
+def _sample_folder(source: str) -> Path:
+    samples = Path(str(importlib.resources.files("remora") / "samples"))
+    names = sorted(path.name for path in samples.iterdir() if path.is_dir())
+    if (name := source.removeprefix("sample:")) not in names:
+        raise DataError(f"there is no sample {quote(name)}; choose one of {listed(names)}")
+    return samples / name
+
+
+def planted_errors(source: str) -> dict[int, str]:
+    """Return the right labels of a sample's training rows that are labelled wrong on purpose.
+
+    Keys are row numbers from 1, without the header. Empty for any other source.
+    """
+    if not source.startswith("sample:"):
+        return {}
+    path = _sample_folder(source) / "planted_errors.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        return {int(row["row"]) + 1: row["true"] for row in csv.DictReader(file)}
+
+
+def _hub_parts(source: str) -> dict[str, list[Part]]:
+    found = hub_splits(source)
+    parts: dict[str, list[Part]] = {}
+    for split, part in found.items():
+        if split in _SPLITS:
+            parts.setdefault(_SPLITS[split], [part])
+    if "train" not in parts:
+        raise DataError(
+            f"{source} has no train split (found {listed(list(found))});"
+            " choose another dataset or configuration"
+        )
+    return parts
+
+
+def _folder_parts(folder: Path) -> dict[str, list[Part]]:
+    for place in (folder, folder / "data"):
+        files: dict[str, list[Path]] = {}
+        for path in sorted(place.glob("*")):
+            match = _SHARD.fullmatch(path.stem.lower())
+            split = _SPLITS.get(match["split"]) if match else None
+            if split and FORMATS.get(path.suffix.lower(), "text") != "text":
+                files.setdefault(split, []).append(path)
+        if "train" in files:
+            for paths in files.values():
+                _check_shards(paths)
+            return {split: [file_part(path) for path in paths] for split, paths in files.items()}
+    found = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise DataError(
+        f"the folder {folder} has no train file (found {found});"
+        " expected train.csv, .tsv, .jsonl or .parquet, or name a file"
+    )
+
+
+def _check_shards(paths: list[Path]) -> None:
+    """Refuse two files for one split, unless they are all the shards of one table."""
+    matches = [match for match in (_SHARD.fullmatch(path.stem.lower()) for path in paths) if match]
+    split, num_shards = matches[0]["split"], matches[0]["num_shards"]
+    if any((match["split"], match["num_shards"]) != (split, num_shards) for match in matches) or (
+        num_shards is None and len(paths) > 1
+    ):
+        raise DataError(
+            f"{paths[0]} and {paths[-1].name} are both {_SPLITS[split]} tables;"
+            " keep one, or name the file to use"
+        )
+    if num_shards is not None and not len({match[0] for match in matches}) == len(paths) == int(
+        num_shards
+    ):
+        raise DataError(
+            f"{paths[0]} is one of {int(num_shards)} shards, and {len(paths)} are there;"
+            " put all of them in the folder, once each"
+        )

@@ -1,0 +1,80 @@
+"""Which rows are held out, and which form an effective batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from remora.data.table import Table
+from remora.errors import ConfigError
+
+MAX_VALIDATION_ROWS = 2_000
+MAX_TEST_ROWS = 10_000
+
+
+def batches(num_rows: int, batch_size: int, num_batches: int, seed: int) -> Iterator[list[int]]:
+    """Yield the rows of each effective batch, each epoch in an order of its own from the seed."""
+    import numpy as np
+
+    done = 0
+    for epoch in range(num_batches):
+        order = np.random.default_rng((seed, epoch)).permutation(num_rows)
+        for start in range(0, num_rows, batch_size):
+            if done == num_batches:
+                return
+            yield order[start : start + batch_size].tolist()
+            done += 1
+
+
+def check_fractions(validation_fraction: float, test_fraction: float) -> None:
+    """Refuse fractions outside [0, 1) or that leave no training rows; raises ConfigError."""
+    for split, value in (("validation", validation_fraction), ("test", test_fraction)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"the {split} fraction is {value}; choose at least 0 and less than 1")
+    if validation_fraction + test_fraction >= 1:
+        raise ConfigError(
+            f"the validation and test fractions sum to {validation_fraction + test_fraction:g};"
+            " choose less than 1, so that rows are left to train on"
+        )
+
+
+def hold_out(table: Table, sizes: dict[str, int], seed: int) -> tuple[Table, dict[str, Table]]:
+    """Split rows off, each class by its share; every class keeps a training row.
+
+    scikit-learn's stratified splits refuse a class of one row and more classes than rows to hold
+    out, so the rows are dealt here: whole shares first, then the largest remainders.
+
+    Args:
+        table: The rows to split.
+        sizes: The number of rows to hold out for each split; fewer where classes run out.
+        seed: Decides which rows go, and which of equal remainders count first.
+
+    Returns:
+        What is left, and the splits; all of them in the order of `table`.
+
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    place = {label: i for i, label in enumerate(sorted(set(table.labels)))}
+    codes = np.fromiter((place[label] for label in table.labels), np.int64, len(table))  # [N]
+    counts = np.bincount(codes)  # [L] rows of each class
+    order = rng.permutation(len(table))
+    order = order[np.argsort(codes[order], kind="stable")]  # [N] by class, at random within each
+    begin = np.cumsum(counts) - counts  # [L] where the next free row of each class is
+    free = counts - 1
+    owner = np.zeros(len(table), np.int8)  # [N] 0 is training
+    for number, size in enumerate(sizes.values(), 1):
+        share = size * counts / len(table)
+        take = np.minimum(share.astype(np.int64), free)
+        by_remainder = np.lexsort((rng.random(len(counts)), take - share))
+        while (missing := min(size, free.sum()) - take.sum()) > 0:
+            take[[i for i in by_remainder if take[i] < free[i]][:missing]] += 1
+        for first, num_rows in zip(begin, take, strict=True):
+            owner[order[first : first + num_rows]] = number
+        begin, free = begin + take, free - take
+
+    def rows(number: int) -> Table:
+        places = np.flatnonzero(owner == number).tolist()
+        return Table([table.texts[i] for i in places], [table.labels[i] for i in places])
+
+    return rows(0), {split: rows(number) for number, split in enumerate(sizes, 1)}

@@ -1,0 +1,59 @@
+"""Texts that are alike: nearest neighbours, and test rows that are in training too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remora.data.dataset import Dataset
+
+NEAR = 0.9
+"""Cosine of the character n-grams of texts that are nearly the same."""
+
+
+def _characters(texts: Sequence[str]) -> Any:
+    """Return a fitted vectorizer of counted character n-grams and its matrix, rows of length 1."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), use_idf=False)
+    return vectorizer, vectorizer.fit_transform(texts)
+
+
+def nearest(
+    texts: Sequence[str], count: int, block: int = 512
+) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    """Return the nearest other texts of each, [texts, count], and the pairs nearly the same."""
+    _, matrix = _characters(texts)
+    count = min(count, len(texts) - 1)
+    found = np.empty((len(texts), count), dtype=np.int64)
+    near: list[tuple[int, int]] = []
+    for start in range(0, len(texts), block):
+        cosine = (matrix[start : start + block] @ matrix.T).toarray()
+        rows = np.arange(len(cosine))
+        cosine[rows, start + rows] = -1
+        found[start + rows] = np.argsort(-cosine, axis=1, kind="stable")[:, :count]
+        near += [(start + int(i), int(j)) for i, j in np.argwhere(cosine >= NEAR) if start + i < j]
+    return found, near
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def num_exact(dataset: Dataset) -> int:
+    """Return how many test texts are training texts, but for case and spaces."""
+    known = {_plain(text) for text in dataset.train.texts}
+    return sum(_plain(text) in known for text in (dataset.test.texts if dataset.test else ()))
+
+
+def num_near(dataset: Dataset, block: int = 512) -> int:
+    """Return how many test texts are nearly a training text, or one."""
+    if dataset.test is None or not len(dataset.test):
+        return 0
+    vectorizer, matrix = _characters(dataset.train.texts)
+    test = vectorizer.transform(dataset.test.texts)
+    blocks = (test[i : i + block] @ matrix.T for i in range(0, len(dataset.test), block))
+    return sum(int((part.max(1).toarray() >= NEAR).sum()) for part in blocks)

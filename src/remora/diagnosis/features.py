@@ -1,0 +1,71 @@
+"""Views of texts that judges are trained on: TF-IDF and frozen features of the base model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from remora.config import TrainConfig
+from remora.models import hub, loading
+from remora.runtime.device import choose_device, choose_precision
+from remora.runtime.reporter import Reporter
+
+BATCH_ROWS = 32
+
+
+def tfidf(texts: Sequence[str], pairs: bool) -> Any:
+    """Return TF-IDF of words and maybe pairs of words, sparse [texts, terms], rows of length 1.
+
+    The weights of terms are learned without labels, so they may be learned on all rows.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    settings: dict[str, Any] = {"ngram_range": (1, 2 if pairs else 1), "sublinear_tf": True}
+    if not any(re.search(r"\w\w", text) for text in texts):  # no words: characters then
+        settings["analyzer"] = "char"
+    return TfidfVectorizer(**settings).fit_transform(texts)
+
+
+def frozen_features(
+    texts: Sequence[str], labels: Sequence[str], settings: TrainConfig, reporter: Reporter
+) -> NDArray[np.float32]:
+    """Return what the untrained base model makes of each message, rows of length 1, [texts, 5 H].
+
+    The hidden states of the last two layers where the answer would begin, and the means of the
+    embeddings, the middle layer and the last one over the tokens that are not the same for all
+    messages. docs/log.md compares choices.
+    """
+    from sklearn.preprocessing import StandardScaler, normalize
+
+    device = choose_device(settings.device)
+    precision = choose_precision(device, settings.precision)
+    folder = hub.find(settings.model)
+    prompt = loading.load_prompt(settings, labels, folder)
+    base = loading.load_base(folder, settings.method, precision.base, device)
+    stems = prompt.stems(texts)
+    order = sorted(range(len(stems)), key=lambda i: len(stems[i]))
+    found: dict[int, NDArray[np.float32]] = {}
+    start = len(prompt.prefix)
+    for begin in range(0, len(order), BATCH_ROWS):
+        rows = order[begin : begin + BATCH_ROWS]
+        longest = max(len(stems[i]) for i in rows)
+        # Padded on the right, where no token of a causal model sees the padding.
+        ids = torch.tensor([stems[i] + [0] * (longest - len(stems[i])) for i in rows])
+        with torch.inference_mode():
+            states = base(ids.to(device), output_hidden_states=True, use_cache=False).hidden_states
+        last = [states[-1], states[-2]]
+        meant = [states[0], states[len(states) // 2], states[-1]]
+        for row, i in enumerate(rows):
+            end = len(stems[i])
+            parts = [layer[row, end - 1] for layer in last]
+            parts += [layer[row, min(start, end - 1) : end].mean(0) for layer in meant]
+            found[i] = torch.cat(parts).float().cpu().numpy()
+        reporter.scoring("features", begin + len(rows), len(order))
+    stacked = np.stack([found[i] for i in range(len(stems))])
+    result: NDArray[np.float32] = normalize(StandardScaler().fit_transform(stacked))
+    return result

@@ -1,0 +1,241 @@
+"""A learning curve: one run for each number of rows per class, and whether more would help."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from remora.config import TrainConfig
+from remora.data.dataset import Dataset, limit_rows, load_data
+from remora.diagnosis.curve_answer import LearningCurve, Size, answer, followed
+from remora.diagnosis.extrapolation import extrapolate
+from remora.errors import ConfigError
+from remora.evaluation import report, results
+from remora.evaluation.results import Results
+from remora.evaluation.significance import difference_interval, mcnemar
+from remora.runtime import files, launch, run_directory
+from remora.runtime.reporter import Reporter, Step, Validation
+from remora.runtime.stop import Stop
+from remora.training import resume
+from remora.training.finish import TrainResult
+from remora.training.run import train_until
+from remora.training.setup import load_trainable
+
+FILE = "learning_curve.json"
+FOLDER = "learning_curve"
+
+
+def learn(
+    config: TrainConfig, *, reporter: Reporter | None = None
+) -> tuple[TrainResult, LearningCurve]:
+    """Train once for each size that the settings ask for, and compare.
+
+    The run of the last size is an ordinary run directory. It holds the runs of the others, and
+    learning_curve.json. Sizes that are finished are not trained again.
+
+    Raises:
+        RemoraError: As `train.train` does.
+        ConfigError: If a size is larger than the data, or several processes train.
+    """
+    if launch.world_size() > 1:
+        raise ConfigError("a learning curve is trained by one process; start one")
+    stop = Stop(config.max_seconds)
+    with stop.listening():
+        return _learn(config, stop, _Once(reporter or Reporter()))
+
+
+def _learn(
+    config: TrainConfig, stop: Stop, reporter: Reporter
+) -> tuple[TrainResult, LearningCurve]:
+    shared = _Shared(config)
+    refuse_sizes(config, shared.whole)
+    directory = _directory(config, shared.load(config), reporter.say)
+    *smaller, last = config.curve_sizes
+    runs = [directory / FOLDER / f"{size}-per-class" for size in smaller]
+    num_rows = len(shared.load(config).train)
+    for number, (size, path) in enumerate(zip(smaller, runs, strict=True), 1):
+        told = f"size {number} of {len(config.curve_sizes)}, {size:,} rows per class"
+        if resume.is_finished(path):
+            reporter.say(f"{told}: it is finished")
+            continue
+        reporter.say(told)
+        train_until(
+            _settings(config, size, path, num_rows),
+            stop,
+            reporter,
+            load=shared.load,
+            prepare=shared.prepare,
+        )
+    found: list[LearningCurve] = []
+
+    def concluded(result: TrainResult) -> None:
+        runs.append(result.directory)
+        found.append(_measure(config, shared, [results.read(path) for path in runs]))
+        files.write_json(result.directory / FILE, found[0].to_dict())
+        report.refresh(result.directory, reporter.say)
+
+    spoken = "all rows" if last is None else f"{last:,} rows per class"
+    reporter.say(f"size {len(config.curve_sizes)} of {len(config.curve_sizes)}, {spoken}")
+    result = train_until(
+        config,
+        stop,
+        reporter,
+        load=shared.load,
+        prepare=shared.prepare,
+        concluded=concluded,
+    )
+    return result, found[0]
+
+
+class _Once(Reporter):
+    """Passes on what it is told, but no sentence twice: most are the same for every size."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._said: set[str] = set()
+
+    def say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._reporter.say(line)
+
+    def stepped(self, step: Step) -> None:
+        self._reporter.stepped(step)
+
+    def validated(self, validation: Validation) -> None:
+        self._reporter.validated(validation)
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        self._reporter.scoring(what, done, total)
+
+
+class _Shared:
+    """The rows and the base model, loaded once; each size begins as if it were alone."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.whole = load_data(replace(config, learning_curve=None))
+        self._prepared: tuple[Any, Any, Any, Any] | None = None
+
+    def load(self, config: TrainConfig) -> Dataset:
+        return limit_rows(self.whole, config.num_per_class, config.seed)
+
+    def prepare(
+        self, config: TrainConfig, labels: Sequence[str], precision: Any, device: torch.device
+    ) -> tuple[Any, Any, Any, Any]:
+        if self._prepared is None or config.method == "full":  # there the base itself is trained
+            self._prepared = None  # never two of them in memory
+            self._prepared = load_trainable(config, labels, precision, device)
+            self._start = [p.detach().clone() for p in self._trainable() if config.method != "full"]
+            self._random = torch.get_rng_state()
+            return self._prepared
+        with torch.no_grad():
+            for parameter, start in zip(self._trainable(), self._start, strict=True):
+                parameter.copy_(start)
+        torch.set_rng_state(self._random)
+        return self._prepared
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        assert self._prepared is not None
+        return [p for p in self._prepared[0].parameters() if p.requires_grad]
+
+
+def _settings(config: TrainConfig, size: int | None, path: Path, num_rows: int) -> TrainConfig:
+    """Return the settings of a size: as many steps and evaluations as the last one takes.
+
+    With as many epochs instead, the smaller sizes would be trained less, and the curve would show
+    that. docs/log.md has the comparison.
+    """
+    return replace(
+        config,
+        output=path.parent,
+        name=path.name,
+        learning_curve=None,
+        rows_per_class=size,
+        max_steps=config.num_steps(num_rows),
+        eval_steps=config.eval_steps or math.ceil(num_rows / config.batch_size),
+    )
+
+
+def refuse_sizes(config: TrainConfig, whole: Dataset) -> None:
+    """Refuse sizes that no class has.
+
+    Raises:
+        ConfigError: Naming the first of them.
+    """
+    most = max(Counter(whole.train.labels).values())
+    for size in config.curve_sizes:
+        if size is not None and (size > most or (size == most and None in config.curve_sizes)):
+            raise ConfigError(
+                f"learning_curve has the size {size:,} and no class has "
+                f"{'more than' if size > most else 'more rows than'} {most:,} training rows; "
+                "give smaller numbers, or all"
+            )
+
+
+def _directory(config: TrainConfig, dataset: Dataset, say: Callable[[str], None]) -> Path:
+    """Return the directory of the unfinished curve that these settings go on with, or a new one.
+
+    It has the settings from the beginning, so it is found again whatever size it stopped at.
+    """
+    directory = resume.unfinished(config, dataset.summary.sha256, say)
+    if directory is None:
+        directory = run_directory.create(config.output, config.name, config.data, config.model)
+    files.write_json(directory / "data.json", dataset.summary.to_dict())
+    files.write_text(directory / "config.toml", config.to_toml())
+    return directory
+
+
+def _measure(config: TrainConfig, shared: _Shared, runs: Sequence[Results]) -> LearningCurve:
+    counts = Counter(shared.whole.train.labels)
+    sizes = []
+    for per_class, each in zip(config.curve_sizes, runs, strict=True):
+        metrics = each.figures["metrics"]
+        theirs = each.figures["baseline"]["metrics"]
+        limit = max(counts.values()) if per_class is None else per_class
+        sizes.append(
+            Size(
+                per_class=per_class,
+                num_rows=sum(min(count, limit) for count in counts.values()),
+                num_short=sum(count < limit for count in counts.values() if per_class),
+                run="." if each is runs[-1] else f"{FOLDER}/{each.directory.name}",
+                accuracy=metrics["accuracy"],
+                accuracy_interval=tuple(metrics["accuracy_interval"]),
+                macro_f1=metrics["macro_f1"],
+                baseline_accuracy=theirs["accuracy"],
+                baseline_interval=tuple(theirs["accuracy_interval"]),
+                p_value=each.figures["p_value"],
+                num_steps=each.figures["num_steps"],
+                train_seconds=each.figures["train_seconds"],
+            )
+        )
+    true = np.array(runs[-1].true)
+    wrong = np.array([np.array(each.predicted) != true for each in runs])  # [sizes, rows]
+    last = runs[-1]
+    more = int((wrong[-2] & ~wrong[-1]).sum())
+    fewer = int((wrong[-1] & ~wrong[-2]).sum())
+    gain_interval = difference_interval(more, fewer, len(true))
+    rise = mcnemar(last.true, last.predicted, runs[0].predicted)
+    extrapolation, caution = followed(
+        sizes[-1], *extrapolate([size.num_rows for size in sizes], wrong, rise)
+    )
+    alike = None
+    if last.baseline is not None and wrong[-1].any():
+        same = np.array(last.predicted) == np.array(last.baseline)
+        alike = float(same[wrong[-1]].mean())
+    return LearningCurve(
+        measured_on=last.figures["measured_on"],
+        num_measured=len(true),
+        sizes=tuple(sizes),
+        gain=(more - fewer) / len(true),
+        gain_interval=gain_interval,
+        extrapolation=extrapolation,
+        caution=caution,
+        answer=answer(sizes, (more - fewer) / len(true), gain_interval, extrapolation, alike),
+    )

@@ -1,0 +1,220 @@
+"""Out-of-sample probabilities for training rows: each row is judged by what never saw its label."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from remora.config import TrainConfig
+from remora.data.dataset import Dataset
+from remora.data.table import Table
+from remora.diagnosis.features import frozen_features, tfidf
+from remora.diagnosis.regressions import deal_folds, logistic, pool, ridge
+from remora.evaluation.predictions import (
+    PROBABILITIES,
+    Scored,
+    read_probabilities,
+    write_probabilities,
+)
+from remora.models import loading
+from remora.runtime import files
+from remora.runtime.device import choose_device, choose_precision
+from remora.runtime.reporter import Reporter
+from remora.runtime.stop import Stop
+from remora.training import checkpoint, resume
+from remora.training.loop import fit
+from remora.training.setup import accelerator_for, load_trainable, plan_run, short_rows
+from remora.tree import scoring
+from remora.tree.check import check_tree
+from remora.tree.scoring import Scorer
+
+Method = Literal["fast", "frozen", "tfidf", "adapters"]
+
+DESCRIPTIONS = {
+    "fast": "fast mode: regressions on frozen features of the base model, pooled with others on "
+    "TF-IDF; the adapter took no part",
+    "frozen": "fast mode: regressions on frozen features of the base model; the adapter took no "
+    "part",
+    "tfidf": "fast mode: regressions on TF-IDF; neither base model nor adapter took part",
+    "adapters": "adapters trained anew, each on the rows outside its fold, pooled with regressions "
+    "on TF-IDF",
+}
+MANY_ROWS = 5_000
+"""Up to so many rows, regressions are trained on nine tenths of them, beyond on four fifths."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What classifiers say of rows that they were not trained on."""
+
+    probabilities: NDArray[np.float64]  # [rows, labels], of all judges pooled
+    judges: tuple[NDArray[np.int64], ...]  # the likeliest labels by each view of the texts, [rows]
+    by_half: NDArray[np.int64]  # the likeliest labels by ridge regressions on half the rows, [rows]
+    by_most: NDArray[np.int64]  # the same regressions on all rows but a fold's
+
+    def first(self, count: int) -> Judgement:
+        """Return what was said of the first rows."""
+        return Judgement(
+            self.probabilities[:count],
+            tuple(each[:count] for each in self.judges),
+            self.by_half[:count],
+            self.by_most[:count],
+        )
+
+
+def judge(
+    dataset: Dataset,
+    settings: TrainConfig,
+    method: Method,
+    num_folds: int | None,
+    reporter: Reporter,
+    *,
+    folder: Path | None = None,
+) -> Judgement:
+    """Judge each row by classifiers that were trained on others.
+
+    Each fold is predicted by a classifier that was trained on the other folds. Folds are stratified
+    by label; a label of one row is then unknown to the classifier that judges it.
+
+    Args:
+        dataset: Its training rows are judged.
+        settings: Those of the run: base model, prompt, and for `adapters` how to train.
+        method: What is trained on the folds.
+        num_folds: In how many parts the rows are cut; None for what suits the method.
+        reporter: Told how it goes.
+        folder: Where `adapters` keeps each fold, so that what was stopped goes on there.
+
+    Raises:
+        Stopped: If a signal asked `adapters` to stop; what was done is kept.
+    """
+    labels, rows = dataset.labels, dataset.train
+    place = {label: index for index, label in enumerate(labels)}
+    true = np.array([place[label] for label in rows.labels])
+    if num_folds is None:
+        num_folds = 5 if method == "adapters" or len(rows) > MANY_ROWS else 10
+    folds = deal_folds(true, num_folds, settings.seed)
+    views: list[tuple[Any, Any, float]] = []  # features of ridge and logistic regression, penalty
+    if method != "frozen":
+        words = (tfidf(rows.texts, pairs) for pairs in (True, False))
+        views.append((*words, 1.0))
+    if method in ("fast", "frozen"):
+        reporter.say("computing frozen features of the base model")
+        features = frozen_features(rows.texts, labels, settings, reporter)
+        views.append((features, features, 0.2))
+    reporter.say("cross-validating regressions")
+    ridges = [ridge(x, penalty, true, len(labels), folds) for x, _, penalty in views]
+    halves = deal_folds(true, 2, settings.seed)
+    by_half = [ridge(x, penalty, true, len(labels), halves) for x, _, penalty in views]
+    logistic = [logistic(x, true, len(labels), folds) for _, x, _ in views]
+    parts = [list(view) for view in zip(ridges, logistic, strict=True)]
+    if method == "adapters":
+        assert folder is not None
+        adapters = _adapters(dataset, settings, true, folds, folder, reporter)
+        parts.append([np.log(np.maximum(adapters, 1e-12))])
+    return Judgement(
+        pool([each for view in parts for each in view], true),
+        tuple(pool(view, true).argmax(1) for view in parts),
+        pool(by_half, true).argmax(1),
+        pool(ridges, true).argmax(1),
+    )
+
+
+def _adapters(
+    dataset: Dataset,
+    settings: TrainConfig,
+    true: NDArray[np.int64],
+    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    folder: Path,
+    reporter: Reporter,
+) -> NDArray[np.float64]:
+    """Return what adapters, each trained on all folds but one, say of that one."""
+    _begin(folder, dataset.train, settings, len(folds))
+    result = np.zeros((len(true), len(dataset.labels)))
+    stop = Stop()
+    with stop.listening():
+        for number, (others, own) in enumerate(folds, 1):
+            place = folder / f"fold-{number}"
+            kept = place / PROBABILITIES
+            told = f"adapter {number} of {len(folds)}, trained on {len(others):,} rows"
+            if kept.is_file():
+                reporter.say(f"{told}: it is finished")
+            else:
+                reporter.say(told)
+                place.mkdir(exist_ok=True)
+                found = _fold(dataset, settings, others, own, place, stop, reporter)
+                write_probabilities(
+                    kept, dataset.labels, {"fold": Scored(probabilities=found, true=true[own])}
+                )
+                shutil.rmtree(place / resume.CHECKPOINTS, ignore_errors=True)
+            scored = read_probabilities(kept, dataset.labels, "fold")
+            assert scored is not None
+            result[own] = scored.probabilities
+    return result
+
+
+def _begin(folder: Path, rows: Table, settings: TrainConfig, num_folds: int) -> None:
+    """Make the folder, or leave what is in it if it is of the same rows, settings and folds."""
+    sha256 = hashlib.sha256(json.dumps([rows.texts, rows.labels]).encode()).hexdigest()
+    wanted = {"rows": sha256, "folds": num_folds, "model": settings.model, **resume.fixed(settings)}
+    key, text = folder / "settings.json", json.dumps(wanted, indent=2) + "\n"
+    if not key.is_file() or key.read_text(encoding="utf-8") != text:
+        shutil.rmtree(folder, ignore_errors=True)
+        with files.disk_errors(folder):
+            folder.mkdir()
+        files.write_text(key, text)
+
+
+def _fold(
+    dataset: Dataset,
+    settings: TrainConfig,
+    others: NDArray[np.int64],
+    own: NDArray[np.int64],
+    place: Path,
+    stop: Stop,
+    reporter: Reporter,
+) -> NDArray[np.float64]:
+    """Return what an adapter that was trained on other rows says of a fold's own, [own, labels]."""
+    rows = dataset.train
+    part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])
+    device = choose_device(settings.device)
+    precision = choose_precision(device, settings.precision, trains_base=settings.method == "full")
+    resumed = checkpoint.newest(place / resume.CHECKPOINTS, reporter.say)
+    planned, heaviest = plan_run(
+        resume.as_before(settings, resumed),
+        replace(dataset, train=part),
+        precision,
+        device,
+        reporter,
+    )
+    with torch.random.fork_rng(), accelerator_for(precision, device) as accelerator:
+        torch.manual_seed(settings.seed)
+        adapted, prompt, _, _ = load_trainable(settings, dataset.labels, precision, device)
+        with accelerator.autocast():
+            check_tree(adapted, short_rows(part, prompt))
+        loading.set_checkpointing(adapted, planned.checkpointing)
+        with stop.deferred():
+            fit(
+                adapted,
+                prompt,
+                replace(dataset, train=part),
+                planned.applied_to(settings),
+                accelerator=accelerator,
+                precision=precision,
+                heaviest=heaviest,
+                checkpoints=place / resume.CHECKPOINTS,
+                resumed=resumed,
+                stop=stop,
+                reporter=reporter,
+            )
+            scorer = Scorer(adapted, prompt, tolerance=1e-3, autocast=precision.autocast)
+            texts = [rows.texts[i] for i in own]
+            return scoring.score_table(scorer, texts, "fold", reporter, stop)

@@ -1,0 +1,94 @@
+"""Cross-validated regressions, and the pooling of judges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pool(parts: Sequence[NDArray[np.float64]], true: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Pool the scores of judges: softmax(sum of weight * score), [rows, labels].
+
+    The weights are the ones with the least log-loss, so a judge that knows little counts little and
+    the result is calibrated. One weight a judge, fitted on all rows, leaves them out of sample for
+    practical purposes. With log-probabilities as scores it is a logarithmic pool: Genest and Zidek
+    1986, https://doi.org/10.1214/ss/1177013825
+    """
+    from scipy.optimize import minimize
+
+    scores = np.stack(parts)  # [judges, rows, labels]
+
+    def pooled(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        total = np.tensordot(weights, scores, axes=1)
+        scaled = np.exp(total - total.max(1, keepdims=True))
+        result: NDArray[np.float64] = scaled / scaled.sum(1, keepdims=True)
+        return result
+
+    def log_loss(weights: NDArray[np.float64]) -> float:
+        chosen = pooled(weights)[np.arange(len(true)), true]
+        return float(-np.log(np.maximum(chosen, 1e-12)).mean())
+
+    start = np.full(len(parts), 1 / len(parts))
+    found = minimize(log_loss, start, bounds=[(0.0, 100.0)] * len(parts), method="L-BFGS-B")
+    return pooled(found.x)
+
+
+def deal_folds(
+    true: NDArray[np.int64], num_folds: int, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Deal the rows of each label to the folds in turn; return pairs of other and own rows."""
+    shuffled = np.random.default_rng(seed).permutation(len(true))
+    by_label = shuffled[np.argsort(true[shuffled], kind="stable")]
+    fold = np.empty(len(true), dtype=np.int64)
+    fold[by_label] = np.arange(len(true)) % num_folds
+    return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(num_folds)]
+
+
+def ridge(
+    features: Any,
+    penalty: float,
+    true: NDArray[np.int64],
+    num_labels: int,
+    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> NDArray[np.float64]:
+    """Return the scores that ridge regressions give each fold, about 1 for its label, else 0."""
+    from sklearn.linear_model import Ridge
+
+    targets = np.eye(num_labels, dtype=np.float32)[true]
+    result = np.empty((len(true), num_labels))
+    solver = "cholesky" if isinstance(features, np.ndarray) else "sparse_cg"
+    for others, own in folds:
+        regression = Ridge(alpha=penalty, solver=solver, tol=1e-2)
+        regression.fit(features[others], targets[others])
+        result[own] = regression.predict(features[own])
+    return result
+
+
+def logistic(
+    features: Any,
+    true: NDArray[np.int64],
+    num_labels: int,
+    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> NDArray[np.float64]:
+    """Return log-probabilities that logistic regressions give each fold, [rows, labels]."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    result = np.full((len(true), num_labels), 1e-9)
+    for others, own in folds:
+        known = np.unique(true[others])
+        if len(known) == 1:
+            result[own, known[0]] = 1
+            continue
+        regression = LogisticRegression(C=10.0, max_iter=100)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            regression.fit(features[others], true[others])
+        result[np.ix_(own, regression.classes_)] = regression.predict_proba(features[own])
+    logs: NDArray[np.float64] = np.log(np.maximum(result, 1e-12))
+    return logs

@@ -1,0 +1,243 @@
+"""How far the probabilities can be trusted, and when to hand a message to a person.
+
+The confidence of a prediction is the probability of the predicted label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remora.evaluation.predictions import Scored
+
+MAX_BINS = 15
+MIN_BIN_ROWS = 20
+NUM_COVERAGES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """One point of the reliability curve: rows of like confidence."""
+
+    confidence: float  # mean
+    accuracy: float
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoveragePoint:
+    """What answering only the rows from a confidence on gives."""
+
+    threshold: float
+    coverage: float  # share of the rows that are answered
+    accuracy: float  # of those
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abstention:
+    """A threshold for handing messages to a person, and what it gives on the measured rows."""
+
+    wanted_accuracy: float
+    threshold: float | None  # None where no threshold reaches the accuracy
+    chosen_on: str  # "validation", or "the measured rows"
+    num_chosen_on: int
+    coverage: float
+    accuracy: float | None  # of the answered rows; None where none is answered
+    accuracy_interval: tuple[float, float] | None  # 95 %, Wilson (1927)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfScope:
+    """How well the confidence tells messages that none of the labels fits."""
+
+    num_rows: int
+    auroc: float  # probability that a message in scope has more confidence than one out of scope
+    refused: float | None  # share of them below the threshold of `Abstention`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """How far the probabilities of one set of rows can be trusted."""
+
+    calibration_error: float  # expected calibration error, bins of equal mass
+    bins: tuple[Bin, ...]
+    temperature: float | None  # fitted on validation rows; None without those
+    num_validation: int
+    scaled_calibration_error: float | None  # on the measured rows, at that temperature
+    scaled_log_loss: float | None
+    coverage: tuple[CoveragePoint, ...]
+    area_under_risk_coverage: float
+    abstention: Abstention | None = None
+    out_of_scope: OutOfScope | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON holds them."""
+        return asdict(self)
+
+
+def assess(
+    measured: Scored,
+    validation: Scored | None = None,
+    *,
+    abstain_at_accuracy: float | None = None,
+    out_of_scope: NDArray[np.float64] | None = None,
+) -> Reliability:
+    """Measure how far probabilities can be trusted.
+
+    Args:
+        measured: The rows to measure on.
+        validation: Other rows, to fit the temperature and to choose the threshold on.
+        abstain_at_accuracy: Accuracy that the answered rows shall have.
+        out_of_scope: Probabilities [rows, labels] of messages that no label fits.
+    """
+    error, bins = calibration_error(measured.confidence, measured.correct)
+    temperature = None if validation is None else fit_temperature(validation)
+    scaled = None if temperature is None else measured.at(temperature)
+    abstention = None
+    if abstain_at_accuracy is not None:
+        abstention = _abstain(measured, validation, abstain_at_accuracy)
+    outside = None
+    if out_of_scope is not None:
+        outside = _out_of_scope(measured.confidence, out_of_scope.max(1), abstention)
+    return Reliability(
+        calibration_error=error,
+        bins=bins,
+        temperature=temperature,
+        num_validation=0 if validation is None else len(validation.true),
+        scaled_calibration_error=(
+            None if scaled is None else calibration_error(scaled.confidence, scaled.correct)[0]
+        ),
+        scaled_log_loss=None if scaled is None else scaled.log_loss,
+        coverage=coverage_points(measured.confidence, measured.correct),
+        area_under_risk_coverage=area_under_risk_coverage(measured.confidence, measured.correct),
+        abstention=abstention,
+        out_of_scope=outside,
+    )
+
+
+def calibration_error(
+    confidence: NDArray[np.float64], correct: NDArray[np.bool_], num_bins: int | None = None
+) -> tuple[float, tuple[Bin, ...]]:
+    """Return the expected calibration error and the reliability curve, in bins of equal mass.
+
+    The error is the mean over rows of abs(accuracy - mean confidence) of their bin (Naeini et al.
+    2015), with quantiles as the bins' borders (Nixon et al. 2019, https://arxiv.org/abs/1904.01685)
+    since most rows are confident. Rows of equal confidence share a bin.
+
+    Args:
+        confidence: [rows].
+        correct: [rows].
+        num_bins: By default 15, or fewer, so that a bin has 20 rows.
+    """
+    num_bins = num_bins or max(1, min(MAX_BINS, len(confidence) // MIN_BIN_ROWS))
+    borders = np.quantile(confidence, np.linspace(0, 1, num_bins + 1)[1:-1])
+    place = np.searchsorted(borders, confidence)
+    bins = tuple(
+        Bin(
+            confidence=float(confidence[place == b].mean()),
+            accuracy=float(correct[place == b].mean()),
+            num_rows=int((place == b).sum()),
+        )
+        for b in np.unique(place)
+    )
+    gaps = sum(b.num_rows * abs(b.accuracy - b.confidence) for b in bins)
+    return gaps / len(confidence), bins
+
+
+def fit_temperature(rows: Scored) -> float:
+    """Return the temperature with the least log-loss, from 0.05 to 20.
+
+    Guo et al. 2017, https://arxiv.org/abs/1706.04599. It changes no prediction.
+    """
+    from scipy.optimize import minimize_scalar
+
+    limits = (np.log(0.05), np.log(20))
+    found = minimize_scalar(
+        lambda log: rows.at(float(np.exp(log))).log_loss, bounds=limits, method="bounded"
+    )
+    return float(np.exp(found.x))
+
+
+def _cumulative(
+    confidence: NDArray[np.float64], correct: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return each possible threshold, falling, with the rows answered and their accuracy."""
+    order = np.argsort(-confidence, kind="stable")
+    ordered = confidence[order]
+    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # rows that tie go together
+    answered = last + 1
+    return ordered[last], answered, np.cumsum(correct[order])[last] / answered
+
+
+def coverage_points(
+    confidence: NDArray[np.float64], correct: NDArray[np.bool_]
+) -> tuple[CoveragePoint, ...]:
+    """Return accuracy against coverage, at every twentieth of the rows or so."""
+    thresholds, answered, accuracy = _cumulative(confidence, correct)
+    wanted = np.arange(1, NUM_COVERAGES + 1) * len(confidence) / NUM_COVERAGES
+    places = np.unique(np.searchsorted(answered, wanted).clip(max=len(answered) - 1))
+    return tuple(
+        CoveragePoint(
+            threshold=float(thresholds[i]),
+            coverage=float(answered[i] / len(confidence)),
+            accuracy=float(accuracy[i]),
+        )
+        for i in places
+    )
+
+
+def area_under_risk_coverage(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> float:
+    """Return the mean error rate over all coverages; less is better.
+
+    Geifman, Uziel and El-Yaniv 2019, https://arxiv.org/abs/1805.08206.
+    """
+    _, answered, accuracy = _cumulative(confidence, correct)
+    share = np.diff(answered, prepend=0) / len(confidence)
+    return float(((1 - accuracy) * share).sum())
+
+
+def choose_threshold(rows: Scored, accuracy: float) -> float | None:
+    """Return the lowest confidence from which on the answers are that accurate, if there is one."""
+    thresholds, _, accuracies = _cumulative(rows.confidence, rows.correct)
+    good = np.flatnonzero(accuracies >= accuracy)
+    return float(thresholds[good[-1]]) if len(good) else None
+
+
+def _abstain(measured: Scored, validation: Scored | None, accuracy: float) -> Abstention:
+    from scipy.stats import binomtest
+
+    chosen_on = measured if validation is None else validation
+    threshold = choose_threshold(chosen_on, accuracy)
+    answered = (
+        np.zeros(len(measured.true), dtype=bool)
+        if threshold is None
+        else measured.confidence >= threshold
+    )
+    count, right = int(answered.sum()), int(measured.correct[answered].sum())
+    interval = binomtest(right, count).proportion_ci(method="wilson") if count else None
+    return Abstention(
+        wanted_accuracy=accuracy,
+        threshold=threshold,
+        chosen_on="the measured rows" if validation is None else "validation",
+        num_chosen_on=len(chosen_on.true),
+        coverage=count / len(measured.true),
+        accuracy=right / count if count else None,
+        accuracy_interval=(float(interval.low), float(interval.high)) if interval else None,
+    )
+
+
+def _out_of_scope(
+    inside: NDArray[np.float64], outside: NDArray[np.float64], abstention: Abstention | None
+) -> OutOfScope:
+    from sklearn.metrics import roc_auc_score
+
+    in_scope = np.repeat([1, 0], [len(inside), len(outside)])
+    threshold = None if abstention is None else abstention.threshold
+    return OutOfScope(
+        num_rows=len(outside),
+        auroc=float(roc_auc_score(in_scope, np.concatenate([inside, outside]))),
+        refused=None if threshold is None else float((outside < threshold).mean()),
+    )

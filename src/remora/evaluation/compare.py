@@ -1,0 +1,340 @@
+"""Runs side by side on the same test rows: does the bigger model earn its keep?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remora.config import CompareConfig
+from remora.errors import ConfigError, DataError
+from remora.evaluation import results
+from remora.evaluation.results import Results
+from remora.evaluation.significance import difference_interval, holm, mcnemar
+from remora.formatting import one_line
+
+SIGNIFICANT = 0.05
+NUM_SHARED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One run, or the baseline, with what it achieves and what it costs."""
+
+    name: str
+    accuracy: float
+    accuracy_interval: tuple[float, float]  # 95 %, Wilson (1927)
+    macro_f1: float
+    train_seconds: float
+    num_bytes: int = 0  # weights that it takes to predict; 0 for the baseline
+    artifact_bytes: int | None = None  # what the run has added
+    trainable_share: float | None = None
+    examples_per_second: float | None = None  # of training
+    peak_memory_bytes: int | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is no run but the baseline."""
+        return self.artifact_bytes is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two contenders on the same rows; `first` is the bigger one."""
+
+    first: str
+    second: str
+    difference: float  # accuracy of the first minus that of the second
+    difference_interval: tuple[float, float]  # 95 %, Agresti and Min (2005)
+    only_first_right: int
+    only_second_right: int
+    p_value: float  # exact McNemar test
+    adjusted_p_value: float  # over all pairs, Holm (1979)
+    both_wrong: int
+    both_wrong_by_chance: float  # expected, if they erred independently at their rates
+    error_consistency: float | None  # kappa of being right; None where one is always right or wrong
+    same_wrong_label: int  # rows, of those that both get wrong
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedMistake:
+    """Rows of one label that every run takes for the same other label."""
+
+    true: str
+    predicted: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Contenders from the smallest to the biggest, and what follows."""
+
+    num_rows: int
+    contenders: tuple[Contender, ...]
+    pairs: tuple[Pair, ...]
+    shared_mistakes: tuple[SharedMistake, ...]
+    answer: str
+    bar: str | None
+    value: str | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON holds them."""
+        return asdict(self)
+
+
+def compare_runs(config: CompareConfig) -> Comparison:
+    """Compare runs that were measured on the same rows, and the baseline of the first.
+
+    Raises:
+        ConfigError: If a run is given twice.
+        DataError: If a run has no predictions, or the test rows differ.
+    """
+    if len({path.resolve() for path in config.runs}) < len(config.runs):
+        raise ConfigError("a run is given twice; give different runs")
+    runs = [_read(path) for path in config.runs]
+    for other in runs[1:]:
+        _refuse_other_rows(runs[0], other)
+    names = _names(config.runs)
+    contenders = {
+        name: (_contender(name, each.figures), each.predicted)
+        for name, each in zip(names, runs, strict=True)
+    }
+    notes = []
+    if runs[0].baseline is None:
+        notes.append(f"{runs[0].directory} keeps no predictions of the baseline, so it is left out")
+    else:
+        found = _baseline(runs[0].figures["baseline"])
+        contenders[found.name] = (found, runs[0].baseline)
+        if any(each.baseline not in (None, runs[0].baseline) for each in runs):
+            notes.append(f"the baseline is that of {names[0]}; the training rows differ")
+    if any(each.figures["measured_on"] != "test" for each in runs):
+        notes.append("the rows also chose the weights: all figures are a little too good")
+    ordered = sorted(
+        contenders.values(), key=lambda each: (each[0].num_bytes, each[0].train_seconds)
+    )
+    pairs = _pairs(runs[0].true, ordered)
+    ranked = [each for each, _ in ordered]
+    best, rival = _best_and_rival(ranked, pairs)
+    return Comparison(
+        num_rows=len(runs[0].true),
+        contenders=tuple(ranked),
+        pairs=pairs,
+        shared_mistakes=_shared_mistakes(runs),
+        answer=_answer(ranked, best, rival, pairs),
+        bar=None if config.bar is None else _clears(ranked, config.bar),
+        value=_value(best, rival, pairs, config),
+        notes=tuple(notes),
+    )
+
+
+def _read(path: Path) -> Results:
+    found = results.read(path)
+    try:
+        _contender("", found.figures)
+        _baseline(found.figures["baseline"])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"the figures in {path} are broken ({one_line(error)}); train it again"
+        ) from error
+    return found
+
+
+def _refuse_other_rows(first: Results, other: Results) -> None:
+    advice = "train both with the same --test table, or the same data and --seed"
+    if len(first.true) != len(other.true):
+        raise DataError(
+            f"{first.directory} was measured on {len(first.true):,} rows, {other.directory} on "
+            f"{len(other.true):,}; {advice}"
+        )
+    ours, theirs = (zip(each.texts, each.true, strict=True) for each in (first, other))
+    for row, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
+        if a != b:
+            raise DataError(
+                f"the test rows of {first.directory} and {other.directory} differ, first in row "
+                f"{row}; {advice}"
+            )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return the runs' own names, or their paths where those are not enough."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _contender(name: str, figures: dict[str, Any]) -> Contender:
+    metrics = figures["metrics"]
+    parameters = figures["parameters"]
+    # An adapter needs its base model, a model that trained in all its weights does not.
+    base_bytes = 0 if figures.get("method") == "full" else figures["base_bytes"]
+    return Contender(
+        name=name,
+        accuracy=metrics["accuracy"],
+        accuracy_interval=tuple(metrics["accuracy_interval"]),
+        macro_f1=metrics["macro_f1"],
+        train_seconds=figures["train_seconds"],
+        num_bytes=base_bytes + figures["adapter_bytes"],
+        artifact_bytes=figures["adapter_bytes"],
+        trainable_share=parameters["trainable"] / parameters["total"],
+        examples_per_second=figures["examples_per_second"],
+        peak_memory_bytes=figures["peak_memory_bytes"],
+    )
+
+
+def _baseline(figures: dict[str, Any]) -> Contender:
+    metrics = figures["metrics"]
+    return Contender(
+        name=figures["description"],
+        accuracy=metrics["accuracy"],
+        accuracy_interval=tuple(metrics["accuracy_interval"]),
+        macro_f1=metrics["macro_f1"],
+        train_seconds=figures["seconds"],
+    )
+
+
+def _pairs(
+    true: Sequence[str], ordered: Sequence[tuple[Contender, Sequence[str]]]
+) -> tuple[Pair, ...]:
+    """Compare each two contenders; of two, the later in the order is the first of the pair."""
+    found = list(combinations(ordered, 2))
+    p_values = [mcnemar(true, big[1], small[1]) for small, big in found]
+    adjusted = holm(p_values)
+    answers = np.array(true)
+    return tuple(
+        _pair(answers, big, small, p, q)
+        for (small, big), p, q in zip(found, p_values, adjusted, strict=True)
+    )
+
+
+def _pair(
+    true: NDArray[np.str_],
+    big: tuple[Contender, Sequence[str]],
+    small: tuple[Contender, Sequence[str]],
+    p_value: float,
+    adjusted: float,
+) -> Pair:
+    first, second = np.array(big[1]), np.array(small[1])
+    wrong_first, wrong_second = first != true, second != true
+    num_rows = len(true)
+    only_first, only_second = (
+        int((wrong_second & ~wrong_first).sum()),
+        int((wrong_first & ~wrong_second).sum()),
+    )
+    both = wrong_first & wrong_second
+    rates = float(wrong_first.mean()), float(wrong_second.mean())
+    agreement = float((wrong_first == wrong_second).mean())
+    chance = rates[0] * rates[1] + (1 - rates[0]) * (1 - rates[1])
+    return Pair(
+        first=big[0].name,
+        second=small[0].name,
+        difference=(only_first - only_second) / num_rows,
+        difference_interval=difference_interval(only_first, only_second, num_rows),
+        only_first_right=only_first,
+        only_second_right=only_second,
+        p_value=p_value,
+        adjusted_p_value=adjusted,
+        both_wrong=int(both.sum()),
+        both_wrong_by_chance=rates[0] * rates[1] * num_rows,
+        # Geirhos et al. 2020, https://arxiv.org/abs/2006.16736
+        error_consistency=None if chance == 1 else (agreement - chance) / (1 - chance),
+        same_wrong_label=int((both & (first == second)).sum()),
+    )
+
+
+def _shared_mistakes(runs: Sequence[Results]) -> tuple[SharedMistake, ...]:
+    answers = zip(*(each.predicted for each in runs), strict=True)
+    counts = Counter(
+        (true, given[0])
+        for true, given in zip(runs[0].true, answers, strict=True)
+        if len(set(given)) == 1 and given[0] != true
+    )
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(SharedMistake(true=t, predicted=p, count=n) for (t, p), n in ranked[:NUM_SHARED])
+
+
+def _between(pairs: Sequence[Pair], first: Contender, second: Contender) -> Pair:
+    return next(p for p in pairs if (p.first, p.second) == (first.name, second.name))
+
+
+def _best_and_rival(
+    ranked: Sequence[Contender], pairs: Sequence[Pair]
+) -> tuple[Contender, Contender | None]:
+    """Return the most accurate, and the smaller contender that it must justify itself against.
+
+    That is the smallest one whose difference may be chance, else the most accurate smaller one.
+    """
+    best = max(ranked, key=lambda each: each.accuracy)
+    smaller = ranked[: ranked.index(best)]
+    if not smaller:
+        return best, None
+    alike = [
+        each for each in smaller if _between(pairs, best, each).adjusted_p_value >= SIGNIFICANT
+    ]
+    return best, alike[0] if alike else max(smaller, key=lambda each: each.accuracy)
+
+
+def _answer(
+    ranked: Sequence[Contender], best: Contender, rival: Contender | None, pairs: Sequence[Pair]
+) -> str:
+    """Say whether the bigger model earns its keep."""
+    if rival is None:
+        return f"No bigger model earns its keep: {best.name}, the smallest, is the most accurate."
+    pair = _between(pairs, best, rival)
+    low, high = (100 * bound for bound in pair.difference_interval)
+    figures = (
+        f"{100 * pair.difference:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, "
+        f"p = {pair.adjusted_p_value:.2g}"
+    )
+    alike = best.num_bytes == rival.num_bytes
+    bigger = ""
+    if (biggest := ranked[-1]).num_bytes > best.num_bytes:
+        behind = -100 * _between(pairs, biggest, best).difference
+        less = f"{behind:.1f} points less" if behind else "no more"
+        bigger = f" {biggest.name}, bigger still, gets {less}."
+    if pair.adjusted_p_value >= SIGNIFICANT:
+        keeps = "Neither is bigger" if alike else "The bigger model does not earn its keep"
+        smaller = "" if alike else "the smaller "
+        return (
+            f"{keeps}: what {best.name} has over {smaller}{rival.name} may be chance ({figures})."
+            f"{bigger}"
+        )
+    keeps = "Neither is bigger, and one is better" if alike else "The bigger model earns its keep"
+    return (
+        f"{keeps}: {best.name} is better than {rival.name} and every other smaller one ({figures})."
+        f"{bigger}"
+    )
+
+
+def _clears(ranked: Sequence[Contender], bar: float) -> str:
+    """Say which is the smallest contender that clears the bar."""
+    for each in ranked:
+        if each.accuracy >= bar:
+            low = each.accuracy_interval[0]
+            sure = "" if low >= bar else f", though its interval begins below it, at {low:.1%}"
+            return f"{each.name} is the smallest that clears {bar:.1%}: {each.accuracy:.2%}{sure}."
+    best = max(ranked, key=lambda each: each.accuracy)
+    return f"None clears {bar:.1%}; {best.name} comes closest with {best.accuracy:.2%}."
+
+
+def _value(
+    best: Contender, rival: Contender | None, pairs: Sequence[Pair], config: CompareConfig
+) -> str | None:
+    """Say what the difference between the best and its smaller rival is worth."""
+    if config.volume is None or rival is None:
+        return None
+    pair = _between(pairs, best, rival)
+    errors = [config.volume * d for d in (pair.difference, *pair.difference_interval)]
+    text = (
+        f"Of {config.volume:,} messages, {best.name} gets {errors[0]:,.0f} more right than "
+        f"{rival.name} (95% interval {errors[1]:,.0f} to {errors[2]:,.0f})"
+    )
+    if config.cost_per_error is not None:
+        worth = [config.cost_per_error * count for count in errors]
+        text += f", which is worth {worth[0]:,.2f} ({worth[1]:,.2f} to {worth[2]:,.2f})"
+    return text + "."

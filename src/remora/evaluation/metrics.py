@@ -1,0 +1,144 @@
+"""Metrics, and the near-free baseline that every result is shown beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMetrics:
+    """Figures of one class; 0 where a figure has no rows to be computed on."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int  # rows that have the label in truth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """Rows of one label that were taken for another."""
+
+    true: str
+    predicted: str
+    count: int
+    share: float  # of the rows of the true label
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfusedPair:
+    """Two labels that are taken for each other, in both directions."""
+
+    first: str
+    second: str
+    first_as_second: int  # rows
+    second_as_first: int
+    num_rows: int  # rows that have one of the two labels in truth
+
+    @property
+    def count(self) -> int:
+        """Rows confused in either direction."""
+        return self.first_as_second + self.second_as_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Figures of one set of predictions."""
+
+    num_rows: int
+    num_correct: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]  # 95 %, Wilson (1927)
+    macro_f1: float  # over the classes that occur in truth or among the predictions
+    log_loss: float | None  # mean, in nats
+    per_class: tuple[ClassMetrics, ...]
+    confusions: tuple[Confusion, ...]  # the largest first
+    confused_pairs: tuple[ConfusedPair, ...]  # the largest first
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON holds them."""
+        return asdict(self)
+
+
+def measure(
+    labels: Sequence[str],
+    true: Sequence[str],
+    predicted: Sequence[str],
+    probabilities: NDArray[np.float64] | None = None,
+) -> Metrics:
+    """Compare predictions with the truth.
+
+    Args:
+        labels: The closed label set.
+        true: The label of each row.
+        predicted: The predicted label of each row.
+        probabilities: [rows, labels], for the log-loss.
+    """
+    from scipy.stats import binomtest
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    assert len(true) == len(predicted) > 0
+    assert len(labels) > 1
+    assert set(labels) >= {*true, *predicted}
+    matrix = confusion_matrix(true, predicted, labels=list(labels))  # [true, predicted]
+    num_correct = int(np.trace(matrix))
+    interval = binomtest(num_correct, len(true)).proportion_ci(method="wilson")
+    figures = precision_recall_fscore_support(
+        true, predicted, labels=list(labels), zero_division=0.0
+    )
+    per_class = tuple(
+        ClassMetrics(label=label, precision=float(p), recall=float(r), f1=float(f), support=int(n))
+        for label, p, r, f, n in zip(labels, *figures, strict=True)
+    )
+    occurs = matrix.sum(0) + matrix.sum(1) > 0
+    log_loss = None
+    if probabilities is not None:
+        assert probabilities.shape == (len(true), len(labels))
+        place = {label: index for index, label in enumerate(labels)}
+        chosen = probabilities[np.arange(len(true)), [place[label] for label in true]]
+        log_loss = float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
+    return Metrics(
+        num_rows=len(true),
+        num_correct=num_correct,
+        accuracy=num_correct / len(true),
+        accuracy_interval=(float(interval.low), float(interval.high)),
+        macro_f1=float(np.array([row.f1 for row in per_class])[occurs].mean()),
+        log_loss=log_loss,
+        per_class=per_class,
+        confusions=_confusions(labels, matrix),
+        confused_pairs=_confused_pairs(labels, matrix),
+    )
+
+
+def _confusions(labels: Sequence[str], matrix: NDArray[np.int64]) -> tuple[Confusion, ...]:
+    found = [
+        Confusion(
+            true=labels[i],
+            predicted=labels[j],
+            count=int(matrix[i, j]),
+            share=float(matrix[i, j] / matrix[i].sum()),
+        )
+        for i, j in np.argwhere(matrix)
+        if i != j
+    ]
+    return tuple(sorted(found, key=lambda cell: (-cell.count, cell.true, cell.predicted)))
+
+
+def _confused_pairs(labels: Sequence[str], matrix: NDArray[np.int64]) -> tuple[ConfusedPair, ...]:
+    found = [
+        ConfusedPair(
+            first=labels[i],
+            second=labels[j],
+            first_as_second=int(matrix[i, j]),
+            second_as_first=int(matrix[j, i]),
+            num_rows=int(matrix[i].sum() + matrix[j].sum()),
+        )
+        for i, j in np.argwhere(np.triu(matrix + matrix.T, 1))
+    ]
+    return tuple(sorted(found, key=lambda pair: (-pair.count, pair.first, pair.second)))

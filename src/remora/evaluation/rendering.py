@@ -1,0 +1,85 @@
+"""Jinja templates to HTML that trusts no text."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from remora.errors import DataError
+from remora.formatting import one_line, spoken_bytes, spoken_seconds
+
+
+@contextlib.contextmanager
+def of_this_version(directory: Path) -> Iterator[None]:
+    """Turn what a template or a figure lacks into one line."""
+    import jinja2
+
+    try:
+        yield
+    except DataError:  # of a file, which it names
+        raise
+    except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the files in {directory} do not fit this version of Remora ({one_line(error)}); "
+            "train it again, or use the version that wrote them"
+        ) from error
+
+
+def rendered(name: str, context: Mapping[str, Any], **code: str) -> str:
+    """Return a page of a template; everything in the context is escaped but what is `Markup`."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(template_text),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": spoken_bytes,
+        "seconds": spoken_seconds,
+        "percent": percent,
+        "count": "{:,}".format,
+        "isolated": isolated,
+    }
+    style = template_text("report.css")
+    html = environment.get_template(name).render(
+        **context, **code, style=Markup(style), style_hash=csp_hash(style)
+    )
+    return html.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
+
+
+def template_text(name: str) -> str:
+    """Return a file of the folder `templates`."""
+    return (importlib.resources.files("remora") / "templates" / name).read_text("utf-8")
+
+
+def csp_hash(code: str) -> str:
+    """Return the source expression of a Content-Security-Policy that allows this code alone."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode('utf-8')).digest()).decode()}'"
+
+
+def json_for_html(value: Any) -> str:
+    """Return JSON that cannot end the element it stands in, whatever texts it holds."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Return a share in percent."""
+    return f"{100 * share:.{digits}f}%"
+
+
+def isolated(text: str) -> str:
+    """Return a text whose direction of writing stays its own, for where there is no markup."""
+    return f"\u2068{text}\u2069"

@@ -1,0 +1,56 @@
+"""Whether a difference between classifiers on the same rows may be chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def mcnemar(true: Sequence[str], first: Sequence[str], second: Sequence[str]) -> float:
+    """Return the two-sided p-value of the exact McNemar test for two sets of predictions.
+
+    The hypothesis is that both err equally often; only rows that one of them gets right and the
+    other wrong count (McNemar 1947, https://doi.org/10.1007/BF02295996).
+    """
+    from scipy.stats import binomtest
+
+    only_first = sum(a == t != b for t, a, b in zip(true, first, second, strict=True))
+    only_second = sum(b == t != a for t, a, b in zip(true, first, second, strict=True))
+    if only_first + only_second == 0:
+        return 1.0
+    return float(binomtest(only_first, only_first + only_second).pvalue)
+
+
+def accuracy_verdict(accuracy: float, baseline: float, p_value: float) -> str:
+    """Say in a sentence whether a model is worth its cost, from its accuracy and the baseline's."""
+    difference = 100 * (accuracy - baseline)
+    p = f"p = {p_value:.2g}, exact McNemar test"
+    if p_value >= 0.05:
+        return f"the difference of {difference:+.1f} points may be chance ({p})"
+    if difference > 0:
+        return f"the adapter is {difference:.1f} points better ({p})"
+    return (
+        f"the baseline is {-difference:.1f} points better: this model is not worth its cost ({p})"
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number (Holm 1979): reject those below the level."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, p_values[i] * (len(p_values) - rank)))
+        adjusted[i] = largest
+    return adjusted
+
+
+def difference_interval(only_first: int, only_second: int, num_rows: int) -> tuple[float, float]:
+    """Return the 95 % interval of a difference of two accuracies on the same rows.
+
+    Wald's interval with half a row added to each cell: Agresti and Min 2005,
+    https://doi.org/10.1002/sim.1781.
+    """
+    b, c, n = only_first + 0.5, only_second + 0.5, num_rows + 2
+    center = (b - c) / n
+    half = 1.959964 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    return center - half, center + half

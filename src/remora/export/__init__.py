@@ -1,0 +1,5 @@
+"""What leaves a run: merged, compressed or published, measured before it is written."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

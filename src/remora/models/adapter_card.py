@@ -1,0 +1,161 @@
+"""remora.json: what the files of PEFT or transformers do not say of what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import remora
+from remora.config import TrainConfig
+from remora.data.prompt import Prompt
+from remora.errors import ModelError
+from remora.formatting import one_line
+from remora.models import hub, untrusted
+
+SCHEMA = 1
+FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
+"""Where in a run directory lies what was trained, by the method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterCard:
+    """remora.json: what the files of PEFT or transformers do not say of what was trained."""
+
+    base_model: str
+    base_sha256: str  # of a whole model, its own
+    labels: tuple[str, ...]
+    instruction: str
+    list_labels: bool
+    label_texts: Mapping[str, str]
+    max_length: int
+    method: str = "lora"
+    remora_version: str = remora.__version__
+    schema: int = SCHEMA
+
+    def prompt(self, tokenizer: Any) -> Prompt:
+        """Return the prompt that the adapter was trained with."""
+        return Prompt(
+            tokenizer,
+            self.labels,
+            instruction=self.instruction,
+            list_labels=self.list_labels,
+            label_texts=self.label_texts,
+            max_length=self.max_length,
+        )
+
+
+def adapter_folder(path: Path) -> Path:
+    """Return the folder of what a run directory's run trained, or the path itself if it is none.
+
+    What is no folder here and reads like an id of the hub is fetched from there.
+
+    Raises:
+        ModelError: If it cannot be fetched.
+    """
+    if _is_hub_id(path):
+        return _fetch(path.as_posix())
+    folders = (path / name for name in FOLDERS.values())
+    return next((folder for folder in folders if folder.is_dir()), path)
+
+
+def _is_hub_id(path: Path) -> bool:
+    """Return whether a path is an id of the hub, such as owner/name.
+
+    It is none where there is a folder `owner`, and in that of all runs: a run whose name is
+    misspelt must not become somebody else's adapter.
+    """
+    return (
+        hub.HUB_ID.fullmatch(path.as_posix()) is not None
+        and path.parent != TrainConfig.output
+        and not path.parent.exists()
+    )
+
+
+def _fetch(name: str) -> Path:
+    """Fetch a repository of the hub, its large files only if it is one of Remora."""
+    folder = hub.fetch(name, ("*.json",))
+    if not (folder / "remora.json").is_file():
+        raise ModelError(
+            f"{name} on the hub is no adapter of Remora, it has no remora.json; "
+            "give one that `remora push` has published"
+        )
+    return hub.fetch(name, hub.HUB_FILES)
+
+
+def is_full(path: Path) -> bool:
+    """Return whether a run directory or a folder holds a model that trained in all its weights.
+
+    Raises:
+        ModelError: If its card is broken.
+    """
+    folder = adapter_folder(path)
+    return is_whole(folder) and parse_card(folder).method == "full"
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder holds a model that needs no base, with its card."""
+    return (folder / "remora.json").is_file() and (folder / "config.json").is_file()
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """Return the card of an adapter's folder.
+
+    Raises:
+        ModelError: If it or a file of PEFT's is missing, or it is broken.
+    """
+    if is_whole(folder):
+        raise ModelError(
+            f"{folder} holds a whole model and no adapter; give a run that trained an adapter"
+        )
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}; give a run directory or its adapter folder")
+    if (folder / "checkpoints").is_dir():
+        raise ModelError(
+            f"the run in {folder} is unfinished and has no adapter yet; "
+            "finish it with the command that began it"
+        )
+    for name in ("remora.json", "adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{folder} is no adapter of Remora, it has no {name}; "
+                "give a run directory or its adapter folder"
+            )
+    return parse_card(folder)
+
+
+def parse_card(folder: Path) -> AdapterCard:
+    """Return the card in a folder, every value checked; raises ModelError."""
+    path = folder / "remora.json"
+    values = untrusted.read_json(path)
+    if values.get("schema", SCHEMA) != SCHEMA:
+        raise ModelError(
+            f"{folder} has schema {values['schema']}, this version reads {SCHEMA}; "
+            "use the version of Remora that wrote it"
+        )
+    try:
+        card = AdapterCard(**{**values, "labels": tuple(values["labels"])})
+    except (TypeError, KeyError) as error:
+        raise ModelError(f"{path} is broken ({one_line(error)}); restore it") from error
+    texts = [card.base_model, card.base_sha256, card.instruction, card.method, card.remora_version]
+    if not (
+        all(is_text(text) for text in (*texts, *card.labels))
+        and card.method in FOLDERS
+        and isinstance(card.label_texts, dict)
+        and all(is_text(t) and label in card.labels for label, t in card.label_texts.items())
+        and 2 <= len(card.labels) == len(set(card.labels))
+        and isinstance(card.list_labels, bool)
+        and isinstance(card.max_length, int)
+        and 1 <= card.max_length <= untrusted.MAX_SIZE
+    ):
+        raise ModelError(f"{path} is broken (a value is not of its kind); restore it")
+    return card
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text that UTF-8 can write: JSON also has half characters."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False

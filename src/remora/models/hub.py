@@ -1,0 +1,128 @@
+"""Where a base model lies: a folder, the package, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from remora.errors import ModelError
+from remora.formatting import first_line
+from remora.runtime.files import sha256
+
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+"""What is fetched from the hub: never pickled weights, never code."""
+
+HUB_FILES_BUT_WEIGHTS = tuple(pattern for pattern in HUB_FILES if "safetensors" not in pattern)
+
+OTHER_FORMATS = ("consolidated*", "*/*")
+"""The same weights again in the form of another library, which some repositories hold too."""
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+EMBEDDED = Path(str(importlib.resources.files("remora") / "bases"))
+"""Base models that come with the package, a folder each."""
+
+
+def find(name: str, *, weights: bool = True) -> Path:
+    """Return the folder of a base model, fetched from the hub if `name` is an id there.
+
+    `nano` is the model that comes with the package; a folder of that name is given as ./nano.
+    Without `weights` only a model's configuration and its tokenizer are fetched.
+
+    Raises:
+        ModelError: If there is no such folder or id, or it cannot be fetched.
+    """
+    if re.fullmatch(r"\w+", name) and (EMBEDDED / name).is_dir():
+        return EMBEDDED / name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{name} is not a model folder, it has no config.json; "
+                "give the folder of a Hugging Face model"
+            )
+        return folder.resolve()
+    if folder.exists():
+        raise ModelError(f"{name} is a file; give the folder of a Hugging Face model")
+    if not HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"there is no folder {name}; give the folder of a Hugging Face model, a hub id such as "
+            "Qwen/Qwen2.5-1.5B-Instruct, or nano, the small model in this package"
+        )
+    return fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
+
+
+def fetch(name: str, patterns: Sequence[str]) -> Path:
+    """Return the folder with a hub repository's files of these patterns, fetched if need be.
+
+    Raises:
+        ModelError: If it cannot be fetched, or a file is not the one that the hub has.
+    """
+    from huggingface_hub import is_offline_mode, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FORMATS)
+            )
+        )
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated on the hub; accept its terms on its page, then log in with "
+            "`hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is neither a folder nor a hub model {name}; check the name, or log in with "
+            "`hf auth login` if it is private"
+        ) from error
+    except Exception as error:  # of the connection, the disk or the hub: all end here
+        if is_offline_mode():
+            raise ModelError(
+                f"{name} is neither a folder here nor whole in the hub's cache, and HF_HUB_OFFLINE "
+                "is set; unset it to fetch what is missing, or give a folder"
+            ) from error
+        reason = first_line(error)
+        raise ModelError(
+            f"{name} is no folder here and could not be fetched from the hub ({reason}); "
+            "check the name and the connection, or give a folder"
+        ) from error
+    for path in sorted(folder.glob("*")):
+        if any(path.match(pattern) for pattern in patterns):
+            _check_download(path)
+    return folder
+
+
+def _check_download(path: Path) -> None:
+    """Refuse a file that is not the one that the hub has; its client looks at the size only.
+
+    In the client's cache a file is a link to a blob. The blob's name is the SHA-256 of the file, or
+    git's SHA-1 of it if it is small.
+
+    Raises:
+        ModelError: If it is another one.
+    """
+    if not path.is_symlink():  # on a system without links the client keeps no checksums
+        return
+    expected = Path(os.readlink(path)).name
+    if len(expected) == 64:
+        found = sha256([path])
+    elif len(expected) == 40:
+        content = path.read_bytes()
+        blob = b"blob %d\0%b" % (len(content), content)
+        found = hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+    else:
+        return
+    if found != expected:
+        raise ModelError(
+            f"{path} is not the file that the hub has, its checksum differs; "
+            f"remove {path.resolve()} and run the command again"
+        )

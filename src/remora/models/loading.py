@@ -1,0 +1,230 @@
+"""Base models: where they lie, their tokenizer, configuration and weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remora.config import TrainConfig
+from remora.data.prompt import Prompt
+from remora.errors import ModelError
+from remora.formatting import first_line
+from remora.models import quantize, untrusted
+from remora.tree import attention
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer in a model's folder.
+
+    Raises:
+        ModelError: If there is none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    # Without a vocabulary transformers makes an empty tokenizer, and says nothing.
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise ModelError(f"{folder} has no tokenizer; copy the base model's tokenizer.json into it")
+    untrusted.configuration(folder)  # which transformers looks into
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read ({first_line(error)}); "
+            "give a folder with tokenizer.json"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer in {folder} has no tokenizer.json; convert it first")
+    return tokenizer
+
+
+def load_config(folder: Path) -> Any:
+    """Return the configuration in a model's folder.
+
+    Raises:
+        ModelError: If it cannot be read or is of an unknown architecture.
+    """
+    from transformers import AutoConfig
+
+    untrusted.configuration(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"the configuration in {folder} cannot be read ({first_line(error)}); "
+            "give the folder of a Hugging Face causal language model"
+        ) from error
+
+
+def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None = None) -> Any:
+    """Return the causal language model in a folder, its weights in `dtype`.
+
+    Args:
+        folder: Where it lies.
+        dtype: What to store it in.
+        quantize_on: Device to bring the linear layers to 4 bits on; None to leave them as they are.
+
+    Raises:
+        ConfigError: If nothing can be quantized here.
+        ModelError: If it is no causal language model or its weights cannot be read.
+    """
+    quantize.import_quietly()
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no weights in safetensors format; pickled weights are never read, "
+            "convert them first"
+        )
+    parameters = {id(p): p.numel() for p in load_empty(config, dtype).parameters()}
+    quantized = getattr(config, "quantization_config", None) is not None
+    untrusted.weights(folder, sum(parameters.values()), quantized=quantized)
+    how: dict[str, Any] = {}
+    if quantize_on is not None:
+        quantize.require(quantize_on)
+        if quantized:
+            raise ModelError(
+                f"the weights in {folder} are quantized already; give the model that they were "
+                "made from, or use --method lora"
+            )
+        how = {"quantization_config": quantize.settings(dtype), "device_map": {"": quantize_on}}
+    try:
+        with without_progress_bar():
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=_attention(config),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **how,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"the model in {folder} cannot be loaded ({first_line(error)}); "
+            "give the folder of a Hugging Face causal language model"
+        ) from error
+    loaded, info = result
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more; "
+            "the folder is incomplete, fetch it again"
+        )
+    attention.install(loaded)
+    quantize.install(loaded)
+    return loaded
+
+
+@contextlib.contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Keep transformers from showing its own progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> Any:
+    """Return the causal language model of a configuration without weights, on the device `meta`.
+
+    With `quantized` its linear layers take as much memory as those in 4 bits.
+
+    Raises:
+        ModelError: If there is none for it.
+    """
+    quantize.import_quietly()
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = _attention(config)
+    try:
+        with torch.device("meta"):
+            make: Any = AutoModelForCausalLM.from_config
+            empty = make(config, dtype=dtype)
+    except Exception as error:  # of a configuration whose values do not go together
+        raise ModelError(
+            f"there is no causal language model for this configuration ({first_line(error)}); "
+            "give the folder of a Hugging Face causal language model"
+        ) from error
+    attention.install(empty)
+    if quantized:
+        quantize.plan(empty)
+    return empty
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Let the layers be computed again in the backward pass, or keep what they need for it.
+
+    Raises:
+        ModelError: If the model cannot.
+    """
+    verb = "enable" if on else "disable"
+    try:
+        # The second name is that of transformers before 5.23.
+        for name in (f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"):
+            if hasattr(model, name):
+                getattr(model, name)(*([{"use_reentrant": False}] if on else []))
+                return
+    except ValueError as error:
+        if on:
+            raise ModelError(
+                "this model cannot compute its layers again; use --checkpointing off"
+            ) from error
+
+
+def _attention(config: Any) -> str:
+    """Choose the attention that transformers computes; not all of them can cap the scores."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped else "sdpa"
+
+
+def context_length(config: Any, tokenizer: Any) -> int:
+    """Return the longest sequence, in tokens, that the model has positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (positions, tokenizer.model_max_length) if n]
+    return int(min(limits))
+
+
+def load_base(folder: Path, method: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the base model in a folder, in evaluation mode, as a method trains an adapter on it.
+
+    Raises:
+        ConfigError: If it would be in 4 bits, and that is not possible here.
+        ModelError: If it cannot be loaded.
+    """
+    on = device if method == "qlora" else None
+    return load(folder, dtype, quantize_on=on).to(device).eval()
+
+
+def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> Prompt:
+    """Return how messages are asked and labels are answered with a model's tokenizer.
+
+    Raises:
+        ModelError: If the tokenizer cannot be used for this.
+    """
+    tokenizer = load_tokenizer(folder)
+    context = context_length(load_config(folder), tokenizer)
+    return Prompt(
+        tokenizer,
+        labels,
+        instruction=settings.instruction,
+        list_labels=settings.list_labels,
+        label_texts=settings.label_texts,
+        max_length=min(settings.max_length or context, context),
+    )

@@ -1,0 +1,122 @@
+"""README.md of a run directory: a model card for the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from remora.errors import DataError
+from remora.evaluation import results
+from remora.evaluation.results import Results
+from remora.evaluation.significance import accuracy_verdict
+from remora.models import adapter_card, hub
+from remora.runtime import files
+
+NUM_CONFUSIONS = 5
+
+
+def write(directory: Path) -> None:
+    """Write README.md of a finished run.
+
+    Raises:
+        DataError: If the run is not finished, or its files are broken.
+        ResourceError: If it cannot be written.
+    """
+    files.write_text(directory / "README.md", card(directory))
+
+
+def card(directory: Path) -> str:
+    """Return a model card with what was measured.
+
+    https://huggingface.co/docs/hub/model-cards. The card is meant to be published: a file or folder
+    of this machine is called by its last name, and the metadata name no base model and no data set
+    but those of the hub.
+
+    Raises:
+        DataError: If the run is not finished, or its files are broken.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    found = results.read(directory)
+    metrics = found.figures["metrics"]
+    trained = results.read_json(adapter_card.adapter_folder(directory) / "remora.json")
+    if trained is None:
+        raise DataError(f"{directory} has no adapter; give the directory of a finished run")
+    is_full = trained.get("method") == "full"
+    base = trained["base_model"]  # an absolute path, or an id of the hub
+    source = results.read_settings(directory)["data"]
+    hub_data = source.removeprefix("hf:").split(":")[0] if source.startswith("hf:") else None
+    data_name = hub_data or Path(source).name
+    measured: dict[str, Any] = {
+        "task_type": "text-classification",
+        "dataset_type": data_name,
+        "dataset_name": data_name,
+        "dataset_split": found.figures["measured_on"],
+    }
+    about = ModelCardData(
+        base_model=base if hub.HUB_ID.fullmatch(base) else None,
+        datasets=hub_data,
+        library_name="transformers" if is_full else "peft",
+        pipeline_tag="text-classification",
+        tags=["remora"] if is_full else ["lora", "remora"],
+        model_name=directory.resolve().name,
+        eval_results=[
+            EvalResult(
+                metric_type="accuracy",
+                metric_name="Accuracy",
+                metric_value=metrics["accuracy"],
+                **measured,
+            ),
+            EvalResult(
+                metric_type="f1",
+                metric_name="Macro-F1",
+                metric_value=metrics["macro_f1"],
+                metric_args={"average": "macro"},
+                **measured,
+            ),
+        ],
+    )
+    base_name = Path(base).name if Path(base).is_absolute() else base
+    named = {"full": "All weights of", "qlora": "A LoRA adapter (PEFT) on 4-bit weights of"}
+    what = named.get(trained.get("method", ""), "A LoRA adapter (PEFT) for")
+    text = _text(found, f"{what} {_code(base_name)}", data_name)
+    return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
+
+
+def _text(found: Results, trained: str, data: str) -> str:
+    """Say in a few lines what lies in the run directory and how good it is."""
+    figures, metrics = found.figures, found.figures["metrics"]
+    baseline, (low, high) = figures["baseline"], metrics["accuracy_interval"]
+    theirs = baseline["metrics"]["accuracy"]
+    verdict = accuracy_verdict(metrics["accuracy"], theirs, figures["p_value"])
+    confusions = [
+        f"- {c['count']} of {_code(c['true'])} taken for {_code(c['predicted'])} ({c['share']:.0%})"
+        for c in metrics["confusions"][:NUM_CONFUSIONS]
+    ]
+    lines = [
+        f"# {_code(found.directory.resolve().name)}",
+        "",
+        f"{trained}, trained by Remora on {_code(data)}.",
+        "",
+        f"Accuracy {metrics['accuracy']:.2%} (95% interval {low:.1%} to {high:.1%}), macro-F1 "
+        f"{metrics['macro_f1']:.2%}, on {metrics['num_rows']:,} {figures['measured_on']} rows. "
+        f"{baseline['description']}: {theirs:.2%}; {verdict}.",
+        "",
+        *(["Largest confusions:", "", *confusions, ""] if confusions else []),
+        "```sh",
+        "remora predict . < messages.txt    # in this folder, or give its id on the hub",
+        "```",
+        "",
+        f"Whatever the message is, the answer is one of these {len(found.labels)} labels: "
+        f"{', '.join(_code(label) for label in found.labels)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """Return a text as Markdown code on one line, in which nothing has a meaning."""
+    line = " ".join(text.split())
+    longest = max((len(ticks) for ticks in re.findall("`+", line)), default=0)
+    space = " " if longest else ""
+    return f"{'`' * (longest + 1)}{space}{line}{space}{'`' * (longest + 1)}"

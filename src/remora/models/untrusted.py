@@ -1,0 +1,244 @@
+"""What files of strangers are let in: adapters and base models, before anything acts on them.
+
+Only JSON and safetensors are read. Names are plain, since PEFT takes others for regular
+expressions; shapes are those of the configuration, so that it cannot ask for more memory than the
+files themselves hold; and no file lies outside of its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from remora.errors import ModelError
+from remora.formatting import one_line
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "remora.json")
+AGAIN = "train it again or restore it"
+MAX_JSON_BYTES = 32_000_000
+MAX_LAYERS = 1_000
+MAX_SIZE = 10_000_000
+"""No width, vocabulary or context of a model is larger."""
+
+_PLAIN_NAME = re.compile(r"[A-Za-z_][\w.]{0,200}")
+
+# Of LoraConfig. Every other key must have its default, or say nothing.
+_ADAPTER_KEYS = {
+    *("alpha_pattern", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
+    *("init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "peft_version", "r"),
+    *("rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
+}
+
+
+def adapter(folder: Path, base: Any) -> None:
+    """Refuse an adapter whose files are not what Remora or PEFT would have written for this base.
+
+    Raises:
+        ModelError: If something is not; nothing was allocated then.
+    """
+    for name in ADAPTER_FILES:
+        followed(folder / name)
+    ranks, default, targets, is_dora = _read_ranks(folder / "adapter_config.json")
+    shapes = read_shapes([folder / "adapter_model.safetensors"])
+    for name, module in base.named_modules():
+        if not _ends_with(name, targets):
+            continue
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() != 2:
+            raise ModelError(f"{folder} adapts {name}, which is no linear layer of its base")
+        pattern = _ends_with(name, ranks)
+        rank = ranks[pattern] if pattern else default
+        # Conv1D keeps its weight as [in, out], and 4-bit weights have another shape.
+        is_linear = hasattr(module, "in_features")
+        into = module.in_features if is_linear else weight.shape[0]
+        out = module.out_features if is_linear else weight.shape[1]
+        wanted: dict[str, tuple[int, ...]] = {"A.weight": (rank, into), "B.weight": (out, rank)}
+        if is_dora:
+            wanted["magnitude_vector"] = (out,)
+        for part, shape in wanted.items():
+            key = f"base_model.model.{name}.lora_{part}"
+            if key not in shapes:
+                raise _misfit(folder, f"lacks {key}")
+            if shapes[key] != shape:
+                raise _misfit(folder, f"has {key} with the shape {shapes[key]}, not {shape}")
+
+
+def configuration(folder: Path) -> None:
+    """Refuse a base model's configuration that is no JSON object, or asks for absurd sizes.
+
+    Raises:
+        ModelError: If it is so.
+    """
+    path = folder / "config.json"
+    values = read_json(path)
+    for key, value in _numbers(values):
+        limit = MAX_LAYERS if "layer" in key else MAX_SIZE
+        if value > limit and not key.endswith("_id") and "theta" not in key:
+            raise ModelError(f"{path} has {key} {value:g}, more than {limit:,}; restore it")
+
+
+def weights(folder: Path, num_parameters: int, *, quantized: bool) -> None:
+    """Refuse a base model whose weights lie elsewhere, or are fewer than its configuration says.
+
+    Args:
+        folder: The model's folder.
+        num_parameters: What the configuration asks for, tied weights counted once.
+        quantized: Whether the files hold several weights in one number.
+
+    Raises:
+        ModelError: If it is so; nothing was allocated then.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, Mapping):
+            raise ModelError(f"{index} has no weight_map; fetch the model again")
+        for name in set(map(str, names.values())):
+            if Path(name).name != name or not (folder / name).is_file():
+                raise ModelError(f"{index} names {name!r}, which is no file beside it")
+    for path in (*paths, folder / "config.json", folder / "tokenizer.json"):
+        followed(path)
+    held = sum(_size(shape) for shape in read_shapes(paths).values())
+    if num_parameters > 1.1 * held * (8 if quantized else 1) + 1_000_000:
+        raise ModelError(
+            f"the weights in {folder} are {held:,} numbers and its configuration asks for "
+            f"{num_parameters:,}; the folder is incomplete, fetch it again"
+        )
+
+
+def followed(path: Path) -> Path:
+    """Return the file itself where a path may be a link.
+
+    In the cache of the hub's client, files are links to blobs beside the snapshots. Those may be
+    links to blobs that all repositories share.
+
+    Raises:
+        ModelError: If it is a link to a file outside of its folder and of that cache.
+    """
+    if not path.is_symlink():
+        return path
+    homes = [path.parent.resolve()]
+    if path.parent.parent.name == "snapshots":
+        repository = path.parent.parent.parent.resolve()
+        homes += [repository / "blobs", repository.parent / "blobs"]
+    target = path.resolve()
+    if not any(home in target.parents for home in homes):
+        raise ModelError(f"{path} is a link that leaves its folder; put the file itself there")
+    return target
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        ModelError: If the file holds none, or is too large for one.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes; restore it")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path} cannot be read ({one_line(error)}); restore it") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} cannot be read (it holds no JSON object); restore it")
+    return found
+
+
+def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors in safetensors files, from their headers.
+
+    Raises:
+        ModelError: If a file is broken.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be loaded ({one_line(error)}); restore it") from error
+    return shapes
+
+
+def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str], bool]:
+    """Return an adapter's ranks by layer, its rank elsewhere, its layers, and is it DoRA."""
+    from peft import LoraConfig
+
+    values = read_json(path)
+    if values.get("peft_type") != "LORA":
+        raise ModelError(f"{path} has peft_type {values.get('peft_type')!r}, not 'LORA'; {AGAIN}")
+    usual = dataclasses.asdict(LoraConfig())
+    for key, value in values.items():
+        if key not in _ADAPTER_KEYS and value and value != usual.get(key):
+            raise ModelError(f"{path} sets {key}, which Remora's adapters do not have; {AGAIN}")
+    targets, rank = values.get("target_modules"), values.get("r")
+    ranks, scales = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
+    if not (
+        isinstance(targets, list)
+        and isinstance(ranks, dict)
+        and isinstance(scales, dict)
+        and all(_is_plain(name) for name in (*targets, *ranks, *scales))
+    ):
+        raise ModelError(
+            f"{path} names layers by something else than lists of plain names; {AGAIN}"
+        )
+    if not all(_is_rank(number) for number in (rank, *ranks.values())):
+        raise ModelError(f"{path} has a rank that is no whole number from 1; {AGAIN}")
+    if not all(isinstance(values.get(key, False), bool) for key in ("use_dora", "use_rslora")):
+        raise ModelError(f"{path} has a use_dora or use_rslora that is not true or false; {AGAIN}")
+    scalars = [values.get("lora_alpha", 1), values.get("lora_dropout", 0), *scales.values()]
+    if not all(isinstance(n, int | float) and abs(n) < 1e6 for n in scalars):
+        raise ModelError(f"{path} has an alpha or dropout that is no number in reason; {AGAIN}")
+    assert isinstance(rank, int)
+    return ranks, rank, targets, values.get("use_dora") is True
+
+
+def _misfit(folder: Path, what: str) -> ModelError:
+    return ModelError(
+        f"the adapter in {folder} {what}, which does not fit its configuration; {AGAIN}"
+    )
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _ends_with(name: str, ends: Any) -> str | None:
+    """Return which of some names of layers a full name ends with, as PEFT takes it."""
+    return next((end for end in ends if name == end or name.endswith(f".{end}")), None)
+
+
+def _numbers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:
+    if isinstance(value, bool) or depth > 20:
+        return
+    if isinstance(value, int | float):
+        yield key, abs(value)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _numbers(item, str(name), depth + 1)
+    elif isinstance(value, list):
+        if "layer" in key and len(value) > MAX_LAYERS:
+            yield key, len(value)
+        for item in value:
+            yield from _numbers(item, key, depth + 1)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size

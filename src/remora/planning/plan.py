@@ -1,0 +1,116 @@
+"""What a run will need and take, and why its settings are what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from remora.config import TrainConfig
+from remora.data.prompt import TokenSequence
+
+CUDA_CONTEXT_BYTES = 850_000_000
+CUDA_WORKSPACE_BYTES = 80_000_000
+"""A CUDA context with the kernels that a run loads, and what cuBLAS allocates by torch. Measured on
+an H100; docs/log.md has the figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """Memory at the moment when most of it is used, in bytes."""
+
+    base: int  # the frozen model; its buffers too
+    adapter: int  # what trains, in float32
+    best: int  # a copy of it as it validated best
+    gradients: int  # those that are there at that moment
+    optimizer: int  # two float32 moments of each trained weight
+    saved_activations: int  # what the forward pass keeps for the backward pass
+    logits: int  # or their gradient
+    workspace: int
+    graphs: int  # what recorded CUDA graphs compute in; 0 where none are recorded
+    fragments: int  # freed, and held by the allocator in pieces
+    runtime: int  # Python, its libraries and their kernels; on CUDA the context and workspaces
+
+    @property
+    def peak(self) -> int:
+        """All of it together."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heaviest:
+    """The effective batch with the micro-batch that needs most memory."""
+
+    rows: list[TokenSequence]
+    bytes_per_token: float
+    limit_bytes: int  # of the process on a processor; what is more is given back
+    run_tokens: float  # tokens that the whole run computes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will need and take, and why its settings are what they are."""
+
+    model: str
+    device: str
+    is_cuda: bool
+    precision: str
+    parameters: int
+    trainable: int
+    adapter_bytes_32: int
+    adapter_bytes_16: int
+    num_rows: int
+    prefix_tokens: int  # that all rows share
+    message_tokens: float  # mean over rows, like what follows
+    answer_tokens: float
+    padded_tokens: float  # computed for each row where batches are padded to their longest
+    tree_tokens: float  # computed for each row in trees of the chosen size
+    operations_per_example: float
+    num_steps: int
+    batch_size: int
+    micro_batch_tokens: int
+    largest_micro_batch: int  # tokens of the largest there is
+    checkpointing: bool
+    shard: bool  # whether each of several processes holds a part of the weights
+    why: str
+    memory: Components
+    available_bytes: int | None
+    disk_bytes: int  # of the run directory
+    free_disk_bytes: int  # where it is made
+    download_bytes: int  # 0 where the base model is here
+    seconds: float | None
+    seconds_are: str
+    alternatives: tuple[str, ...]  # what would fit, the cheapest first; empty where it fits
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory at its peak, all of the process or device."""
+        return self.memory.peak
+
+    @property
+    def measurable_bytes(self) -> int:
+        """What `memory.peak_bytes` measures of the peak: not CUDA's context."""
+        return self.peak_bytes - (CUDA_CONTEXT_BYTES if self.is_cuda else 0)
+
+    @property
+    def fits_disk(self) -> bool:
+        """Whether there is room for the run directory."""
+        return self.disk_bytes <= self.free_disk_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what is available, as far as that is known."""
+        return self.available_bytes is None or self.peak_bytes <= self.available_bytes
+
+    def applied_to(self, settings: TrainConfig) -> TrainConfig:
+        """Return the settings with what the plan has chosen."""
+        return dataclasses.replace(
+            settings,
+            micro_batch_tokens=self.micro_batch_tokens,
+            checkpointing="on" if self.checkpointing else "off",
+            shard="on" if self.shard else "off",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON holds it."""
+        return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}

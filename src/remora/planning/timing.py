@@ -1,0 +1,107 @@
+"""How long the training steps of a run take, before it begins."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from typing import Any
+
+import torch
+
+from remora.config import TrainConfig
+from remora.models import loading, lora, quantize
+from remora.planning import step_memory
+from remora.runtime.device import Hardware, Precision
+from remora.tree.forward import answer_logits
+from remora.tree.loss import loss_sum
+from remora.tree.packing import TokenTree
+
+MAX_TOKENS = 512
+"""Tokens of the tree that a layer is timed with, at most."""
+
+VOCABULARY = 4_096
+"""Words of the layer that is timed, at most."""
+
+
+def published(operations: float, hardware: Hardware, precision: Precision) -> dict[str, Any]:
+    """Return the seconds at a device's published rate, which no run reaches, and that they are so.
+
+    Empty where no rate is known for the arithmetic.
+    """
+    rate = hardware.teraflops
+    if rate is None or precision.compute is not hardware.native:
+        return {}
+    return {
+        "seconds": operations / (rate * 1e12),
+        "seconds_are": f"at least, at the published {rate:g} TFLOP/s, which no run reaches",
+    }
+
+
+def measured(
+    operations: float,
+    model_config: Any,
+    settings: TrainConfig,
+    precision: Precision,
+    packed: TokenTree,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return the seconds at the rate that one layer is computed with here, and that they are so.
+
+    The layer has random weights and a small vocabulary. Without bitsandbytes the time that it
+    takes to unpack 4-bit weights is left out.
+
+    Args:
+        operations: Floating-point operations of the run.
+        model_config: The model's configuration.
+        settings: The run's settings.
+        precision: What is computed in.
+        packed: A micro-batch of the run.
+        device: Where it is computed.
+    """
+    cut = copy.deepcopy(model_config)
+    text = cut.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    text.vocab_size = vocabulary = min(text.vocab_size, VOCABULARY)
+    packed = dataclasses.replace(
+        packed,
+        token_ids=packed.token_ids % vocabulary,
+        edge_targets=packed.edge_targets % vocabulary,
+    )
+    is_quantized = settings.method == "qlora"
+    with torch.random.fork_rng():
+        empty = lora.adapt(
+            loading.load_empty(cut, precision.base, quantized=is_quantized), settings
+        )
+        skeleton = step_memory.Skeleton(empty, autocast=precision.autocast, device=device.type)
+        share = skeleton.count(packed).operations
+        base = loading.load_empty(cut, precision.base).to_empty(device=device)
+        for tensor in [*base.parameters(), *base.buffers()]:
+            if tensor.is_floating_point():  # a norm of small weights would make denormals
+                bound = 1 if tensor.dim() < 2 else 1 / math.sqrt(tensor.shape[-1])
+                torch.nn.init.uniform_(tensor, bound if tensor.dim() < 2 else -bound, bound)
+        if is_quantized and quantize.is_installed():
+            quantize.quantize(base)
+        layer = lora.adapt(base, settings).to(device).train()
+        packed = packed.to(device)
+        seconds = min(_seconds(layer, packed, device, precision) for _ in range(5))
+    return {
+        "seconds": seconds / share * operations,
+        "seconds_are": "estimated from one layer with random weights, without evaluation",
+    }
+
+
+def _seconds(layer: Any, packed: TokenTree, device: torch.device, precision: Precision) -> float:
+    dtype = precision.autocast
+    began = time.perf_counter()
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        logits = answer_logits(layer, packed)
+    loss_sum(logits, packed).backward()  # type: ignore[no-untyped-call]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

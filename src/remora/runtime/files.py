@@ -1,0 +1,110 @@
+"""Files written whole or not at all, their hashes, and cells that are safe in a spreadsheet."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from remora.errors import ResourceError
+from remora.formatting import one_line
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failing disk into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise ResourceError(
+            f"cannot write to {path} ({reason}); free space, or choose another folder with --output"
+        ) from error
+
+
+@contextlib.contextmanager
+def optional(name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Say why a file of a run cannot be written, and go on: the run is whole without it."""
+    try:
+        yield
+    except Exception as error:
+        say(f"{name} is not written ({one_line(error)}); all else of the run is there")
+
+
+def sync(path: Path) -> None:
+    """Have the kernel bring a file or a folder to the disk."""
+    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table whole or not at all; what a spreadsheet would run as a formula is defused."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows([defused(cell) for cell in row] for row in rows)
+        os.replace(temporary, path)
+
+
+def defused(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula."""
+    return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
+
+
+def folder_bytes(folder: Path, pattern: str = "*") -> int:
+    """Return the bytes of the files in a folder, those below it not counted."""
+    return sum(path.stat().st_size for path in folder.glob(pattern) if path.is_file())
+
+
+def as_it_was(cell: str) -> str:
+    """Undo `run.defused`."""
+    return cell[1:] if cell.startswith("'") and defused(cell[1:]) == cell else cell
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return one SHA-256 over a model's weight files, in the order of their names."""
+    return sha256(sorted(folder.glob("*.safetensors")))
+
+
+def sha256(paths: Sequence[Path]) -> str:
+    """Return one SHA-256 over the contents of files, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,333 @@
+"""One process for each device: what they tell each other, and what becomes of a lost one.
+
+Every process has all rows and computes its part of each effective batch; gradients are added up.
+So an optimizer step averages over what it would average over in one process. The order of the
+collective calls below must be the same in every process: a call waits until all have made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from remora.errors import ConfigError, PeerLostError, RemoraError
+from remora.runtime.launch import LAUNCHER, LISTENER, leave, speaks, world_size
+
+Result = TypeVar("Result")
+
+JOIN_SECONDS = 120
+BEAT_SECONDS = 1.0
+LOST_BEATS = 12
+"""A process that gives no sign of life while another gives so many is lost.
+
+They are counted, not timed: processes that all slept, with the machine or by Ctrl-Z, go on.
+"""
+
+
+class ProcessGroup:
+    """The processes of a run. One alone is the first of one, and sends nothing."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def part(self, rows: Sequence[Result]) -> Sequence[Result]:
+        """Return this process's part of some rows; the parts in order are all of them."""
+        return rows[len(rows) * self.rank // self.size : len(rows) * (self.rank + 1) // self.size]
+
+    def total(self, value: float) -> float:
+        """Return the sum of a number over the processes."""
+        if self.size == 1:
+            return value
+        number = torch.tensor([value], dtype=torch.float64)
+        self._add_up(number)
+        return float(number)
+
+    def any(self, value: bool) -> bool:
+        """Return whether it is true in any process."""
+        return self.total(float(value)) > 0
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Give every process the sum of all gradients. A process that has none adds zeros."""
+        if self.size == 1 or not parameters:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self._add_up(flat)
+        parts = torch.split(flat, [p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each process gave, of anything that JSON holds."""
+        if self.size == 1:
+            return [value]
+        return [json.loads(part) for part in self._gather(json.dumps(value).encode())]
+
+    def gather_arrays(self, array: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return the array of each process; their shapes may differ."""
+        if self.size == 1:
+            return [array]
+        written = io.BytesIO()
+        np.save(written, array, allow_pickle=False)
+        parts = self._gather(written.getvalue())
+        return [np.load(io.BytesIO(part), allow_pickle=False) for part in parts]
+
+    def share(self, value: Any) -> Any:
+        """Return what the first process gave, of anything that JSON holds."""
+        return self.gather(value if self.is_first else None)[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """End in every process with the error of any.
+
+        Raises:
+            RemoraError: The one of the first process that has one; it names the process, unless
+                all have the same.
+        """
+        own: RemoraError | None = None
+        try:
+            yield
+        except RemoraError as error:
+            if self.size == 1 or isinstance(error, PeerLostError):
+                raise
+            own = error
+        found = self.gather(None if own is None else [type(own).__name__, str(own)])
+        told = [(rank, error) for rank, error in enumerate(found) if error]
+        if not told:
+            return
+        rank, (name, message) = told[0]
+        if any(error != found[rank] for error in found):
+            message = f"process {rank} of {self.size}: {message}"
+        kinds = {kind.__name__: kind for kind in RemoraError.__subclasses__()}
+        shared = kinds.get(name, RemoraError)(message)
+        shared.is_shared = True
+        raise shared from own
+
+    def refuse_differences(self, values: Mapping[str, Any]) -> None:
+        """Make sure that every process has the same values, of anything that JSON holds.
+
+        Raises:
+            ConfigError: If one has another; it names the value and the process.
+        """
+        first, *others = self.gather(dict(values))
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    error = ConfigError(
+                        f"process {rank} of {self.size} has {name} {other[name]}, process 0 has "
+                        f"{value}; give all processes the same"
+                    )
+                    error.is_shared = True
+                    raise error
+
+    def _add_up(self, tensor: Tensor) -> None:
+        from torch import distributed
+
+        self._wait(lambda: distributed.all_reduce(tensor))
+
+    def _gather(self, data: bytes) -> list[bytes]:
+        from torch import distributed
+
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        length = torch.tensor([len(data)])
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        self._wait(lambda: distributed.all_gather(lengths, length))
+        longest = max(int(each) for each in lengths)
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+        padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+        self._wait(lambda: distributed.all_gather(parts, padded))
+        return [
+            part[: int(each)].numpy().tobytes() for part, each in zip(parts, lengths, strict=True)
+        ]
+
+    def _wait(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except RuntimeError as error:
+            raise _lost(self.size, error) from error
+
+
+def _lost(size: int, error: RuntimeError) -> PeerLostError:
+    return PeerLostError(
+        f"a process of the {size} is gone ({str(error).splitlines()[0][:100]}); run the same "
+        "command again to go on"
+    )
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Whether an error is of a collective call, such as those of sharded weights."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+@contextlib.contextmanager
+def join() -> Iterator[ProcessGroup]:
+    """Join the other processes of this run, if there are any; leave together at the end.
+
+    Raises:
+        ConfigError: If there are more processes than GPUs.
+        PeerLostError: If they do not all come, or one is gone later.
+    """
+    size = world_size()
+    if size == 1:
+        yield ProcessGroup()
+        return
+    from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    _watch_launcher()
+    if torch.cuda.is_available():
+        device, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if device >= count:
+            raise ConfigError(
+                f"there is no GPU for process {device} of this machine's; give {count}"
+            )
+        torch.cuda.set_device(device)
+    try:
+        waiting = datetime.timedelta(seconds=JOIN_SECONDS)
+        store, rank, size = _meet(waiting)
+        pulse = _Pulse(store.clone(), rank, size)
+        store.set_timeout(waiting)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(days=1),  # who waits for a lost process learns it elsewhere
+        )
+        group = ProcessGroup(rank, size)
+        group.gather(rank)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise PeerLostError(
+            f"the {size} processes of this run did not find each other "
+            f"({str(error).splitlines()[0][:100]}); see that all were started"
+        ) from error
+    pulse.start()
+    try:
+        yield group
+        group.gather(rank)  # so that nobody is taken for lost who is only ready before the others
+    except RuntimeError as error:
+        if isinstance(error, RemoraError) or not _is_of_a_peer(error):
+            raise
+        # Of sharded weights calls are under way, without which Python cannot shut down in order.
+        lost = _lost(size, error)
+        if speaks(lost):
+            print(f"error: {lost}", file=sys.stderr)  # noqa: T201
+        leave(PeerLostError.exit_code)
+    finally:
+        pulse.stop()
+        with contextlib.suppress(RuntimeError):
+            distributed.destroy_process_group()
+
+
+def _meet(waiting: datetime.timedelta) -> tuple[Any, int, int]:
+    """Return the store that all processes write to, this one's rank and their number."""
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    listener = os.environ.get(LISTENER)
+    if listener is None:
+        store, rank, size = next(rendezvous("env://", timeout=waiting))
+        return store, rank, size
+    rank, size = int(os.environ["RANK"]), world_size()
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=rank == 0,
+        timeout=waiting,
+        master_listen_fd=int(listener) if rank == 0 else None,
+    )
+    return store, rank, size
+
+
+class _Pulse(threading.Thread):
+    """Gives signs of life, and ends this process once another gives none."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        super().__init__(daemon=True)
+        self._store, self._rank, self._size = store, rank, size
+        self._stopped = threading.Event()
+        self._num_answers = 0
+        store.set_timeout(datetime.timedelta(seconds=BEAT_SECONDS * LOST_BEATS))
+        store.set(f"beat/{rank}", "0")
+
+    def run(self) -> None:
+        names = [f"beat/{rank}" for rank in range(self._size)]
+        seen, changed = [b""] * self._size, [0] * self._size
+        count = 0
+        while not self._stopped.wait(BEAT_SECONDS):
+            count += 1
+            try:
+                self._store.set(names[self._rank], str(count))
+                beats = self._store.multi_get(names)
+            except RuntimeError:  # the process that keeps the store is gone
+                self._end(0)
+                return
+            self._num_answers = count
+            for rank, beat in enumerate(beats):
+                if beat != seen[rank]:
+                    seen[rank], changed[rank] = beat, count
+                elif count - changed[rank] > LOST_BEATS:
+                    self._end(rank)
+                    return
+
+    def start(self) -> None:
+        """Begin, and watch that the store answers: where its process hangs, no timeout ends it."""
+        threading.Thread(target=self._watch, daemon=True).start()
+        super().start()
+
+    def _watch(self) -> None:
+        answered, silent = 0, 0
+        while not self._stopped.wait(BEAT_SECONDS):
+            silent = 0 if self._num_answers != answered else silent + 1
+            answered = self._num_answers
+            if silent > LOST_BEATS:
+                self._end(0)
+
+    def stop(self) -> None:
+        """Give no more signs of life, and expect none."""
+        self._stopped.set()
+        if self.is_alive():
+            self.join(BEAT_SECONDS)  # a thread in the store's code must not see Python shut down
+
+    def _end(self, lost: int) -> None:
+        if self._stopped.wait(2 * BEAT_SECONDS):  # the others have left, and so does this one
+            return
+        if self._rank == (0 if lost else 1):
+            what = f"process {lost} of {self._size} is gone or hangs"
+            print(f"error: {what}; run the same command again to go on", file=sys.stderr)  # noqa: T201
+        os._exit(PeerLostError.exit_code)
+
+
+def _watch_launcher() -> None:
+    """End this process when the one that started it is gone."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(launcher):
+            time.sleep(BEAT_SECONDS)
+        os._exit(PeerLostError.exit_code)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,51 @@
+"""What a run tells as it goes: sentences, steps, evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step, as it is logged."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float  # mean cross entropy of the answer tokens of the effective batch, in nats
+    grad_norm: float
+    learning_rate: float
+    examples_per_second: float
+    supervised_tokens_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """One evaluation on the validation rows, as it is logged."""
+
+    step: int
+    accuracy: float
+    log_loss: float
+    best: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as it is logged."""
+        return {f"validation_{k}" if k != "step" else k: v for k, v in asdict(self).items()}
+
+
+class Reporter:
+    """Is told how a run goes. This one is silent; a subclass may show it."""
+
+    def say(self, line: str) -> None:
+        """Take a sentence for the user."""
+
+    def stepped(self, step: Step) -> None:
+        """Take an optimizer step."""
+
+    def validated(self, validation: Validation) -> None:
+        """Take an evaluation on the validation rows."""
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """Take the progress of an evaluation, in rows."""

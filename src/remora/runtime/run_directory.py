@@ -1,0 +1,107 @@
+"""Run directories: their names, the settings and the environment kept in them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import remora
+from remora.config import TrainConfig
+from remora.errors import ConfigError
+from remora.formatting import one_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+from remora.runtime.files import disk_errors
+
+
+def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Path]:
+    """Yield where a run may lie, the first choice first.
+
+    Args:
+        parent: Folder of all runs.
+        wanted: Its name; None to make one from the data's and the model's names.
+        data: Where the rows come from.
+        base: Which base model is adapted.
+    """
+    stem = wanted or "-".join(_slug(source) for source in (data, base))
+    yield parent / stem
+    if wanted is None:
+        yield from (parent / f"{stem}-{number}" for number in range(2, 10_000))
+
+
+def create(parent: Path, wanted: str | None, data: str, base: str) -> Path:
+    """Make a new run directory; the arguments are those of `paths`.
+
+    Raises:
+        ConfigError: If a directory of the wanted name exists.
+        ResourceError: If it cannot be made.
+    """
+    with disk_errors(parent):
+        for path in paths(parent, wanted, data, base):
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                if wanted is not None:
+                    raise ConfigError(
+                        f"{path} exists already; give another --name or remove it"
+                    ) from None
+    raise ConfigError(f"{parent} holds too many runs named {path.name}; give a --name")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a repetition of the run would have to match."""
+    packages = (
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "tokenizers",
+        "numpy",
+        "scikit-learn",
+    )
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "remora": remora.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.type} {name}".strip(),
+        "num_threads": torch.get_num_threads(),
+        "packages": versions,
+        "command": sys.argv,
+    }
+
+
+def read_settings(directory: Path) -> TrainConfig:
+    """Return the settings of a run from its config.toml.
+
+    Raises:
+        ConfigError: If they are missing or broken.
+    """
+    path = directory / "config.toml"
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name, kind in (("output", Path), ("target_modules", tuple), ("trackers", tuple)):
+            if name in settings:
+                settings[name] = kind(settings[name])
+        return TrainConfig(settings.pop("data"), **settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"
+        ) from error
+
+
+def _slug(source: str) -> str:
+    name = re.sub(r"\.(csv|tsv|jsonl|ndjson|parquet)$", "", source.rstrip("/").split("/")[-1])
+    return re.sub(r"[^\w.-]+", "-", name.removeprefix("hf:")).strip("-.").lower() or "run"

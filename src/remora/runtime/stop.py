@@ -1,0 +1,87 @@
+"""Asked to stop: by a signal or by the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from remora.errors import Stopped
+
+if TYPE_CHECKING:  # a request may come before torch is imported
+    from remora.runtime.process_group import ProcessGroup
+
+
+class _StopNow(BaseException):
+    """Raised in the middle of anything; no `except Exception` of a library takes it."""
+
+
+class Stop:
+    """Knows whether a run was asked to stop; the run looks where its state can be saved.
+
+    Args:
+        max_seconds: The time after which it is asked to; None for no limit.
+
+    Attributes:
+        group: The processes that stop together once one of them was asked to, if there are several.
+    """
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self.group: ProcessGroup | None = None
+        self._reason: str | None = None
+        self._deferred = False
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT as requests to stop; elsewhere than in the main thread, don't.
+
+        Raises:
+            Stopped: If one came when nothing was to be saved.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, self._take) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        except _StopNow:
+            raise self._stopped() from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note requests, for `check`; outside of this they stop the run at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self) -> None:
+        """Stop if that was asked for; all processes ask this together.
+
+        Raises:
+            Stopped: If it was.
+        """
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._reason = self._reason or "the time is up"
+        asked = self._reason is not None
+        if self.group.any(asked) if self.group else asked:
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        reason = self._reason or "another process was"
+        return Stopped(f"stopped ({reason}); run the same command again to go on")
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._reason = signal.Signals(number).name
+        if not self._deferred:
+            raise _StopNow

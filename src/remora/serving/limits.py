@@ -1,0 +1,154 @@
+"""Limits on what a client may send: token and host, bytes, seconds, JSON, waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from typing import Any
+
+from fastapi import HTTPException, Request, Response
+
+from remora.config import ServeConfig
+from remora.serving.state import State
+
+OPEN_ROUTE = "/health"
+"""The one route that needs no token."""
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+RETRY_SECONDS = 1
+FULL = "too many texts are waiting"
+HELD_BODIES = 64
+"""How many bodies of the largest size may be held at a time, whole or in part."""
+
+
+class RefusedError(HTTPException):
+    """An answer that is an error, in one line."""
+
+    def __init__(self, status: int, detail: str, **headers: str) -> None:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        super().__init__(status, detail, headers=named)
+
+
+def busy(detail: str) -> RefusedError:
+    """Return the answer 503 with Retry-After."""
+    return RefusedError(503, detail, retry_after=str(RETRY_SECONDS))
+
+
+class Guard:
+    """Everything that holds for all routes: the token, the end of the service, and counting."""
+
+    def __init__(self, app: Any, state: State) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request, or refuse it before anything is spent on it."""
+        began = time.perf_counter()
+        status = 500
+
+        async def watch(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        state = self._state
+        refusal = self._refusal(scope)
+        state.num_in_flight += 1
+        try:
+            await (refusal or self._app)(scope, receive, watch)
+        finally:
+            state.num_in_flight -= 1
+            route = "refused" if refusal else getattr(scope.get("route"), "path", "other")
+            state.metrics.requests.labels(route, str(status)).inc()
+            state.metrics.seconds.labels(route).observe(time.perf_counter() - began)
+
+    def _refusal(self, scope: Any) -> Response | None:
+        headers = dict(scope["headers"])
+        state, path = self._state, scope["path"]
+        if state.token is None:
+            host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)
+            name = host[0] if len(host) > 1 and host[1].isdigit() else ":".join(host)
+            if name.strip("[]").lower() not in (*LOCAL_NAMES, state.config.host.lower()):
+                # A web page may lead a browser here under a name of its own.
+                return problem(403, "the Host header does not name this machine")
+        elif path != OPEN_ROUTE:
+            wanted = b"Bearer " + state.token
+            if not hmac.compare_digest(headers.get(b"authorization", b""), wanted):
+                return problem(401, "the token is missing or wrong", {"www-authenticate": "Bearer"})
+        if state.is_draining and path.startswith("/v1/"):
+            headers_back = {"retry-after": str(RETRY_SECONDS), "connection": "close"}
+            return problem(503, "the service is stopping", headers_back)
+        if path == "/v1/classify" and state.engine.is_full:  # before anything is spent on it
+            return problem(503, FULL, {"retry-after": str(RETRY_SECONDS)})
+        return None
+
+
+class BodyReader:
+    """Reads bodies within their limits of bytes and time."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._limit = config.body_bytes()
+        self._seconds = config.read_seconds
+        self._held = 0
+
+    async def read(self, request: Request) -> bytes:
+        """Return the body of a request; raises RefusedError."""
+        length = request.headers.get("content-length", "0")
+        if int(length) > self._limit:  # h11 lets nothing through that is no number
+            raise self._too_large()
+        chunks: list[bytes] = []
+        try:
+            await asyncio.wait_for(self._fill(request, chunks), self._seconds)
+        except asyncio.TimeoutError:
+            raise RefusedError(
+                408, f"the body took longer than {self._seconds:g} seconds", connection="close"
+            ) from None
+        finally:
+            self._held -= sum(map(len, chunks))
+        return b"".join(chunks)
+
+    async def _fill(self, request: Request, chunks: list[bytes]) -> None:
+        num_bytes = 0
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes > self._limit:
+                raise self._too_large()
+            if self._held + len(chunk) > HELD_BODIES * self._limit:
+                raise busy("too many bodies are being read")
+            self._held += len(chunk)
+            chunks.append(chunk)
+
+    def _too_large(self) -> RefusedError:
+        return RefusedError(
+            413, f"the body is larger than {self._limit} bytes; send less at a time"
+        )
+
+
+def strict_json(body: bytes) -> Any:
+    """Return what JSON says, if it says one thing only: no names twice, no NaN."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(body.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise RefusedError(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise RefusedError(400, f"the body cannot be read as JSON: {error}") from None
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+    """Return an answer that is an error, its text on one line."""
+    # In ASCII, since a client's own words may hold what cannot be encoded.
+    content = json.dumps({"error": " ".join(detail.split())[:500]})
+    return Response(content, status, headers, "application/json")

@@ -1,0 +1,149 @@
+"""What a run has shown: measured against the baseline, and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remora.config import TrainConfig
+from remora.data.dataset import Dataset
+from remora.data.table import Table
+from remora.evaluation import calibration, report
+from remora.evaluation.baselines import Baseline, train_baseline
+from remora.evaluation.calibration import Reliability
+from remora.evaluation.metrics import Metrics, measure
+from remora.evaluation.predictions import (
+    PROBABILITIES,
+    Scored,
+    write_predictions,
+    write_probabilities,
+)
+from remora.evaluation.significance import mcnemar
+from remora.formatting import spoken_bytes
+from remora.models import adapter_card, lora, model_card
+from remora.planning.plan import Plan
+from remora.runtime import files, launch, memory
+from remora.runtime.device import choose_device
+from remora.runtime.reporter import Reporter
+from remora.training.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run has shown."""
+
+    directory: Path
+    method: str  # "lora", "qlora" or "full"
+    measured_on: str  # "test" or "validation"
+    metrics: Metrics
+    reliability: Reliability
+    baseline: Baseline
+    p_value: float  # exact McNemar test of the model against the baseline
+    parameters: lora.ParameterCount
+    adapter_bytes: int  # the weights of what was trained
+    base_bytes: int
+    num_steps: int
+    best_step: int
+    examples_per_second: float
+    supervised_tokens_per_second: float
+    train_seconds: float
+    peak_memory_bytes: int
+    speed_up: float | None = None  # of several processes over one, estimated
+    num_processes: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON holds them."""
+        return {
+            **{k: v for k, v in vars(self).items() if isinstance(v, int | float | str)},
+            "directory": str(self.directory),
+            "metrics": self.metrics.to_dict(),
+            "reliability": self.reliability.to_dict(),
+            "baseline": {
+                "description": self.baseline.description,
+                "num_train_rows": self.baseline.num_train_rows,
+                "seconds": self.baseline.seconds,
+                "metrics": self.baseline.metrics.to_dict(),
+            },
+            "parameters": asdict(self.parameters),
+        }
+
+
+def conclude(
+    config: TrainConfig,
+    dataset: Dataset,
+    held_out: Table,
+    measured_on: str,
+    scores: Mapping[str, Scored],
+    fitted: Progress,
+    parameters: lora.ParameterCount,
+    directory: Path,
+    folder: Path,
+    reporter: Reporter,
+) -> TrainResult:
+    """Measure against the baseline and write down what was found."""
+    probabilities = scores[measured_on].probabilities
+    predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
+    free = memory.free_bytes(torch.device("cpu"))
+    baseline = train_baseline(
+        dataset.train.texts,
+        dataset.train.labels,
+        held_out.texts,
+        held_out.labels,
+        dataset.labels,
+        seed=config.seed,
+        max_bytes=None if free is None else free // 2,
+    )
+    result = TrainResult(
+        directory=directory,
+        method=config.method,
+        measured_on=measured_on,
+        metrics=measure(dataset.labels, held_out.labels, predicted, probabilities),
+        reliability=calibration.assess(
+            scores[measured_on], scores.get("validation") if measured_on == "test" else None
+        ),
+        baseline=baseline,
+        p_value=mcnemar(held_out.labels, predicted, baseline.predictions),
+        parameters=parameters,
+        adapter_bytes=files.folder_bytes(adapter_card.adapter_folder(directory), "*.safetensors"),
+        base_bytes=files.folder_bytes(folder, "*.safetensors"),
+        num_steps=fitted.step,
+        best_step=fitted.best_step,
+        examples_per_second=fitted.speed.examples_per_second,
+        supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,
+        train_seconds=fitted.seconds,
+        peak_memory_bytes=max(fitted.peak_bytes, memory.peak_bytes(choose_device(config.device))),
+        speed_up=fitted.speed_up,
+        num_processes=launch.world_size(),
+    )
+    write_predictions(
+        directory / "predictions.csv",
+        held_out.texts,
+        held_out.labels,
+        predicted,
+        probabilities.max(1).tolist(),
+        baseline.predictions,
+    )
+    write_probabilities(directory / PROBABILITIES, dataset.labels, scores)
+    files.write_json(directory / "evaluation.json", result.to_dict())
+    write_pages(directory, reporter.say)
+    return result
+
+
+def write_pages(directory: Path, say: Callable[[str], None]) -> None:
+    """Write README.md and report.html of a run that has just ended; say why one cannot be."""
+    with files.optional("README.md", say):
+        model_card.write(directory)
+    report.refresh(directory, say)
+
+
+def tell_peak(directory: Path, planned: Plan, measured: int, reporter: Reporter) -> None:
+    """Say and keep how the plan compares with what was measured, in bytes."""
+    reporter.say(
+        f"memory at the peak of training: {spoken_bytes(measured)} measured, "
+        f"{spoken_bytes(planned.measurable_bytes)} planned"
+    )
+    files.write_json(directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured})

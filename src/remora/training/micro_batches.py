@@ -1,0 +1,221 @@
+"""An effective batch, computed in parts that fit into memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from remora.data.prompt import TokenSequence
+from remora.errors import ResourceError
+from remora.planning import plan
+from remora.runtime import memory, sharding
+from remora.runtime.process_group import ProcessGroup
+from remora.runtime.reporter import Reporter
+from remora.training.checkpoint import random_state, set_random_state
+from remora.tree import packing
+from remora.tree.cuda_graphs import Graphs
+from remora.tree.forward import answer_logits
+from remora.tree.loss import loss_sum
+
+Result = TypeVar("Result")
+
+LONG_SECONDS = 30.0
+"""A micro-batch that takes longer is not computed again to time it."""
+
+
+class MicroBatches:
+    """Computes effective batches in micro-batches, smaller ones once memory has run out.
+
+    What a step averages over stays the effective batch, and the random numbers of a step that is
+    repeated are those it had, so the run is the one that would have begun with the smaller size.
+
+    Where the weights are sharded, all processes compute equally many micro-batches: who has fewer
+    computes a row of the batch that counts nothing. They look together whether the memory will do
+    for the next one, and repeat the step together where it will not.
+    """
+
+    def __init__(
+        self,
+        adapted: Any,
+        max_tokens: int,
+        accelerator: Any,
+        heaviest: plan.Heaviest | None,
+        group: ProcessGroup,
+        reporter: Reporter,
+        *,
+        graphs: bool = False,
+    ) -> None:
+        """Take what is computed with.
+
+        Args:
+            adapted: The model.
+            max_tokens: Tokens to compute at once, at most.
+            accelerator: accelerate's Accelerator for the device and the precision.
+            heaviest: The batch that needs most memory, and how much; None where it does not matter.
+            group: The processes that train together.
+            reporter: Told when the memory ran out.
+            graphs: Whether to use CUDA graphs; not with sharded weights.
+        """
+        self.max_tokens = max_tokens
+        self._adapted, self._accelerator, self._reporter = adapted, accelerator, reporter
+        self._heaviest, self._group = heaviest, group
+        self._bytes_per_token = heaviest.bytes_per_token if heaviest else 0.0
+        self._said = False
+        self._is_sharded = sharding.has_shards(adapted)
+        self._graphs = Graphs(adapted, accelerator, reporter.say) if graphs else None
+
+    def add_gradients(self, batch: Sequence[TokenSequence]) -> tuple[float, int]:
+        """Add this process's part of the gradients of an effective batch to none.
+
+        Returns:
+            The part of the mean loss of the batch's answer tokens, in nats, and how many those of
+            the whole batch are. Parts add up: the mean is over all processes' rows.
+
+        Raises:
+            ResourceError: If the memory does not suffice for its longest row alone.
+        """
+        num_supervised = sum(len(row.token_ids) - row.answer_start for row in batch)
+        # Rows that share most are computed in one process.
+        own = self._group.part(sorted(batch, key=lambda row: row.token_ids))
+        if self._is_sharded:
+            loss = self._repeat(batch, lambda: self._add_in_step(own, batch, num_supervised))
+        elif own:
+            loss = self._repeat(own, lambda: self._add_gradients(own, num_supervised))
+        else:
+            loss = 0.0
+        return loss, num_supervised
+
+    def try_heaviest(self) -> float:
+        """Compute the heaviest micro-batch and forget it; return the seconds for each token.
+
+        Raises:
+            ResourceError: If the memory does not suffice for its longest row alone.
+        """
+        assert self._heaviest is not None
+        rows = self._heaviest.rows
+        self._adapted.train()
+        before = random_state(self._accelerator.device)
+        seconds = self._repeat(rows, lambda: self._time_largest(rows))
+        set_random_state(self._accelerator.device, before)
+        self._adapted.zero_grad()
+        return seconds
+
+    def _repeat(self, batch: Sequence[TokenSequence], compute: Callable[[], Result]) -> Result:
+        before = random_state(self._accelerator.device)
+        while True:
+            try:
+                return compute()
+            except _NotEnoughError:
+                pass
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_exhausted(error):
+                    raise
+                if self._is_sharded:  # the others wait in the middle of a layer
+                    raise ResourceError(
+                        "the memory ran out, and with sharded weights the processes cannot repeat "
+                        "a step; run the same command again with --micro-batch-tokens "
+                        f"{max(1, self.max_tokens // 2)}"
+                    ) from error
+            # Here the error and the tensors that its traceback holds are gone.
+            self._adapted.zero_grad()
+            if self._graphs:
+                self._graphs.clear()
+            memory.release(self._accelerator.device)
+            self._halve(batch)
+            set_random_state(self._accelerator.device, before)
+
+    def _halve(self, batch: Sequence[TokenSequence]) -> None:
+        longest = max(len(row.token_ids) for row in batch)
+        largest = max(packed.num_tokens for packed in packing.split(batch, self.max_tokens))
+        if largest <= longest:
+            raise ResourceError(
+                f"the memory does not suffice for a single row of {longest} tokens; choose a "
+                "smaller model, --checkpointing on, or a smaller --max-length"
+            )
+        self.max_tokens = max(longest, largest // 2)
+        if not self._said:
+            self._reporter.say(
+                f"the memory ran out: from here on at most {self.max_tokens:,} tokens at once, "
+                "halved again where needed; the effective batch stays the same"
+            )
+            self._said = True
+
+    def _add_gradients(self, rows: Sequence[TokenSequence], num_supervised: int) -> float:
+        trees = packing.split(rows, self.max_tokens)
+        if self._graphs:
+            self._graphs.begin()
+        return float(sum(self._backward(packed, num_supervised) for packed in trees))
+
+    def _add_in_step(
+        self, own: Sequence[TokenSequence], batch: Sequence[TokenSequence], num_supervised: int
+    ) -> float:
+        """Do the same in as many micro-batches as the process with most."""
+        trees = packing.split(own, self.max_tokens)
+        num_trees = max(self._group.gather(len(trees)))
+        loss = float(sum(self._backward(packed, num_supervised) for packed in trees))
+        shortest = min(batch, key=lambda row: len(row.token_ids))
+        for _ in range(num_trees - len(trees)):
+            self._backward(packing.build([shortest]), num_supervised, counts=False)
+        return loss
+
+    def _time_largest(self, batch: Sequence[TokenSequence]) -> float:
+        trees = packing.split(batch, self.max_tokens)
+        largest = max(trees, key=lambda packed: packed.num_tokens)
+        if self._graphs:
+            self._graphs.begin()
+        # What is computed first sets up the libraries, and what comes second on a GPU is recorded.
+        seconds = 0.0
+        for _ in range(3 if self._accelerator.device.type == "cuda" else 2):
+            if seconds > LONG_SECONDS:  # of which setting up is a small part
+                break
+            began = time.perf_counter()
+            float(self._backward(largest, largest.num_supervised_tokens))
+            seconds = time.perf_counter() - began
+        return seconds / largest.num_tokens
+
+    def _backward(
+        self, packed: packing.TokenTree, num_supervised: int, *, counts: bool = True
+    ) -> Tensor:
+        """Add the gradients of a micro-batch; return its part of the mean loss, []."""
+        device = self._accelerator.device
+        if self._graphs:
+            return self._graphs.add_gradients(packed, num_supervised)
+        if self._heaviest:
+            memory.keep_within(device, self._heaviest.limit_bytes)
+        self._refuse_to_exhaust(int(self._bytes_per_token * packed.num_tokens))
+        packed = packed.to(device)
+        with self._accelerator.autocast():
+            logits = answer_logits(self._adapted, packed)
+        part = loss_sum(logits, packed) / num_supervised
+        if not counts:
+            part = part * 0
+        del logits  # the largest array; its gradient is there already
+        self._accelerator.backward(part)
+        return part.detach()
+
+    def _refuse_to_exhaust(self, needed: int) -> None:
+        """Fail before memory is taken that is not there: with sharded weights, in all processes.
+
+        Raises:
+            torch.OutOfMemoryError: If it is not.
+            _NotEnoughError: The same in all processes.
+        """
+        device = self._accelerator.device
+        if not self._is_sharded or device.type != "cpu":
+            memory.refuse_to_exhaust(device, needed)
+            return
+        suffices = True
+        try:
+            memory.refuse_to_exhaust(device, needed)
+        except torch.OutOfMemoryError:
+            suffices = False
+        if self._group.any(not suffices):
+            raise _NotEnoughError
+
+
+class _NotEnoughError(Exception):
+    """Some process's memory will not do, and none has begun."""

@@ -1,0 +1,226 @@
+"""Going on with an unfinished run: which one, whether it is the same, and who holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from remora.config import TrainConfig
+from remora.errors import ConfigError
+from remora.runtime import files, run_directory
+from remora.runtime.process_group import ProcessGroup
+from remora.training import checkpoint
+from remora.training.checkpoint import Checkpoint
+
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
+
+FREE = {
+    *("data", "validation", "test", "text_column", "label_column"),  # the rows' hash tells
+    "model",  # the weights' hash tells
+    *("name", "output", "trackers", "checkpoint_minutes", "max_time"),
+    *(
+        "micro_batch_tokens",
+        "checkpointing",
+        "devices",
+        "shard",
+    ),  # change no result but by rounding
+}
+"""Settings that may differ when a run goes on."""
+
+
+def unfinished(config: TrainConfig, data_sha256: str, say: Callable[[str], None]) -> Path | None:
+    """Return the directory of the run that these settings go on with.
+
+    Raises:
+        ConfigError: If the run of the wanted name is another one, or the data has changed.
+    """
+    for path in run_directory.paths(config.output, config.name, config.data, config.model):
+        if not path.is_dir():
+            return None
+        if is_finished(path) or (config.name is None and not _is_run(path)):
+            continue
+        settings, data = _differences(path, config, data_sha256)
+        if data or (settings and config.name):
+            raise ConfigError(
+                f"{path} is unfinished and not the same run ({'; '.join(settings + data)}); run "
+                "the command that began it, give another --name, or remove it"
+            )
+        if settings:
+            say(
+                f"{path} is unfinished and stays as it is, being another run: {'; '.join(settings)}"
+            )
+            continue
+        return path
+    return None
+
+
+def find(
+    config: TrainConfig,
+    data_sha256: str,
+    group: ProcessGroup,
+    stack: contextlib.ExitStack,
+    say: Callable[[str], None],
+) -> tuple[Path | None, Checkpoint | None]:
+    """Return the run directory to go on in and its newest checkpoint, if there are any.
+
+    Args:
+        config: The settings of this run.
+        data_sha256: The hash of its rows.
+        group: The first process looks and holds the directory; the others read what it has found.
+        stack: Where the directory is held until the end.
+        say: Told of what is passed over.
+
+    Raises:
+        ConfigError: If the run of the wanted name is another one, or the data has changed.
+        ModelError: If all checkpoints are damaged.
+    """
+    directory, resumed = None, None
+    with group.together():
+        if group.is_first and (directory := unfinished(config, data_sha256, say)):
+            stack.enter_context(hold(directory))
+            resumed = checkpoint.newest(directory / CHECKPOINTS, say)
+    found = group.share([directory and str(directory), resumed and resumed.name])
+    with group.together():
+        if not group.is_first and found[0]:
+            directory = Path(found[0])
+            resumed = checkpoint.load(directory / CHECKPOINTS / found[1]) if found[1] else None
+    return directory, resumed
+
+
+def fixed(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that may not differ: between processes, and when a run goes on."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(TrainConfig)
+        if field.name not in FREE
+    }
+
+
+def as_before(config: TrainConfig, resumed: Checkpoint | None) -> TrainConfig:
+    """Return the settings with what the plan had chosen when a run was saved."""
+    if resumed is None:
+        return config
+    tokens = resumed.state["progress"]["micro_batch_tokens"]
+    return dataclasses.replace(
+        config,
+        micro_batch_tokens=min(tokens, config.micro_batch_tokens or tokens),
+        checkpointing=resumed.state["checkpointing"],
+        shard=resumed.state.get("shard", config.shard),
+    )
+
+
+def refuse_other_base(directory: Path, sha256: str) -> None:
+    """Refuse to go on with other weights than those that the run began with.
+
+    Raises:
+        ConfigError: If they are others.
+    """
+    began = _read_json(directory / "environment.json").get("base_sha256", sha256)
+    if began != sha256:
+        raise ConfigError(
+            f"{directory} began on a base model with the hash {began[:12]}, this one has "
+            f"{sha256[:12]}; restore that model, give another --name, or remove the run"
+        )
+
+
+@contextlib.contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a run directory that is not finished.
+
+    Raises:
+        ConfigError: If one holds it, naming it, or has finished it.
+    """
+    from filelock import FileLock, Timeout
+
+    holder = directory / "holder.json"
+    lock = FileLock(directory / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        found = _read_json(holder)
+        raise ConfigError(
+            f"{directory} is held by process {found.get('process', '?')} on "
+            f"{found.get('host', '?')}; wait for it, or stop it"
+        ) from None
+    try:
+        if is_finished(directory):
+            raise ConfigError(f"{directory} was finished by another process; look there")
+        files.write_json(holder, {"process": os.getpid(), "host": platform.node()})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def cut_log(path: Path, step: int, evaluated: int) -> None:
+    """Drop the records that come after a checkpoint from metrics.jsonl."""
+    kept = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError):  # the last line may be broken
+                record = json.loads(line)
+                last = evaluated if "validation_accuracy" in record else step
+                if record["step"] <= last:
+                    kept.append(line + "\n")
+    files.write_text(path, "".join(kept))
+
+
+def finish(directory: Path) -> None:
+    """Delete the checkpoints of a run whose results are written: nobody goes on with it."""
+    retired = directory / f"{CHECKPOINTS}.old"
+    with contextlib.suppress(FileNotFoundError):
+        (directory / CHECKPOINTS).rename(retired)
+    shutil.rmtree(retired, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (directory / LOCK).unlink()
+
+
+def is_finished(directory: Path) -> bool:
+    """Return whether all results of a run are written."""
+    return (directory / "evaluation.json").is_file() and not (directory / CHECKPOINTS).is_dir()
+
+
+def _is_run(directory: Path) -> bool:
+    """Return whether a folder is a run's, or one that was cut off while it was made."""
+    names = {path.name for path in directory.iterdir()}
+    return "config.toml" in names or names <= _FIRST_FILES
+
+
+def _differences(
+    directory: Path, config: TrainConfig, data_sha256: str
+) -> tuple[list[str], list[str]]:
+    """Return what differs between an unfinished run and this one: settings, and data."""
+    if not _is_run(directory):
+        return [], ["it holds other files and no config.toml"]
+    if not (directory / "config.toml").is_file():  # cut off while it was made
+        return [], []
+    began = run_directory.read_settings(directory)
+    settings = [
+        f"{name} {getattr(began, name)} there, {value} here"
+        for name, value in fixed(config).items()
+        if getattr(began, name) != value
+    ]
+    sha256 = str(_read_json(directory / "data.json").get("sha256"))
+    if settings or sha256 == data_sha256:  # the hash is of the splits, which settings make
+        return settings, []
+    return [], [f"data {sha256[:12]} there, {data_sha256[:12]} here"]
+
+
+_FIRST_FILES = {"environment.json", "data.json", "plan.json", LOCK, "holder.json"} | {
+    f"{name}.tmp" for name in ("environment.json", "data.json", "plan.json", "config.toml")
+}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,5 @@
+"""The token tree: a batch as one trie, every shared token computed once; training and scoring."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,192 @@
+"""Attention over a token tree, computed only near where there is something to see.
+
+A packed row of N tokens has N * N pairs of a query and a key, and almost all of them are hidden:
+a message does not see another message. So the queries are cut into blocks of neighbours, and each
+block attends to the keys that one of its queries sees: in a preorder, its own tokens and the
+ancestors of the first. What a block leaves out was hidden from all of its queries, so nothing
+changes but the work.
+
+transformers lets a model take its attention from a registered function; ours gathers the keys of
+each block and calls transformers' own scaled-dot-product attention on the blocks as a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from remora.errors import ModelError
+from remora.tree.kernels import (
+    allowed_kernels,
+    attend_by_kernel,
+    attend_by_products,
+    has_slow_kernel,
+)
+
+NAME = "remora"
+"""What the attention is registered as in transformers."""
+
+BLOCK_SIZES = (32, 64, 128)
+"""Queries to a block; the size that computes fewest pairs is taken."""
+
+BLOCK_COST = 2_048
+"""What a block costs beside its pairs, in pairs: its keys are copied together."""
+
+GPU_PAIRS = 1 << 24
+"""Pairs that a CUDA device computes whole. With 762 tokens that was faster than blocks, which take
+many small kernels (docs/log.md); the limit itself was not measured."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which keys each block of queries attends to. G blocks of up to B queries, L keys each."""
+
+    size: int  # B
+    keys: Tensor  # [G, L] int64, positions in the row; a block that sees fewer is filled up with 0
+    filled: Tensor  # [G, L] bool, False where filled up
+    by_kernel: bool = True  # by torch's fused kernel, or by matrix products
+
+
+def install(model: Any) -> None:
+    """Let a model that uses scaled-dot-product attention compute it in blocks where it is told to.
+
+    Without blocks its attention is what it was.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config.get_text_config()._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def uninstall(model: Any) -> None:
+    """Give a model its scaled-dot-product attention over whole masks back."""
+    if model.config.get_text_config()._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
+
+
+def inputs(
+    config: Any,
+    visible: Callable[[int | None], Tensor],
+    dtype: torch.dtype,
+    *,
+    in_blocks: bool | None = None,
+) -> dict[str, Any]:
+    """Return the arguments of a Hugging Face model's forward that make a packed row's attention.
+
+    Args:
+        config: The model's (text) configuration; it names the attention of each layer.
+        visible: Gives the boolean mask [queries, keys] for a sliding window, or None for no window.
+        dtype: Of the additive mask that models without scaled-dot-product attention need.
+        in_blocks: Whether to compute in blocks; None where that costs less.
+
+    Returns:
+        `attention_mask`, one or, where layers differ, one for each layer type; and the blocks.
+
+    Raises:
+        ModelError: If a layer's attention cannot follow the tree.
+    """
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if unknown := layer_types - {"full_attention", "sliding_attention"}:
+        raise ModelError(
+            f"the model has layers of type {', '.join(sorted(unknown))}, which cannot branch; "
+            "choose a model whose layers are all full or sliding-window attention"
+        )
+    window = getattr(config, "sliding_window", None)
+    # Where the layers are of one unnamed type, a window holds for all of them.
+    every = {"every layer": window}
+    named = {"full_attention": None, "sliding_attention": window}
+    windows = {kind: named[kind] for kind in layer_types} or every
+    dense = visible(None)
+    if in_blocks is None and prefers_whole(dense.device.type, *dense.shape):
+        in_blocks = False
+    blocks = None
+    if config._attn_implementation == NAME and in_blocks is not False:
+        blocks = _choose_blocks(dense, forced=bool(in_blocks))
+    masks = {}
+    for kind, width in windows.items():
+        mask = dense if width is None else visible(width)
+        if blocks:
+            masks[kind] = _block_mask(mask, blocks)
+        elif config._attn_implementation == "eager":
+            lowest = torch.finfo(dtype).min
+            additive = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
+            masks[kind] = additive[None, None]
+        else:
+            masks[kind] = mask[None, None]
+    return {
+        "attention_mask": masks if "sliding_attention" in masks else next(iter(masks.values())),
+        **({"tree_blocks": blocks} if blocks else {}),
+    }
+
+
+def prefers_whole(device: str, num_queries: int, num_keys: int) -> bool:
+    """Whether a type of device computes so many pairs at once, hidden ones too."""
+    return device == "cuda" and num_queries * num_keys <= GPU_PAIRS
+
+
+def _choose_blocks(visible: Tensor, *, forced: bool) -> Blocks | None:
+    """Cut the queries of a mask [queries, keys] into blocks, or return None where it costs more."""
+    num_queries, num_keys = visible.shape
+    best, cost = None, math.inf if forced else num_queries * num_keys
+    for size in BLOCK_SIZES:
+        rows = functional.pad(visible, (0, 0, 0, -num_queries % size))
+        seen = rows.view(-1, size, num_keys).any(1)  # [G, keys]
+        counts = seen.sum(1)
+        longest = int(counts.max())
+        now = len(seen) * (size * longest + BLOCK_COST)
+        if now < cost:
+            filled = torch.arange(longest, device=seen.device) < counts[:, None]
+            keys = torch.zeros_like(filled, dtype=torch.int64)
+            keys[filled] = seen.nonzero()[:, 1]
+            best = Blocks(size, keys, filled, not has_slow_kernel(visible.device))
+            cost = now
+    return best
+
+
+def _block_mask(visible: Tensor, blocks: Blocks) -> Tensor:
+    """Return the part [G, 1, B, L] of a mask [queries, keys] that the blocks look at."""
+    rows = functional.pad(visible, (0, 0, 0, -len(visible) % blocks.size))
+    rows = rows.view(len(blocks.keys), blocks.size, -1)
+    index = blocks.keys[:, None, :].expand(-1, blocks.size, -1)
+    return (rows.gather(2, index) & blocks.filled[:, None, :])[:, None]
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree_blocks: Blocks | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute a layer's attention: query [1, H, Q, D], key and value [1, H', K, D]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if tree_blocks is None:
+        with allowed_kernels(query.device):
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    assert attention_mask is not None
+    num_queries = query.shape[2]
+    padded = functional.pad(query[0], (0, 0, 0, -num_queries % tree_blocks.size))
+    heads, width = query.shape[1], query.shape[3]
+    blocked = padded.view(heads, -1, tree_blocks.size, width).transpose(0, 1)  # [G, H, B, D]
+    if not (tree_blocks.by_kernel or kwargs.get("dropout")):
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        output = attend_by_products(blocked, key, value, attention_mask, tree_blocks.keys, scale)
+    else:
+        output = attend_by_kernel(
+            module, blocked, key, value, attention_mask, tree_blocks.keys, kwargs
+        )
+    return output.flatten(0, 1)[None, :num_queries], None  # [1, Q, H, D]

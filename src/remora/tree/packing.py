@@ -1,0 +1,174 @@
+"""The token tree: a batch of token sequences as one trie, every shared token computed once.
+
+The rows of a classification batch begin alike: the same chat template, the same instruction, often
+the same list of labels. The trie of a batch, laid out in depth-first preorder, is ONE row of N
+tokens:
+
+    token_ids     [N]
+    position_ids  [N]  depth in the trie, so that rotary and learned positions see what they would
+                       see in the unpacked row
+    subtree_end   [N]  exclusive end of the node's subtree, in preorder
+
+    query q may see key k  iff  k <= q < subtree_end[k]     (k is an ancestor of q, or q itself)
+
+The head is computed only at `predictors`, the nodes below which an answer token is predicted. The
+loss is sum(weight * cross entropy) / sum(weight) over the edges of the trie, where the weight of an
+edge counts the rows that are supervised on it. Gradients flow through the shared nodes, so they are
+those of the padded computation, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from remora.data.prompt import TokenSequence, common_prefix_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTree:
+    """A batch of sequences, packed. N nodes, P predictors, E supervised edges."""
+
+    token_ids: Tensor  # [N] int64
+    position_ids: Tensor  # [N] int64
+    subtree_end: Tensor  # [N] int64
+    predictors: Tensor  # [P] int64, nodes where the head is computed
+    edge_predictors: Tensor  # [E] int64, indices into `predictors`
+    edge_targets: Tensor  # [E] int64, the token that the edge leads to
+    edge_weights: Tensor  # [E] float32, how many rows are supervised on the edge
+    num_rows: int
+    num_row_tokens: int  # tokens of all rows before packing
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of tokens that are computed."""
+        return len(self.token_ids)
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        """Answer tokens of all rows: the sum of the edge weights."""
+        return int(self.edge_weights.sum())
+
+    def to(self, device: torch.device | str) -> TokenTree:
+        """Return the tree with its tensors on `device`."""
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+    def visible(self, window: int | None = None) -> Tensor:
+        """Return the attention rule as a mask [N, N] of booleans, rows are queries.
+
+        Args:
+            window: Width of a sliding window: a key is seen from at most `window - 1` positions on.
+                Measured in positions, since neighbours in the packed row may be far apart in depth.
+        """
+        index = torch.arange(self.num_tokens, device=self.token_ids.device)
+        mask = (index[None, :] <= index[:, None]) & (index[:, None] < self.subtree_end[None, :])
+        if window is not None:
+            mask &= self.position_ids[:, None] - self.position_ids[None, :] < window
+        return mask
+
+
+def build(rows: Sequence[TokenSequence]) -> TokenTree:
+    """Pack rows into one token tree.
+
+    Args:
+        rows: Token sequences; tokens from `answer_start` on are predicted from the one before.
+    """
+    token_ids: list[int] = []
+    position_ids: list[int] = []
+    subtree_end: list[int] = []
+    parents: list[int] = []
+    weights: list[int] = []
+    path: list[int] = []  # nodes of the row before, from the root down
+    before: list[int] = []
+    for row in sorted(rows, key=lambda row: row.token_ids):
+        assert 0 < row.answer_start < len(row.token_ids), "a row needs a prompt and an answer"
+        shared = common_prefix_length(before, row.token_ids)
+        for node in path[shared:]:
+            subtree_end[node] = len(token_ids)
+        del path[shared:]
+        for depth in range(shared, len(row.token_ids)):
+            parents.append(path[-1] if path else -1)
+            path.append(len(token_ids))
+            token_ids.append(row.token_ids[depth])
+            position_ids.append(depth)
+            subtree_end.append(-1)
+            weights.append(0)
+        for node in path[row.answer_start :]:
+            weights[node] += 1
+        before = row.token_ids
+    for node in path:
+        subtree_end[node] = len(token_ids)
+
+    edges = [node for node, weight in enumerate(weights) if weight]
+    predictors = sorted({parents[node] for node in edges})
+    place = {node: index for index, node in enumerate(predictors)}
+    return TokenTree(
+        token_ids=torch.tensor(token_ids),
+        position_ids=torch.tensor(position_ids),
+        subtree_end=torch.tensor(subtree_end),
+        predictors=torch.tensor(predictors),
+        edge_predictors=torch.tensor([place[parents[node]] for node in edges]),
+        edge_targets=torch.tensor([token_ids[node] for node in edges]),
+        edge_weights=torch.tensor([weights[node] for node in edges], dtype=torch.float32),
+        num_rows=len(rows),
+        num_row_tokens=sum(len(row.token_ids) for row in rows),
+    )
+
+
+def split(rows: Sequence[TokenSequence], max_tokens: int) -> list[TokenTree]:
+    """Cut rows into trees of at most `max_tokens` computed tokens each; a longer row stands alone.
+
+    Rows are ordered by their tokens first, so that those which share most fall into one tree. The
+    order inside an effective batch changes no sum over it.
+    """
+    trees: list[TokenTree] = []
+    group: list[TokenSequence] = []
+    num_tokens = 0
+    for row in sorted(rows, key=lambda row: row.token_ids):
+        added = len(row.token_ids)
+        if group:
+            added -= common_prefix_length(group[-1].token_ids, row.token_ids)
+        if group and num_tokens + added > max_tokens:
+            trees.append(build(group))
+            group, num_tokens, added = [], 0, len(row.token_ids)
+        group.append(row)
+        num_tokens += added
+    if group:
+        trees.append(build(group))
+    return trees
+
+
+def filled(tree: TokenTree) -> TokenTree:
+    """Return a tree filled up to sizes that many have, with what counts nothing.
+
+    Each size becomes a multiple of an eighth of the power of two below it. An added token sees
+    itself alone, an added predictor has no edge but added ones, and those weigh nothing.
+    """
+    num_tokens = _full_size(tree.num_tokens)
+    # One predictor at least is an added one, for the added edges to leave from.
+    size = _full_size(1 + max(len(tree.predictors), len(tree.edge_weights)))
+    own = torch.arange(tree.num_tokens, num_tokens)
+
+    def fill(tensor: Tensor, size: int, value: int = 0) -> Tensor:
+        return functional.pad(tensor, (0, size - len(tensor)), value=value)
+
+    return replace(
+        tree,
+        token_ids=fill(tree.token_ids, num_tokens),
+        position_ids=fill(tree.position_ids, num_tokens),
+        subtree_end=torch.cat([tree.subtree_end, own + 1]),
+        predictors=fill(tree.predictors, size),
+        edge_predictors=fill(tree.edge_predictors, size, size - 1),
+        edge_targets=fill(tree.edge_targets, size),
+        edge_weights=fill(tree.edge_weights, size),
+    )
+
+
+def _full_size(size: int) -> int:
+    step = max(32, (1 << size.bit_length()) // 16)
+    return -(-size // step) * step

@@ -1,0 +1,273 @@
+"""Closed-set scoring: how probable each label is as the answer to a message.
+
+A label's probability is that of its whole token sequence, end token included. All messages of a
+batch, and below each of them the trie of the labels, form one packed row; what all messages begin
+with is computed once and kept as a key-value cache.
+
+Most labels need not be looked at. Probabilities only fall along a path, so the probability of a
+node bounds every label below it, and also their sum. Best-first search with this bound finds the
+exact argmax; it goes on until the labels not looked at hold less than `tolerance` of the
+probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from remora.data.prompt import Prompt, common_prefix_length
+from remora.data.table import Table
+from remora.evaluation.predictions import Scored
+from remora.runtime import memory, sharding
+from remora.runtime.process_group import ProcessGroup
+from remora.runtime.reporter import Reporter
+from remora.runtime.stop import Stop
+from remora.tree.forward import text_config
+from remora.tree.label_search import Chosen, Search, chain, look_below, trie
+from remora.tree.packed_row import PackedRow
+
+LOGIT_ELEMENTS = 1 << 25
+"""Most logits that a pass of scoring computes: 220 positions of a 151,936-word vocabulary."""
+
+
+def most_kept(vocabulary: int) -> int:
+    """Return at how many positions a pass of scoring computes logits, at most."""
+    return max(1, LOGIT_ELEMENTS // vocabulary)
+
+
+BATCH_ROWS = 256
+"""Messages that are scored at a time."""
+
+
+class Scorer:
+    """Scores messages against a closed set of labels with one model."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 2048,
+        tolerance: float = 1e-2,
+        autocast: torch.dtype | None = None,
+        limit_bytes: int | None = None,
+    ) -> None:
+        """Prepare the trie of labels; the prefix is computed with the first batch.
+
+        Args:
+            model: A causal language model, adapted or not; its weights must not change any more.
+            prompt: How messages are asked and labels are answered.
+            max_tokens: Most tokens in one packed row, unless one message needs more.
+            tolerance: Most probability that the labels not looked at may hold together. 0 looks at
+                every label; 1 stops as soon as the likeliest label is certain.
+            autocast: 16-bit arithmetic to compute in.
+            limit_bytes: Of the process on a processor; what it holds above and has freed is given
+                back.
+        """
+        self.model = model
+        self.prompt = prompt
+        self.max_tokens = max_tokens
+        self.tolerance = tolerance
+        self.autocast = autocast
+        self.limit_bytes = limit_bytes
+        self._root = trie(prompt.answers)
+        self._most_kept = most_kept(text_config(model).vocab_size)
+        self._prefix: tuple[tuple[int, ...], PackedRow] | None = None
+
+    def probabilities(self, messages: Sequence[str]) -> NDArray[np.float64]:
+        """Return the probability of each label for each message, [messages, labels], rows sum to 1.
+
+        Each is within `tolerance` of what looking at every label gives, and the largest is the
+        exact argmax.
+        """
+        parts = [part for _, part in self.stream(messages)]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.prompt.labels)))
+
+    def stream(
+        self, messages: Iterable[str], batch_rows: int = BATCH_ROWS
+    ) -> Iterator[tuple[list[str], NDArray[np.float64]]]:
+        """Yield batches of messages with their probabilities, holding one batch at a time."""
+        batch: list[str] = []
+        for message in messages:
+            batch.append(message)
+            if len(batch) == batch_rows:
+                yield batch, self._score(batch)
+                batch = []
+        if batch:
+            yield batch, self._score(batch)
+
+    @torch.inference_mode()
+    def _score(self, messages: Sequence[str]) -> NDArray[np.float64]:
+        was_training = self.model.training
+        self.model.eval()
+        stems = [tuple(stem) for stem in self.prompt.stems(messages)]
+        found: dict[tuple[int, ...], NDArray[np.float64]] = {}
+        with self._arithmetic():
+            for group in self._groups(sorted(set(stems))):
+                for stem, search in zip(group, self._search(group), strict=True):
+                    found[stem] = search.probabilities()
+        self.model.train(was_training)
+        return np.stack([found[stem] for stem in stems])
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
+
+    def _groups(self, stems: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        """Cut sorted stems into groups of at most `max_tokens` computed tokens.
+
+        After each stem logits are computed, so their number is limited too.
+        """
+        group: list[tuple[int, ...]] = []
+        num_tokens = 0
+        for stem in stems:
+            added = len(stem) - common_prefix_length(
+                group[-1] if group else self.prompt.prefix, stem
+            )
+            if group and (num_tokens + added > self.max_tokens or len(group) == self._most_kept):
+                yield group
+                group, num_tokens = [], 0
+                added = len(stem) - common_prefix_length(self.prompt.prefix, stem)
+            group.append(stem)
+            num_tokens += added
+        if group:
+            yield group
+
+    def _search(self, stems: Sequence[tuple[int, ...]]) -> list[Search]:
+        """Search the label trie below each of some sorted stems, one forward pass a round."""
+        prefix, row = self._start(stems)
+        searches = [Search(np.full(len(self.prompt.labels), -np.inf)) for _ in stems]
+        new: list[tuple[int, int]] = []
+        ends: list[int] = []
+        path, before = list(range(len(prefix))), prefix
+        for stem in stems:
+            del path[common_prefix_length(before, stem) :]
+            for token in stem[len(path) :]:
+                new.append((token, path[-1] if path else -1))
+                path.append(row.length + len(new) - 1)
+            ends.append(path[-1])
+            before = stem
+        logits = row.extend(new, ends)
+        chains = [
+            (search, [self._root], 0.0, [end]) for search, end in zip(searches, ends, strict=True)
+        ]
+        look_below(chains, logits)
+        waiting: list[tuple[PackedRow, Sequence[Search]]] = [(row, searches)]
+        del row
+        self._descend(waiting)
+        return searches
+
+    def _descend(self, waiting: list[tuple[PackedRow, Sequence[Search]]]) -> None:
+        """Carry searches on, a forward pass or few a round, until all are good enough.
+
+        Each row is taken off the list before it is parted, so that it is freed and its parts stay.
+        """
+        while waiting:
+            row, searches = waiting.pop()
+            chosen = [
+                (search, opened, chain(opened.node))
+                for search in searches
+                for opened in search.choose(self.tolerance)
+            ]
+            num_new = sum(len(nodes) for _, _, nodes in chosen)
+            if row.length + num_new > self.max_tokens and len(searches) > 1:
+                # Messages do not see each other: part them, so that no row grows too long.
+                for search, opened, _ in chosen:
+                    search.frontier.append(opened)
+                halves = (searches[1::2], searches[::2])
+                waiting += [(row.keep_only(half), half) for half in halves]
+            elif chosen:
+                for paths in self._passes(chosen):
+                    self._extend(row, paths)
+                waiting.append((row, searches))
+
+    def _passes(self, chosen: Sequence[Chosen]) -> Iterator[list[Chosen]]:
+        """Part the paths to compute so that no pass has too many logits."""
+        part: list[Chosen] = []
+        num_kept = 0
+        for found in chosen:
+            num_new = len(found[2])
+            if part and num_kept + num_new > self._most_kept:
+                yield part
+                part, num_kept = [], 0
+            part.append(found)
+            num_kept += num_new
+        yield part
+
+    def _extend(self, row: PackedRow, chosen: Sequence[Chosen]) -> None:
+        """Compute paths below open nodes, in one pass."""
+        if self.limit_bytes is not None:
+            memory.keep_within(next(self.model.parameters()).device, self.limit_bytes)
+        new: list[tuple[int, int]] = []
+        chains = []
+        for search, opened, nodes in chosen:
+            start = row.length + len(new)
+            tokens = [opened.token, *(next(iter(node.children)) for node in nodes[:-1])]
+            parents = [opened.parent, *range(start, start + len(nodes) - 1)]
+            new.extend(zip(tokens, parents, strict=True))
+            positions = list(range(start, start + len(nodes)))
+            chains.append((search, nodes, opened.log_probability, positions))
+        logits = row.extend(new, [position for chain in chains for position in chain[3]])
+        look_below(chains, logits)
+
+    def _start(self, stems: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], PackedRow]:
+        """Return what the stems all begin with, of the prompt's prefix, and its packed row."""
+        prefix = self.prompt.prefix
+        for stem in stems:  # a message may, rarely, be tokenized together with the prefix's end
+            prefix = prefix[: min(common_prefix_length(prefix, stem), len(stem) - 1)]
+        if self._prefix is None or self._prefix[0] != prefix:
+            row = PackedRow(self.model, self.autocast)
+            if prefix:
+                row.extend([(token, i - 1) for i, token in enumerate(prefix)], [len(prefix) - 1])
+            self._prefix = prefix, row
+        return prefix, self._prefix[1].fork()
+
+
+def score_rows(
+    scorer: Scorer,
+    table: Table,
+    what: str,
+    reporter: Reporter,
+    stop: Stop | None = None,
+    group: ProcessGroup | None = None,
+) -> Scored:
+    """Return the probabilities of a table's rows beside their labels; raises Stopped."""
+    place = {label: index for index, label in enumerate(scorer.prompt.labels)}
+    return Scored(
+        probabilities=score_table(scorer, table.texts, what, reporter, stop, group),
+        true=np.array([place[label] for label in table.labels], dtype=np.int64),
+    )
+
+
+def score_table(
+    scorer: Scorer,
+    texts: Sequence[str],
+    what: str,
+    reporter: Reporter,
+    stop: Stop | None = None,
+    group: ProcessGroup | None = None,
+) -> NDArray[np.float64]:
+    """Return probabilities [texts, labels] and report the progress; raises Stopped.
+
+    With several processes each scores a part, and all get all. Where their weights are sharded, who
+    needs fewer passes computes along until all have done theirs.
+    """
+    group = group or ProcessGroup()
+    parts = []
+    for start in range(0, len(texts), BATCH_ROWS * group.size):
+        memory.trim()  # training and scoring, taking turns, leave free memory in pieces
+        batch = texts[start : start + BATCH_ROWS * group.size]
+        with sharding.in_step(scorer.model, group):
+            own = scorer.probabilities(group.part(batch))
+        parts += group.gather_arrays(own)
+        reporter.scoring(what, start + len(batch), len(texts))
+        if stop:
+            stop.check()
+    memory.trim()
+    return np.concatenate(parts)

@@ -1,0 +1,515 @@
+"""Why a run errs: planted errors are found, verdicts follow their evidence, decisions come back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from remora.cli import main
+from remora.config import DiagnoseConfig, TrainConfig
+from remora.data import sources
+from remora.data.dataset import dataset_from_lists, load_dataset
+from remora.data.table import Table, read_table
+from remora.diagnosis import (
+    diagnose,
+    duplicates,
+    label_noise,
+    out_of_sample,
+    rare_tokens,
+    relabel,
+    verdicts,
+)
+from remora.diagnosis.regressions import deal_folds, pool
+from remora.errors import ConfigError, DataError, Stopped
+from remora.evaluation.predictions import write_predictions
+from remora.runtime import files
+from remora.runtime.reporter import Reporter, Step
+
+NOUNS = {"card": "card arrival", "refund": "refund", "top up": "top up failed"}
+ENDS = ("today", "please", "at once", "again", "now", "still", "soon", "at last")
+WAYS = ("where is my {} {}", "the {} is late {}", "why no {} {}", "a {} I wait for {}")
+
+
+def rows() -> Table:
+    """96 rows, three of them with a planted wrong label: rows 5, 40 and 90, from 1."""
+    texts = [way.format(noun, end) for way in WAYS for noun in NOUNS for end in ENDS]
+    labels = [label for _ in WAYS for label in NOUNS.values() for _ in ENDS]
+    for row, wrong in ((5, "refund"), (40, "top up failed"), (90, "card arrival")):
+        assert labels[row - 1] != wrong
+        labels[row - 1] = wrong
+    texts[0] = "=card(1) where is my card"
+    return Table(texts, labels)
+
+
+def write_csv(path: Path, table: Table) -> Path:
+    relabel.write_table(path, table)
+    return path
+
+
+@pytest.fixture
+def finished(base: Path, tmp_path: Path) -> Path:
+    """A run directory as train leaves it, but for its adapter."""
+    table = rows()
+    settings = TrainConfig(
+        str(write_csv(tmp_path / "train.csv", table)),
+        model=str(base),
+        test=str(write_csv(tmp_path / "test.csv", Table(table.texts[1:41], table.labels[1:41]))),
+        epochs=1,
+        batch_size=4,
+        learning_rate=1e-2,
+        device="cpu",
+        precision="float32",
+    )
+    path = tmp_path / "run"
+    path.mkdir()
+    dataset = load_dataset(settings.data, test=settings.test)
+    files.write_text(path / "config.toml", settings.to_toml())
+    files.write_json(path / "data.json", dataset.summary.to_dict())
+    truth = dataset.test.labels
+    write_predictions(path / "predictions.csv", dataset.test.texts, truth, truth, [0.9] * 40, truth)
+    return path
+
+
+def remora(*arguments: str | Path) -> int:
+    """Run the command line in this process."""
+    try:
+        return main([*map(str, arguments)])
+    except SystemExit as done:
+        return int(done.code or 0)
+
+
+@pytest.mark.parametrize("method", ["tfidf", "fast"])
+def test_planted_errors_lead_the_list(finished: Path, method: str, capsys) -> None:
+    assert remora("diagnose", finished, "--method", method) == 0
+    with (finished / "relabel.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert {row["row"] for row in found[:2]} < {"5", "40", "90"}
+    assert all(row["suggested"] == rows().labels[int(row["row"]) - 2] for row in found[:2])
+    assert all(row["decision"] == "" for row in found)
+    shown = capsys.readouterr().out
+    assert f"suspects   {len(found)} rows in" in shown
+    assert ("frozen features" in shown) == (method == "fast")
+    figures = json.loads((finished / "diagnosis.json").read_text())
+    assert figures["out_of_sample_accuracy"] > 0.9
+    _, dataset, _ = diagnose.load(DiagnoseConfig(finished))
+    shared = len(set(dataset.test.texts) & set(dataset.train.texts))
+    assert figures["num_test_exact"] == shared > 30  # test rows are copies of training rows
+
+
+def judged(
+    finished: Path, method: str, num_folds: int, folder: Path, reporter: Reporter | None = None
+):
+    """What 24 of the rows are judged, [24, 3]."""
+    settings, _, everything = diagnose.load(DiagnoseConfig(finished))
+    few = Table(everything.train.texts[::4], everything.train.labels[::4])
+    return out_of_sample.judge(
+        replace(everything, train=few),
+        settings,
+        method,
+        num_folds,
+        reporter or Reporter(),
+        folder=folder,
+    ).probabilities
+
+
+@pytest.mark.parametrize("method", ["frozen", "adapters"])
+def test_every_method_judges_each_row_out_of_sample(
+    finished: Path, method: str, tmp_path: Path
+) -> None:
+    found = judged(finished, method, 2, tmp_path / "folds")
+    assert found.shape == (24, 3)
+    np.testing.assert_allclose(found.sum(1), 1)
+    again = judged(finished, method, 3, tmp_path / "folds")
+    assert not np.allclose(found, again)  # other folds, other judges
+
+
+class Interrupting(Reporter):
+    """Counts the steps, and has the process interrupted after one of them."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.num_steps, self._after = 0, after
+
+    def stepped(self, step: Step) -> None:
+        self.num_steps += 1
+        if self.num_steps == self._after:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_adapters_that_were_stopped_go_on(finished: Path, tmp_path: Path) -> None:
+    whole = Interrupting()
+    undisturbed = judged(finished, "adapters", 2, tmp_path / "whole", whole)
+    assert whole.num_steps == 6  # 3 batches in each of 2 folds
+    folder = tmp_path / "folds"
+    with pytest.raises(Stopped, match=r"stopped \(SIGINT\); run the same command again to go on"):
+        judged(finished, "adapters", 2, folder, Interrupting(after=5))
+    rest = Interrupting()
+    np.testing.assert_array_equal(judged(finished, "adapters", 2, folder, rest), undisturbed)
+    assert rest.num_steps == 1
+    nothing = Interrupting()
+    judged(finished, "adapters", 2, folder, nothing)
+    assert nothing.num_steps == 0
+    other = Interrupting()
+    judged(finished, "adapters", 3, folder, other)
+    assert other.num_steps == 12  # nothing of other folds is taken: 4 batches in each of 3
+
+
+def test_a_stop_ends_with_one_line(finished: Path, monkeypatch, capsys) -> None:
+    fold = out_of_sample._fold
+
+    def stopped(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(out_of_sample, "_fold", stopped)
+    arguments = ("diagnose", finished, "--method", "adapters", "--folds", "2")
+    assert remora(*arguments) == 75
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: stopped (SIGTERM); run the same command again to go on"
+    )
+    assert not (finished / "diagnosis.json").exists()
+    assert (finished / "folds").is_dir()
+    monkeypatch.setattr(out_of_sample, "_fold", fold)
+    assert remora(*arguments) == 0
+    assert not (finished / "folds").exists()
+
+
+def test_no_row_is_judged_by_what_saw_its_label() -> None:
+    """A label that one row has alone is unknown to its judge, however clear the text."""
+    table = Table([f"{'ab'[i % 2]} word" for i in range(20)] + ["unique"], ["a", "b"] * 10 + ["c"])
+    dataset = dataset_from_lists(table.texts, table.labels, validation_fraction=0.0, seed=0)
+    found = out_of_sample.judge(dataset, TrainConfig("", model=""), "tfidf", 3, Reporter())
+    assert found.probabilities[-1].argmax() != 2
+    folds = deal_folds(np.arange(30) % 3, 5, seed=0)
+    assert sorted(i for _, own in folds for i in own.tolist()) == list(range(30))
+    assert all(not set(others) & set(own) for others, own in folds)
+
+
+def test_the_pool_gives_a_judge_that_knows_nothing_no_weight() -> None:
+    generator = np.random.default_rng(0)
+    true = generator.integers(0, 3, 300)
+    good = np.full((300, 3), 0.1) + 0.7 * np.eye(3)[true]
+    good[:60] = good[:60][:, [1, 2, 0]]  # right on 240 of 300 rows, as sure as it says
+    noise = generator.dirichlet([1, 1, 1], 300)
+    found = pool([np.log(good), np.log(noise)], true)
+    assert (found.argmax(1) == true).mean() == pytest.approx(0.8)
+    np.testing.assert_allclose(found.max(1).mean(), 0.8, atol=0.01)
+    alone = pool([np.log(noise)], true)
+    assert alone.max() < 0.5  # told as the guess that it is
+
+
+COUNTS = {
+    "num_first": 80,
+    "num_second": 80,
+    "first_as_second": 8,
+    "second_as_first": 8,
+    "num_suspects": 2,
+    "num_conflicting": 0,
+    "first_by_all": 4,
+    "second_by_all": 4,
+    "by_all_by_chance": 1.0,
+    "p_alike": 1e-4,
+    "by_half": 16,
+    "by_most": 16,
+    "p_half": 0.6,
+    "held_out_rows": 50,
+    "held_out_by_run": 10,
+    "held_out_by_baseline": 10,
+    "held_out_by_both": 8,
+    "held_out_by_judges": 10,
+    "held_out_by_judges_too": 2,
+}
+APART = {"held_out_by_both": 2}  # run and baseline confuse different rows
+MISLABELLED = {
+    "num_suspects": 14,
+    "held_out_by_run": 0,
+    "held_out_by_baseline": 0,
+    "held_out_by_both": 0,
+    "held_out_by_judges": 0,
+    "held_out_by_judges_too": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "labels overlap"),
+        ({"num_second": 9}, "too few examples"),
+        (APART, "undecided"),
+        (APART | {"held_out_by_judges_too": 8}, "labels overlap"),
+        (
+            {"held_out_by_run": 2, "held_out_by_baseline": 2, "held_out_by_both": 2},
+            "undecided",
+        ),
+        ({"second_by_all": 1}, "undecided"),
+        ({"p_alike": 0.02}, "undecided"),  # one of ten pairs looks so by chance
+        ({"by_half": 30, "p_half": 0.01}, "too few examples"),
+        (APART | {"num_conflicting": 6}, "labels overlap"),
+        ({"held_out_by_run": 20, "held_out_by_baseline": 3, "held_out_by_both": 2}, "undertrained"),
+        ({"held_out_by_run": 20, "held_out_by_baseline": 8, "held_out_by_both": 8}, "undertrained"),
+        ({"held_out_by_run": 20, "held_out_by_judges": 2}, "undertrained"),
+        (MISLABELLED, "rows mislabelled"),
+        (MISLABELLED | {"num_suspects": 7}, "undecided"),
+        (MISLABELLED | {"held_out_by_baseline": 5}, "undecided"),
+    ],
+)
+def test_a_verdict_needs_its_evidence(changed: dict[str, float], verdict: str) -> None:
+    found, reason = verdicts.judge(**COUNTS | changed)
+    assert found == verdict
+    assert reason
+
+
+def test_the_evidence_behind_a_verdict() -> None:
+    """Two labels: 3 rows confused out of sample, 2 held-out rows by the run, 1 of them by both."""
+    true = np.array([0] * 5 + [1] * 5)
+    predicted = np.array([0, 0, 0, 1, 1, 0, 1, 1, 1, 1])
+    other = np.array([0, 0, 0, 1, 0, 0, 1, 1, 1, 0])
+    suspected = np.array([False] * 5 + [True] + [False] * 4)
+    judged = out_of_sample.Judgement(np.eye(3)[predicted], (predicted, other), predicted, other)
+    held_out = verdicts.HeldOut(
+        np.array(["a", "a", "b", "c"]),
+        np.array(["b", "a", "a", "c"]),
+        np.array(["b", "a", "b", "c"]),
+        np.array(["b", "a", "b", "b"]),
+    )
+    (pair,) = verdicts.diagnose(["a", "b", "c"], true, judged, suspected, [(0, 9)], held_out)
+    assert (pair.first_as_second, pair.second_as_first, pair.num_suspects) == (2, 1, 1)
+    assert (pair.first_by_all, pair.second_by_all) == (1, 0)  # row 5 is suspected
+    assert pair.by_all_by_chance == pytest.approx(2 * 2 / 9)
+    assert pair.p_alike == pytest.approx(1 - (7 * 6) / (9 * 8))  # hypergeometric
+    assert (pair.by_half, pair.by_most, pair.p_half) == (2, 2, 0.75)
+    assert (pair.held_out_rows, pair.held_out_by_run, pair.held_out_by_both) == (3, 2, 1)
+    assert (pair.held_out_by_judges, pair.held_out_by_judges_too) == (1, 1)
+    assert (pair.num_conflicting, pair.accuracy_if_merged) == (2, 1.0)
+    # By the judges' border, the rows are b, a, b and, of another label, c: the run gets 3 right.
+    assert pair.accuracy_if_redefined == 0.75
+
+
+def made(num_rows: int, share_wrong: float, num_labels: int = 20):
+    """Out-of-sample probabilities of a fair judge, labels a share of which is wrong, and which."""
+    generator = np.random.default_rng(1)
+    right = generator.integers(0, num_labels, num_rows)
+    scores = generator.normal(size=(num_rows, num_labels)) + 6 * np.eye(num_labels)[right]
+    probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    wrong = generator.random(num_rows) < share_wrong
+    given = np.where(
+        wrong, (right + generator.integers(1, num_labels, num_rows)) % num_labels, right
+    )
+    return probabilities, given, wrong
+
+
+def test_the_share_of_wrong_labels_is_told() -> None:
+    for share in (0.05, 0.15):
+        probabilities, given, wrong = made(3000, share)
+        found = label_noise.estimate(probabilities, given)
+        assert found.rate == pytest.approx(wrong.mean(), abs=0.02)
+        assert found.interval[0] <= wrong.mean() <= found.interval[1]
+        listed = found.p_wrong >= diagnose.LIST_FROM
+        assert wrong[listed].mean() > 0.8
+        assert wrong[listed].sum() > 0.9 * wrong.sum()
+        assert found.p_wrong.sum() == pytest.approx(wrong.sum(), rel=0.2)
+    probabilities, given, _ = made(3000, 0.0)
+    found = label_noise.estimate(probabilities, given)
+    assert found.rate < 0.01
+    assert (found.p_wrong < diagnose.LIST_FROM).all()
+
+
+def test_the_ceiling_is_what_wrong_labels_and_overlap_leave() -> None:
+    """Of 2,000 rows 10 % are wrong; of 400 rows of two labels that overlap a coin decided 200."""
+    generator = np.random.default_rng(2)
+    probabilities, given, wrong = made(2000, 0.1)
+    noise = label_noise.estimate(probabilities, given)
+    names = np.array([f"label {i}" for i in given])
+    guess = np.array([f"label {i}" for i in probabilities.argmax(1)])
+    rows = np.flatnonzero(~wrong)[:200]
+    names[rows] = np.where(generator.random(200) < 0.5, "label 0", "label 1")
+    guess[rows] = "label 0"  # the likelier of two; half of these rows are wrong for any model
+    held_out = verdicts.HeldOut(names, guess, guess, guess)
+    overlap = verdicts.PairDiagnosis(
+        first="label 0",
+        second="label 1",
+        verdict="labels overlap",
+        reason="",
+        accuracy_if_merged=0.9,
+        accuracy_if_redefined=0.9,
+        **COUNTS,
+    )
+    found = diagnose.ceiling(noise, held_out, [overlap])
+    best = (names == guess).mean()  # what the best model gets
+    assert found.interval[0] <= best <= found.interval[1]
+    assert found.accuracy == pytest.approx(best, abs=0.02)
+    assert found.overlapping == pytest.approx(0.05, abs=0.01)
+    assert found.alike == 0  # all that they get wrong alike is counted already
+    without = diagnose.ceiling(noise, held_out, [replace(overlap, verdict="undecided")])
+    assert without.overlapping == 0
+    assert without.alike == found.overlapping
+    apart = replace(held_out, by_baseline=names)  # the baseline is right everywhere
+    assert diagnose.ceiling(noise, apart, [replace(overlap, verdict="undecided")]).alike == 0
+    assert without.accuracy == pytest.approx(0.9, abs=0.02)
+
+
+def test_rows_that_a_person_should_look_at() -> None:
+    probabilities = np.array([[0.95, 0.05], [0.95, 0.05], [0.5, 0.5], [0.6, 0.4]])
+    best = np.array([0, 0, 0, 0])
+    other = np.array([0, 1, 0, 0])
+    judged = out_of_sample.Judgement(probabilities, (best, other), best, best)
+    scores = np.array([3.0, 3.0, 1.0, 2.0])
+    noise = label_noise.LabelNoise(scores, np.array([0.1, 0.1, 0.3, 0.0]), 0.1, (0.0, 0.2))
+    true = np.array([1, 1, 0, 0])
+    assert diagnose.list_rows(judged, true, noise, []).tolist() == [True, False, True, False]
+    conflicts = diagnose.list_rows(judged, true, noise, [(1, 3)])
+    assert conflicts.tolist() == [True, True, True, False]
+
+
+def test_rare_words_of_one_label() -> None:
+    texts = ["my card regards bob"] * 6 + ["my card"] * 300 + ["a refund regards"] * 300
+    rows = Table(texts, ["card"] * 306 + ["refund"] * 300)
+    assert rare_tokens.tied(rows) == (
+        rare_tokens.TiedToken(token="bob", label="card", num_rows=6, share=6 / 306),
+    )
+
+
+CARDS = ("I would like to know where my card is", "i would like to know where my card is!")
+
+
+def test_near_texts_are_found_in_any_block() -> None:
+    texts = [*CARDS, "a refund", "top up", "where is it"]
+    for block in (2, 512):
+        neighbours, near = duplicates.nearest(texts, 2, block)
+        assert near == [(0, 1)]
+        assert neighbours[:2, 0].tolist() == [1, 0]
+        assert neighbours.shape == (5, 2)
+
+
+def decide(finished: Path, decisions: dict[int, str], **changed: str) -> Path:
+    table = rows()
+    path = finished / "decisions.csv"
+    records = [
+        [
+            str(row),
+            files.defused(table.texts[row - 1]),
+            table.labels[row - 1],
+            *[""] * 5,
+            answer,
+        ]
+        for row, answer in decisions.items()
+    ]
+    files.write_csv(path, relabel.COLUMNS, records)
+    return path
+
+
+def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path, capsys) -> None:
+    path = decide(
+        finished, {90: "refund", 5: "card arrival", 1: "delete", 2: "", 3: "card arrival"}
+    )
+    assert remora("diagnose", finished, "--apply", path) == 0
+    assert "2 corrected and 1 deleted rows in" in capsys.readouterr().out
+    cleaned = read_table(finished / "cleaned.csv")
+    table = rows()
+    assert cleaned.texts == table.texts[1:]
+    assert cleaned.labels[88] == "refund"
+    assert cleaned.labels[3] == "card arrival"
+    assert sum(a != b for a, b in zip(cleaned.labels, table.labels[1:], strict=True)) == 2
+    elsewhere = tmp_path / "elsewhere.csv"
+    assert (
+        remora(
+            "diagnose", finished, "--apply", decide(finished, {1: "refund"}), "--output", elsewhere
+        )
+        == 0
+    )
+    assert read_table(elsewhere).texts[0].startswith("=card")  # not defused: it is trained on
+
+
+@pytest.mark.parametrize(
+    ("decisions", "told"),
+    [
+        ({5: "refnd"}, "line 2 decides for 'refnd', which is no label; did you mean 'refund'"),
+        (dict.fromkeys(range(1, 97), "delete"), "deletes every row"),
+    ],
+)
+def test_bad_decisions_are_refused(finished: Path, decisions: dict[int, str], told: str) -> None:
+    config = DiagnoseConfig(finished, apply=decide(finished, decisions))
+    with pytest.raises(DataError, match=told):
+        diagnose.apply_corrections(config)
+    assert not (finished / "cleaned.csv").exists()
+
+
+def test_decisions_for_other_rows_are_refused(finished: Path) -> None:
+    path = decide(finished, {5: "refund"})
+    text = path.read_text()
+    for old, new, told in (
+        ("5,", "6,", "line 2 is not row 6 of the data any more"),
+        ("5,", "97,", "line 2 is of row '97', which the data do not have; use"),
+        ("decision", "choice", "has no column decision"),
+        (",refund\n", "\n", "line 2 has too few or too many fields"),
+    ):
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(DataError, match=told):
+            diagnose.apply_corrections(DiagnoseConfig(finished, apply=path))
+
+
+def test_a_table_that_has_changed_is_refused(finished: Path, capsys) -> None:
+    table = rows()
+    write_csv(finished.parent / "train.csv", Table(table.texts[1:], table.labels[1:]))
+    assert remora("diagnose", finished) == 3
+    assert "are not those that" in capsys.readouterr().err
+    (finished / "predictions.csv").unlink()
+    with pytest.raises(
+        DataError, match=r"no predictions.csv; give the directory of a finished run"
+    ):
+        diagnose.diagnose_run(DiagnoseConfig(finished))
+    assert not (finished / "relabel.csv").exists()
+
+
+def test_the_base_model_may_have_moved(finished: Path) -> None:
+    settings, _, _ = diagnose.load(DiagnoseConfig(finished, model="elsewhere"))
+    assert settings.model == "elsewhere"
+    assert diagnose.load(DiagnoseConfig(finished))[0].model != "elsewhere"
+
+
+def test_figures_as_json(finished: Path, capsys) -> None:
+    assert remora("diagnose", finished, "--method", "tfidf", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_rows"] == 96
+
+
+def test_wrong_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="folds is 1; give"):
+        DiagnoseConfig(tmp_path, folds=1)
+    with pytest.raises(ConfigError, match="output is given without apply"):
+        DiagnoseConfig(tmp_path, output=tmp_path / "x.csv")
+    with pytest.raises(DataError, match=r"has no config.toml; give the directory of a finished"):
+        diagnose.load(DiagnoseConfig(tmp_path))
+
+
+def test_a_samples_wrong_labels_are_known() -> None:
+    wrong = sources.planted_errors("sample:support")
+    rows = load_dataset("sample:support", validation_fraction=0.0).train
+    assert len(wrong) == 69
+    assert all(rows.labels[row - 1] != true for row, true in wrong.items())
+    assert rows.texts[next(iter(wrong)) - 1].startswith("what's the cheapest way of getting rid")
+    assert sources.planted_errors("data.csv") == {}
+
+
+def test_how_many_planted_errors_were_found() -> None:
+    def suspect(row: int, suggested: str) -> relabel.Suspect:
+        return relabel.Suspect(
+            row=row,
+            text="",
+            label="a",
+            suggested=suggested,
+            p_wrong=0.5,
+            p_label=0.1,
+            p_suggested=0.9,
+            neighbours=0,
+        )
+
+    found = diagnose._planted(
+        {3: "b", 7: "c", 9: "b"}, [suspect(7, "c"), suspect(4, "b"), suspect(3, "c")]
+    )
+    assert found == diagnose.Planted(num_wrong=3, num_listed=3, num_found=2, num_suggested=1)
+    assert (found.precision, found.recall) == (2 / 3, 2 / 3)
+    assert diagnose._planted({}, [suspect(7, "c")]) is None

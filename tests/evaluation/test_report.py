@@ -1,0 +1,398 @@
+"""The report of a run: its figures, its safety, and what happens where it cannot be made."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import sklearn.metrics
+
+import finished
+import hostile
+from remora.cli import main
+from remora.config import DiagnoseConfig, ReportConfig
+from remora.errors import ResourceError
+from remora.evaluation import confusion_matrix, report, run_files
+from remora.models import model_card
+from remora.training import finish
+
+LABELS = ["card arrival", "refund", "top up", "pin", "limit"]
+TRUE = [i % 5 for i in range(100)]
+PREDICTED = [*TRUE]
+for row in (8, 28, 48, 68, 88):  # pins that are taken for refunds
+    PREDICTED[row] = 1
+for row in (0, 40, 80, 1, 41, 81):  # card arrivals and refunds that are taken for limits
+    PREDICTED[row] = 4
+
+
+def write(path: Path) -> Path:
+    texts = [f"message {i}" for i in range(100)]
+    return finished.write(path, labels=LABELS, texts=texts, true=TRUE, predicted=PREDICTED)
+
+
+def write_hostile(path: Path) -> tuple[Path, Path]:
+    """A run whose every word is hostile, and one of the same shape whose words are harmless."""
+    count, num_labels = len(hostile.TEXTS), len(hostile.LABELS)
+    true = [i % num_labels for i in range(count)]
+    predicted = [(t + i % 3) % num_labels for i, t in enumerate(true)]
+    runs = []
+    for name, texts, labels, note in (
+        (hostile.ATTACKS[1].replace("/", ""), hostile.TEXTS, hostile.LABELS, hostile.ATTACKS[0]),
+        (
+            "harmless",
+            [f"text {i}" for i in range(count)],
+            [f"label {i}" for i in range(num_labels)],
+            "note",
+        ),
+    ):
+        shape = {"true": true, "predicted": predicted}
+        run = finished.write(path / name, labels=labels, texts=texts, note=note, **shape)
+        finished.diagnose(run, labels, note)
+        runs.append(run)
+    return runs[0], runs[1]
+
+
+class Read(HTMLParser):
+    """What a page holds: tags, attributes, the contents of scripts, and the rows of tables."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.code: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._open: list[str] = []
+        self._rows: list[list[str]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += attrs
+        self._open.append(tag)
+        match tag:
+            case "table":
+                self._rows = []
+            case "caption":
+                self._caption = ""
+            case "tr":
+                self._rows.append([])
+            case "td" | "th":
+                self._rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self.tables[self._caption] = self._rows
+        if tag in self._open:
+            del self._open[len(self._open) - 1 - self._open[::-1].index(tag) :]
+
+    def handle_data(self, data):
+        inside = self._open[-1] if self._open else ""
+        if inside in {"script", "style"}:
+            self.code.append(data)
+        elif "caption" in self._open:
+            self._caption += data
+        elif {"td", "th"} & set(self._open):
+            self._rows[-1][-1] += data
+        else:
+            self.text += data
+
+
+def table(read: Read, caption: str) -> list[list[str]]:
+    (name,) = (name for name in read.tables if name.startswith(caption))
+    return read.tables[name]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def read(run: Path) -> Read:
+    return Read(report.page(run))
+
+
+def test_the_figures_are_those_of_evaluation_json(run: Path, read: Read) -> None:
+    figures = json.loads((run / "evaluation.json").read_text())
+    ours, theirs = figures["metrics"], figures["baseline"]["metrics"]
+    text = " ".join(read.text.split())
+    low, high = ours["accuracy_interval"]
+    assert f"Accuracy {ours['accuracy']:.2%} (95% interval {low:.1%} to {high:.1%})" in text
+    assert "on 100 test rows" in text
+    assert f"TF-IDF + linear SVM, gets {theirs['accuracy']:.2%}." in text
+    difference = 100 * (ours["accuracy"] - theirs["accuracy"])
+    assert f"The adapter is {difference:.1f} points better (p = " in text
+    assert f"(p = {figures['p_value']:.2g}, exact McNemar test)" in text
+    assert f"macro-F1{ours['macro_f1']:.2%}" in text
+    assert f"log-loss{ours['log_loss']:.3f}" in text
+    assert f"calibration error{figures['reliability']['calibration_error']:.3f}" in text
+    for row, each in zip(table(read, "Figures by label")[1:], ours["per_class"], strict=True):
+        shares = [f"{100 * each[name]:.1f}%" for name in ("precision", "recall", "f1")]
+        assert row[:5] == [each["label"], *shares, str(each["support"])]
+    for row, each in zip(table(read, "Largest confusions")[1:], ours["confusions"], strict=True):
+        share = f"{100 * each['share']:.0f}%"
+        assert row == [str(each["count"]), each["true"], each["predicted"], share]
+    bins = table(read, "Groups of rows of like confidence")[1:]
+    assert len(bins) == len(figures["reliability"]["bins"])
+
+
+def test_the_matrix_is_scikit_learns(run: Path, read: Read) -> None:
+    rows = table(read, "Confusion matrix")
+    order = rows[0][1:]
+    assert sorted(order) == sorted(LABELS)
+    true, predicted = ([LABELS[i] for i in places] for places in (TRUE, PREDICTED))
+    expected = sklearn.metrics.confusion_matrix(true, predicted, labels=order).tolist()
+    assert [[int(cell or 0) for cell in row[1:]] for row in rows[1:]] == expected
+    assert [row[0] for row in rows[1:]] == order
+
+
+def test_labels_that_are_taken_for_each_other_are_neighbours(read: Read) -> None:
+    order = table(read, "Confusion matrix")[0][1:]
+    for first, second in (("pin", "refund"), ("card arrival", "limit")):
+        assert abs(order.index(first) - order.index(second)) == 1
+    assert order[-1] == "top up"  # it has no mistakes
+
+
+def test_only_code_of_the_package_may_run_and_nothing_be_fetched(read: Read) -> None:
+    (policy,) = (v for k, v in read.attributes if k == "content" and "default-src" in (v or ""))
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    allowed = re.findall(r"'sha256-([^']+)'", policy)
+    style, _, script = read.code
+    hashes = [
+        base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        for code in (style, script)
+    ]
+    assert allowed == hashes
+    assert "unsafe" not in policy
+    names = {name for name, _ in read.attributes}
+    assert not names & {"src", "srcset", "action", "style", "data", "poster", "background"}
+    assert not [name for name in names if name.startswith("on")]
+    links = [value for name, value in read.attributes if name == "href"]
+    assert all(link.startswith("#") for link in links)
+    assert "http" not in "".join(read.code)
+
+
+def test_hostile_words_stay_words(tmp_path: Path) -> None:
+    assert len(set(hostile.TEXTS)) > 100
+    attacked, harmless = write_hostile(tmp_path)
+    html = report.page(attacked)
+    found, expected = Read(html), Read(report.page(harmless))
+    assert found.tags == expected.tags
+    assert [k for k, _ in found.attributes] == [k for k, _ in expected.attributes]
+    assert found.code[0] == expected.code[0]
+    assert found.code[2] == expected.code[2]
+    data = json.loads(found.code[1])
+    assert not set(found.code[1]) & set("<>&\u2028\u2029")
+    assert data["labels"] == hostile.LABELS
+    kept = {row - 1: text for row, text, *_ in data["messages"]}
+    for row, text in enumerate(hostile.TEXTS):
+        assert kept[row] == (text if text != "'=1" else "=1")  # as a spreadsheet's guard is undone
+    assert "\0" not in html
+    figures = table(found, "Figures by label")[1:]
+    assert [row[0] for row in figures] == [x.replace("\0", "\ufffd") for x in hostile.LABELS]
+    assert f"{hostile.ATTACKS[0]}. As one label" in found.text
+    assert ["instruction", hostile.ATTACKS[0]] in table(found, "config.toml")
+
+
+def test_a_page_holds_no_more_than_it_can(run: Path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "MAX_CHARS", 200)
+    monkeypatch.setattr(run_files, "MAX_MESSAGE_CHARS", 9)
+    found = Read(report.page(run))
+    messages = json.loads(found.code[1])["messages"]
+    assert len(messages) == 18  # of 9 characters and the mark of a cut
+    assert {len(text) for _, text, *_ in messages} == {9, 11}
+    wrong = [label != predicted for _, _, label, predicted, *_ in messages]
+    assert wrong == sorted(wrong, reverse=True)
+    surest = [m[4] for m in messages if m[2] != m[3]]
+    assert surest == sorted(surest, reverse=True)
+    assert "This page holds 18 of 100 messages, mistakes first" in found.text
+
+
+def test_a_large_run_makes_a_small_page(tmp_path: Path) -> None:
+    """The size of Banking77: 77 labels and 3,080 rows."""
+    count = 3080
+    true = [i % 77 for i in range(count)]
+    run = finished.write(
+        tmp_path / "run",
+        labels=[f"a_label_of_the_usual_length_{i}" for i in range(77)],
+        texts=[
+            "a message of sixty characters, as they are on the average" + str(i)
+            for i in range(count)
+        ],
+        true=true,
+        predicted=[(t + i % 7) % 77 if i % 6 == 0 else t for i, t in enumerate(true)],
+    )
+    assert report.write(run).stat().st_size < 3_000_000
+
+
+def test_too_many_labels_for_a_matrix(run: Path, monkeypatch) -> None:
+    monkeypatch.setattr(confusion_matrix, "MAX_MATRIX_LABELS", 2)
+    read = Read(report.page(run))
+    rows = table(
+        read, "Confusion matrix: rows are the labels, columns the predictions; the 2 labels"
+    )
+    assert len(rows) == 3
+    assert "top up" not in rows[0]
+    assert len(table(read, "Figures by label")) == 6
+
+
+def test_a_run_can_do_without_what_is_not_its_result(tmp_path: Path) -> None:
+    run = write(tmp_path / "run")
+    whole = Read(report.page(run))
+    assert {"Evaluations as a table", "Plan"} <= set(whole.text.splitlines())
+    assert ["command", shlex.join(sys.argv)] in table(whole, "Environment")
+    for name in ("plan.json", "metrics.jsonl", "environment.json", "data.json"):
+        (run / name).unlink()
+    bare = Read(report.page(run))
+    assert not {"Evaluations as a table", "Plan"} & set(bare.text.splitlines())
+    assert "remora diagnose" in bare.text
+    finished.diagnose(run, LABELS, "7 of 9 rows, <b>")
+    shown = Read(report.page(run))
+    assert "card arrival / refund: labels overlap" in shown.text
+    assert "7 of 9 rows, <b>. As one label, accuracy would be 91.25%, with the" in shown.text
+    assert "judges draw it 90.75%." in shown.text
+    assert "93.0% of these test rows right (95% interval 90.0% to 95.0%)" in shown.text
+    assert "lower as far as the labels of a further 2.0% are wrong" in shown.text
+    assert table(shown, "Names, numbers")[1] == ["7 of 9 rows, <b>", "refund", "5"]
+    assert "The first 2 rows of relabel.csv" in shown.text
+    assert "\n=alabel card arrival suggested refund row 1" in shown.text
+    (run / "relabel.csv").write_text("row,text\n1", encoding="utf-8")
+    diagnosis = json.loads((run / "diagnosis.json").read_text(encoding="utf-8"))
+    del diagnosis["ceiling"], diagnosis["tied_tokens"]
+    (run / "diagnosis.json").write_text(json.dumps(diagnosis), encoding="utf-8")
+    bare = Read(report.page(run))
+    assert "relabel.csv" in bare.text
+    assert "The first" not in bare.text
+
+
+def test_a_torn_log_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
+    run = write(tmp_path / "run")
+    before = table(Read(report.page(run)), "On the validation rows")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    assert table(Read(report.page(run)), "On the validation rows") == before
+    assert before[1] == ["3", "50.00%", "1.0000", "yes"]
+
+
+def remora(*arguments: str | Path) -> int:
+    """Run the command line in this process."""
+    try:
+        return main([*map(str, arguments)])
+    except SystemExit as done:
+        return int(done.code or 0)
+
+
+def test_diagnose_writes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from remora.diagnosis import diagnose
+
+    class Found:
+        to_dict = dict
+
+    def diagnosed(config: DiagnoseConfig, reporter: object) -> Found:
+        finished.diagnose(config.run, LABELS, "because of this")
+        return Found()
+
+    monkeypatch.setattr(diagnose, "diagnose_run", diagnosed)
+    run = write(tmp_path / "run")
+    report.write(run)
+    assert "because of this" not in (run / "report.html").read_text(encoding="utf-8")
+    assert remora("diagnose", run, "--json") == 0
+    assert "because of this" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_learning_curve_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    run = write(tmp_path / "run")
+    assert "Learning curve" not in Read(report.page(run)).text
+    finished.learn(run)
+    read = Read(report.page(run))
+    assert "Label more: from 200 to 400 rows" in read.text
+    assert table(read, "Accuracy by rows per class")[-1] == [
+        "all 2 classes have fewer",
+        *("400", "80.00%", "78.0% to 82.0%", "75.00%", "0.01"),
+    ]
+    assert "800 rows should give 82.5% (80.0% to 85.0%)" in read.text
+
+
+def test_the_verb_writes_it_again(run: Path, tmp_path: Path, capsys) -> None:
+    assert remora("report", run) == 0
+    assert capsys.readouterr().out.strip() == f"report in {run / 'report.html'}"
+    elsewhere = tmp_path / "there.html"
+    assert remora("report", run, "--output", elsewhere) == 0
+    assert elsewhere.read_bytes() == (run / "report.html").read_bytes()
+
+
+def test_what_cannot_be_reported_is_one_line(run: Path, tmp_path: Path, capsys) -> None:
+    broken = write(tmp_path / "broken")
+    (broken / "predictions.csv").unlink()
+    other = write(tmp_path / "other")
+    (other / "plan.json").write_text('{"why": 1}')
+    for arguments, code, told in (
+        ((broken,), 3, "has no predictions.csv; give the directory of a finished run"),
+        ((tmp_path,), 3, "has no evaluation.json; give the directory of a finished run"),
+        ((tmp_path / "nothing",), 3, "there is no folder"),
+        ((other,), 3, "do not fit this version of Remora"),
+        ((run, "--output", tmp_path), 2, "is a folder; give a file with --output"),
+        ((run, "--output", tmp_path / "no" / "x.html"), 5, "cannot write to"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        assert remora("report", *arguments) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert re.fullmatch(rf"error: .*{re.escape(told)}.*\n", captured.err)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_protected_file_stays(run: Path, tmp_path: Path, monkeypatch) -> None:
+    old = tmp_path / "old.html"
+    old.write_text("old")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
+    with pytest.raises(ResourceError, match="is write-protected; give another file"):
+        report.write_report(ReportConfig(run, output=old))
+    assert old.read_text() == "old"
+
+
+def test_a_full_disk_leaves_the_old_report_and_nothing_else(
+    run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    old = tmp_path / "old.html"
+    old.write_text("old")
+
+    def fill(self: Path, text: str, **options: str) -> None:
+        self.write_bytes(text.encode()[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(ResourceError, match="No space left on device"):
+        report.write(run, old)
+    assert old.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["old.html"]
+
+
+def test_a_report_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch) -> None:
+    run = write(tmp_path / "run")
+    told: list[str] = []
+
+    def fail(directory: Path) -> str:
+        raise RuntimeError("something\nunforeseen")
+
+    monkeypatch.setattr(report, "page", fail)
+    finish.write_pages(run, told.append)
+    assert told == [
+        "report.html is not written (something unforeseen); all else of the run is there"
+    ]
+    assert (run / "README.md").is_file()
+    monkeypatch.undo()
+    monkeypatch.setattr(model_card, "card", fail)
+    finish.write_pages(run, told.append)
+    assert told[1].startswith("README.md is not written (something unforeseen)")
+    assert (run / "report.html").is_file()

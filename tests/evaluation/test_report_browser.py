@@ -1,0 +1,215 @@
+"""The report in a real browser: what a person clicks works, and nothing hostile comes alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import chromium
+import finished
+import hostile
+from evaluation.test_report import LABELS, PREDICTED, TRUE, write, write_hostile
+from remora.evaluation import report
+
+EXECUTABLE = chromium.find()
+pytestmark = pytest.mark.skipif(
+    EXECUTABLE is None, reason=f"needs a browser, one of {', '.join(chromium.NAMES)}"
+)
+
+TAGS = (
+    "JSON.stringify(Object.entries([...document.querySelectorAll('*')].reduce("
+    "(all, e) => ({...all, [e.tagName]: (all[e.tagName] || 0) + 1}), {})).sort())"
+)
+SHOWN = "[...document.querySelectorAll('#message-list [data-slot=text]')].map(e => e.textContent)"
+STATUS = "document.getElementById('message-status').textContent"
+ORDER = "[...document.querySelectorAll('#matrix tbody th')].map(e => e.textContent)"
+COLUMNS = "[...document.querySelectorAll('#matrix thead th')].map(e => e.textContent)"
+
+
+def cell(label: str, predicted: str) -> str:
+    """Where the number of a label and a prediction is."""
+    return (
+        f"(([rows, columns]) => rows[{ORDER}.indexOf('{label}')]"
+        f".cells[{COLUMNS}.indexOf('{predicted}') + 1].firstElementChild)"
+        "([document.querySelector('#matrix tbody').rows])"
+    )
+
+
+def choose(page: chromium.Page, name: str, value: str) -> None:
+    """Set a field as typing or choosing does."""
+    page.run(
+        f"(e => {{ e.type === 'checkbox' ? e.checked = {value} : e.value = {value};"
+        f" e.dispatchEvent(new Event('input')) }})(document.getElementById('{name}'))"
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = write(tmp_path_factory.mktemp("browser") / "run")
+    finished.learn(run)
+    report.write(run)
+    return run
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[chromium.Page]:
+    assert EXECUTABLE is not None
+    with chromium.Page(EXECUTABLE, tmp_path / "profile") as page:
+        yield page
+
+
+@pytest.fixture
+def page(browser: chromium.Page, run: Path) -> Iterator[chromium.Page]:
+    """The report of a run, opened; it must have been quiet."""
+    browser.open(run / "report.html")
+    yield browser
+    assert browser.console == []
+    assert browser.requests == [(run / "report.html").as_uri()]
+
+
+def test_a_number_shows_its_messages(page: chromium.Page) -> None:
+    page.click(cell("pin", "refund"))
+    assert page.run(STATUS) == "5 mistakes"
+    assert set(page.run(SHOWN)) == {f"message {i}" for i in (8, 28, 48, 68, 88)}
+    assert page.run("document.activeElement.id") == "messages-heading"
+    page.click("document.getElementById('message-back')")
+    assert page.run(f"document.activeElement === {cell('pin', 'refund')}")
+    page.click(cell("top up", "top up"))
+    assert page.run(STATUS) == "20 messages"
+    page.click("document.querySelector('table.worst tbody button')")
+    assert page.run(STATUS) == "5 mistakes"
+    page.click("document.querySelector('table.sortable tbody button')")  # card arrival
+    assert page.run(STATUS) == "3 mistakes"
+    choose(page, "message-wrong", "false")
+    assert page.run(STATUS) == "20 messages"
+
+
+def test_the_keyboard_does_what_the_mouse_does(page: chromium.Page) -> None:
+    page.run("document.querySelector('#matrix button[tabindex=\"0\"]').focus()")
+    where = "document.activeElement.getAttribute('aria-label')"
+    num_numbers = page.run("document.querySelectorAll('#matrix button').length")
+    assert num_numbers == 8
+    seen = [page.run(where)]
+    for _ in range(num_numbers):
+        page.press("ArrowRight")
+        seen.append(page.run(where))
+    assert len(set(seen)) == num_numbers
+    page.press("ArrowLeft")
+    assert page.run(where) == seen[-3]
+    page.run(f"{cell('pin', 'pin')}.focus()")
+    is_first = page.run(ORDER).index("pin") < page.run(ORDER).index("refund")
+    page.press("ArrowRight" if is_first else "ArrowLeft")
+    assert "pin\u2069 taken for \u2068refund" in page.run(where)
+    page.press("ArrowDown" if is_first else "ArrowUp")
+    assert "refund\u2069 right" in page.run(where)
+    assert page.run("document.activeElement.tabIndex") == 0
+    assert page.run("document.querySelectorAll('#matrix button[tabindex=\"0\"]').length") == 1
+    page.press("Enter")
+    assert page.run("document.activeElement.id") == "messages-heading"
+
+
+def test_the_matrix_is_ordered_and_filtered(page: chromium.Page) -> None:
+    together = page.run(ORDER)
+    choose(page, "matrix-order", "'name'")
+    assert page.run(ORDER) == page.run(COLUMNS) == sorted(LABELS)
+    numbers = "document.querySelector('#matrix').tBodies[0].rows[3].cells[5].textContent"
+    assert page.run(numbers) == ""
+    assert page.run(f"{cell('pin', 'refund')}.textContent") == "5"
+    choose(page, "matrix-order", "'mistakes'")
+    assert page.run(ORDER) == ["refund", "limit", "pin", "card arrival", "top up"]
+    choose(page, "matrix-order", "'rows'")
+    assert page.run(ORDER) == together  # they have the same number of rows
+    choose(page, "matrix-order", "'alike'")
+    assert page.run(ORDER) == together
+    choose(page, "matrix-wrong", "true")
+    assert "top up" not in page.run(ORDER)
+    choose(page, "matrix-wrong", "false")
+    choose(page, "matrix-filter", "'PIN'")
+    assert sorted(page.run(ORDER)) == ["pin", "refund"]
+    status = page.run("document.getElementById('matrix-status').textContent")
+    assert status == "2 of 5 labels, with those that they are confused with"
+
+
+def test_messages_are_filtered_ordered_and_shown_in_parts(page: chromium.Page) -> None:
+    page.click("document.getElementById('message-clear')")
+    assert page.run(STATUS) == "100 messages"
+    assert len(page.run(SHOWN)) == 50
+    page.click("document.getElementById('message-more')")
+    assert len(set(page.run(SHOWN))) == 100
+    choose(page, "message-order", "'row'")
+    assert page.run(SHOWN)[:3] == ["message 0", "message 1", "message 2"]
+    choose(page, "message-filter", "'SAGE 7'")
+    assert page.run(SHOWN) == ["message 7", *(f"message {i}" for i in range(70, 80))]
+    slots = "[...document.querySelectorAll('#message-list [data-slot=probability]')]"
+    shares = f"{slots}.map(e => parseFloat(e.textContent))"
+    choose(page, "message-order", "'unsure'")
+    assert page.run(shares) == sorted(page.run(shares))
+
+
+def test_a_heading_sorts_the_labels(page: chromium.Page) -> None:
+    labels = "[...document.querySelectorAll('table.sortable tbody th')].map(e => e.textContent)"
+    heading = "document.querySelectorAll('table.sortable thead button')[{}]"
+    page.click(heading.format(3))
+    assert page.run(labels)[0] == "top up"  # F1, the best first
+    assert page.run(f"{heading.format(3)}.parentNode.ariaSort") == "descending"
+    page.click(heading.format(3))
+    assert page.run(labels)[-1] == "top up"
+    page.click(heading.format(0))
+    assert page.run(labels) == sorted(LABELS)
+
+
+def test_hostile_words_do_not_come_alive(browser: chromium.Page, tmp_path: Path) -> None:
+    attacked, harmless = (report.write(run) for run in write_hostile(tmp_path))
+    browser.open(harmless)
+    browser.click("document.getElementById('message-clear')")
+    expected = browser.run(TAGS)
+    browser.requests.clear()
+    browser.open(attacked)
+    browser.click("document.getElementById('message-clear')")
+    assert browser.run(TAGS) == expected
+    browser.run(
+        "while (!document.getElementById('message-more').hidden)"
+        " document.getElementById('message-more').click()"
+    )
+    shown = browser.run(SHOWN)
+    assert sorted(shown) == sorted({*hostile.TEXTS} - {"'=1"} | {"=1"})
+    options = "[...document.querySelectorAll('#message-true option')].map(e => e.text)"
+    assert len(browser.run(options)) == len(hostile.LABELS) + 1
+    for button in range(0, browser.run("document.querySelectorAll('table button').length"), 5):
+        browser.run(f"document.querySelectorAll('table button')[{button}].click()")
+    choose(browser, "matrix-filter", "'<'")
+    assert browser.run("window.pwned") is None
+    assert browser.run("location.href") == attacked.as_uri()
+    assert browser.dialogs == []
+    assert browser.console == []
+    assert browser.requests == [attacked.as_uri()]
+
+
+def test_it_reads_without_scripts(browser: chromium.Page, run: Path) -> None:
+    browser.send("Emulation.setScriptExecutionDisabled", value=True)
+    browser.open(run / "report.html")
+    browser.send("Emulation.setScriptExecutionDisabled", value=False)
+    assert browser.run("document.querySelectorAll('#matrix tbody tr').length") == 5
+    num_wrong = sum(t != p for t, p in zip(TRUE, PREDICTED, strict=True))
+    assert browser.run(f"{SHOWN}.length") == num_wrong
+    assert browser.run("document.querySelectorAll('svg').length") == 6
+    assert browser.run("[...document.querySelectorAll('form, button')].every(e => !e.offsetParent)")
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_no_page_is_wider_than_the_screen(page: chromium.Page, width: int) -> None:
+    page.resize(width)
+    assert page.run("document.documentElement.scrollWidth") <= width
+
+
+def test_it_is_dark_where_dark_is_preferred_and_light_on_paper(page: chromium.Page) -> None:
+    ground = "getComputedStyle(document.querySelector('section')).backgroundColor"
+    page.prefer("light")
+    light = page.run(ground)
+    page.prefer("dark")
+    assert page.run(ground) != light
+    page.prefer("dark", "print")
+    assert page.run(ground) == light
+    assert page.run("getComputedStyle(document.querySelector('form')).display") == "none"

@@ -1,0 +1,127 @@
+"""The plan of a run: what fits, what it says, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from remora.config import PlanConfig
+from remora.errors import ConfigError
+from remora.planning import planner
+
+TABLE = "text,label\n" + "".join(
+    f"my card {i},card\nmy refund {i} is late,refund\n" for i in range(20)
+)
+
+
+@pytest.fixture
+def weightless(base, tmp_path):
+    """The base model's folder without its weights, and a table."""
+    folder = tmp_path / "weightless"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "table.csv").write_text(TABLE)
+    return {"data": str(tmp_path / "table.csv"), "model": str(folder)}
+
+
+def planned(weightless, **settings):
+    return planner.make_plan(PlanConfig(weightless["data"], model=weightless["model"], **settings))
+
+
+def test_a_plan_needs_no_weights_and_sums_up(weightless):
+    made = planned(weightless, device="t4", rank=8)
+    assert made.fits
+    assert made.peak_bytes == sum(made.to_dict()["memory"].values())
+    assert made.memory.adapter == made.adapter_bytes_32 == 4 * made.trainable
+    assert made.memory.optimizer == 8 * made.trainable
+    # Two layers of r * (in + out): q, o 64; k, v 48; gate, up, down 80.
+    assert made.trainable == 2 * 8 * (2 * 64 + 2 * 48 + 3 * 80)
+    assert made.precision.startswith("float16 arithmetic")
+    assert "loss scaling" in made.precision
+    assert made.tree_tokens < made.padded_tokens
+    assert "published" in made.seconds_are
+
+
+def test_what_trains_in_full_is_stored_in_float32(weightless):
+    lora, full = (planned(weightless, device="t4", method=name) for name in ("lora", "full"))
+    assert full.trainable == full.parameters == lora.parameters - lora.trainable
+    assert full.memory.adapter == 4 * full.parameters
+    assert "float32 weights" in full.precision
+
+
+def test_the_copy_of_the_best_weights_and_the_checkpoints_are_counted(weightless):
+    with_rows = planned(weightless, device="t4", method="full")
+    without = planned(weightless, device="t4", method="full", validation_fraction=0.0)
+    assert with_rows.memory.best == 4 * with_rows.parameters
+    assert without.memory.best == 0
+    assert with_rows.measurable_bytes == with_rows.peak_bytes - 850_000_000
+    assert with_rows.download_bytes == 4 * with_rows.parameters  # stored in float32
+    assert with_rows.disk_bytes == 40 * with_rows.parameters
+
+
+def test_the_disk_is_looked_at_where_the_run_will_be(weightless, tmp_path, monkeypatch):
+    asked = []
+
+    def usage(path):
+        asked.append(Path(path))
+        return SimpleNamespace(free=1_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    made = planned(weightless, device="t4", output=tmp_path / "not" / "there")
+    assert asked[-1] == tmp_path
+    assert made.free_disk_bytes == 1_000
+    assert not made.fits_disk
+
+
+def test_less_memory_gives_smaller_micro_batches_then_alternatives(weightless):
+    roomy = planned(weightless, device="t4", batch_size=32)
+    assert not roomy.checkpointing
+    graphs = roomy.memory.graphs
+    assert graphs >= roomy.memory.saved_activations > 0
+    rest = f"{(roomy.peak_bytes - graphs // 2) / 1e6}MB"
+    without = planned(weightless, device="t4", batch_size=32, device_memory=rest)
+    assert without.memory.graphs == 0
+    assert without.micro_batch_tokens == roomy.micro_batch_tokens
+    assert not without.checkpointing
+    tight_bytes = without.peak_bytes - roomy.memory.saved_activations // 2
+    tight = planned(weightless, device="t4", batch_size=32, device_memory=f"{tight_bytes / 1e6}MB")
+    assert tight.fits
+    assert tight.checkpointing or tight.largest_micro_batch < roomy.largest_micro_batch
+    off = planned(weightless, device="t4", checkpointing="off", device_memory="601MB")
+    on = planned(weightless, device="t4", checkpointing="on")
+    assert on.checkpointing
+    assert on.memory.saved_activations < roomy.memory.saved_activations
+    none = planned(weightless, device="t4", device_memory="1MB")
+    assert not none.fits
+    assert "with --rank 4" not in " ".join(none.alternatives)
+    assert none.alternatives[-1].startswith("a device with ")
+    assert off.device == "Tesla T4"
+
+
+@pytest.mark.parametrize("amount", ["16", "much", "0GB", "-1GB"])
+def test_an_amount_of_memory_that_is_none_is_refused(amount):
+    with pytest.raises(ConfigError, match=r"device_memory is .* give an amount such as 16GB"):
+        PlanConfig("t.csv", model="m", device_memory=amount)
+
+
+def test_amounts_of_memory_are_decimal_or_binary():
+    for amount, wanted in (("16GB", 16 * 10**9), ("1.5 GiB", 3 << 29), ("900m", 900 * 10**6)):
+        assert PlanConfig("t.csv", model="m", device_memory=amount).memory_bytes() == wanted
+
+
+def test_the_verb_prints_json_on_standard_output_only(weightless, capsys, monkeypatch):
+    from remora.cli import app, main
+
+    monkeypatch.setattr(app, "config", ())
+    arguments = ["plan", weightless["data"], "--model", weightless["model"], "--device", "cpu"]
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([*arguments, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is True
+    assert told["seconds"] > 0
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([*arguments, "--checkpointing", "on"])
+    assert "checkpointing on" in capsys.readouterr().out

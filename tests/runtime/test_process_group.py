@@ -1,0 +1,368 @@
+"""Several processes train as one would, stop together, and none is left when one is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from remora.config import TrainConfig
+from remora.data.dataset import load_data
+from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
+from remora.runtime import launch
+from remora.runtime.process_group import BEAT_SECONDS, LOST_BEATS, ProcessGroup
+from remora.training import resume
+from remora.training.run import train
+
+TIMED = {"examples_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
+
+
+@pytest.fixture
+def config(config: TrainConfig) -> TrainConfig:
+    return replace(config, name="run")
+
+
+def command(config: TrainConfig, *, module: tuple[str, ...] = ("remora",)) -> list[str]:
+    path = config.output.with_name(f"{config.output.name}-{config.seed}.toml")
+    path.write_text(config.to_toml(), encoding="utf-8")
+    return [sys.executable, "-m", *module, "train", "--config", str(path)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def ended(config: TrainConfig) -> tuple[int, list[str]]:
+    """Run a command; return its code and what it said."""
+    done = subprocess.run(
+        command(config), capture_output=True, text=True, check=False, env=environment()
+    )
+    return done.returncode, done.stderr.splitlines()
+
+
+@contextlib.contextmanager
+def begun(config: TrainConfig) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Give a run that has taken a few steps, and its processes in their order."""
+    with subprocess.Popen(
+        command(config), stderr=subprocess.PIPE, text=True, env=environment()
+    ) as parent:
+        log = config.output / "run" / "metrics.jsonl"
+        while not log.is_file() or log.read_text(encoding="utf-8").count("\n") < 3:
+            assert parent.poll() is None, parent.stderr and parent.stderr.read()
+            time.sleep(0.05)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        yield parent, [int(pid) for pid in children.read_text().split()]
+
+
+def records(config: TrainConfig) -> list[dict[str, Any]]:
+    text = (config.output / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def outcome(config: TrainConfig) -> tuple[str, list[dict[str, Any]]]:
+    weights = config.output / "run" / "adapter" / "adapter_model.safetensors"
+    log = [{k: v for k, v in record.items() if k not in TIMED} for record in records(config)]
+    return hashlib.sha256(weights.read_bytes()).hexdigest(), log
+
+
+def test_three_processes_take_the_steps_of_one(config: TrainConfig, tmp_path: Path) -> None:
+    """The last batch of an epoch has fewer rows than there are processes."""
+    config = replace(config, dropout=0.0, batch_size=23, epochs=4)
+    assert len(load_data(config).train) % config.batch_size in {1, 2}
+    train(config)
+    together = replace(config, output=tmp_path / "three", devices=3)
+    code, said = ended(together)
+    assert code == 0, "\n".join(said)
+    assert sum("computing on 3 times cpu" in line for line in said) == 1
+    alone, several = records(config), records(together)
+    assert len(alone) == len(several)
+    for one, other in zip(alone, several, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - TIMED:
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    evaluations = [
+        json.loads((one.output / "run" / "evaluation.json").read_text(encoding="utf-8"))
+        for one in (config, together)
+    ]
+    assert "speed_up" not in evaluations[0]
+    assert evaluations[1]["num_processes"] == 3
+    assert 0 < evaluations[1]["speed_up"] <= 3
+    left = {path.name for path in (together.output / "run").iterdir()}
+    assert left == {path.name for path in (config.output / "run").iterdir()}
+
+
+def test_two_processes_stopped_together_go_on_to_the_same_bits(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(config, devices=2, epochs=4)
+    undisturbed = replace(config, output=tmp_path / "undisturbed")
+    code, said = ended(undisturbed)
+    assert code == 0, "\n".join(said)
+    with begun(config) as (parent, _):
+        parent.send_signal(signal.SIGTERM)
+        assert parent.stderr is not None
+        said = parent.stderr.read().splitlines()
+    assert parent.returncode == Stopped.exit_code
+    assert [line for line in said if line.startswith("error")] == [
+        "error: stopped (SIGTERM); run the same command again to go on"
+    ]
+    assert len(records(config)) < len(records(undisturbed))
+    code, said = ended(config)
+    assert code == 0, "\n".join(said)
+    assert outcome(config) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
+def test_a_lost_process_ends_all(config: TrainConfig, number: signal.Signals, rank: int) -> None:
+    lost(replace(config, devices=2, epochs=1_000), number, rank)
+
+
+@pytest.mark.durability
+def test_any_lost_process_ends_all(config: TrainConfig, tmp_path: Path) -> None:
+    def attempt(seed: int) -> None:
+        draw = random.Random(seed)
+        number = draw.choice([signal.SIGKILL, signal.SIGSTOP])
+        own = replace(config, devices=2, epochs=1_000, output=tmp_path / str(seed) / "runs")
+        own.output.parent.mkdir()
+        lost(own, number, draw.randrange(2))
+
+    with ThreadPoolExecutor(4) as pool:  # they wait most of the time
+        list(pool.map(attempt, range(20)))
+
+
+def lost(config: TrainConfig, number: signal.Signals, rank: int) -> None:
+    with begun(config) as (parent, children):
+        began = time.monotonic()
+        os.kill(children[rank], number)
+        assert parent.stderr is not None
+        said = parent.stderr.read().splitlines()
+        parent.wait()
+        seconds = time.monotonic() - began
+    assert parent.returncode == 7
+    assert seconds < 30
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    errors = [line for line in said if line.startswith("error")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: process {rank} of 2 ")
+    assert "Traceback" not in "".join(said)
+
+
+@pytest.mark.durability
+def test_processes_that_all_slept_go_on(config: TrainConfig) -> None:
+    """As on a laptop that is shut, or after Ctrl-Z."""
+    with begun(replace(config, devices=2, epochs=1_000)) as (parent, children):
+        for pid in children:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(BEAT_SECONDS * LOST_BEATS + 5)
+        taken = len(records(config))
+        for pid in children:
+            os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 60
+        while len(records(config)) <= taken:
+            assert parent.poll() is None, parent.stderr and parent.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        parent.send_signal(signal.SIGTERM)
+        assert parent.stderr is not None
+        said = parent.stderr.read()
+    assert parent.returncode == Stopped.exit_code, said
+
+
+def test_nothing_is_left_when_the_launcher_is_killed(config: TrainConfig) -> None:
+    with begun(replace(config, devices=2, epochs=1_000)) as (parent, children):
+        parent.kill()
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def started(configs: list[TrainConfig]) -> list[subprocess.Popen[str]]:
+    """Start one process for each of some settings, as torchrun would."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    common = {"WORLD_SIZE": str(len(configs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            command(each),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, each in enumerate(configs)
+    ]
+
+
+def test_processes_with_other_settings_or_data_are_refused(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    other = replace(config, seed=1)
+    processes = started([config, other])
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    errors = [line for text in told for line in text.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "process 1 of 2 has" in errors[0]
+    assert "give all processes the same" in errors[0]
+    assert not config.output.exists()
+
+
+def test_an_error_of_one_is_told_once_and_ends_all(config: TrainConfig) -> None:
+    other = replace(config, data="missing.csv", output=config.output.with_name("others"))
+    processes = started([config, other])
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [3, 3]
+    errors = [line for text in told for line in text.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: process 1 of 2: ")
+    assert "missing.csv" in errors[0]
+
+
+def test_a_process_alone_sends_nothing() -> None:
+    group = ProcessGroup()
+    assert group.is_first
+    assert group.total(2.5) == 2.5
+    assert group.any(True)
+    assert not group.any(False)
+    assert group.share({"a": 1}) == {"a": 1}
+    (array,) = group.gather_arrays(np.arange(3))
+    assert array.tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match="as it is"), group.together():
+        raise DataError("as it is")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 32])
+def test_parts_in_order_are_all_rows(count: int) -> None:
+    rows = list(range(count))
+    parts = [ProcessGroup(rank, 3).part(rows) for rank in range(3)]
+    assert [row for part in parts for row in part] == rows
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ((0, 0), 0),
+        ((75, 75), 75),
+        ((3, 3), 3),
+        ((7, 5), 5),
+        ((7, -9), 7),
+        ((75, -9), 7),
+        ((0, 7), 7),
+    ],
+)
+def test_the_code_of_a_run_is_that_of_its_cause(codes: tuple[int, ...], code: int) -> None:
+    def process(returned: int) -> subprocess.Popen[bytes]:
+        body = f"import os; os._exit({returned})"
+        if returned < 0:
+            body = f"import os; os.kill(os.getpid(), {-returned})"
+        return subprocess.Popen([sys.executable, "-c", body])
+
+    assert launch._wait([process(returned) for returned in codes]) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "other"),
+    [
+        (DataError("x"), True, True),
+        (Stopped("x"), True, False),
+        (DivergedError("x"), True, False),
+        (ResourceError("x"), True, True),
+    ],
+)
+def test_who_prints_an_error(
+    error: Any, first: bool, other: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launch.speaks(error)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert launch.speaks(error) is first
+    monkeypatch.setenv("RANK", "1")
+    assert launch.speaks(error) is other
+    error.is_shared = True
+    assert not launch.speaks(error)
+
+
+def test_wrong_numbers_of_devices_are_refused(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="devices is 0"):
+        replace(config, devices=0)
+    with pytest.raises(ConfigError, match="devices is 2 and there are 1 processes"):
+        train(replace(config, devices=2))
+
+
+def test_the_number_of_devices_may_change_when_a_run_goes_on(config: TrainConfig) -> None:
+    assert "devices" not in resume.fixed(config)
+
+
+def can_make_hosts() -> bool:
+    if shutil.which("ip") is None:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "remora-try"], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", "remora-try"], capture_output=True, check=False)
+    return made.returncode == 0
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces with a cable between them: 10.77.0.1 and 10.77.0.2."""
+    if not can_make_hosts():
+        pytest.skip("needs ip, allowed to make network namespaces")
+    names = ["remora-0", "remora-1"]
+    lines = [
+        *(f"netns add {name}" for name in names),
+        "link add name remora-0 netns remora-0 type veth peer name remora-1 netns remora-1",
+    ]
+    for rank, name in enumerate(names):
+        lines += [f"-n {name} address add 10.77.0.{rank + 1}/24 dev {name}"]
+        lines += [f"-n {name} link set {device} up" for device in (name, "lo")]
+    try:
+        for line in lines:
+            subprocess.run(["ip", *line.split()], check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@pytest.mark.durability
+def test_two_hosts_under_torchrun_take_the_steps_of_one(
+    config: TrainConfig, tmp_path: Path, hosts: list[str]
+) -> None:
+    config = replace(config, dropout=0.0)
+    train(config)
+    together = replace(config, output=tmp_path / "hosts")
+    processes = []
+    for rank, host in enumerate(hosts):
+        torchrun = ["torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank)]
+        torchrun += ["--master-addr", "10.77.0.1", "--master-port", "29577", "-m", "remora"]
+        line = command(together, module=tuple(torchrun))
+        processes.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", host, *line],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment() | {"GLOO_SOCKET_IFNAME": host},
+            )
+        )
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    for one, other in zip(records(config), records(together), strict=True):
+        for name in one.keys() - TIMED:
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name

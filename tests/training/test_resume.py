@@ -1,0 +1,498 @@
+"""Runs that are interrupted go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from remora.config import TrainConfig
+from remora.errors import ConfigError, ModelError, ResourceError, Stopped
+from remora.runtime import files, run_directory
+from remora.runtime.reporter import Reporter, Step
+from remora.runtime.stop import Stop
+from remora.training import checkpoint, resume
+from remora.training.run import train
+
+TIMED = {"examples_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
+
+
+class Interrupter(Reporter):
+    """Sends this process a real signal when something is told for the n-th time."""
+
+    def __init__(self, *, step: int = 0, scoring: int = 0) -> None:
+        self.step, self.scorings, self.lines = step, scoring, []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def stepped(self, step: Step) -> None:
+        self.last = step
+        if step.step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        self.scorings -= 1
+        if self.scorings == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def keep_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "finish", lambda directory: None)
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """Return all of a finished run that must not depend on interruptions."""
+    (last,) = (directory / "checkpoints").iterdir()
+    log = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    evaluation = json.loads((directory / "evaluation.json").read_text())
+    return {
+        "checkpoint": last.name,
+        # weights, best weights, optimizer, random numbers
+        "tensors": hashlib.sha256((last / checkpoint.TENSORS).read_bytes()).hexdigest(),
+        "adapter": hashlib.sha256(
+            (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+        ).hexdigest(),
+        "log": [{k: v for k, v in record.items() if k not in TIMED} for record in log],
+        "metrics": evaluation["metrics"],
+        "predictions": (directory / "predictions.csv").read_text(),
+    }
+
+
+@pytest.fixture
+def undisturbed(config: TrainConfig, tmp_path: Path, keep_checkpoints: None) -> dict[str, Any]:
+    result = train(replace(config, output=tmp_path / "undisturbed"))
+    assert result.num_steps == 20
+    return outcome(result.directory)
+
+
+def interrupted(config: TrainConfig, reporter: Interrupter) -> Path:
+    with pytest.raises(Stopped, match="run the same command again"):
+        train(config, reporter=reporter)
+    (directory,) = config.output.iterdir()
+    return directory
+
+
+@pytest.mark.parametrize("steps", [(1,), (4,), (3, 5, 9)])
+def test_a_run_stopped_after_a_step_ends_with_the_bits_of_one_that_was_not(
+    config: TrainConfig, undisturbed: dict[str, Any], steps: tuple[int, ...]
+) -> None:
+    for step in steps:
+        reporter = Interrupter(step=step)
+        interrupted(config, reporter)
+        assert reporter.last.step == step
+    result = train(config)
+    assert outcome(result.directory) == undisturbed
+
+
+@pytest.mark.durability
+def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
+    config: TrainConfig, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    num_steps = undisturbed["log"][-1]["step"]
+    for step in range(1, num_steps + 1):
+        attempt = replace(config, output=tmp_path / f"stopped-{step}")
+        interrupted(attempt, Interrupter(step=step))
+        result = train(attempt)
+        assert outcome(result.directory) == undisturbed, step
+
+
+@pytest.mark.durability
+def test_two_processes_stopped_after_any_step_end_with_the_same_bits(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """A sample of this is in test_ranks, through the command line."""
+    steps = range(1, 21)
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(socket.socket()) for _ in range(1 + 2 * len(steps))]
+        for each in found:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in found]
+    call = f"stop_at_each({str(tmp_path)!r}, {[*steps]}, {ports})"
+    body = f"from training import test_resume; test_resume.{call}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", body],
+            cwd=Path(__file__).parents[1],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+            | {"WORLD_SIZE": "2", "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    undisturbed, *others = [outcome(config.output / f"{n}" / "run") for n in (0, *steps)]
+    assert undisturbed["log"][-1]["step"] == 20
+    for step, other in zip(steps, others, strict=True):
+        assert other == undisturbed, step
+
+
+def stop_at_each(folder: str, steps: Sequence[int], ports: Sequence[int]) -> None:
+    """What one of two processes does: a run undisturbed, and one stopped after each of some steps.
+
+    Args:
+        folder: Where the settings of the runs are.
+        steps: Where to stop.
+        ports: Where the processes meet, one for each time.
+    """
+    resume.finish = lambda directory: None  # keeps checkpoints
+    meeting = iter(ports)
+    config = replace(run_directory.read_settings(Path(folder)), name="run")
+
+    def attempt(number: int, reporter: Interrupter) -> None:
+        os.environ["MASTER_PORT"] = str(next(meeting))
+        with contextlib.suppress(SystemExit):  # of the process that has no results
+            train(replace(config, output=config.output / str(number)), reporter=reporter)
+
+    attempt(0, Interrupter())
+    for step in steps:
+        reporter = Interrupter(step=step)
+        with pytest.raises(Stopped):
+            attempt(step, reporter)
+        assert os.environ["RANK"] == "1" or reporter.last.step == step
+        attempt(step, Interrupter())
+
+
+def test_a_run_stopped_while_it_evaluates_ends_with_the_same_bits(
+    config: TrainConfig, undisturbed: dict[str, Any]
+) -> None:
+    directory = interrupted(config, Interrupter(scoring=1))
+    (saved,) = (directory / "checkpoints").iterdir()
+    assert saved.name == "step-00000004"  # the evaluation after it is still to come
+    interrupted(config, Interrupter(scoring=2))
+    result = train(config)
+    assert outcome(result.directory) == undisturbed
+
+
+def test_a_run_stopped_while_it_measures_does_not_train_again(
+    config: TrainConfig, undisturbed: dict[str, Any]
+) -> None:
+    num_scorings = 0
+
+    class Counter(Reporter):
+        def scoring(self, what: str, done: int, total: int) -> None:
+            nonlocal num_scorings
+            num_scorings += what == "validation"
+
+    train(replace(config, output=config.output.with_name("counted")), reporter=Counter())
+    interrupted(config, Interrupter(scoring=num_scorings))  # among the last, on the test rows
+
+    class Trained(Reporter):
+        def stepped(self, step: Step) -> None:
+            pytest.fail("it took another step")
+
+    result = train(config, reporter=Trained())
+    assert outcome(result.directory) == undisturbed
+
+
+def test_a_second_signal_while_it_saves_does_no_harm(
+    config: TrainConfig, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.save
+
+    def disturbed(*arguments: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", disturbed)
+    interrupted(config, Interrupter(step=2))
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert outcome(train(config).directory) == undisturbed
+
+
+def test_a_finished_run_keeps_no_checkpoints_and_is_not_gone_on_with(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2, checkpoint_minutes=0)
+    first = train(config).directory
+    assert not (first / "checkpoints").exists()
+    assert not (first / "holder.json").exists()
+    second = train(config).directory
+    assert second != first
+    with pytest.raises(ConfigError, match="exists already"):
+        train(replace(config, name=first.name))
+
+
+def test_a_run_that_the_disk_has_no_room_for_does_not_begin(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
+    with pytest.raises(ResourceError, match=r"takes .* of disk and there are 20 kB for .*--output"):
+        train(config)
+    assert not config.output.exists()
+
+
+def test_the_time_limit_saves_and_stops(config: TrainConfig) -> None:
+    with pytest.raises(Stopped, match="the time is up"):
+        train(replace(config, max_time="0s"))
+    (directory,) = config.output.iterdir()
+    assert [p.name for p in (directory / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("11h30m", 41_400), ("45m", 2_700), ("90s", 90)])
+def test_a_time_limit_is_read_as_people_write_it(
+    config: TrainConfig, text: str, seconds: float
+) -> None:
+    assert replace(config, max_time=text).max_seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "11", "1d", "-3m", "3m2h"])
+def test_what_is_no_time_is_refused(config: TrainConfig, text: str) -> None:
+    with pytest.raises(ConfigError, match="11h30m"):
+        replace(config, max_time=text)
+
+
+def changed_table(config: TrainConfig) -> TrainConfig:
+    path = Path(config.data)
+    other = config.output.parent / path.name  # of the same name, so that the run's is the same
+    other.write_text(path.read_text().replace("Still", "No longer", 1))
+    return replace(config, data=str(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda config: replace(config, name="mine", seed=1), "seed 0 there, 1 here"),
+        (lambda config: replace(config, name="mine", batch_size=8), "batch_size 5 there, 8 here"),
+        (changed_table, "data [0-9a-f]{12} there, [0-9a-f]{12} here"),
+    ],
+)
+def test_another_run_is_refused_with_the_difference(
+    config: TrainConfig, change: Callable[[TrainConfig], TrainConfig], told: str
+) -> None:
+    other = change(config)
+    config = replace(config, name=other.name)
+    directory = interrupted(config, Interrupter(step=1))
+    before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match=told):
+        train(other)
+    assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
+
+
+def test_another_base_is_refused(config: TrainConfig, tmp_path: Path, base: Path) -> None:
+    copied = shutil.copytree(base, tmp_path / base.name)
+    interrupted(replace(config, model=str(copied)), Interrupter(step=1))
+    weights = copied / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(ConfigError, match="a base model with the hash"):
+        train(replace(config, model=str(copied)))
+
+
+def test_other_settings_begin_another_run_beside_an_unfinished_one(config: TrainConfig) -> None:
+    first = interrupted(config, Interrupter(step=1))
+    reporter = Interrupter()
+    result = train(replace(config, learning_rate=5e-3, max_steps=1), reporter=reporter)
+    assert result.directory != first
+    assert any("learning_rate 0.01 there, 0.005 here" in line for line in reporter.lines)
+    assert (first / "checkpoints").is_dir()
+
+
+def test_a_start_that_was_cut_off_is_begun_again(config: TrainConfig) -> None:
+    config = replace(config, name="mine", max_steps=1)
+    (config.output / "mine").mkdir(parents=True)
+    (config.output / "mine" / "environment.json").write_text("{}")
+    assert train(config).directory == config.output / "mine"
+
+
+def test_a_folder_of_something_else_is_refused_or_passed_over(config: TrainConfig) -> None:
+    config = replace(config, max_steps=1)
+    mine, (usual, second) = (
+        config.output / "mine",
+        [
+            path
+            for path, _ in zip(
+                run_directory.paths(config.output, None, config.data, config.model),
+                "12",
+                strict=False,
+            )
+        ],
+    )
+    for folder in (mine, usual):
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="other files and no config"):
+        train(replace(config, name="mine"))
+    assert train(config).directory == second
+    assert [path.name for path in usual.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_that_another_process_holds_is_refused(config: TrainConfig) -> None:
+    directory = interrupted(config, Interrupter(step=1))
+    code = (
+        "import sys, time, pathlib; from remora import resume\n"
+        "with resume.hold(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ConfigError, match=f"held by process {other.pid} on"):
+                train(config)
+        finally:
+            other.kill()
+    train(replace(config))  # the lock goes with its process
+
+
+def test_damaged_checkpoints_are_told_about_and_not_skipped_to_zero(config: TrainConfig) -> None:
+    directory = interrupted(config, Interrupter(step=2))
+    (saved,) = (directory / "checkpoints").iterdir()
+    tensors = saved / checkpoint.TENSORS
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(bytes(content))
+    reporter = Interrupter()
+    with pytest.raises(ModelError, match=r"no checkpoint in .* is whole"):
+        train(config, reporter=reporter)
+    assert any("tensors.safetensors is not what was written" in line for line in reporter.lines)
+
+
+def test_the_log_loses_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": 1}, {"step": 2}, {"step": 2, "validation_accuracy": 1.0}, {"step": 3}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 4, "lo')
+    resume.cut_log(path, step=2, evaluated=0)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == records[:2]
+
+
+def remora(config: TrainConfig) -> list[str]:
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(config.output.parent / "settings.toml", config.to_toml())
+    settings = config.output.parent / "settings.toml"
+    return [sys.executable, "-m", "remora", "train", "--config", str(settings)]
+
+
+def killed(config: TrainConfig, number: int, wait: Callable[[], bool]) -> tuple[int, str, float]:
+    """Run the real command, send it a signal when a condition holds; return how it ended."""
+    command = remora(config)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        while not wait() and p.poll() is None:
+            time.sleep(0.005)
+        sent = time.monotonic()
+        p.send_signal(number)
+        _, errors = p.communicate()
+    return p.returncode, errors, time.monotonic() - sent
+
+
+def has_logged(config: TrainConfig, num_lines: int) -> Callable[[], bool]:
+    def look() -> bool:
+        return any(
+            path.read_text().count("\n") >= num_lines
+            for path in config.output.glob("*/metrics.jsonl")
+        )
+
+    return look
+
+
+def test_the_command_line_saves_on_sigterm_and_goes_on(
+    config: TrainConfig, undisturbed: dict[str, Any]
+) -> None:
+    code, errors, _ = killed(config, signal.SIGTERM, has_logged(config, 3))
+    assert code == 75, errors
+    assert errors.splitlines()[-1] == (
+        "error: stopped (SIGTERM); run the same command again to go on"
+    )
+    assert "Traceback" not in errors
+    result = train(config)
+    assert outcome(result.directory) == undisturbed
+
+
+@pytest.mark.parametrize(("verb", "code"), [("train", 75), ("predict", -signal.SIGTERM)])
+def test_sigterm_before_the_command_line_is_read(verb: str, code: int) -> None:
+    body = (
+        "import os, signal, sys\n"
+        "class AtImport:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'remora.cli': os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.meta_path.insert(0, AtImport()); sys.argv = ['remora', {verb!r}, 'data.csv']\n"
+        "from remora.__main__ import run\n"
+        "sys.exit(run())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    told = "error: stopped (SIGTERM); run the same command again to go on\n"
+    assert done.stderr == (told if verb == "train" else "")
+
+
+def test_a_killed_process_goes_on_from_its_last_checkpoint(
+    config: TrainConfig, undisturbed: dict[str, Any]
+) -> None:
+    config = replace(config, checkpoint_minutes=0)
+    code, _, _ = killed(config, signal.SIGKILL, has_logged(config, 4))
+    assert code == -signal.SIGKILL
+    reporter = Interrupter()
+    result = train(config, reporter=reporter)
+    assert any("going on after step" in line for line in reporter.lines)
+    assert outcome(result.directory) == undisturbed
+
+
+@pytest.mark.durability
+def test_sigterm_at_any_moment_saves_and_is_out_at_once(
+    config: TrainConfig, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    def begin_and_stop(number: int) -> tuple[TrainConfig, int, str, float]:
+        attempt = replace(config, output=tmp_path / str(number) / "runs")
+        moment = time.monotonic() + random.Random(number).uniform(0.2, 8)
+        return attempt, *killed(attempt, signal.SIGTERM, lambda: time.monotonic() > moment)
+
+    with ThreadPoolExecutor(1) as pool:  # what was stopped goes on meanwhile, on another core
+        for number, begun in enumerate([pool.submit(begin_and_stop, n) for n in range(30)]):
+            attempt, code, errors, seconds = begun.result()
+            (directory,) = attempt.output.glob("*") if attempt.output.exists() else [None]
+            if directory is None or not resume.is_finished(directory):
+                assert code == 75, errors
+                assert seconds < 2.5, errors  # a step takes less than half a second here
+                assert outcome(train(attempt).directory) == undisturbed, number
+
+
+@pytest.mark.durability
+def test_sigkill_at_any_moment_loses_nothing(
+    config: TrainConfig, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    def begin_and_kill(number: int) -> TrainConfig:
+        attempt = replace(
+            config, output=tmp_path / str(number) / "runs", checkpoint_minutes=0, name="mine"
+        )
+        moment = time.monotonic() + random.Random(number).uniform(0.5, 8)
+        killed(attempt, signal.SIGKILL, lambda: time.monotonic() > moment)
+        return attempt
+
+    with ThreadPoolExecutor(2) as pool:
+        for number, attempt in enumerate(pool.map(begin_and_kill, range(30))):
+            finished = attempt.output / "mine" / "evaluation.json"
+            if not finished.is_file() or (finished.parent / "checkpoints").is_dir():
+                assert outcome(train(attempt).directory) == undisturbed, number
+
+
+def test_a_signal_before_training_is_not_taken_by_a_library() -> None:
+    def library() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except Exception:
+            pytest.fail("it was caught on the way")
+
+    stop = Stop()
+    with pytest.raises(Stopped, match="SIGTERM"), stop.listening():
+        library()

@@ -1,0 +1,162 @@
+"""Scoring equals the exhaustive computation with the stock model, and looks at fewer labels."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ARCHITECTURES, tiny_model
+from remora.data.prompt import Prompt
+from remora.runtime import memory
+from remora.tree import scoring
+from remora.tree.packed_row import PackedRow
+from remora.tree.scoring import Scorer
+
+
+def exhaustive(model, prompt, messages):
+    """Each message with each label in a sequence of its own, through the stock model."""
+    logs = np.empty((len(messages), len(prompt.labels)))
+    for i, stem in enumerate(prompt.stems(messages)):
+        for j, answer in enumerate(prompt.answers):
+            ids = torch.tensor([[*stem, *answer]])
+            with torch.no_grad():
+                logits = model.eval()(input_ids=ids).logits[0].double().log_softmax(-1)
+            steps = logits[len(stem) - 1 : -1]
+            logs[i, j] = float(steps.gather(1, torch.tensor(answer)[:, None]).sum())
+    scaled = np.exp(logs - logs.max(1, keepdims=True))
+    return scaled / scaled.sum(1, keepdims=True)
+
+
+LABELS = ["card arrival", "card arrival late", "card", "refund", "refund not showing up", "top up"]
+MESSAGES = [
+    "where is my card",
+    "my refund!",
+    "top up failed, why?",
+    "where is my card",
+    "card",
+    "é",
+]
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_probabilities_equal_the_exhaustive_computation(architecture, tokenizer):
+    model = tiny_model(architecture, torch.float64, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="Sort this.", max_length=200)
+    expected = exhaustive(model, prompt, MESSAGES)
+    for max_tokens in (4096, 60, 12):
+        found = Scorer(model, prompt, tolerance=0, max_tokens=max_tokens).probabilities(MESSAGES)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_tolerance_bounds_the_error_and_keeps_the_argmax(tokenizer):
+    labels = [
+        f"{a} {b}" for a in ("card", "refund", "top up") for b in ("late", "lost", "fee", "no")
+    ]
+    model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, labels, instruction="", max_length=200)
+    messages = [f"{m} {i}" for i in range(20) for m in MESSAGES]
+    exact = Scorer(model, prompt, tolerance=0).probabilities(messages)
+    looked_at = {}
+    for tolerance in (1e-3, 0.1, 1.0):
+        scorer = Scorer(model, prompt, tolerance=tolerance)
+        calls = count_tokens(model)
+        found = scorer.probabilities(messages)
+        looked_at[tolerance] = calls()
+        assert (found.argmax(1) == exact.argmax(1)).all()
+        np.testing.assert_allclose(found.sum(1), 1)
+        if tolerance < 1:
+            assert np.abs(found - exact).max() <= tolerance / (1 - tolerance)
+    assert looked_at[1.0] < looked_at[0.1] <= looked_at[1e-3]
+
+
+def count_tokens(model):
+    """Count the tokens that a model computes from here on."""
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+
+    def total():
+        handle.remove()
+        return sum(seen)
+
+    return total
+
+
+def test_the_prefix_is_computed_once(tokenizer):
+    model = tiny_model("qwen2", torch.float32, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="Sort this. " * 10, max_length=200)
+    scorer = Scorer(model, prompt, max_tokens=20)
+    total = count_tokens(model)
+    scorer.probabilities(MESSAGES * 3)
+    first = total()
+    total = count_tokens(model)
+    scorer.probabilities(MESSAGES * 3)
+    assert first - total() == len(prompt.prefix)
+
+
+def test_no_pass_has_more_logits_than_it_may(tokenizer, monkeypatch):
+    model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="Sort this.", max_length=200)
+    free = Scorer(model, prompt, tolerance=0).probabilities(MESSAGES)
+    kept = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: kept.append(len(kwargs["logits_to_keep"])), with_kwargs=True
+    )
+    for most, longest_path in ((20, 20), (2, 8)):  # a path without a branch is computed at once
+        monkeypatch.setattr(scoring, "LOGIT_ELEMENTS", most * len(tokenizer))
+        kept.clear()
+        found = Scorer(model, prompt, tolerance=0).probabilities(MESSAGES)
+        assert max(kept) <= longest_path
+        np.testing.assert_allclose(found, free, atol=1e-9)
+    handle.remove()
+
+
+def test_no_messages_give_no_rows(tokenizer):
+    model = tiny_model("qwen2", torch.float32, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)
+    assert Scorer(model, prompt).probabilities([]).shape == (0, len(LABELS))
+
+
+def test_the_model_keeps_its_mode(tokenizer):
+    model = tiny_model("qwen2", torch.float32, vocabulary=len(tokenizer)).train()
+    prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)
+    Scorer(model, prompt).probabilities(["a"])
+    assert model.training
+
+
+def test_a_row_that_was_parted_is_freed(tokenizer, monkeypatch):
+    model = tiny_model("qwen2", torch.float32, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)
+    messages = [f"{message} {i}" for i in range(8) for message in MESSAGES]
+    parted, alive = [], []
+    keep_only, extend = PackedRow.keep_only, PackedRow.extend
+
+    def keeping(row, searches):
+        if not parted or parted[-1]() is not row:
+            parted.append(weakref.ref(row))
+        return keep_only(row, searches)
+
+    def extending(row, *arguments):
+        alive.append(sum(ref() is not None for ref in parted))
+        return extend(row, *arguments)
+
+    monkeypatch.setattr(PackedRow, "keep_only", keeping)
+    monkeypatch.setattr(PackedRow, "extend", extending)
+    Scorer(model, prompt, tolerance=0, max_tokens=150).probabilities(messages)
+    assert len(parted) > 3
+    assert max(alive) == 0
+
+
+def test_what_is_freed_above_the_limit_is_given_back(tokenizer, monkeypatch):
+    model = tiny_model("qwen2", torch.float32, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)
+    trimmed = []
+    monkeypatch.setattr(memory, "trim", lambda: trimmed.append(1))
+    for limit, gives in ((None, False), (1 << 60, False), (1, True)):
+        Scorer(model, prompt, tolerance=0, limit_bytes=limit).probabilities(MESSAGES)
+        assert bool(trimmed) is gives
