@@ -53,11 +53,16 @@ def commands(text):
 
 
 def every_command():
+    """Return each command line once, named by the first page that has it."""
+    found = {}
     for path in (README, ROOT / "CONTRIBUTING.md", *PAGES):
-        if path == GENERATED:
-            continue  # it shows what to fill in
-        for arguments in commands(path.read_text(encoding="utf-8")):
-            yield pytest.param(arguments, id=f"{path.stem}: {' '.join(arguments)}")
+        if path != GENERATED:  # which shows what to fill in
+            for arguments in commands(path.read_text(encoding="utf-8")):
+                found.setdefault(tuple(arguments), path.stem)
+    return [
+        pytest.param(arguments, id=f"{page}: {' '.join(arguments)}")
+        for arguments, page in found.items()
+    ]
 
 
 class ParseOnly:
@@ -78,10 +83,10 @@ def parse(arguments, monkeypatch):
     monkeypatch.chdir(ROOT)  # recipes are named from here
     whole = cli.app.meta
     monkeypatch.setattr(cli, "app", ParseOnly(cli.app))
-    whole(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    whole(list(arguments), exit_on_error=False, print_error=False, result_action="return_value")
 
 
-@pytest.mark.parametrize("arguments", list(every_command()))
+@pytest.mark.parametrize("arguments", every_command())
 def test_commands_exist(arguments, monkeypatch):
     parse(arguments, monkeypatch)
 
