@@ -33,7 +33,7 @@ docs: install
 	@echo 'the docs are in build/docs/index.html'
 
 # What waits for other processes leaves a core to what computes, so the two go side by side.
-COMPUTING := tests/test_admit.py tests/test_engine.py tests/test_routes.py
+COMPUTING := tests/models/test_untrusted.py tests/serving/test_engine.py tests/serving/test_app.py
 DURABILITY := $(BIN)/python -m pytest -m durability --durations=10
 
 test-durability: install

@@ -45,7 +45,7 @@ def learn(
         ConfigError: If a size is larger than the data, or several processes train.
     """
     if launch.world_size() > 1:
-        raise ConfigError("a learning curve is trained by one process; start one")
+        raise ConfigError("a learning curve is trained in one process; start only one")
     stop = Stop(config.max_seconds)
     with stop.listening():
         return _learn(config, stop, SayOnce(reporter or Reporter()))
@@ -63,7 +63,7 @@ def _learn(
     for number, (size, path) in enumerate(zip(smaller, runs, strict=True), 1):
         told = f"size {number} of {len(config.curve_sizes)}, {size:,} rows per class"
         if resume.is_finished(path):
-            reporter.say(f"{told}: it is finished")
+            reporter.say(f"{told}: finished already")
             continue
         reporter.say(told)
         train_until(
@@ -73,12 +73,12 @@ def _learn(
             load_rows=shared.load_rows,
             load_model=shared.load_model,
         )
-    found: list[LearningCurve] = []
+    curves: list[LearningCurve] = []
 
     def concluded(result: TrainResult) -> None:
         runs.append(result.directory)
-        found.append(_measure(config, shared, [results.read(path) for path in runs]))
-        files.write_json(result.directory / FILE, found[0].to_dict())
+        curves.append(_measure(config, shared, [results.read(path) for path in runs]))
+        files.write_json(result.directory / FILE, curves[0].to_dict())
         report.refresh(result.directory, reporter.say)
 
     spoken = "all rows" if last is None else f"{last:,} rows per class"
@@ -91,11 +91,11 @@ def _learn(
         load_model=shared.load_model,
         concluded=concluded,
     )
-    return result, found[0]
+    return result, curves[0]
 
 
 class _Shared:
-    """The rows and the base model, loaded once; each size begins as if it were alone."""
+    """The rows and the base model, loaded once; each size starts as if it were alone."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.whole = load_data(replace(config, learning_curve=None))
@@ -127,8 +127,8 @@ class _Shared:
 def _settings(config: TrainConfig, size: int | None, path: Path, num_rows: int) -> TrainConfig:
     """Return the settings of a size: as many steps and evaluations as the last one takes.
 
-    With as many epochs instead, the smaller sizes would be trained less, and the curve would show
-    that. docs/log.md has the comparison.
+    With equal epochs instead, smaller sizes would be undertrained, and the curve would show that.
+    docs/log.md has the comparison.
     """
     return replace(
         config,
@@ -160,7 +160,7 @@ def refuse_sizes(config: TrainConfig, whole: Dataset) -> None:
 def _directory(config: TrainConfig, dataset: Dataset, say: Callable[[str], None]) -> Path:
     """Return the directory of the unfinished curve that these settings resume, or a new one.
 
-    It has the settings from the beginning, so it is found again whatever size it stopped at.
+    It holds the settings from the start, so it is found again whatever size it stopped at.
     """
     directory = resume.unfinished(config, dataset.summary.sha256, say)
     if directory is None:
