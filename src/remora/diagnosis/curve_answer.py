@@ -120,10 +120,10 @@ def answer(
         return f"Inconclusive: {figures}. Measure on more test rows, or with sizes further apart."
     if alike is not None and alike >= ALIKE:
         return (
-            f"Clean the labels: {figures}, and the baseline makes {alike:.0%} of the same mistakes, so "
-            "the labels themselves are suspect; run `remora diagnose`."
+            f"Clean the labels: {figures}, and the baseline makes {alike:.0%} of the same "
+            "mistakes, so the labels themselves are suspect; run `remora diagnose`."
         )
     return (
-        f"Use a bigger model: {figures}, and most mistakes are not those of the baseline, so neither "
-        "more rows nor cleaner labels are likely to help much."
+        f"Use a bigger model: {figures}, and most mistakes are not those of the baseline, so "
+        "neither more rows nor cleaner labels are likely to help much."
     )

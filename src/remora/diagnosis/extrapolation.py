@@ -53,8 +53,8 @@ def extrapolate(
     rates, num_test = wrong.mean(1), wrong.shape[1]
     if len(num_rows) < MIN_SIZES:
         return None, (
-            f"{len(num_rows)} sizes are too few to extrapolate: the curve has three parameters; give "
-            f"{MIN_SIZES} sizes or more"
+            f"{len(num_rows)} sizes are too few to extrapolate: the curve has three parameters; "
+            f"give {MIN_SIZES} sizes or more"
         )
     if rates[-1] >= rates[0] or rise >= SIGNIFICANT:
         return (

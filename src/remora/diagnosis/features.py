@@ -37,7 +37,8 @@ def frozen_features(
     """Return hidden states of the untrained base model for each message, normalized, [texts, 5 H].
 
     Those of the last two layers where the answer would begin, and the means of the embeddings, the
-    middle layer and the last one over the tokens that messages do not share. docs/log.md compares choices.
+    middle layer and the last one over the tokens that messages do not share. docs/log.md compares
+    choices.
     """
     from sklearn.preprocessing import StandardScaler, normalize
 

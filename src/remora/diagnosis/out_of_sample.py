@@ -40,8 +40,8 @@ DESCRIPTIONS = {
     "frozen": "fast mode: regressions on frozen features of the base model; the trained model is "
     "not used",
     "tfidf": "fast mode: regressions on TF-IDF; neither base nor trained model is used",
-    "adapters": "adapters trained again, each on the rows outside its fold, pooled with regressions "
-    "on TF-IDF",
+    "adapters": "adapters trained again, each on the rows outside its fold, pooled with "
+    "regressions on TF-IDF",
 }
 MANY_ROWS = 5_000
 """Up to this many rows there are ten folds, above it five."""

@@ -256,8 +256,8 @@ def judge(  # noqa: PLR0911 - a verdict after the other
     if num_suspects > num_confused / 2 and rarer < SIGNIFICANT:
         return "rows mislabelled", (
             f"{num_suspects} of the {num_confused} training rows confused out of sample are "
-            f"probably mislabelled, and held-out rows are confused less often ({most} of {held_out_rows}, "
-            f"p = {rarer:.2g})"
+            f"probably mislabelled, and held-out rows are confused less often ({most} of "
+            f"{held_out_rows}, p = {rarer:.2g})"
         )
     return "undecided", (
         f"{num_confused} of {num_rows} training rows and {held_out_by_run} of {held_out_rows} "

@@ -1,4 +1,4 @@
-"""What a run has shown: measured against the baseline, and written down."""
+"""The end of a run: measured beside the baseline, and everything written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from remora.training.session import Session
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run has shown."""
+    """The results of a run."""
 
     directory: Path
     method: str  # "lora", "qlora" or "full"
@@ -44,7 +44,7 @@ class TrainResult:
     baseline: Baseline
     p_value: float  # exact McNemar test of the model against the baseline
     parameters: lora.ParameterCount
-    adapter_bytes: int  # the weights of what was trained
+    adapter_bytes: int  # the trained weights: the adapter's, or the whole model's
     base_bytes: int
     num_steps: int
     best_step: int
@@ -162,7 +162,7 @@ def write_pages(directory: Path, say: Callable[[str], None]) -> None:
 def report_peak(directory: Path, planned: Plan, measured: int, reporter: Reporter) -> None:
     """Report planned and measured peak memory, in bytes, and keep them in plan.json."""
     reporter.say(
-        f"memory at the peak of training: {spoken_bytes(measured)} measured, "
+        f"peak memory of training: {spoken_bytes(measured)} measured, "
         f"{spoken_bytes(planned.measurable_bytes)} planned"
     )
     files.write_json(directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured})
