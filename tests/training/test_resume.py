@@ -236,7 +236,7 @@ def test_a_run_that_the_disk_has_no_room_for_does_not_begin(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
-    with pytest.raises(ResourceError, match=r"takes .* of disk and there are 20 kB for .*--output"):
+    with pytest.raises(ResourceError, match=r"needs .* of disk, 20 kB are free in .*--output"):
         train(config)
     assert not config.output.exists()
 
@@ -348,7 +348,7 @@ def test_a_run_that_another_process_holds_is_refused(config: TrainConfig) -> Non
         try:
             assert other.stdout is not None
             assert other.stdout.readline() == "held\n"
-            with pytest.raises(ConfigError, match=f"held by process {other.pid} on"):
+            with pytest.raises(ConfigError, match=f"locked by process {other.pid} on"):
                 train(config)
         finally:
             other.kill()
