@@ -5,8 +5,8 @@ Both are run as a user would, by `python -m remora`, from the source of a revisi
 bit are what each step and evaluation logged (losses, gradients' norms, learning rates, accuracies),
 every file of weights and of probabilities, predictions, plans, learning curves, diagnoses, and what
 `predict`, `eval` and `compare` print. Times, speeds, paths and the memory that is free differ by
-nature and are left out, and so are sentences, whose wording may change. The last two cases run both: the working tree reads a run that the revision
-made, and resumes one that the revision began.
+nature and are left out, and so are sentences, whose wording may change. The last two cases run
+both: the working tree reads a run that the revision made, and resumes one that the revision began.
 
     python benchmarks/same_results.py --base main
     python benchmarks/same_results.py --base v0.1.0 --cases lora full
