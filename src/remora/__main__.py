@@ -31,7 +31,7 @@ def run() -> int:
 def _stop(number: int, frame: FrameType | None) -> None:
     """Exit with the code of `errors.Stopped`, in the middle of anything."""
     del number, frame
-    os.write(2, b"error: stopped (SIGTERM); run the same command again to go on\n")
+    os.write(2, b"error: stopped (SIGTERM); run the same command again to resume\n")
     os._exit(75)
 
 

@@ -146,7 +146,7 @@ def test_adapters_that_were_stopped_go_on(finished: Path, tmp_path: Path) -> Non
     undisturbed = judged(finished, "adapters", 2, tmp_path / "whole", whole)
     assert whole.num_steps == 6  # 3 batches in each of 2 folds
     folder = tmp_path / "folds"
-    with pytest.raises(Stopped, match=r"stopped \(SIGINT\); run the same command again to go on"):
+    with pytest.raises(Stopped, match=r"stopped \(SIGINT\); run the same command again to resume"):
         judged(finished, "adapters", 2, folder, Interrupting(after=5))
     rest = Interrupting()
     np.testing.assert_array_equal(judged(finished, "adapters", 2, folder, rest), undisturbed)
@@ -169,7 +169,7 @@ def test_a_stop_ends_with_one_line(finished: Path, monkeypatch, capsys) -> None:
     arguments = ("diagnose", finished, "--method", "adapters", "--folds", "2")
     assert remora(*arguments) == 75
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: stopped (SIGTERM); run the same command again to go on"
+        "error: stopped (SIGTERM); run the same command again to resume"
     )
     assert not (finished / "diagnosis.json").exists()
     assert (finished / "folds").is_dir()
