@@ -163,9 +163,7 @@ def process(log: Path, *arguments: str | Path) -> Iterator[Process]:
             wait(lambda: "serving" in log.read_text() or popen.poll() is not None)
             assert popen.poll() is None, log.read_text()
             words = log.read_text().split()
-            yield Process(
-                popen, next(w for w in words if w.startswith("http://")).rstrip(","), log
-            )
+            yield Process(popen, next(w for w in words if w.startswith("http://")).rstrip(","), log)
         finally:
             if popen.poll() is None:
                 popen.send_signal(signal.SIGKILL)
