@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -58,7 +57,7 @@ def write_adapter(
 def predicted(
     adapter: Path, texts: Sequence[str], top_k: int, **settings: Any
 ) -> list[list[tuple[str, float]]]:
-    """Return what `remora predict` says of some texts."""
+    """Return the answers of `remora predict` for some texts."""
     table = adapter / "texts.jsonl"
     table.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = PredictConfig(
@@ -131,15 +130,15 @@ class Process:
 
     @property
     def memory_bytes(self) -> int:
-        """What the process holds in memory."""
+        """The resident memory of the process."""
         status = Path(f"/proc/{self.popen.pid}/status").read_text()
         return 1024 * int(status.split("VmRSS:")[1].split()[0])
 
 
 @contextlib.contextmanager
 def process(log: Path, *arguments: str | Path) -> Iterator[Process]:
-    """Run `remora serve`; what is still there at the end is killed."""
-    few_files = ["sh", "-c", 'ulimit -Sn 1000; exec "$@"', "sh"]
+    """Run `remora serve`; it is killed if it still runs at the end."""
+    few_files = ["sh", "-c", 'ulimit -Sn 1000; exec "$@"', "sh"] if os.name == "posix" else []
     command = [
         *few_files,
         sys.executable,
@@ -166,12 +165,12 @@ def process(log: Path, *arguments: str | Path) -> Iterator[Process]:
             yield Process(popen, next(w for w in words if w.startswith("http://")).rstrip(","), log)
         finally:
             if popen.poll() is None:
-                popen.send_signal(signal.SIGKILL)
+                popen.kill()
                 popen.wait()
 
 
 def wait(done: Any, seconds: float = 60) -> None:
-    """Wait until something is so; what cannot be reached yet is not so yet."""
+    """Wait until a condition holds; a connection that is refused counts as not yet."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(ConnectionError):

@@ -80,7 +80,7 @@ def push_run(config: PushConfig, *, reporter: Reporter | None = None) -> Pushed:
 
 
 def _files(directory: Path, folder: Path, base: str) -> dict[str, bytes]:
-    """Return the files to publish by name; of a base model's path only the folder's name is left."""
+    """Return the files to publish by name; a local base model is left by its folder's name only."""
     files = {
         name: untrusted.followed(folder / name).read_bytes() for name in untrusted.ADAPTER_FILES
     }
@@ -121,7 +121,8 @@ def _client() -> HfApi:
         raise ConfigError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
     if get_token() is None:
         raise ConfigError(
-            "there is no token for the Hugging Face hub; set HF_TOKEN, or log in with `hf auth login`"
+            "there is no token for the Hugging Face hub; set HF_TOKEN, or log in with "
+            "`hf auth login`"
         )
     return HfApi(library_name="remora", library_version=remora.__version__)
 
