@@ -320,7 +320,7 @@ def test_a_folder_that_keeps_changing_is_refused(
         real(source, target, **settings)
         if target.name == "remora.json":  # the last
             folder.rename(old)
-            shutil.copytree(old, folder, copy_function=shutil.copy)
+            shutil.copytree(old, folder, copy_function=real)
             shutil.rmtree(old)
 
     monkeypatch.setattr(snapshot.shutil, "copyfile", copy)
