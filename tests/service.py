@@ -1,4 +1,4 @@
-"""Services for tests: adapters made at once, a service in a thread or a process, a client."""
+"""Services for tests: random adapters, a service in a thread or a process, an HTTP client."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def running(*adapters: str | Path, **settings: Any) -> Iterator[Service]:
 
 @dataclass(frozen=True)
 class Process:
-    """A service in a process of its own."""
+    """A service in its own process."""
 
     popen: subprocess.Popen[str]
     url: str
@@ -181,7 +181,7 @@ def wait(done: Any, seconds: float = 60) -> None:
 
 
 def write_adapters(parent: Path, base: Path) -> dict[str, Path]:
-    """Write two adapters for the same base, with other labels."""
+    """Write two adapters for the same base, with different labels."""
     return {
         "bank": write_adapter(parent / "bank", base, 1),
         "mail": write_adapter(parent / "mail", base, 2, ["spam", "ham"]),
