@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from cyclopts import Parameter
 
-from remora.config.checks import parse_bytes
+from remora.config.checks import Method, PrecisionName, parse_bytes
 from remora.config.train import TrainConfig
+
+# cyclopts resolves the annotations of inherited fields by the names of this module.
+_ANNOTATIONS = (Method, Path, PrecisionName)
 
 
 @Parameter(name="*")
