@@ -42,7 +42,7 @@ def test_what_does_not_fit_together_is_refused(run: Path) -> None:
         results.read(run)
     figures["metrics"]["per_class"] = figures["metrics"]["per_class"][:1]
     (run / "evaluation.json").write_text(json.dumps(figures))
-    with pytest.raises(DataError, match=r"the figures in .* are broken \(no 'plain'\); train it"):
+    with pytest.raises(DataError, match=r"predictions.csv is broken \(no 'plain'\); train the run"):
         results.read(run)
 
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
-import numpy as np
 import pytest
 
-from remora.errors import ConfigError, ModelError
-from remora.evaluation.predictions import (
-    PROBABILITIES,
-    Scored,
-    read_probabilities,
-    write_predictions,
-    write_probabilities,
-)
+from remora.errors import ConfigError
 from remora.runtime import files, run_directory
 
 
@@ -44,32 +35,3 @@ def test_json_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
         files.write_json(path, {"a": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == value
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_cells_that_would_run_as_formulas_are_defused(tmp_path):
-    texts = ["=1+1", "+49", "-1", "@SUM(A1)", "\t=1", "\r=1", "a=1", 'say "hi",\nthen', ""]
-    path = tmp_path / "p.csv"
-    write_predictions(path, texts, ["=a"] * 9, ["@b"] * 9, [0.25] * 9)
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["text"] for row in rows] == [*(f"'{t}" for t in texts[:6]), *texts[6:]]
-    assert {(r["label"], r["predicted"], r["probability"]) for r in rows} == {
-        ("'=a", "'@b", "0.250000")
-    }
-    assert [p.name for p in tmp_path.iterdir()] == ["p.csv"]
-
-
-def test_probabilities_come_back_and_broken_ones_are_refused(tmp_path) -> None:
-    path = tmp_path / PROBABILITIES
-    scored = Scored(probabilities=np.array([[0.25, 0.75], [1.0, 0.0]]), true=np.array([1, 1]))
-    write_probabilities(path, ["a", "b"], {"validation": scored})
-    back = read_probabilities(path, ["a", "b"], "validation")
-    np.testing.assert_array_equal(back.probabilities, scored.probabilities)
-    np.testing.assert_array_equal(back.correct, [True, False])
-    assert read_probabilities(path, ["a", "b"], "test") is None
-    assert read_probabilities(tmp_path / "none", ["a", "b"], "test") is None
-    with pytest.raises(ModelError, match="is of other labels than the adapter"):
-        read_probabilities(path, ["b", "a"], "validation")
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ModelError, match=r"is broken .*; restore it, or delete it"):
-        read_probabilities(path, ["a", "b"], "validation")
