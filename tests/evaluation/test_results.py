@@ -49,7 +49,7 @@ def test_what_does_not_fit_together_is_refused(run: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
 def test_a_broken_file_is_named(run: Path, text: str) -> None:
     (run / "plan.json").write_text(text, encoding="latin-1")
-    with pytest.raises(DataError, match=r"plan.json is broken .*; restore it, or delete it"):
+    with pytest.raises(DataError, match=r"plan.json is broken .*; restore or delete it"):
         results.read_json(run / "plan.json")
     assert results.read_json(run / "nothing.json") is None
     (run / "config.toml").write_text(text, encoding="latin-1")
