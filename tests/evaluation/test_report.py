@@ -264,9 +264,7 @@ def test_a_run_can_do_without_what_is_not_its_result(tmp_path: Path) -> None:
     finished.diagnose(run, LABELS, "7 of 9 rows, <b>")
     shown = Read(report.page(run))
     assert "card arrival / refund: labels overlap" in shown.text
-    assert (
-        "<b>. Merged into one label, accuracy would be 91.25%; with the" in shown.text
-    )
+    assert "<b>. Merged into one label, accuracy would be 91.25%; with the" in shown.text
     assert "boundary that the judges draw, 90.75%." in shown.text
     assert "exceed 93.0% accuracy on these test rows (95% interval 90.0% to 95.0%)" in shown.text
     assert (
