@@ -91,7 +91,10 @@ def test_streaming_standard_input(monkeypatch):
 
 
 def test_streaming_yields_before_the_input_ends():
-    code = "from remora.data.table import stream_texts\nfor t in stream_texts('-'): print(t[::-1], flush=1)"
+    code = (
+        "from remora.data.table import stream_texts\n"
+        "for t in stream_texts('-'): print(t[::-1], flush=1)"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:

@@ -431,7 +431,7 @@ def test_sigterm_before_the_command_line_is_read(verb: str, code: int) -> None:
     )
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False)
     assert done.returncode == code
-    told = "error: stopped (SIGTERM); run the same command again to go on\n"
+    told = "error: stopped (SIGTERM); run the same command again to resume\n"
     assert done.stderr == (told if verb == "train" else "")
 
 
