@@ -1,6 +1,7 @@
-"""The settings of `remora train`, which many others build on."""
+"""The settings of `remora train`."""
 
-from __future__ import annotations
+# Annotations are not postponed here: cyclopts would look up those that PlanConfig inherits in the
+# module of PlanConfig.
 
 import dataclasses
 import math
@@ -264,19 +265,19 @@ class TrainConfig:
 
     @property
     def num_per_class(self) -> int | None:
-        """Rows of each class to train on, None for all: with a learning curve its last size."""
+        """Training rows per class, None for all; with a learning curve, its last size."""
         return self.curve_sizes[-1] if self.learning_curve else self.rows_per_class
 
     @property
     def lora_variant(self) -> str | None:
-        """The name of a setting that makes the adapter another than plain LoRA, if there is one."""
+        """The first setting that changes plain LoRA, None if there is none."""
         names = ("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
         plain = {entry.name: entry.default for entry in dataclasses.fields(self)}
         return next((name for name in names if getattr(self, name) != plain[name]), None)
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens computed at once where nobody has looked at the memory."""
+        """Most tokens computed at once, before memory is considered."""
         return self.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS
 
     @property
@@ -285,12 +286,12 @@ class TrainConfig:
         return _seconds(self.max_time or "")
 
     def num_steps(self, num_rows: int) -> int:
-        """Return how many optimizer steps training on so many rows takes."""
+        """Return the number of optimizer steps to train on `num_rows` rows."""
         steps_per_epoch = math.ceil(num_rows / self.batch_size)
         return self.max_steps or max(1, math.ceil(self.epochs * steps_per_epoch))
 
     def to_toml(self) -> str:
-        """Return the settings as a TOML file that `--config` takes; settings of None left out."""
+        """Return the settings as TOML for `--config`, without those that are None."""
         import tomli_w
 
         settings: dict[str, Any] = {}

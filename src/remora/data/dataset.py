@@ -158,10 +158,14 @@ def load_dataset(
         DataError: A table is missing, broken, or cannot be learned from.
     """
     check_fractions(validation_fraction, test_fraction)
+
+    # The tables of each split
     parts = source_parts(source)
     for split, path in (("validation", validation), ("test", test)):
         if path is not None:
             parts[split] = [file_part(Path(path))]
+
+    # Their rows, checked
     train, columns = read_parts(parts["train"], text_column, label_column)
     labels = _labels(source, train)
     given: dict[str, Table] = {

@@ -78,6 +78,8 @@ class Prompt:
                 "remove it or correct its name"
             )
         self.label_texts |= self._respell()
+
+        # The prompt around the message
         written = [self.label_texts.get(label, label) for label in self.labels]
         asked = instruction
         if list_labels:
@@ -85,6 +87,8 @@ class Prompt:
         content = f"{asked}\n\n{MESSAGE_MARK}" if asked else MESSAGE_MARK
         self._head, self._tail = _ask(tokenizer, content)
         opening, ending = _answer(tokenizer, content)
+
+        # Tokens of the answers and of the common prefix
         self.answers, self._num_dropped = self._find_answers(opening, ending, written)
         self._refuse_equal_answers()
         self.prefix = self._find_prefix()

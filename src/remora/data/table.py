@@ -72,6 +72,7 @@ def stream_texts(
         ConfigError: There is no such format, or standard input cannot have it.
         DataError: As in `read_table`: at once for the first row, else when the row is reached.
     """
+    # The source and its format
     formats = sorted(set(FORMATS.values()) - ({"parquet"} if source == "-" else set()))
     if format is not None and format not in formats:
         place = "standard input" if source == "-" else "a file"
@@ -97,6 +98,7 @@ def stream_texts(
             except DataError as error:
                 raise DataError(f"{name}: {row_place(row, line)} has {error}") from None
 
+    # The first row now, the others as they are asked for
     stream = texts()
     first = next(stream, None)  # a fault of the whole file shows before any work
     if first is None:

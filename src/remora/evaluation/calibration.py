@@ -95,15 +95,19 @@ def assess(
         abstain_at_accuracy: Accuracy that the answered rows should reach.
         out_of_scope: Probabilities of messages that no label fits, [rows, labels].
     """
+    # Calibration, before and after temperature scaling
     error, bins = calibration_error(measured.confidence, measured.correct)
     temperature = None if validation is None else fit_temperature(validation)
     scaled = None if temperature is None else measured.at(temperature)
+
+    # Abstention and out-of-scope messages, if asked for
     abstention = None
     if abstain_at_accuracy is not None:
         abstention = _abstain(measured, validation, abstain_at_accuracy)
     outside = None
     if out_of_scope is not None:
         outside = _out_of_scope(measured.confidence, out_of_scope.max(1), abstention)
+
     return Reliability(
         calibration_error=error,
         bins=bins,

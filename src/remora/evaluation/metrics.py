@@ -86,6 +86,8 @@ def measure(
     assert len(true) == len(predicted) > 0
     assert len(labels) > 1
     assert set(labels) >= {*true, *predicted}
+
+    # Accuracy and figures of each class
     matrix = confusion_matrix(true, predicted, labels=list(labels))  # [true, predicted]
     num_correct = int(np.trace(matrix))
     interval = binomtest(num_correct, len(true)).proportion_ci(method="wilson")
@@ -97,12 +99,15 @@ def measure(
         for label, p, r, f, n in zip(labels, *figures, strict=True)
     )
     occurs = matrix.sum(0) + matrix.sum(1) > 0
+
+    # Log-loss
     log_loss = None
     if probabilities is not None:
         assert probabilities.shape == (len(true), len(labels))
         place = {label: index for index, label in enumerate(labels)}
         chosen = probabilities[np.arange(len(true)), [place[label] for label in true]]
         log_loss = float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
+
     return Metrics(
         num_rows=len(true),
         num_correct=num_correct,
