@@ -407,7 +407,7 @@ def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path
         finished, {90: "refund", 5: "card arrival", 1: "delete", 2: "", 3: "card arrival"}
     )
     assert remora("diagnose", finished, "--apply", path) == 0
-    assert "2 corrected and 1 deleted rows in" in capsys.readouterr().out
+    assert "2 rows corrected, 1 deleted in" in capsys.readouterr().out
     cleaned = read_table(finished / "cleaned.csv")
     table = rows()
     assert cleaned.texts == table.texts[1:]

@@ -235,7 +235,7 @@ def test_sizes_that_are_none_are_refused(sizes: str) -> None:
 def test_sizes_are_read() -> None:
     assert TrainConfig("d", model="b", learning_curve="5, 10,all").curve_sizes == (5, 10, None)
     assert TrainConfig("d", model="b", learning_curve="5,10").num_per_class == 10
-    with pytest.raises(ConfigError, match="rows_per_class and learning_curve are given"):
+    with pytest.raises(ConfigError, match="rows_per_class and learning_curve are both"):
         TrainConfig("d", model="b", learning_curve="5,10", rows_per_class=3)
     with pytest.raises(ConfigError, match="trained on one device"):
         TrainConfig("d", model="b", learning_curve="5,10", devices=2)

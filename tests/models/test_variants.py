@@ -197,9 +197,9 @@ def test_a_dora_of_a_stranger_has_the_shapes_of_its_base(
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"use_dora": True, "method": "qlora"}, "use_dora is not for a base in 4 bits"),
-        ({"use_rslora": True, "method": "full"}, "use_rslora is of an adapter and method is full"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa; give default or gaussian"),
+        ({"use_dora": True, "method": "qlora"}, "use_dora does not work on a 4-bit base"),
+        ({"use_rslora": True, "method": "full"}, "use_rslora needs an adapter and method is full"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; give default or gaussian"),
         ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio is 0.0; give a number above 0"),
     ],
 )

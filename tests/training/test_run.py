@@ -152,7 +152,7 @@ def test_eval_chooses_its_threshold_on_validation_rows(
 ) -> None:
     _, directory = finished
     done = remora("eval", directory, table, "--abstain-at-accuracy", "0.9")
-    assert re.search(r"abstain    confidence 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
+    assert re.search(r"abstain    threshold 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
     assert re.search(r"at temperature \d+\.\d\d, fitted on 9 validation rows", done.stdout)
     (tmp_path / "oos.csv").write_text("text\nWhat a fine day\nbla bla\n", encoding="utf-8")
     only = tmp_path / "adapter"
