@@ -456,7 +456,7 @@ def test_a_table_that_has_changed_is_refused(finished: Path, capsys) -> None:
     table = rows()
     write_csv(finished.parent / "train.csv", Table(table.texts[1:], table.labels[1:]))
     assert remora("diagnose", finished) == 3
-    assert "are not those that" in capsys.readouterr().err
+    assert "have changed since" in capsys.readouterr().err
     (finished / "predictions.csv").unlink()
     with pytest.raises(
         DataError, match=r"no predictions.csv; give the directory of a finished run"

@@ -363,7 +363,7 @@ def test_damaged_checkpoints_are_told_about_and_not_skipped_to_zero(config: Trai
     content[len(content) // 2] ^= 1
     tensors.write_bytes(bytes(content))
     reporter = Interrupter()
-    with pytest.raises(ModelError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(ModelError, match=r"every checkpoint in .* is damaged"):
         train(config, reporter=reporter)
     assert any("tensors.safetensors is not what was written" in line for line in reporter.lines)
 
