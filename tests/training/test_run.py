@@ -328,7 +328,7 @@ def test_scoring_keeps_to_what_was_planned(config: TrainConfig, monkeypatch) -> 
             super().__init__(*arguments, **settings)
 
     monkeypatch.setattr(setup, "plan_run", plan_smaller)
-    monkeypatch.setattr(session, "Scorer", Noted)
+    monkeypatch.setattr(saved, "Scorer", Noted)
     train(replace(config, epochs=1))
     assert len(made) >= 2  # for validation and for the test rows
     assert {settings["max_tokens"] for settings in made} == {70}
