@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test test-durability durability-computing durability-waiting demo bench bench-memory clean
+.PHONY: install check test docs test-durability durability-computing durability-waiting demo bench bench-memory clean
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -25,8 +25,15 @@ check: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -rs
 
+# Without a network. A broken link, a missing page or a page outside the navigation fails. Built anew
+# each time, since Sphinx does not repeat the warnings of pages that it has read before.
+docs: install
+	rm -rf build/docs build/doctrees
+	$(BIN)/python -m sphinx -b html -W --keep-going -n -q -d build/doctrees docs build/docs
+	@echo 'the docs are in build/docs/index.html'
+
 # What waits for other processes leaves a core to what computes, so the two go side by side.
-COMPUTING := tests/test_admit.py tests/test_engine.py tests/test_routes.py
+COMPUTING := tests/models/test_untrusted.py tests/serving/test_engine.py tests/serving/test_app.py
 DURABILITY := $(BIN)/python -m pytest -m durability --durations=10
 
 test-durability: install

@@ -14,8 +14,9 @@ import workload
 
 sys.path.insert(0, str(workload.ROOT / "tests"))
 
-from conftest import ARCHITECTURES
 from test_tree import BATCHES, adapted, gradients, padded_loss, relative_error, tree_loss
+
+from conftest import ARCHITECTURES
 
 
 def main() -> None:

@@ -88,8 +88,8 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     from remora.config import TrainConfig
     from remora.data.dataset import load_dataset
     from remora.evaluation.metrics import measure
-    from remora.runtime.device import choose_precision
-    from remora.training.setup import load_trainable
+    from remora.training.loop import fit
+    from remora.training.session import open_session
     from remora.tree.scoring import Scorer
 
     torch.set_num_threads(1)
@@ -109,14 +109,13 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
         seed=seed,
     )
     dataset = load_dataset(config.data, validation_fraction=0.0, seed=seed)
-    device = torch.device("cpu")
-    precision = choose_precision(device, config.precision)
-    torch.manual_seed(seed)
-    adapted, prompt, _, folder = load_trainable(config, dataset.labels, precision, device)
-    losses = (_fit_stock if options.arm == "stock" else _fit_remora)(
-        adapted, prompt, dataset, config, precision, folder
-    )
-    scorer = Scorer(adapted, prompt, tolerance=1, max_tokens=512)
+    losses: list[float] = []
+    with open_session(config, dataset) as session:
+        if options.arm != "stock":
+            fit(session, log=lambda record: losses.append(record["loss"]))
+    if options.arm == "stock":  # outside, as Trainer has an Accelerator of its own
+        losses = _fit_stock(session)
+    scorer = Scorer(session.model, session.prompt, tolerance=1, max_tokens=512)
     probabilities = scorer.probabilities(dataset.test.texts)
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
     metrics = measure(dataset.labels, dataset.test.labels, predicted)
@@ -129,32 +128,10 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _fit_remora(
-    adapted: Any, prompt: Any, dataset: Any, config: Any, precision: Any, _: Any
-) -> list[float]:
-    import torch
-
-    from remora.training.loop import fit
-    from remora.training.setup import accelerator_for
-
-    losses: list[float] = []
-    with accelerator_for(precision, torch.device("cpu")) as accelerator:
-        fit(
-            adapted,
-            prompt,
-            dataset,
-            config,
-            accelerator=accelerator,
-            precision=precision,
-            log=lambda record: losses.append(record["loss"]),
-        )
-    return losses
-
-
-def _fit_stock(
-    adapted: Any, prompt: Any, dataset: Any, config: Any, _: Any, folder: Any
-) -> list[float]:
+def _fit_stock(session: Any) -> list[float]:
     """The ordinary recipe: PEFT's own layers, padded rows, Trainer's loop and shuffling."""
+    adapted, prompt, dataset = session.model, session.prompt, session.dataset
+    config, folder = session.config, session.base_folder
     import tempfile
 
     from datasets import Dataset

@@ -110,13 +110,11 @@ def adapter(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def trained(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Train an adapter for a short while."""
-    import torch
 
     from remora.config import TrainConfig
     from remora.data.dataset import load_dataset
-    from remora.runtime.device import choose_precision
     from remora.training.loop import fit
-    from remora.training.setup import accelerator_for, load_trainable
+    from remora.training.session import open_session
 
     config = TrainConfig(
         str(workload.SHARED / "data" / "banking77"),
@@ -131,13 +129,9 @@ def trained(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     )
     told(f"training {options.model} for {options.train_steps} steps")
     dataset = load_dataset(config.data, validation_fraction=0.0, seed=0)
-    device = torch.device("cpu")
-    precision = choose_precision(device, config.precision)
-    torch.manual_seed(0)
-    adapted, prompt, _, _ = load_trainable(config, dataset.labels, precision, device)
-    with accelerator_for(precision, device) as accelerator:
-        fit(adapted, prompt, dataset, config, accelerator=accelerator, precision=precision)
-    return adapted.eval(), prompt, dataset
+    with open_session(config, dataset) as session:
+        fit(session)
+    return session.model.eval(), session.prompt, dataset
 
 
 def scoring(model: Any, prompt: Any, tolerance: float) -> Any:

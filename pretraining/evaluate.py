@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -25,13 +26,11 @@ from transformers import AutoModelForCausalLM
 
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset, load_dataset
-from remora.data.prompt import Prompt
 from remora.evaluation.baselines import train_baseline
 from remora.evaluation.metrics import measure
-from remora.models import hub, loading, lora
-from remora.runtime.device import choose_precision
+from remora.models import hub, loading
 from remora.training.loop import fit
-from remora.training.setup import accelerator_for
+from remora.training.session import open_session
 from remora.tree.scoring import Scorer
 
 ROOT = Path(__file__).parents[1]
@@ -113,32 +112,34 @@ def dataset_of(rows: str, seed: int) -> Dataset:
     return replace(found, train=table)
 
 
+def with_random_weights(folder: Path, seed: int) -> Path:
+    """Return a folder beside a model's with the same architecture and tokenizer."""
+    made = folder.with_name(f"{folder.name}-random-{seed}")
+    shutil.copytree(
+        folder, made, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(loading.load_config(folder)).save_pretrained(made)
+    return made
+
+
 def run(folder: Path, method: str, rows: str, rate: float, epochs: float, seed: int) -> Measured:
     """Train one model and measure it."""
     dataset = dataset_of(rows, seed)
+    if method == "random":
+        folder = with_random_weights(folder, seed)
     config = TrainConfig(
         "banking77",
         model=str(folder),
+        method="full" if method == "full" else "lora",
+        max_length=2_048,
+        device="cpu",
         learning_rate=rate,
         epochs=epochs,
         eval_steps=None if rows == "all" else 100,  # about four epochs
         seed=seed,
     )
-    device = torch.device("cpu")
-    precision = choose_precision(device, "auto")
-    tokenizer = loading.load_tokenizer(folder)
-    prompt = Prompt(tokenizer, dataset.labels, instruction=config.instruction, max_length=2_048)
-    torch.manual_seed(seed)
-    base = loading.load(folder, torch.float32 if method == "full" else precision.base)
-    if method == "random":
-        fresh = AutoModelForCausalLM.from_config(base.config)
-        base.load_state_dict(fresh.state_dict())
-    if method == "full":
-        trained = base.requires_grad_()
-    else:
-        trained = lora.add_adapter(
-            base, rank=config.rank, alpha=config.alpha, dropout=config.dropout
-        )
+
     validations: list[float] = []
 
     def log(record: dict[str, Any]) -> None:
@@ -146,18 +147,12 @@ def run(folder: Path, method: str, rows: str, rate: float, epochs: float, seed: 
             validations.append(record["validation_accuracy"])
 
     began = time.perf_counter()
-    with accelerator_for(precision, device) as accelerator:
-        fit(
-            trained,
-            prompt,
-            dataset,
-            config,
-            accelerator=accelerator,
-            precision=precision,
-            log=log,
-        )
+    with open_session(config, dataset) as session:
+        fit(session, log=log)
     seconds = time.perf_counter() - began
-    scorer = Scorer(trained, prompt, tolerance=1.0, autocast=precision.autocast)
+    scorer = Scorer(
+        session.model, session.prompt, tolerance=1.0, autocast=session.precision.autocast
+    )
     assert dataset.test is not None
     chosen = scorer.probabilities(dataset.test.texts).argmax(1)
     predicted = [dataset.labels[i] for i in chosen]

@@ -87,9 +87,7 @@ def test_public_names_are_there_and_hide_no_module(package: str) -> None:
 def test_packages_are_imported_without_what_is_heavy() -> None:
     names = ", ".join(f"remora.{package}" for package in PACKAGES)
     code = f"import sys, {names}; print(sorted({{'torch', 'numpy'}} & set(sys.modules)))"
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
 

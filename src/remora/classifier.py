@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
@@ -16,12 +16,42 @@ from sklearn.utils.validation import check_is_fitted
 from remora.config import TrainConfig
 from remora.data.dataset import dataset_from_lists
 from remora.errors import DataError
-from remora.models import adapter_card, saved
-from remora.runtime.device import choose_device, choose_precision
+from remora.formatting import close_match
+from remora.models import saved
+from remora.models.saved import open_trained
 from remora.training.loop import fit
-from remora.training.setup import accelerator_for, load_trainable, short_rows
-from remora.tree.check import check_tree
-from remora.tree.scoring import Scorer
+from remora.training.session import open_session
+
+OF_A_RUN = {
+    *("data", "validation", "test", "text_column", "label_column", "test_fraction"),
+    *("rows_per_class", "learning_curve", "name", "output", "trackers"),
+    *("devices", "shard", "checkpoint_minutes", "max_time"),
+}
+"""Settings of `remora train` that belong to its tables, its run directory and its processes."""
+
+SETTINGS = {
+    field.name: field
+    for field in dataclasses.fields(TrainConfig)
+    if field.name not in OF_A_RUN | {"model"}
+}
+"""The settings that `TextClassifier` takes by name."""
+
+
+def _signature() -> inspect.Signature:
+    parameter = inspect.Parameter
+    model = parameter(
+        "model",
+        parameter.POSITIONAL_OR_KEYWORD,
+        default="Qwen/Qwen2.5-1.5B-Instruct",
+        annotation="str",
+    )
+    named = (
+        parameter(
+            field.name, parameter.KEYWORD_ONLY, default=None, annotation=f"{field.type} | None"
+        )
+        for field in SETTINGS.values()
+    )
+    return inspect.Signature([parameter("self", parameter.POSITIONAL_ONLY), model, *named])
 
 
 class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -42,68 +72,18 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         >>> clf.predict(["Where is my card?"])  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        model: str = "Qwen/Qwen2.5-1.5B-Instruct",
-        *,
-        instruction: str | None = None,
-        list_labels: bool | None = None,
-        label_texts: dict[str, str] | None = None,
-        max_length: int | None = None,
-        method: str | None = None,
-        rank: int | None = None,
-        alpha: float | None = None,
-        dropout: float | None = None,
-        use_rslora: bool | None = None,
-        use_dora: bool | None = None,
-        init_lora_weights: str | None = None,
-        loraplus_lr_ratio: float | None = None,
-        target_modules: Sequence[str] | None = None,
-        learning_rate: float | None = None,
-        epochs: float | None = None,
-        max_steps: int | None = None,
-        batch_size: int | None = None,
-        micro_batch_tokens: int | None = None,
-        schedule: str | None = None,
-        warmup_fraction: float | None = None,
-        weight_decay: float | None = None,
-        max_grad_norm: float | None = None,
-        eval_steps: int | None = None,
-        validation_fraction: float | None = None,
-        patience: int | None = None,
-        precision: str | None = None,
-        device: str | None = None,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, model: str = "Qwen/Qwen2.5-1.5B-Instruct", **settings: Any) -> None:
+        unknown = sorted(settings.keys() - SETTINGS.keys())
+        if unknown:
+            close = close_match(unknown[0], SETTINGS)
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise TypeError(f"TextClassifier has no argument {unknown[0]!r}{hint}")
         self.model = model
-        self.instruction = instruction
-        self.list_labels = list_labels
-        self.label_texts = label_texts
-        self.max_length = max_length
-        self.method = method
-        self.rank = rank
-        self.alpha = alpha
-        self.dropout = dropout
-        self.use_rslora = use_rslora
-        self.use_dora = use_dora
-        self.init_lora_weights = init_lora_weights
-        self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.target_modules = target_modules
-        self.learning_rate = learning_rate
-        self.epochs = epochs
-        self.max_steps = max_steps
-        self.batch_size = batch_size
-        self.micro_batch_tokens = micro_batch_tokens
-        self.schedule = schedule
-        self.warmup_fraction = warmup_fraction
-        self.weight_decay = weight_decay
-        self.max_grad_norm = max_grad_norm
-        self.eval_steps = eval_steps
-        self.validation_fraction = validation_fraction
-        self.patience = patience
-        self.precision = precision
-        self.device = device
-        self.seed = seed
+        for name in SETTINGS:
+            setattr(self, name, settings.get(name))
+
+    # scikit-learn reads the names of the parameters here, and so does a person.
+    __init__.__signature__ = _signature()  # type: ignore[attr-defined]
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> TextClassifier:
         """Train on texts and their labels.
@@ -119,6 +99,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ConfigError: If a setting is wrong.
             DataError: If the texts or labels cannot be learned from.
             ModelError: If the base model cannot be used.
+            ResourceError: If memory does not suffice.
         """
         texts = _texts(X)
         targets = np.asarray(y)
@@ -141,18 +122,13 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             validation_fraction=config.validation_fraction,
             seed=config.seed,
         )
-        device = choose_device(config.device)
-        precision = choose_precision(device, config.precision, trains_base=config.method == "full")
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(config.seed)
-            adapted, prompt, card, _ = load_trainable(config, names, precision, device)
-            with accelerator_for(precision, device) as accelerator:
-                with accelerator.autocast():
-                    check_tree(adapted, short_rows(dataset.train, prompt))
-                fit(adapted, prompt, dataset, config, accelerator=accelerator, precision=precision)
+        # In the order of the classes, where that of numbers is not that of their names
+        dataset = dataclasses.replace(dataset, labels=tuple(names))
+        with open_session(config, dataset) as session:
+            fit(session)
         self.classes_ = classes
-        self.model_, self.prompt_, self._card, self._precision = adapted, prompt, card, precision
+        self.model_, self.prompt_ = session.model, session.prompt
+        self._trained = session.trained
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -161,12 +137,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         The columns are in the order of `classes_`.
         """
         check_is_fitted(self)
-        scorer = Scorer(
-            self.model_,
-            self.prompt_,
-            max_tokens=self._config().max_tokens,
-            autocast=self._precision.autocast,
-        )
+        scorer = self._trained.scorer(max_tokens=self._config().max_tokens)
         return scorer.probabilities(_texts(X))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
@@ -179,7 +150,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Save the adapter in PEFT's format, or the model, beside what Remora needs to load it."""
         check_is_fitted(self)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        saved.save(self.model_, self.prompt_, self._card, Path(path))
+        saved.save(self.model_, self.prompt_, self._trained.card, Path(path))
 
     @classmethod
     def load(
@@ -205,19 +176,14 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ModelError: If a part is missing or broken, or the base model is another one.
         """
         config = TrainConfig("", model=model or "", precision=precision, device=device)  # type: ignore[arg-type]
-        where = choose_device(config.device)
-        decided = choose_precision(
-            where, config.precision, trains_base=adapter_card.is_full(Path(path))
-        )
-        adapted, prompt, card = saved.load_adapter(
-            Path(path), base=model, dtype=decided.base, device=where
-        )
+        trained = open_trained(path, base=model, device=config.device, precision=config.precision)
+        card = trained.card
         loaded = cls(
             model or card.base_model, method=card.method, precision=precision, device=device
         )
         loaded.classes_ = np.array(card.labels)
-        loaded.model_, loaded.prompt_ = adapted, prompt
-        loaded._card, loaded._precision = card, decided
+        loaded.model_, loaded.prompt_ = trained.model, trained.prompt
+        loaded._trained = trained
         return loaded
 
     def _config(self) -> TrainConfig:

@@ -276,7 +276,7 @@ def test_the_evidence_behind_a_verdict() -> None:
         np.array(["b", "a", "b", "c"]),
         np.array(["b", "a", "b", "b"]),
     )
-    (pair,) = verdicts.diagnose(["a", "b", "c"], true, judged, suspected, [(0, 9)], held_out)
+    (pair,) = verdicts.diagnose_pairs(["a", "b", "c"], true, judged, suspected, [(0, 9)], held_out)
     assert (pair.first_as_second, pair.second_as_first, pair.num_suspects) == (2, 1, 1)
     assert (pair.first_by_all, pair.second_by_all) == (1, 0)  # row 5 is suspected
     assert pair.by_all_by_chance == pytest.approx(2 * 2 / 9)
@@ -407,7 +407,7 @@ def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path
         finished, {90: "refund", 5: "card arrival", 1: "delete", 2: "", 3: "card arrival"}
     )
     assert remora("diagnose", finished, "--apply", path) == 0
-    assert "2 corrected and 1 deleted rows in" in capsys.readouterr().out
+    assert "2 rows corrected, 1 deleted in" in capsys.readouterr().out
     cleaned = read_table(finished / "cleaned.csv")
     table = rows()
     assert cleaned.texts == table.texts[1:]
@@ -427,7 +427,7 @@ def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("decisions", "told"),
     [
-        ({5: "refnd"}, "line 2 decides for 'refnd', which is no label; did you mean 'refund'"),
+        ({5: "refnd"}, "line 2 has the decision 'refnd', which is no label; did you mean 'refund'"),
         (dict.fromkeys(range(1, 97), "delete"), "deletes every row"),
     ],
 )
@@ -442,8 +442,8 @@ def test_decisions_for_other_rows_are_refused(finished: Path) -> None:
     path = decide(finished, {5: "refund"})
     text = path.read_text()
     for old, new, told in (
-        ("5,", "6,", "line 2 is not row 6 of the data any more"),
-        ("5,", "97,", "line 2 is of row '97', which the data do not have; use"),
+        ("5,", "6,", "line 2 no longer matches row 6 of the data"),
+        ("5,", "97,", "line 2 is for row '97', which is not in the data; use"),
         ("decision", "choice", "has no column decision"),
         (",refund\n", "\n", "line 2 has too few or too many fields"),
     ):
@@ -456,7 +456,7 @@ def test_a_table_that_has_changed_is_refused(finished: Path, capsys) -> None:
     table = rows()
     write_csv(finished.parent / "train.csv", Table(table.texts[1:], table.labels[1:]))
     assert remora("diagnose", finished) == 3
-    assert "are not those that" in capsys.readouterr().err
+    assert "have changed since" in capsys.readouterr().err
     (finished / "predictions.csv").unlink()
     with pytest.raises(
         DataError, match=r"no predictions.csv; give the directory of a finished run"

@@ -202,7 +202,7 @@ def test_a_stopped_curve_goes_on_where_it_stopped(
     assert len(list(config.output.iterdir())) == 1
     size, step = stop_at
     assert teller.steps == [*range(step + 1, 5), *([1, 2, 3, 4] * (3 - size))]
-    assert sum(line.endswith("it is finished") for line in teller.lines) == size - 1
+    assert sum(line.endswith("finished already") for line in teller.lines) == size - 1
     assert contents(result.directory) == contents(undisturbed.directory)
 
 
@@ -235,7 +235,7 @@ def test_sizes_that_are_none_are_refused(sizes: str) -> None:
 def test_sizes_are_read() -> None:
     assert TrainConfig("d", model="b", learning_curve="5, 10,all").curve_sizes == (5, 10, None)
     assert TrainConfig("d", model="b", learning_curve="5,10").num_per_class == 10
-    with pytest.raises(ConfigError, match="rows_per_class and learning_curve are given"):
+    with pytest.raises(ConfigError, match="rows_per_class and learning_curve are both"):
         TrainConfig("d", model="b", learning_curve="5,10", rows_per_class=3)
     with pytest.raises(ConfigError, match="trained on one device"):
         TrainConfig("d", model="b", learning_curve="5,10", devices=2)
@@ -257,7 +257,7 @@ def test_a_curve_may_end_before_all_rows(config: TrainConfig, capsys) -> None:
     assert json.loads((Path(found["directory"]) / "data.json").read_text())["num_train"] == 24
     assert remora("train", *arguments) == 0
     shown = capsys.readouterr().out
-    assert "2 sizes are too few to extrapolate from" in shown
+    assert "2 sizes are too few to extrapolate" in shown
     assert shown.rstrip().endswith(".")
 
 
@@ -285,7 +285,9 @@ def sizes_of(*accuracies: float, baseline: float = 0.1) -> list[Size]:
 def test_the_answer_turns_on_the_last_step_and_on_who_errs_alike() -> None:
     rising = sizes_of(0.5, 0.6)
     said = answer(rising, 0.1, (0.06, 0.14), None, 0.9)
-    assert said.startswith("Label more: from 100 to 200 rows, accuracy changed by +10.0 points for")
+    assert said.startswith(
+        "Label more rows: from 100 to 200 rows, accuracy changed by +10.0 points"
+    )
     assert "(95% interval +6.0 to +14.0)." in said
     further = Extrapolation(
         floor=0.1,
@@ -297,7 +299,7 @@ def test_the_answer_turns_on_the_last_step_and_on_who_errs_alike() -> None:
         foretold=0.61,
     )
     assert "400 rows should give about 68%" in answer(rising, 0.1, (0.06, 0.14), further, 0.9)
-    also = "A bigger model may pay too: with 1 per class"
+    also = "A bigger model may help too: with 1 per class"
     alike = [replace(size, p_value=0.2) for size in rising]
     behind = [replace(rising[0], baseline_accuracy=0.7), rising[1]]
     assert also not in said
@@ -305,14 +307,14 @@ def test_the_answer_turns_on_the_last_step_and_on_who_errs_alike() -> None:
     assert also in answer(behind, 0.1, (0.06, 0.14), None, 0.9)
     worse = [replace(size, baseline_accuracy=0.7) for size in rising]
     said = answer(worse, 0.1, (0.06, 0.14), None, 0.9)
-    assert said.startswith("Train longer, or take a bigger model: with 2 per class this one gets")
-    assert "60.0% where the baseline gets 70.0%" in said
+    assert said.startswith("Train longer, or use a bigger model: with 2 per class this one has")
+    assert "60.0% accuracy and the baseline 70.0%" in said
     assert followed(rising[-1], further, "with care") == (further, "with care")
     found, caution = followed(worse[-1], further, "with care")
     assert found is None
     assert caution.startswith("no extrapolation: the last size is worse than the baseline")
     assert followed(worse[-1], None, "too few") == (None, "too few")
     flat = sizes_of(0.8, 0.801)
-    assert answer(flat, 0.001, (-0.004, 0.006), None, 0.6).startswith("Clean what there is")
-    assert answer(flat, 0.001, (-0.004, 0.006), None, 0.4).startswith("Take a bigger model")
-    assert answer(flat, 0.001, (-0.02, 0.02), None, 0.6).startswith("These test rows do not tell")
+    assert answer(flat, 0.001, (-0.004, 0.006), None, 0.6).startswith("Clean the labels")
+    assert answer(flat, 0.001, (-0.004, 0.006), None, 0.4).startswith("Use a bigger model")
+    assert answer(flat, 0.001, (-0.02, 0.02), None, 0.6).startswith("Inconclusive")

@@ -97,7 +97,7 @@ def test_a_stopped_run_with_sharded_weights_goes_on_to_the_same_bits(
             assert load_file(saved)[f"{kind}/{name}"].shape == weight.shape
     code, said = ended(config)
     assert code == 0, "\n".join(said)
-    assert any("going on after step" in line for line in said)
+    assert any("resuming after step" in line for line in said)
     assert sha256(config) == sha256(undisturbed)
     assert untimed(config) == untimed(undisturbed)
 

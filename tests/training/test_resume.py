@@ -236,7 +236,7 @@ def test_a_run_that_the_disk_has_no_room_for_does_not_begin(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
-    with pytest.raises(ResourceError, match=r"takes .* of disk and there are 20 kB for .*--output"):
+    with pytest.raises(ResourceError, match=r"needs .* of disk, 20 kB are free in .*--output"):
         train(config)
     assert not config.output.exists()
 
@@ -340,7 +340,7 @@ def test_a_folder_of_something_else_is_refused_or_passed_over(config: TrainConfi
 def test_a_run_that_another_process_holds_is_refused(config: TrainConfig) -> None:
     directory = interrupted(config, Interrupter(step=1))
     code = (
-        "import sys, time, pathlib; from remora import resume\n"
+        "import sys, time, pathlib; from remora.training import resume\n"
         "with resume.hold(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(directory)]
@@ -348,7 +348,7 @@ def test_a_run_that_another_process_holds_is_refused(config: TrainConfig) -> Non
         try:
             assert other.stdout is not None
             assert other.stdout.readline() == "held\n"
-            with pytest.raises(ConfigError, match=f"held by process {other.pid} on"):
+            with pytest.raises(ConfigError, match=f"locked by process {other.pid} on"):
                 train(config)
         finally:
             other.kill()
@@ -363,7 +363,7 @@ def test_damaged_checkpoints_are_told_about_and_not_skipped_to_zero(config: Trai
     content[len(content) // 2] ^= 1
     tensors.write_bytes(bytes(content))
     reporter = Interrupter()
-    with pytest.raises(ModelError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(ModelError, match=r"every checkpoint in .* is damaged"):
         train(config, reporter=reporter)
     assert any("tensors.safetensors is not what was written" in line for line in reporter.lines)
 
@@ -443,7 +443,7 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
     assert code == -signal.SIGKILL
     reporter = Interrupter()
     result = train(config, reporter=reporter)
-    assert any("going on after step" in line for line in reporter.lines)
+    assert any("resuming after step" in line for line in reporter.lines)
     assert outcome(result.directory) == undisturbed
 
 

@@ -23,12 +23,11 @@ from remora.data.dataset import load_dataset
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 from remora.evaluation.predictions import PROBABILITIES, read_probabilities
 from remora.models import loading, saved
-from remora.runtime import memory, reporter
+from remora.runtime import memory
 from remora.runtime.device import choose_precision
 from remora.runtime.process_group import ProcessGroup
-from remora.runtime.stop import Stop
-from remora.training import finish, micro_batches, run, setup
-from remora.training.loop import _validate
+from remora.runtime.reporter import Reporter, Validation
+from remora.training import finish, micro_batches, run, session, setup
 from remora.training.progress import Speed
 from remora.training.run import train
 from remora.training.setup import load_trainable
@@ -153,7 +152,7 @@ def test_eval_chooses_its_threshold_on_validation_rows(
 ) -> None:
     _, directory = finished
     done = remora("eval", directory, table, "--abstain-at-accuracy", "0.9")
-    assert re.search(r"abstain    confidence 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
+    assert re.search(r"abstain    threshold 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
     assert re.search(r"at temperature \d+\.\d\d, fitted on 9 validation rows", done.stdout)
     (tmp_path / "oos.csv").write_text("text\nWhat a fine day\nbla bla\n", encoding="utf-8")
     only = tmp_path / "adapter"
@@ -169,11 +168,11 @@ def test_eval_chooses_its_threshold_on_validation_rows(
     assert 0 < found["out_of_scope"]["auroc"] < 1
 
 
-class Watcher(reporter.Reporter):
+class Watcher(Reporter):
     def __init__(self) -> None:
-        self.seen: list[reporter.Validation] = []
+        self.seen: list[Validation] = []
 
-    def validated(self, validation: reporter.Validation) -> None:
+    def validated(self, validation: Validation) -> None:
         self.seen.append(validation)
 
 
@@ -189,10 +188,10 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     adapted, prompt, _ = saved.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = load_dataset(config.data, seed=config.seed)
     scorer = scoring.Scorer(adapted, prompt)
-    accuracy, log_loss = _validate(
-        scorer, dataset.validation, reporter.Reporter(), Stop(), ProcessGroup()
+    scored = scoring.score_rows(scorer, dataset.validation, "validation", Reporter())
+    assert (scored.correct.mean(), scored.log_loss) == pytest.approx(
+        (best.accuracy, best.log_loss), rel=1e-4
     )
-    assert (accuracy, log_loss) == pytest.approx((best.accuracy, best.log_loss), rel=1e-4)
 
 
 def test_early_stopping_stops_after_patience(config: TrainConfig) -> None:
@@ -235,7 +234,7 @@ def losses(result: finish.TrainResult) -> list[float]:
     return [record["loss"] for record in map(json.loads, records) if "loss" in record]
 
 
-class Listener(reporter.Reporter):
+class Listener(Reporter):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -253,7 +252,7 @@ def test_running_out_of_memory_changes_no_result(
     run_out_of_memory(monkeypatch, 60, calls)
     disturbed = losses(train(settings, reporter=listener))
     np.testing.assert_allclose(disturbed, undisturbed, rtol=1e-4)
-    assert len([line for line in listener.lines if "the memory ran out" in line]) == 1
+    assert len([line for line in listener.lines if "out of memory" in line]) == 1
 
 
 def test_a_run_that_ran_out_is_the_run_that_began_smaller(config: TrainConfig, monkeypatch) -> None:
@@ -269,7 +268,7 @@ def test_a_run_that_ran_out_is_the_run_that_began_smaller(config: TrainConfig, m
 
     monkeypatch.setattr(micro_batches.MicroBatches, "_halve", halve_and_note)
     with monkeypatch.context() as patch:
-        run_out_of_memory(patch, 0, {2})  # the first call is the check at the start
+        run_out_of_memory(patch, 0, {1})
         disturbed = losses(train(settings))
     (size,) = sizes
     assert losses(train(replace(settings, micro_batch_tokens=size))) == disturbed
@@ -277,7 +276,7 @@ def test_a_run_that_ran_out_is_the_run_that_began_smaller(config: TrainConfig, m
 
 def test_memory_that_holds_no_row_is_one_line_and_exit_five(config, monkeypatch) -> None:
     run_out_of_memory(monkeypatch, 0)
-    with pytest.raises(ResourceError, match="memory does not suffice for a single row of") as error:
+    with pytest.raises(ResourceError, match="a single row of") as error:
         train(config)
     assert error.value.exit_code == 5
 
@@ -293,17 +292,17 @@ def test_a_processor_is_not_asked_for_memory_that_is_not_there(config, monkeypat
         monkeypatch.setattr(memory, "free_bytes", lambda _: int(largest * 0.7))
         return made, heaviest
 
-    monkeypatch.setattr(run, "plan_run", plan_then_shrink)
+    monkeypatch.setattr(setup, "plan_run", plan_then_shrink)
     settings = replace(config, dropout=0.0, max_steps=3)
     disturbed = losses(train(settings, reporter=listener))
-    assert [line for line in listener.lines if "the memory ran out" in line]
+    assert [line for line in listener.lines if "out of memory" in line]
     np.testing.assert_allclose(disturbed, undisturbed, rtol=1e-4)
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_read(config, monkeypatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _: 0)
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(ResourceError, match=r"of memory and there are .* what would fit"):
+    with pytest.raises(ResourceError, match=r"of memory, .* are available; what fits"):
         train(config)
 
 
@@ -312,7 +311,7 @@ def test_the_plan_is_kept_beside_what_was_measured(finished) -> None:
     kept = json.loads((directory / "plan.json").read_text())
     assert kept["peak_bytes"] == sum(kept["memory"].values())
     assert kept["measured_peak_bytes"] > 0
-    assert "memory at the peak of training: " in done.stderr
+    assert "peak memory of training: " in done.stderr
 
 
 def test_scoring_keeps_to_what_was_planned(config: TrainConfig, monkeypatch) -> None:
@@ -328,8 +327,8 @@ def test_scoring_keeps_to_what_was_planned(config: TrainConfig, monkeypatch) -> 
             made.append(settings)
             super().__init__(*arguments, **settings)
 
-    monkeypatch.setattr(run, "plan_run", plan_smaller)
-    monkeypatch.setattr(run, "Scorer", Noted)
+    monkeypatch.setattr(setup, "plan_run", plan_smaller)
+    monkeypatch.setattr(saved, "Scorer", Noted)
     train(replace(config, epochs=1))
     assert len(made) >= 2  # for validation and for the test rows
     assert {settings["max_tokens"] for settings in made} == {70}
@@ -374,15 +373,15 @@ def test_the_loss_of_the_first_step_is_the_stock_loss(config: TrainConfig, base:
 
 def diverging(monkeypatch, steps: set[int]) -> None:
     """Make the loss of some steps not finite, where a step has one micro-batch."""
-    # The plan comes first, and the heaviest micro-batch, which is computed twice.
-    done = [-3]
+    # The heaviest micro-batch comes first, and is computed twice.
+    done = [-2]
 
     def spoilt(logits, packed):
         done[0] += 1
         return loss_sum(logits, packed) * (float("nan") if done[0] in steps else 1.0)
 
     monkeypatch.setattr(micro_batches, "loss_sum", spoilt)
-    monkeypatch.setattr(run, "check_tree", lambda *_: None)
+    monkeypatch.setattr(session, "check_tree", lambda *_: None)
 
 
 def test_a_diverging_run_ends_with_six_and_says_where_it_began(
@@ -401,15 +400,15 @@ def test_a_diverging_run_ends_with_six_and_says_where_it_began(
 def test_a_step_that_is_not_finite_is_not_taken(config: TrainConfig, monkeypatch) -> None:
     lines: list[str] = []
 
-    class Listener(reporter.Reporter):
+    class Listener(Reporter):
         def say(self, line: str) -> None:
             lines.append(line)
 
     diverging(monkeypatch, {2, 4, 5})
     result = train(config, reporter=Listener())
-    assert [line for line in lines if "not taken" in line] == [
-        "the loss is nan at step 2; this step is not taken",
-        "the loss is nan at step 4; this step is not taken",
+    assert [line for line in lines if "skipping" in line] == [
+        "the loss is nan at step 2; skipping this step",
+        "the loss is nan at step 4; skipping this step",
     ]
     assert result.metrics.accuracy > 0.5
 

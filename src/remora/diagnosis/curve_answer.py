@@ -1,4 +1,4 @@
-"""What a learning curve says: label more, clean what there is, or take a bigger model."""
+"""What a learning curve says: label more rows, clean the labels, or use a bigger model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from remora.diagnosis.extrapolation import Extrapolation
 
 SIGNIFICANT = 0.05
 WORTH = 0.01
-"""Accuracy that twice the rows must bring to be worth labelling them."""
+"""Accuracy that doubling the rows must add to be worth the labelling."""
 ALIKE = 0.5
-"""Share of mistakes that the baseline makes too, with the same label, from which labels are
-suspected."""
+"""From this share of mistakes that the baseline makes too, the labels are suspected."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What was trained on one number of rows per class has shown."""
+    """Results with one number of rows per class."""
 
     per_class: int | None  # None: all
     num_rows: int
@@ -47,7 +46,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningCurve:
-    """Sizes in rising order, and what follows."""
+    """Results by size, in rising order, and what they say."""
 
     measured_on: str
     num_measured: int
@@ -55,7 +54,7 @@ class LearningCurve:
     gain: float  # accuracy of the last size minus that of the one before
     gain_interval: tuple[float, float]  # 95 %, Agresti and Min (2005)
     extrapolation: Extrapolation | None
-    caution: str  # what the extrapolation cannot say, or why there is none
+    caution: str  # limits of the extrapolation, or why there is none
     answer: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,11 +65,11 @@ class LearningCurve:
 def followed(
     last: Size, extrapolation: Extrapolation | None, caution: str
 ) -> tuple[Extrapolation | None, str]:
-    """Leave out an extrapolation to more rows where it is not rows that the last size lacks."""
+    """Drop the extrapolation where the last size does not lack rows but training."""
     if extrapolation and last.is_behind:
         return None, (
             "no extrapolation: the last size is worse than the baseline, so longer training may "
-            "give what the curve would say of more rows"
+            "bring what the curve would attribute to more rows"
         )
     return extrapolation, caution
 
@@ -82,13 +81,13 @@ def answer(
     extrapolation: Extrapolation | None,
     alike: float | None,
 ) -> str:
-    """Say whether to label more, to clean what there is, or to take a bigger model.
+    """Say whether to label more rows, to clean the labels, or to use a bigger model.
 
     Args:
         sizes: The sizes, rising.
         gain: Accuracy of the last size minus that of the one before.
         gain_interval: Its 95 % interval.
-        extrapolation: Where the curve leads, if that can be told.
+        extrapolation: Where the curve leads, if it can be extrapolated.
         alike: Share of the last size's mistakes that the baseline makes too, with the same label.
     """
     first, before, last = sizes[0], sizes[-2], sizes[-1]
@@ -97,37 +96,34 @@ def answer(
     worth = 100 * WORTH
     figures = (
         f"from {before.num_rows:,} to {last.num_rows:,} rows, accuracy changed by {each:+.1f} "
-        f"points for each doubling (95% interval {low:+.1f} to {high:+.1f})"
+        f"points per doubling (95% interval {low:+.1f} to {high:+.1f})"
     )
     if last.is_behind:
         return (
-            f"Train longer, or take a bigger model: with {last.spoken} this one gets "
-            f"{last.accuracy:.1%} where the baseline gets {last.baseline_accuracy:.1%}, so it is "
-            "not rows that it lacks."
+            f"Train longer, or use a bigger model: with {last.spoken} this one has "
+            f"{last.accuracy:.1%} accuracy and the baseline {last.baseline_accuracy:.1%}, so more "
+            "rows are not what it needs."
         )
     if low > 0 and each >= worth:
-        text = f"Label more: {figures}"
+        text = f"Label more rows: {figures}"
         if extrapolation:
-            text += f", and {extrapolation.num_rows:,} rows should give about "
+            text += f"; {extrapolation.num_rows:,} rows should give about "
             text += f"{extrapolation.accuracy:.0%}"
         if first.baseline_accuracy >= first.accuracy or first.p_value >= SIGNIFICANT:
             text += (
-                f". A bigger model may pay too: with {first.spoken} this one is no better than "
-                f"the baseline (p = {first.p_value:.2g}), and what a model knows beforehand "
-                "counts most where rows are few"
+                f". A bigger model may help too: with {first.spoken} this one is no better than "
+                f"the baseline (p = {first.p_value:.2g}), and pretraining counts most where rows "
+                "are few"
             )
         return f"{text}."
     if high >= worth:
-        return (
-            f"These test rows do not tell: {figures}. Measure on more rows, or with sizes that "
-            "are further apart."
-        )
+        return f"Inconclusive: {figures}. Measure on more test rows, or with sizes further apart."
     if alike is not None and alike >= ALIKE:
         return (
-            f"Clean what there is: {figures}, and the baseline makes {alike:.0%} of the mistakes "
-            "alike, so the labels themselves are suspect; see `remora diagnose`."
+            f"Clean the labels: {figures}, and the baseline makes {alike:.0%} of the same "
+            "mistakes, so the labels themselves are suspect; run `remora diagnose`."
         )
     return (
-        f"Take a bigger model: {figures}, and most mistakes are not those of the baseline, so "
-        "neither more rows nor cleaner ones promise much."
+        f"Use a bigger model: {figures}, and most mistakes are not those of the baseline, so "
+        "neither more rows nor cleaner labels are likely to help much."
     )

@@ -1,8 +1,7 @@
-"""Why a classifier errs: labels that overlap, wrong labels, too few rows, too little training."""
+"""Why a classifier errs: overlapping classes, mislabelled rows, too few rows, undertraining."""
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections import defaultdict, deque
@@ -23,39 +22,39 @@ from remora.diagnosis.label_noise import LabelNoise
 from remora.diagnosis.out_of_sample import Judgement
 from remora.diagnosis.rare_tokens import TiedToken
 from remora.diagnosis.relabel import Suspect
-from remora.diagnosis.verdicts import HeldOut, PairDiagnosis
+from remora.diagnosis.verdicts import HeldOut, PairDiagnosis, confused
 from remora.errors import DataError
-from remora.formatting import one_line
+from remora.evaluation.predictions import PREDICTIONS, Predictions, read_predictions
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
 
 NUM_NEIGHBOURS = 5
 LIST_FROM = 0.2
-"""Rows whose label is wrong with at least this probability are listed."""
+"""Rows that are mislabelled with at least this probability are listed."""
 SURE = 0.9
-"""So are rows whose judges name the same other label, together with at least this probability."""
+"""So are rows whose judges agree on another label with at least this pooled probability."""
 NUM_TOKENS = 20
 FOLDS = "folds"
-"""What trained adapters have said so far, in the run directory until the diagnosis is done."""
+"""Folds finished so far, in the run directory until the diagnosis is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planted:
-    """How many of a sample's labels that are wrong on purpose were found."""
+    """How many of the labels that are wrong on purpose in a sample were found."""
 
     num_wrong: int
     num_listed: int  # rows in relabel.csv
-    num_found: int  # wrong ones among them
-    num_suggested: int  # of those found, how many come with the right label
+    num_found: int  # mislabelled rows among them
+    num_suggested: int  # of those, how many come with the right label
 
     @property
     def precision(self) -> float:
-        """Share of the rows listed that are wrong."""
+        """Share of the listed rows that are mislabelled."""
         return self.num_found / max(1, self.num_listed)
 
     @property
     def recall(self) -> float:
-        """Share of the wrong rows that are listed."""
+        """Share of the mislabelled rows that are listed."""
         return self.num_found / self.num_wrong
 
 
@@ -65,19 +64,19 @@ class Ceiling:
 
     accuracy: float
     interval: tuple[float, float]  # 95 %
-    wrong: float  # estimated share of wrong labels
-    overlapping: float  # share of rows that every judge confuses because labels overlap
-    alike: float  # share of other rows that run, judges and baseline give the same wrong label
+    wrong: float  # estimated share of mislabelled rows
+    overlapping: float  # share of rows that run and judges confuse in overlapping classes
+    alike: float  # share of other rows to which run, judges and baseline give the same wrong label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What was found."""
+    """Why a run errs."""
 
     method: str
     num_rows: int
     out_of_sample_accuracy: float  # against the labels as given
-    wrong: float  # estimated share of the training rows' labels that are wrong
+    wrong: float  # estimated share of mislabelled training rows
     wrong_interval: tuple[float, float]  # 95 %
     suspects: tuple[Suspect, ...]  # the most suspicious first
     pairs: tuple[PairDiagnosis, ...]
@@ -86,7 +85,7 @@ class Diagnosis:
     num_test_near: int  # test rows that are nearly a training text, those included
     num_conflicting: int  # training rows with a nearly identical text under another label
     num_conflicts: int  # pairs of such rows
-    num_covered: int  # of those, with a row that is suspected or labels told to overlap
+    num_covered: int  # of those, with a listed row or with overlapping labels
     tied_tokens: tuple[TiedToken, ...]
     accuracy: float  # of the run
     planted: Planted | None  # for a sample, whose wrong labels are known
@@ -94,16 +93,6 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them; the suspects are in relabel.csv."""
         return asdict(self) | {"suspects": len(self.suspects)}
-
-
-@dataclass(frozen=True)
-class _Predictions:
-    """predictions.csv, defused as it is."""
-
-    texts: list[str]
-    true: NDArray[np.str_]
-    by_run: NDArray[np.str_]
-    by_baseline: NDArray[np.str_] | None
 
 
 def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Diagnosis:
@@ -114,11 +103,14 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
         Stopped: If a signal asked to stop while adapters were trained.
     """
     reporter = reporter or Reporter()
-    predictions = _predictions(config.run)
+    _need_file(config.run, PREDICTIONS)
     settings, dataset, everything = load(config)
     labels, rows = dataset.labels, everything.train
-    table, held_rows = _with_held_out(rows, predictions, labels)
+    run = read_predictions(config.run / PREDICTIONS, labels)
     place = {label: index for index, label in enumerate(labels)}
+
+    # Every row, training and held out, judged out of sample
+    table, held_rows = _with_held_out(rows, run)
     true = np.array([place[label] for label in table.labels])
     reporter.say(out_of_sample.DESCRIPTIONS[config.method])
     judged = out_of_sample.judge(
@@ -129,32 +121,38 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
         reporter,
         folder=config.run / FOLDS,
     )
-    held_out_noise = label_noise.estimate(judged.probabilities[held_rows], true[held_rows])
-    given = judged.probabilities[held_rows].argmax(1)
-    by_judges = np.array([files.defused(label) for label in labels])[given]
-    held_out = HeldOut(predictions.true, predictions.by_run, predictions.by_baseline, by_judges)
 
+    # The held-out rows, and the ceiling
+    held_out_noise = label_noise.estimate(judged.probabilities[held_rows], true[held_rows])
+    held_out = HeldOut(
+        true=np.array(run.true),
+        by_run=np.array(run.predicted),
+        by_baseline=None if run.baseline is None else np.array(run.baseline),
+        by_judges=np.array(labels)[judged.probabilities[held_rows].argmax(1)],
+    )
+
+    # The training rows: mislabelled ones, and confused pairs of labels
     true, judged = true[: len(rows)], judged.first(len(rows))
     noise = label_noise.estimate(judged.probabilities, true)
     neighbours, near = duplicates.nearest(rows.texts, NUM_NEIGHBOURS)
     conflicts = [(i, j) for i, j in near if true[i] != true[j]]
     listed = list_rows(judged, true, noise, conflicts)
     suspects = _suspects(rows, labels, true, judged.probabilities, noise, listed, neighbours)
-    diagnosed = verdicts.diagnose(labels, true, judged, noise.p_wrong >= 0.5, conflicts, held_out)
+    pairs = verdicts.diagnose_pairs(labels, true, judged, noise.p_wrong >= 0.5, conflicts, held_out)
     overlapping = {
         frozenset((place[pair.first], place[pair.second]))
-        for pair in diagnosed
+        for pair in pairs
         if pair.verdict == "labels overlap"
     }
-    found = Diagnosis(
+    diagnosis = Diagnosis(
         method=out_of_sample.DESCRIPTIONS[config.method],
         num_rows=len(rows),
         out_of_sample_accuracy=float((judged.probabilities.argmax(1) == true).mean()),
         wrong=noise.rate,
         wrong_interval=noise.interval,
         suspects=suspects,
-        pairs=diagnosed,
-        ceiling=ceiling(held_out_noise, held_out, diagnosed),
+        pairs=pairs,
+        ceiling=ceiling(held_out_noise, held_out, pairs),
         num_test_exact=duplicates.num_exact(dataset),
         num_test_near=duplicates.num_near(dataset),
         num_conflicting=len({row for conflict in conflicts for row in conflict}),
@@ -167,15 +165,20 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
         accuracy=float((held_out.true == held_out.by_run).mean()),
         planted=_planted(sources.planted_errors(settings.data), suspects),
     )
-    relabel.write(config.run / "relabel.csv", found.suspects)
-    files.write_json(config.run / "diagnosis.json", found.to_dict())
+
+    # Files
+    relabel.write(config.run / "relabel.csv", diagnosis.suspects)
+    files.write_json(config.run / "diagnosis.json", diagnosis.to_dict())
     if config.method == "adapters":
         shutil.rmtree(config.run / FOLDS, ignore_errors=True)
-    return found
+    return diagnosis
 
 
 def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
-    """Write the training table with a person's decisions; return where, corrected and deleted.
+    """Write the training table with a person's decisions.
+
+    Returns:
+        Its path, and how many rows were corrected and deleted.
 
     Raises:
         DataError: If the decisions do not fit the table.
@@ -189,7 +192,7 @@ def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
 
 
 def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
-    """Return a run's settings, its splits, and all rows of its training table in their order.
+    """Return a run's settings, its splits, and all rows of its training table in order.
 
     Raises:
         DataError: If the rows are not those that the run was trained on.
@@ -206,8 +209,8 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
         raise DataError(f"{config.run} has no readable data.json; train it again") from error
     if wanted != dataset.summary.sha256:
         raise DataError(
-            f"the rows of {settings.data} are not those that {config.run} was trained on; "
-            "restore them, or train again"
+            f"the rows of {settings.data} have changed since {config.run} was trained; restore "
+            "them, or train again"
         )
     whole = replace(settings, validation_fraction=0.0, test_fraction=0.0)
     whole = replace(whole, rows_per_class=None, learning_curve=None)
@@ -222,65 +225,47 @@ def _need_file(directory: Path, name: str) -> None:
         raise DataError(f"{directory} has no {name}; {advice}")
 
 
-def _predictions(directory: Path) -> _Predictions:
-    path = directory / "predictions.csv"
-    _need_file(directory, path.name)
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        texts = [row["text"] for row in rows]
-        true, by_run = (np.array([row[name] for row in rows]) for name in ("label", "predicted"))
-        baseline = np.array([row["baseline"] for row in rows]) if "baseline" in rows[0] else None
-    except (ValueError, KeyError, IndexError, csv.Error) as error:
-        raise DataError(f"{path} is broken ({one_line(error)}); train the run again") from error
-    return _Predictions(texts, true, by_run, baseline)
-
-
-def _with_held_out(
-    rows: Table, predictions: _Predictions, labels: Sequence[str]
-) -> tuple[Table, NDArray[np.int64]]:
-    """Return the rows with the held-out ones added, and the places of those.
+def _with_held_out(rows: Table, run: Predictions) -> tuple[Table, NDArray[np.int64]]:
+    """Return the rows with the run's held-out ones added, and the places of those.
 
     Held-out rows that were split from the table are there already.
     """
-    known = {files.defused(label): label for label in labels}
     waiting = defaultdict[tuple[str, str], deque[int]](deque)
-    for row, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
-        waiting[files.defused(text), files.defused(label)].append(row)
-    texts, given, places = list(rows.texts), list(rows.labels), []
-    for text, label in zip(predictions.texts, predictions.true.tolist(), strict=True):
+    for row, pair in enumerate(zip(rows.texts, rows.labels, strict=True)):
+        waiting[pair].append(row)
+    texts, labels, places = list(rows.texts), list(rows.labels), []
+    for text, label in zip(run.texts, run.true, strict=True):
         if waiting[text, label]:
             places.append(waiting[text, label].popleft())
         else:
             places.append(len(texts))
             texts.append(text)
-            given.append(known[label])
-    return Table(texts, given), np.array(places)
+            labels.append(label)
+    return Table(texts, labels), np.array(places)
 
 
-def ceiling(noise: LabelNoise, held_out: HeldOut, diagnosed: Sequence[PairDiagnosis]) -> Ceiling:
+def ceiling(noise: LabelNoise, held_out: HeldOut, pairs: Sequence[PairDiagnosis]) -> Ceiling:
     """Estimate the accuracy that no model is expected to exceed on the held-out rows.
 
-    Two things cannot be learned: labels that are wrong, of which `label_noise` estimates the share,
-    and on which side of an overlap a row was put. Of labels told to overlap, the rows are counted
-    that run and judges both take for the other label; a coin would err on as many. Assumed: wrong
-    labels are not spread as the message would suggest, and the two are different rows. A model that
-    has learned the habits of who labelled the rows may do better. The interval has the Wilson
-    interval of the second share added to that of the first.
+    Two things cannot be learned: mislabelled rows, whose share `label_noise` estimates, and the
+    side of an overlap that a row was put on. In overlapping classes the rows count that both run
+    and judges confuse; guessing would err on as many. Assumed: mislabelling does not follow the
+    message, and the two sets of rows are disjoint. A model that has learned the habits of the
+    annotators may do better. The interval is the sum of the two shares' intervals (the second by
+    Wilson).
 
-    It is too high where labels are wrong as a careful person errs: those look like hard rows, and
-    predictions cannot tell them apart. They are among the other rows that run, judges and baseline
-    all give the same wrong label; their share stands beside it.
+    The ceiling is too high where annotators err on hard rows: predictions cannot tell such
+    mistakes from hard rows. They are among the rows to which run, judges and baseline give the
+    same wrong label; the share of those is reported beside it.
     """
     from scipy.stats import binomtest
 
     overlapping = np.zeros(len(held_out.true), dtype=bool)
-    for pair in diagnosed:
+    for pair in pairs:
         if pair.verdict == "labels overlap":
-            names = files.defused(pair.first), files.defused(pair.second)
-            overlapping |= verdicts.taken(held_out.true, held_out.by_run, *names) & verdicts.taken(
-                held_out.true, held_out.by_judges, *names
-            )
+            overlapping |= confused(
+                held_out.true, held_out.by_run, pair.first, pair.second
+            ) & confused(held_out.true, held_out.by_judges, pair.first, pair.second)
     overlapping &= noise.p_wrong < 0.5
     alike = (held_out.by_run != held_out.true) & ~overlapping & (noise.p_wrong < 0.5)
     for given in (held_out.by_judges, held_out.by_baseline):
@@ -289,8 +274,8 @@ def ceiling(noise: LabelNoise, held_out: HeldOut, diagnosed: Sequence[PairDiagno
     share = float(overlapping.mean())
     low, high = (0.0, 0.0)
     if share:
-        found = binomtest(int(overlapping.sum()), len(overlapping))
-        low, high = found.proportion_ci(method="wilson")
+        test = binomtest(int(overlapping.sum()), len(overlapping))
+        low, high = test.proportion_ci(method="wilson")
     return Ceiling(
         accuracy=max(0.0, 1 - noise.rate - share),
         interval=(max(0.0, 1 - noise.interval[1] - high), max(0.0, 1 - noise.interval[0] - low)),
@@ -308,8 +293,8 @@ def list_rows(
 ) -> NDArray[np.bool_]:
     """Choose the rows that a person should look at, [rows].
 
-    Those whose label is wrong with a fair probability, those whose judges are sure of another
-    label, and of two nearly identical texts with different labels the one that is likelier wrong.
+    Rows that are probably mislabelled, rows whose judges are sure of another label, and, of two
+    near-duplicates with different labels, the one that is more likely mislabelled.
     """
     best = judged.probabilities.argmax(1)
     agreed = np.logical_and.reduce([given == best for given in judged.judges])

@@ -1,4 +1,4 @@
-"""Texts that are alike: nearest neighbours, and test rows that are in training too."""
+"""Near-duplicate texts: nearest neighbours, and test rows that are in training too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from remora.data.dataset import Dataset
 
 NEAR = 0.9
-"""Cosine of the character n-grams of texts that are nearly the same."""
+"""Cosine of character n-grams from which texts are near-duplicates."""
 
 
 def _characters(texts: Sequence[str]) -> Any:
@@ -25,7 +25,7 @@ def _characters(texts: Sequence[str]) -> Any:
 def nearest(
     texts: Sequence[str], count: int, block: int = 512
 ) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
-    """Return the nearest other texts of each, [texts, count], and the pairs nearly the same."""
+    """Return the nearest other texts of each, [texts, count], and the near-duplicate pairs."""
     _, matrix = _characters(texts)
     count = min(count, len(texts) - 1)
     found = np.empty((len(texts), count), dtype=np.int64)
@@ -44,13 +44,13 @@ def _plain(text: str) -> str:
 
 
 def num_exact(dataset: Dataset) -> int:
-    """Return how many test texts are training texts, but for case and spaces."""
+    """Return how many test texts are training texts, ignoring case and spaces."""
     known = {_plain(text) for text in dataset.train.texts}
     return sum(_plain(text) in known for text in (dataset.test.texts if dataset.test else ()))
 
 
 def num_near(dataset: Dataset, block: int = 512) -> int:
-    """Return how many test texts are nearly a training text, or one."""
+    """Return how many test texts are near-duplicates of a training text, exact ones included."""
     if dataset.test is None or not len(dataset.test):
         return 0
     vectorizer, matrix = _characters(dataset.train.texts)

@@ -1,4 +1,4 @@
-"""A power law through the sizes of a learning curve, and whether it may be followed further."""
+"""A power law fitted to a learning curve, and whether it may be extrapolated."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MIN_SIZES = 4
-"""A power law with a floor has three unknowns; with as many sizes it fits whatever there is."""
+"""A power law with a floor has three parameters; with three sizes it fits anything."""
 MAX_MISS = 0.03
-"""Largest distance in accuracy of a size from the fitted curve, where chance allows no more."""
+"""Largest distance in accuracy of a size from the fitted curve, beyond chance."""
 MAX_BACKTEST_MISS = 0.05
 MAX_INTERVAL = 0.1
 NUM_RESAMPLED = 200
@@ -30,7 +30,7 @@ class Extrapolation:
     num_rows: int  # twice those of the last size
     accuracy: float
     accuracy_interval: tuple[float, float]  # 95 %, test rows resampled
-    foretold: float  # the last size's accuracy by a fit without it
+    foretold: float  # accuracy of the last size, predicted by a fit without it
 
 
 def extrapolate(
@@ -48,16 +48,19 @@ def extrapolate(
         rise: p-value of the exact McNemar test of the last size against the first.
 
     Returns:
-        The extrapolation and what it cannot say; or None and why the points do not support one.
+        The extrapolation and its limits; or None and why the sizes do not support one.
     """
     rates, num_test = wrong.mean(1), wrong.shape[1]
     if len(num_rows) < MIN_SIZES:
         return None, (
-            f"{len(num_rows)} sizes are too few to extrapolate from: the curve fitted has three "
-            f"unknowns, so give {MIN_SIZES} sizes or more"
+            f"{len(num_rows)} sizes are too few to extrapolate: the curve has three parameters; "
+            f"give {MIN_SIZES} sizes or more"
         )
     if rates[-1] >= rates[0] or rise >= SIGNIFICANT:
-        return None, f"nothing rises that could be extrapolated (p = {rise:.2g})"
+        return (
+            None,
+            f"accuracy does not rise significantly, so nothing is extrapolated (p = {rise:.2g})",
+        )
     rows, deviations = np.array(num_rows) / num_rows[-1], _deviations(rates, num_test)
     law, earlier = _fit(rows, rates, deviations), _fit(rows[:-1], rates[:-1], deviations[:-1])
     if law is None or earlier is None:
@@ -77,9 +80,9 @@ def extrapolate(
         foretold=foretold,
     )
     return found, (
-        f"three unknowns from {len(num_rows)} sizes, one draw of rows and one seed each: the "
-        "interval knows of the test rows only, and beyond twice the rows this says nothing; "
-        f"fitted without the last size it would have foretold {foretold:.1%} for it, where "
+        f"three parameters from {len(num_rows)} sizes, one draw of rows and one seed each: the "
+        "interval covers the test rows only, and nothing is said beyond twice the rows; fitted "
+        f"without the last size, the curve predicts {foretold:.1%} for it, and "
         f"{1 - rates[-1]:.1%} was measured"
     )
 
@@ -92,25 +95,25 @@ def _objection(
     foretold: float,
     interval: tuple[float, float],
 ) -> str | None:
-    """Say why a fit is not to be followed beyond the sizes, if it is not."""
+    """Say why a fit should not be extrapolated, or return None."""
     beyond_chance = np.abs(fitted - rates) - np.maximum(MAX_MISS, 2 * deviations)
     worst = int(np.argmax(beyond_chance))
     if beyond_chance[worst] > 0:
         return (
-            f"the sizes do not lie on a power law: it misses that of {num_rows[worst]:,} rows by "
+            f"the sizes do not lie on a power law: it misses {num_rows[worst]:,} rows by "
             f"{100 * abs(fitted[worst] - rates[worst]):.1f} points"
         )
     measured = float(1 - rates[-1])
     if abs(foretold - measured) > max(MAX_BACKTEST_MISS, 2 * float(deviations[-1])):
         return (
-            f"the sizes before the last foretell {foretold:.1%} for it and {measured:.1%} was "
-            "measured, so what these would foretell is not given"
+            f"the earlier sizes predict {foretold:.1%} for the last one and {measured:.1%} was "
+            "measured, so nothing is extrapolated"
         )
     low, high = interval
     if high - low > MAX_INTERVAL:
         return (
-            f"twice the rows might bring anything from {low:.1%} to {high:.1%}, so nothing is "
-            "foretold; more sizes or more test rows would tell"
+            f"twice the rows might give anything from {low:.1%} to {high:.1%}, so nothing is "
+            "extrapolated; add sizes or test rows"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Views of texts that judges are trained on: TF-IDF and frozen features of the base model."""
+"""Features that judges are trained on: TF-IDF, and hidden states of the frozen base model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from remora.config import TrainConfig
-from remora.models import hub, loading
+from remora.models import loading
 from remora.runtime.device import choose_device, choose_precision
 from remora.runtime.reporter import Reporter
 
@@ -19,9 +19,9 @@ BATCH_ROWS = 32
 
 
 def tfidf(texts: Sequence[str], pairs: bool) -> Any:
-    """Return TF-IDF of words and maybe pairs of words, sparse [texts, terms], rows of length 1.
+    """Return TF-IDF of words, or of words and bigrams, sparse [texts, terms], rows normalized.
 
-    The weights of terms are learned without labels, so they may be learned on all rows.
+    The weights of terms need no labels, so they may be fitted on all rows.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -34,22 +34,20 @@ def tfidf(texts: Sequence[str], pairs: bool) -> Any:
 def frozen_features(
     texts: Sequence[str], labels: Sequence[str], settings: TrainConfig, reporter: Reporter
 ) -> NDArray[np.float32]:
-    """Return what the untrained base model makes of each message, rows of length 1, [texts, 5 H].
+    """Return hidden states of the untrained base model for each message, normalized, [texts, 5 H].
 
-    The hidden states of the last two layers where the answer would begin, and the means of the
-    embeddings, the middle layer and the last one over the tokens that are not the same for all
-    messages. docs/log.md compares choices.
+    Those of the last two layers where the answer would begin, and the means of the embeddings, the
+    middle layer and the last one over the tokens that messages do not share. docs/log.md compares
+    choices.
     """
     from sklearn.preprocessing import StandardScaler, normalize
 
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision)
-    folder = hub.find(settings.model)
-    prompt = loading.load_prompt(settings, labels, folder)
-    base = loading.load_base(folder, settings.method, precision.base, device)
+    base, prompt, _ = loading.load_base_and_prompt(settings, labels, precision.base, device)
     stems = prompt.stems(texts)
     order = sorted(range(len(stems)), key=lambda i: len(stems[i]))
-    found: dict[int, NDArray[np.float32]] = {}
+    features: dict[int, NDArray[np.float32]] = {}
     start = len(prompt.prefix)
     for begin in range(0, len(order), BATCH_ROWS):
         rows = order[begin : begin + BATCH_ROWS]
@@ -64,8 +62,8 @@ def frozen_features(
             end = len(stems[i])
             parts = [layer[row, end - 1] for layer in last]
             parts += [layer[row, min(start, end - 1) : end].mean(0) for layer in meant]
-            found[i] = torch.cat(parts).float().cpu().numpy()
+            features[i] = torch.cat(parts).float().cpu().numpy()
         reporter.scoring("features", begin + len(rows), len(order))
-    stacked = np.stack([found[i] for i in range(len(stems))])
+    stacked = np.stack([features[i] for i in range(len(stems))])
     result: NDArray[np.float32] = normalize(StandardScaler().fit_transform(stacked))
     return result

@@ -1,4 +1,7 @@
-"""How likely each row's label is wrong, and what share of labels is: compared with planted ones."""
+"""How likely each row is mislabelled, and the share of mislabelled rows.
+
+Estimated by comparison with wrong labels that are planted.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 COPIES = 5
-"""How often each row is given a wrong label, to learn what wrong labels look like."""
+"""Wrong labels planted for each row, to learn what wrong labels look like."""
 EXPONENT = 0.5
 """Wrong labels are planted in proportion to this power of their probability: docs/log.md."""
 LEAST = 1e-9
@@ -17,35 +20,35 @@ RESAMPLES = 200
 
 @dataclass(frozen=True)
 class LabelNoise:
-    """Labels that are wrong."""
+    """Mislabelled rows."""
 
-    scores: NDArray[np.float64]  # [rows], the larger the likelier the label is wrong
+    scores: NDArray[np.float64]  # [rows], higher for rows more likely mislabelled
     p_wrong: NDArray[np.float64]  # [rows]
-    rate: float  # estimated share of wrong labels
+    rate: float  # estimated share of mislabelled rows
     interval: tuple[float, float]  # 95 %
 
 
 def estimate(
     probabilities: NDArray[np.float64], true: NDArray[np.int64], *, seed: int = 0
 ) -> LabelNoise:
-    """Tell wrong labels from right ones by what labels look like that are wrong on purpose.
+    """Tell mislabelled rows from others by comparison with labels that are wrong on purpose.
 
-    What a judge says of a row does not depend on that row's label if it is out of sample. So each
-    row can be given wrong labels at no cost: other labels, drawn in proportion to the square root
-    of their probability, halfway between slips and confusions. A logistic regression tells the
-    labels given from those planted.
+    Out-of-sample probabilities of a row do not depend on its label. So wrong labels can be planted
+    in each row at no cost: other labels, drawn in proportion to the square root of their
+    probability, halfway between uniform mistakes and confusions. A logistic regression tells given
+    labels from planted ones.
 
-    The labels given are a mixture of right and wrong ones. If the wrong ones look like the planted
+    The given labels are a mixture of right and wrong ones. If the wrong ones look like the planted
     ones, their share is at most (share of given labels above a score) / (share of planted ones
-    above it), for any score. The least of these, with each count taken one standard error higher,
-    is the estimate (Scott 2015, https://proceedings.mlr.press/v38/scott15.html). It is too high
-    where judges are too weak to tell any wrong label. The interval is from resampled rows, its
+    above it), for any score. The minimum, with each count one standard error higher, is the
+    estimate (Scott 2015, https://proceedings.mlr.press/v38/scott15.html). It is too high
+    where judges are too weak to recognize any wrong label. The interval is from resampled rows, its
     lower end without the standard error, with judges and regression as they are.
 
     Args:
         probabilities: Of each label for each row, out of sample, [rows, labels].
-        true: The labels as given, [rows].
-        seed: Of the planted labels and of the resampled rows.
+        true: The given labels, [rows].
+        seed: Of the planted labels and the resampled rows.
     """
     generator = np.random.default_rng(seed)
     num_rows, num_labels = probabilities.shape
@@ -69,18 +72,20 @@ def estimate(
         shares = (above + margin * (np.sqrt(above) + 1)) / num_rows
         return float((shares[share_above > 0] / share_above[share_above > 0]).min(initial=1.0))
 
-    found = least(np.ones(num_rows), 1.0)
+    ratio_wrong = least(np.ones(num_rows), 1.0)
     drawn = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), RESAMPLES)
     low = float(np.quantile([least(counts, 0.0) for counts in drawn], 0.025))
     high = float(np.quantile([least(counts, 1.0) for counts in drawn], 0.975))
-    # Where the label given is wrong, the one planted is mostly the right one. So of rows with wrong
-    # labels there are, among those planted, as many fewer.
-    rate, *interval = (each / (1 + each) for each in (found, low, max(high, found)))
-    return LabelNoise(scores, np.minimum(1.0, found * ratio), rate, (interval[0], interval[1]))
+    # In a mislabelled row the planted label is mostly the right one, so the planted labels hold
+    # fewer wrong ones by as much.
+    rate, *interval = (x / (1 + x) for x in (ratio_wrong, low, max(high, ratio_wrong)))
+    return LabelNoise(
+        scores, np.minimum(1.0, ratio_wrong * ratio), rate, (interval[0], interval[1])
+    )
 
 
 def _features(logs: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return what tells wrong labels: own log-probability, that of the best other one, rank."""
+    """Return features of labels: log-probability, that of the best other label, rank."""
     rows = np.arange(len(labels))
     own = logs[rows, labels]
     others = logs.copy()
@@ -114,7 +119,7 @@ def _told_apart(
 def _above(
     bins: NDArray[np.int64], counts: NDArray[np.float64], num_edges: int
 ) -> NDArray[np.float64]:
-    """Return how many lie above each edge, [edges]; a bin is how many edges are below."""
+    """Return counts above each edge, [edges]; a bin is the number of edges below it."""
     held = np.bincount(bins, counts, num_edges + 1)
     result: NDArray[np.float64] = held[::-1].cumsum()[::-1][1:]
     return result

@@ -21,7 +21,7 @@ from remora.evaluation import report, results
 from remora.evaluation.results import Results
 from remora.evaluation.significance import difference_interval, mcnemar
 from remora.runtime import files, launch, run_directory
-from remora.runtime.reporter import Reporter, Step, Validation
+from remora.runtime.reporter import Reporter, SayOnce
 from remora.runtime.stop import Stop
 from remora.training import resume
 from remora.training.finish import TrainResult
@@ -41,14 +41,14 @@ def learn(
     learning_curve.json. Sizes that are finished are not trained again.
 
     Raises:
-        RemoraError: As `train.train` does.
+        RemoraError: As `training.train` does.
         ConfigError: If a size is larger than the data, or several processes train.
     """
     if launch.world_size() > 1:
-        raise ConfigError("a learning curve is trained by one process; start one")
+        raise ConfigError("a learning curve is trained in one process; start only one")
     stop = Stop(config.max_seconds)
     with stop.listening():
-        return _learn(config, stop, _Once(reporter or Reporter()))
+        return _learn(config, stop, SayOnce(reporter or Reporter()))
 
 
 def _learn(
@@ -56,29 +56,29 @@ def _learn(
 ) -> tuple[TrainResult, LearningCurve]:
     shared = _Shared(config)
     refuse_sizes(config, shared.whole)
-    directory = _directory(config, shared.load(config), reporter.say)
+    directory = _directory(config, shared.load_rows(config), reporter.say)
     *smaller, last = config.curve_sizes
     runs = [directory / FOLDER / f"{size}-per-class" for size in smaller]
-    num_rows = len(shared.load(config).train)
+    num_rows = len(shared.load_rows(config).train)
     for number, (size, path) in enumerate(zip(smaller, runs, strict=True), 1):
         told = f"size {number} of {len(config.curve_sizes)}, {size:,} rows per class"
         if resume.is_finished(path):
-            reporter.say(f"{told}: it is finished")
+            reporter.say(f"{told}: finished already")
             continue
         reporter.say(told)
         train_until(
             _settings(config, size, path, num_rows),
             stop,
             reporter,
-            load=shared.load,
-            prepare=shared.prepare,
+            load_rows=shared.load_rows,
+            load_model=shared.load_model,
         )
-    found: list[LearningCurve] = []
+    curves: list[LearningCurve] = []
 
     def concluded(result: TrainResult) -> None:
         runs.append(result.directory)
-        found.append(_measure(config, shared, [results.read(path) for path in runs]))
-        files.write_json(result.directory / FILE, found[0].to_dict())
+        curves.append(_measure(config, shared, [results.read(path) for path in runs]))
+        files.write_json(result.directory / FILE, curves[0].to_dict())
         report.refresh(result.directory, reporter.say)
 
     spoken = "all rows" if last is None else f"{last:,} rows per class"
@@ -87,70 +87,48 @@ def _learn(
         config,
         stop,
         reporter,
-        load=shared.load,
-        prepare=shared.prepare,
+        load_rows=shared.load_rows,
+        load_model=shared.load_model,
         concluded=concluded,
     )
-    return result, found[0]
-
-
-class _Once(Reporter):
-    """Passes on what it is told, but no sentence twice: most are the same for every size."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self._said: set[str] = set()
-
-    def say(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            self._reporter.say(line)
-
-    def stepped(self, step: Step) -> None:
-        self._reporter.stepped(step)
-
-    def validated(self, validation: Validation) -> None:
-        self._reporter.validated(validation)
-
-    def scoring(self, what: str, done: int, total: int) -> None:
-        self._reporter.scoring(what, done, total)
+    return result, curves[0]
 
 
 class _Shared:
-    """The rows and the base model, loaded once; each size begins as if it were alone."""
+    """The rows and the base model, loaded once; each size starts as if it were alone."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.whole = load_data(replace(config, learning_curve=None))
-        self._prepared: tuple[Any, Any, Any, Any] | None = None
+        self._loaded: tuple[Any, Any, Any, Any] | None = None
 
-    def load(self, config: TrainConfig) -> Dataset:
+    def load_rows(self, config: TrainConfig) -> Dataset:
         return limit_rows(self.whole, config.num_per_class, config.seed)
 
-    def prepare(
+    def load_model(
         self, config: TrainConfig, labels: Sequence[str], precision: Any, device: torch.device
     ) -> tuple[Any, Any, Any, Any]:
-        if self._prepared is None or config.method == "full":  # there the base itself is trained
-            self._prepared = None  # never two of them in memory
-            self._prepared = load_trainable(config, labels, precision, device)
+        if self._loaded is None or config.method == "full":  # there the base itself is trained
+            self._loaded = None  # never two of them in memory
+            self._loaded = load_trainable(config, labels, precision, device)
             self._start = [p.detach().clone() for p in self._trainable() if config.method != "full"]
             self._random = torch.get_rng_state()
-            return self._prepared
+            return self._loaded
         with torch.no_grad():
             for parameter, start in zip(self._trainable(), self._start, strict=True):
                 parameter.copy_(start)
         torch.set_rng_state(self._random)
-        return self._prepared
+        return self._loaded
 
     def _trainable(self) -> list[torch.nn.Parameter]:
-        assert self._prepared is not None
-        return [p for p in self._prepared[0].parameters() if p.requires_grad]
+        assert self._loaded is not None
+        return [p for p in self._loaded[0].parameters() if p.requires_grad]
 
 
 def _settings(config: TrainConfig, size: int | None, path: Path, num_rows: int) -> TrainConfig:
     """Return the settings of a size: as many steps and evaluations as the last one takes.
 
-    With as many epochs instead, the smaller sizes would be trained less, and the curve would show
-    that. docs/log.md has the comparison.
+    With equal epochs instead, smaller sizes would be undertrained, and the curve would show that.
+    docs/log.md has the comparison.
     """
     return replace(
         config,
@@ -180,9 +158,9 @@ def refuse_sizes(config: TrainConfig, whole: Dataset) -> None:
 
 
 def _directory(config: TrainConfig, dataset: Dataset, say: Callable[[str], None]) -> Path:
-    """Return the directory of the unfinished curve that these settings go on with, or a new one.
+    """Return the directory of the unfinished curve that these settings resume, or a new one.
 
-    It has the settings from the beginning, so it is found again whatever size it stopped at.
+    It holds the settings from the start, so it is found again whatever size it stopped at.
     """
     directory = resume.unfinished(config, dataset.summary.sha256, say)
     if directory is None:

@@ -1,4 +1,4 @@
-"""Out-of-sample probabilities for training rows: each row is judged by what never saw its label."""
+"""Out-of-sample probabilities of training rows: no row is judged by a model that saw its label."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from remora.config import TrainConfig
@@ -25,44 +24,40 @@ from remora.evaluation.predictions import (
     read_probabilities,
     write_probabilities,
 )
-from remora.models import loading
 from remora.runtime import files
-from remora.runtime.device import choose_device, choose_precision
-from remora.runtime.reporter import Reporter
+from remora.runtime.reporter import Reporter, SayOnce
 from remora.runtime.stop import Stop
 from remora.training import checkpoint, resume
 from remora.training.loop import fit
-from remora.training.setup import accelerator_for, load_trainable, plan_run, short_rows
+from remora.training.session import open_session
 from remora.tree import scoring
-from remora.tree.check import check_tree
-from remora.tree.scoring import Scorer
 
 Method = Literal["fast", "frozen", "tfidf", "adapters"]
 
 DESCRIPTIONS = {
     "fast": "fast mode: regressions on frozen features of the base model, pooled with others on "
-    "TF-IDF; the adapter took no part",
-    "frozen": "fast mode: regressions on frozen features of the base model; the adapter took no "
-    "part",
-    "tfidf": "fast mode: regressions on TF-IDF; neither base model nor adapter took part",
-    "adapters": "adapters trained anew, each on the rows outside its fold, pooled with regressions "
-    "on TF-IDF",
+    "TF-IDF; the trained model is not used",
+    "frozen": "fast mode: regressions on frozen features of the base model; the trained model is "
+    "not used",
+    "tfidf": "fast mode: regressions on TF-IDF; neither base nor trained model is used",
+    "adapters": "adapters trained again, each on the rows outside its fold, pooled with "
+    "regressions on TF-IDF",
 }
 MANY_ROWS = 5_000
-"""Up to so many rows, regressions are trained on nine tenths of them, beyond on four fifths."""
+"""Up to this many rows there are ten folds, above it five."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What classifiers say of rows that they were not trained on."""
+    """Predictions of classifiers for rows that they were not trained on."""
 
     probabilities: NDArray[np.float64]  # [rows, labels], of all judges pooled
-    judges: tuple[NDArray[np.int64], ...]  # the likeliest labels by each view of the texts, [rows]
+    judges: tuple[NDArray[np.int64], ...]  # the likeliest labels by each view, [rows]
     by_half: NDArray[np.int64]  # the likeliest labels by ridge regressions on half the rows, [rows]
     by_most: NDArray[np.int64]  # the same regressions on all rows but a fold's
 
     def first(self, count: int) -> Judgement:
-        """Return what was said of the first rows."""
+        """Return the predictions for the first rows."""
         return Judgement(
             self.probabilities[:count],
             tuple(each[:count] for each in self.judges),
@@ -82,19 +77,19 @@ def judge(
 ) -> Judgement:
     """Judge each row by classifiers that were trained on others.
 
-    Each fold is predicted by a classifier that was trained on the other folds. Folds are stratified
-    by label; a label of one row is then unknown to the classifier that judges it.
+    Each fold is predicted by a classifier trained on the other folds. Folds are stratified by
+    label; the label of a single row is unknown to the classifier that judges it.
 
     Args:
         dataset: Its training rows are judged.
-        settings: Those of the run: base model, prompt, and for `adapters` how to train.
+        settings: The run's: base model, prompt, and for `adapters` how to train.
         method: What is trained on the folds.
-        num_folds: In how many parts the rows are cut; None for what suits the method.
-        reporter: Told how it goes.
-        folder: Where `adapters` keeps each fold, so that what was stopped goes on there.
+        num_folds: Number of folds; None for a default by method and number of rows.
+        reporter: Told the progress.
+        folder: Where `adapters` keeps finished folds, so that it can resume.
 
     Raises:
-        Stopped: If a signal asked `adapters` to stop; what was done is kept.
+        Stopped: If a signal asked `adapters` to stop; finished folds are kept.
     """
     labels, rows = dataset.labels, dataset.train
     place = {label: index for index, label in enumerate(labels)}
@@ -114,8 +109,8 @@ def judge(
     ridges = [ridge(x, penalty, true, len(labels), folds) for x, _, penalty in views]
     halves = deal_folds(true, 2, settings.seed)
     by_half = [ridge(x, penalty, true, len(labels), halves) for x, _, penalty in views]
-    logistic = [logistic(x, true, len(labels), folds) for _, x, _ in views]
-    parts = [list(view) for view in zip(ridges, logistic, strict=True)]
+    logistics = [logistic(x, true, len(labels), folds) for _, x, _ in views]
+    parts = [list(view) for view in zip(ridges, logistics, strict=True)]
     if method == "adapters":
         assert folder is not None
         adapters = _adapters(dataset, settings, true, folds, folder, reporter)
@@ -136,24 +131,23 @@ def _adapters(
     folder: Path,
     reporter: Reporter,
 ) -> NDArray[np.float64]:
-    """Return what adapters, each trained on all folds but one, say of that one."""
+    """Return the probabilities that adapters, each trained on all folds but one, give that one."""
     _begin(folder, dataset.train, settings, len(folds))
     result = np.zeros((len(true), len(dataset.labels)))
-    stop = Stop()
+    stop, once = Stop(), SayOnce(reporter)
     with stop.listening():
         for number, (others, own) in enumerate(folds, 1):
             place = folder / f"fold-{number}"
             kept = place / PROBABILITIES
             told = f"adapter {number} of {len(folds)}, trained on {len(others):,} rows"
             if kept.is_file():
-                reporter.say(f"{told}: it is finished")
+                reporter.say(f"{told}: finished already")
             else:
                 reporter.say(told)
                 place.mkdir(exist_ok=True)
-                found = _fold(dataset, settings, others, own, place, stop, reporter)
-                write_probabilities(
-                    kept, dataset.labels, {"fold": Scored(probabilities=found, true=true[own])}
-                )
+                probabilities = _fold(dataset, settings, others, own, place, stop, once)
+                fold = Scored(probabilities=probabilities, true=true[own])
+                write_probabilities(kept, dataset.labels, {"fold": fold})
                 shutil.rmtree(place / resume.CHECKPOINTS, ignore_errors=True)
             scored = read_probabilities(kept, dataset.labels, "fold")
             assert scored is not None
@@ -162,7 +156,7 @@ def _adapters(
 
 
 def _begin(folder: Path, rows: Table, settings: TrainConfig, num_folds: int) -> None:
-    """Make the folder, or leave what is in it if it is of the same rows, settings and folds."""
+    """Make the folder, or keep its contents if they are of the same rows, settings and folds."""
     sha256 = hashlib.sha256(json.dumps([rows.texts, rows.labels]).encode()).hexdigest()
     wanted = {"rows": sha256, "folds": num_folds, "model": settings.model, **resume.fixed(settings)}
     key, text = folder / "settings.json", json.dumps(wanted, indent=2) + "\n"
@@ -182,39 +176,18 @@ def _fold(
     stop: Stop,
     reporter: Reporter,
 ) -> NDArray[np.float64]:
-    """Return what an adapter that was trained on other rows says of a fold's own, [own, labels]."""
+    """Train on the rows outside a fold; return the probabilities of its own, [own, labels]."""
     rows = dataset.train
     part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])
-    device = choose_device(settings.device)
-    precision = choose_precision(device, settings.precision, trains_base=settings.method == "full")
-    resumed = checkpoint.newest(place / resume.CHECKPOINTS, reporter.say)
-    planned, heaviest = plan_run(
-        resume.as_before(settings, resumed),
-        replace(dataset, train=part),
-        precision,
-        device,
-        reporter,
-    )
-    with torch.random.fork_rng(), accelerator_for(precision, device) as accelerator:
-        torch.manual_seed(settings.seed)
-        adapted, prompt, _, _ = load_trainable(settings, dataset.labels, precision, device)
-        with accelerator.autocast():
-            check_tree(adapted, short_rows(part, prompt))
-        loading.set_checkpointing(adapted, planned.checkpointing)
-        with stop.deferred():
-            fit(
-                adapted,
-                prompt,
-                replace(dataset, train=part),
-                planned.applied_to(settings),
-                accelerator=accelerator,
-                precision=precision,
-                heaviest=heaviest,
-                checkpoints=place / resume.CHECKPOINTS,
-                resumed=resumed,
-                stop=stop,
-                reporter=reporter,
-            )
-            scorer = Scorer(adapted, prompt, tolerance=1e-3, autocast=precision.autocast)
-            texts = [rows.texts[i] for i in own]
-            return scoring.score_table(scorer, texts, "fold", reporter, stop)
+    checkpoints = place / resume.CHECKPOINTS
+    resumed = checkpoint.newest(checkpoints, reporter.say)
+    with (
+        open_session(
+            settings, replace(dataset, train=part), resumed=resumed, stop=stop, reporter=reporter
+        ) as session,
+        stop.deferred(),
+    ):
+        fit(session, checkpoints=checkpoints, resumed=resumed)
+        texts = [rows.texts[i] for i in own]
+        scorer = session.scorer(tolerance=1e-3)
+        return scoring.score_table(scorer, texts, "fold", reporter, stop)

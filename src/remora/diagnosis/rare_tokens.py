@@ -1,4 +1,4 @@
-"""Rare words that come with one label only: a model may learn them instead of the meaning."""
+"""Rare words that occur with one label only: a model may learn them instead of the meaning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_ROWS = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class TiedToken:
-    """A rare word that comes with one label only."""
+    """A rare word that occurs with one label only."""
 
     token: str
     label: str
@@ -24,11 +24,11 @@ class TiedToken:
 
 
 def tied(rows: Table) -> tuple[TiedToken, ...]:
-    """Return the rare words of one label, those in most rows first.
+    """Return the rare words of one label, the most frequent first.
 
-    A word in five rows comes with one label by chance about never where labels are many. Names of
+    With many labels, a word in five rows hardly ever occurs with one label by chance. Names of
     senders, order numbers and signatures are such words, and so are words of the subject: a person
-    tells them apart.
+    has to tell them apart.
     """
     labels: dict[str, Counter[str]] = defaultdict(Counter)
     for text, label in zip(rows.texts, rows.labels, strict=True):

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 def pool(parts: Sequence[NDArray[np.float64]], true: NDArray[np.int64]) -> NDArray[np.float64]:
     """Pool the scores of judges: softmax(sum of weight * score), [rows, labels].
 
-    The weights are the ones with the least log-loss, so a judge that knows little counts little and
-    the result is calibrated. One weight a judge, fitted on all rows, leaves them out of sample for
-    practical purposes. With log-probabilities as scores it is a logarithmic pool: Genest and Zidek
+    The weights minimize the log-loss, so a weak judge counts little and the result is calibrated.
+    With one weight per judge, fitted on all rows, the rows stay out of sample for practical
+    purposes. With log-probabilities as scores it is a logarithmic pool: Genest and Zidek
     1986, https://doi.org/10.1214/ss/1177013825
     """
     from scipy.optimize import minimize
@@ -39,7 +39,7 @@ def pool(parts: Sequence[NDArray[np.float64]], true: NDArray[np.int64]) -> NDArr
 def deal_folds(
     true: NDArray[np.int64], num_folds: int, seed: int
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Deal the rows of each label to the folds in turn; return pairs of other and own rows."""
+    """Return stratified folds as pairs of other and own rows."""
     shuffled = np.random.default_rng(seed).permutation(len(true))
     by_label = shuffled[np.argsort(true[shuffled], kind="stable")]
     fold = np.empty(len(true), dtype=np.int64)
@@ -54,7 +54,7 @@ def ridge(
     num_labels: int,
     folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
 ) -> NDArray[np.float64]:
-    """Return the scores that ridge regressions give each fold, about 1 for its label, else 0."""
+    """Return out-of-fold scores of ridge regressions, [rows, labels]: near 1 for the label."""
     from sklearn.linear_model import Ridge
 
     targets = np.eye(num_labels, dtype=np.float32)[true]
@@ -73,7 +73,7 @@ def logistic(
     num_labels: int,
     folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
 ) -> NDArray[np.float64]:
-    """Return log-probabilities that logistic regressions give each fold, [rows, labels]."""
+    """Return out-of-fold log-probabilities of logistic regressions, [rows, labels]."""
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning

@@ -1,4 +1,4 @@
-"""relabel.csv: rows whose labels a person should look at, and their decisions taken back."""
+"""relabel.csv: rows for a person to check, and their decisions read back."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DELETE = "delete"
 
 @dataclass(frozen=True, kw_only=True)
 class Suspect:
-    """A row whose label may be wrong."""
+    """A row that may be mislabelled."""
 
     row: int  # from 1, without the header, of the table that was trained on
     text: str
     label: str
     suggested: str
-    p_wrong: float  # that the label is wrong
+    p_wrong: float  # probability that it is mislabelled
     p_label: float  # out of sample
     p_suggested: float
     neighbours: int  # of the nearest texts, how many have the suggested label
@@ -36,7 +36,7 @@ class Suspect:
 def write(path: Path, suspects: Sequence[Suspect]) -> None:
     """Write suspects for a person to decide, the most suspicious first.
 
-    The last column is empty: a label in it corrects the row, `delete` removes it, nothing keeps it.
+    The last column is empty: a label there corrects the row, `delete` removes it, empty keeps it.
     """
     files.write_csv(
         path,
@@ -53,7 +53,7 @@ def write(path: Path, suspects: Sequence[Suspect]) -> None:
 
 
 def apply(path: Path, table: Table) -> tuple[Table, int, int]:
-    """Take a person's decisions back.
+    """Apply a person's decisions.
 
     Args:
         path: relabel.csv with decisions in its last column; rows may be left out or reordered.
@@ -81,7 +81,7 @@ def apply(path: Path, table: Table) -> tuple[Table, int, int]:
             close = close_match(decision, known)
             hint = f"did you mean {quote(close)}?" if close else f"give a label, or {DELETE}"
             raise DataError(
-                f"{path}: line {line} decides for {quote(decision)}, which is no label; {hint}"
+                f"{path}: line {line} has the decision {quote(decision)}, which is no label; {hint}"
             )
     kept = [(text, label) for text, label in zip(table.texts, labels, strict=True) if label]
     if not kept:
@@ -125,13 +125,13 @@ def _row(path: Path, line: int, record: dict[str, str], table: Table) -> int:
     row = int(number) - 1 if number.isdecimal() else -1
     if not 0 <= row < len(table):
         raise DataError(
-            f"{path}: line {line} is of row {quote(number)}, which the data do not have; "
-            "use it with the table it was made from"
+            f"{path}: line {line} is for row {quote(number)}, which is not in the data; "
+            "use it with the table that was diagnosed"
         )
-    found = files.defused(table.texts[row]), files.defused(table.labels[row])
-    if found != (record["text"], record["label"]):
+    expected = files.defused(table.texts[row]), files.defused(table.labels[row])
+    if expected != (record["text"], record["label"]):
         raise DataError(
-            f"{path}: line {line} is not row {number} of the data any more; "
-            "use it with the table it was made from"
+            f"{path}: line {line} no longer matches row {number} of the data; "
+            "use it with the table that was diagnosed"
         )
     return row

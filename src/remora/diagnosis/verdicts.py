@@ -1,4 +1,4 @@
-"""Two labels that are taken for each other: why, and the evidence."""
+"""Pairs of labels that are confused: why, and the evidence."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remora.diagnosis.out_of_sample import Judgement
-from remora.runtime import files
 
 Verdict = Literal[
     "labels overlap", "rows mislabelled", "too few examples", "undertrained", "undecided"
 ]
 FEW_ROWS = 15
 MIN_BOTH = 3
-"""Fewer rows that two judges both confuse say nothing, whatever their p-value."""
+"""Fewer rows confused by both of two judges are no evidence, whatever their p-value."""
 SIGNIFICANT = 0.05
 NUM_PAIRS = 10
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the run and others said of the held-out rows."""
+    """The predictions of the run and of others on the held-out rows."""
 
     true: NDArray[np.str_]
     by_run: NDArray[np.str_]
@@ -34,7 +33,7 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class PairDiagnosis:
-    """Two labels that are taken for each other, why, and the evidence."""
+    """Two labels that are confused, why, and the evidence."""
 
     first: str
     second: str
@@ -44,26 +43,26 @@ class PairDiagnosis:
     num_second: int
     first_as_second: int  # training rows, judged out of sample
     second_as_first: int
-    num_suspects: int  # of those, rows whose label is suspected to be wrong
+    num_suspects: int  # of those, rows suspected to be mislabelled
     num_conflicting: int  # rows with a nearly identical text under the other label
-    first_by_all: int  # training rows without suspects that each judge alone confuses
+    first_by_all: int  # training rows, without suspects, that every judge alone confuses
     second_by_all: int
-    by_all_by_chance: float  # how many those would be if the judges erred independently
+    by_all_by_chance: float  # how many if the judges erred independently
     p_alike: float  # probability of so many by chance
     by_half: int  # training rows without suspects confused by regressions on half of the rows
     by_most: int  # the same regressions on most rows
     p_half: float  # probability of such a fall by chance
     held_out_rows: int  # of either label
-    held_out_by_run: int  # of those, taken for the other label by the run
+    held_out_by_run: int  # of those, confused by the run
     held_out_by_baseline: int
     held_out_by_both: int
     held_out_by_judges: int
     held_out_by_judges_too: int  # of those that the run confuses
-    accuracy_if_merged: float  # of the run on the held-out rows, if the two were one label
-    accuracy_if_redefined: float  # if the judges had drawn the border between the two
+    accuracy_if_merged: float  # of the run on the held-out rows, with the two labels merged
+    accuracy_if_redefined: float  # with the boundary between the two drawn by the judges
 
 
-def diagnose(
+def diagnose_pairs(
     labels: Sequence[str],
     true: NDArray[np.int64],
     judged: Judgement,
@@ -71,22 +70,22 @@ def diagnose(
     conflicts: Sequence[tuple[int, int]],
     held_out: HeldOut,
 ) -> tuple[PairDiagnosis, ...]:
-    """Judge the pairs that are confused most, out of sample or by the run.
+    """Judge the most confused pairs of labels, out of sample or by the run.
 
     Args:
         labels: All labels.
         true: Labels of the training rows as given, [rows].
-        judged: What was said of the training rows out of sample.
-        suspected: Which of their labels are probably wrong, [rows].
+        judged: Predictions for the training rows, out of sample.
+        suspected: Which of them are probably mislabelled, [rows].
         conflicts: Pairs of rows with nearly identical texts and different labels.
-        held_out: What was said of the held-out rows.
+        held_out: Predictions for the held-out rows.
     """
-    place = {files.defused(label): index for index, label in enumerate(labels)}
-    confused = np.zeros((len(labels), len(labels)), dtype=np.int64)
-    np.add.at(confused, (true, judged.probabilities.argmax(1)), 1)
+    place = {label: index for index, label in enumerate(labels)}
+    counts = np.zeros((len(labels), len(labels)), dtype=np.int64)  # [true, predicted]
+    np.add.at(counts, (true, judged.probabilities.argmax(1)), 1)
     for answer, given in zip(held_out.true, held_out.by_run, strict=True):
-        confused[place[answer], place[given]] += 1
-    both = np.triu(confused + confused.T, 1)
+        counts[place[answer], place[given]] += 1
+    both = np.triu(counts + counts.T, 1)
     ranked = sorted(np.argwhere(both >= 3).tolist(), key=lambda pair: -both[pair[0], pair[1]])
     return tuple(
         _pair(labels, a, b, true, judged, suspected, conflicts, held_out)
@@ -106,9 +105,10 @@ def _pair(
 ) -> PairDiagnosis:
     from scipy.stats import binomtest, fisher_exact
 
-    confused = taken(true, judged.probabilities.argmax(1), a, b)
+    # Training rows, out of sample
+    by_pool = confused(true, judged.probabilities.argmax(1), a, b)
     counted = np.isin(true, (a, b)) & ~suspected
-    alone = [taken(true, given, a, b) & counted for given in judged.judges]
+    alone = [confused(true, given, a, b) & counted for given in judged.judges]
     by_all, by_chance, p_alike = np.logical_and.reduce(alone), float(counted.sum()), 1.0
     for each in alone:
         by_chance *= each.sum() / max(1, counted.sum())
@@ -116,26 +116,27 @@ def _pair(
         x, y = alone
         table = [[(x & y).sum(), (x & ~y).sum()], [(y & ~x).sum(), (counted & ~x & ~y).sum()]]
         p_alike = float(fisher_exact(table, alternative="greater").pvalue)
-    half, most = (taken(true, each, a, b) & counted for each in (judged.by_half, judged.by_most))
+    half, most = (confused(true, each, a, b) & counted for each in (judged.by_half, judged.by_most))
     cured, spoilt = int((half & ~most).sum()), int((most & ~half).sum())
     p_half = 1.0
     if cured + spoilt:
         p_half = float(binomtest(cured, cured + spoilt, alternative="greater").pvalue)
 
-    first, second = files.defused(labels[a]), files.defused(labels[b])
+    # Held-out rows
+    first, second = labels[a], labels[b]
     own = np.isin(held_out.true, (first, second))
-    by_run = taken(held_out.true, held_out.by_run, first, second)
-    by_judges = taken(held_out.true, held_out.by_judges, first, second)
+    by_run = confused(held_out.true, held_out.by_run, first, second)
+    by_judges = confused(held_out.true, held_out.by_judges, first, second)
     by_baseline = np.zeros_like(by_run)
     if held_out.by_baseline is not None:
-        by_baseline = taken(held_out.true, held_out.by_baseline, first, second)
+        by_baseline = confused(held_out.true, held_out.by_baseline, first, second)
     rows = {row for i, j in conflicts if {true[i], true[j]} == {a, b} for row in (i, j)}
     evidence: dict[str, Any] = {
         "num_first": int((true == a).sum()),
         "num_second": int((true == b).sum()),
-        "first_as_second": int((confused & (true == a)).sum()),
-        "second_as_first": int((confused & (true == b)).sum()),
-        "num_suspects": int((confused & suspected).sum()),
+        "first_as_second": int((by_pool & (true == a)).sum()),
+        "second_as_first": int((by_pool & (true == b)).sum()),
+        "num_suspects": int((by_pool & suspected).sum()),
         "num_conflicting": len(rows),
         "first_by_all": int((by_all & (true == a)).sum()),
         "second_by_all": int((by_all & (true == b)).sum()),
@@ -151,9 +152,10 @@ def _pair(
         "held_out_by_judges": int(by_judges.sum()),
         "held_out_by_judges_too": int((by_run & by_judges).sum()),
     }
+    # The verdict, and what merging or redefining the labels would give
     verdict, reason = judge(**evidence)
     right = (held_out.true == held_out.by_run).sum() + by_run.sum()
-    # No other border between the two gains more than none at all.
+    # No other boundary between the two gains more than merging them.
     anew = np.where(own & np.isin(held_out.by_judges, (first, second)), held_out.by_judges, "")
     redefined = np.where(anew == "", held_out.true, anew)
     return PairDiagnosis(
@@ -167,8 +169,8 @@ def _pair(
     )
 
 
-def taken(true: NDArray[Any], given: NDArray[Any], first: Any, second: Any) -> NDArray[np.bool_]:
-    """Tell which rows of one label were taken for the other, [rows]."""
+def confused(true: NDArray[Any], given: NDArray[Any], first: Any, second: Any) -> NDArray[np.bool_]:
+    """Return which rows of one label were predicted as the other, [rows]."""
     result: NDArray[np.bool_] = ((true == first) & (given == second)) | (
         (true == second) & (given == first)
     )
@@ -199,16 +201,16 @@ def judge(  # noqa: PLR0911 - a verdict after the other
 ) -> tuple[Verdict, str]:
     """Say why two labels are confused, from evidence as in `PairDiagnosis`.
 
-    A verdict needs evidence that another cause would not leave; else it is `undecided`. A model
-    that has not learned enough errs more often than quick classifiers on the same rows. Labels that
-    overlap make classifiers of different kinds err on the same rows, in both directions, the run
-    among them, and more rows do not help.
+    A verdict needs evidence that another cause would not leave; otherwise it is `undecided`. An
+    undertrained model errs more often than cheap classifiers on the same rows. Overlapping labels
+    make classifiers of different kinds err on the same rows, in both directions, the run among
+    them, and more rows do not help.
     """
     from scipy.stats import binomtest, fisher_exact
 
     if min(num_first, num_second) < FEW_ROWS:
         return "too few examples", f"a label has {min(num_first, num_second)} training rows"
-    taken, num_rows = first_as_second + second_as_first, num_first + num_second
+    num_confused, num_rows = first_as_second + second_as_first, num_first + num_second
     others = (
         ("the baseline", held_out_by_baseline, held_out_by_both),
         ("the judges", held_out_by_judges, held_out_by_judges_too),
@@ -224,13 +226,13 @@ def judge(  # noqa: PLR0911 - a verdict after the other
                 )
     if num_conflicting >= max(4, 0.02 * num_rows):
         return "labels overlap", (
-            f"{num_conflicting} rows have a nearly identical text under the other label"
+            f"{num_conflicting} rows have a near-duplicate under the other label"
         )
     alike = min(first_by_all, second_by_all) >= 2 and p_alike < SIGNIFICANT / NUM_PAIRS
     by_all = first_by_all + second_by_all
     if alike and p_half < SIGNIFICANT:
         return "too few examples", (
-            f"regressions on most rows confuse {by_most}, on half of them {by_half} "
+            f"regressions trained on most rows confuse {by_most}, on half of them {by_half} "
             f"(p = {p_half:.2g}); more rows would help"
         )
     for name, count, both in others:
@@ -242,22 +244,22 @@ def judge(  # noqa: PLR0911 - a verdict after the other
         if alike and both >= MIN_BOTH and p_both < SIGNIFICANT:
             chance = held_out_by_run * count / held_out_rows
             return "labels overlap", (
-                f"independent judges confuse the same {by_all} training rows out of sample, in "
-                f"both directions, {by_all_by_chance:.1f} by chance (p = {p_alike:.2g}); with half "
-                f"of the rows it is no worse; run and {name.removeprefix('the ')} confuse the same "
-                f"{both} of {held_out_rows} held-out rows, {chance:.1f} by chance "
+                f"{by_all} training rows are confused by all judges, in both directions, where "
+                f"{by_all_by_chance:.1f} are expected by chance (p = {p_alike:.2g}); half of the "
+                f"rows would do as well; run and {name.removeprefix('the ')} confuse the same "
+                f"{both} of {held_out_rows} held-out rows, {chance:.1f} expected by chance "
                 f"(p = {p_both:.2g})"
             )
     most = max(held_out_by_run, held_out_by_baseline, held_out_by_judges)
-    table = [[taken, num_rows - taken], [most, held_out_rows - most]]
+    table = [[num_confused, num_rows - num_confused], [most, held_out_rows - most]]
     rarer = fisher_exact(table, alternative="greater").pvalue
-    if num_suspects > taken / 2 and rarer < SIGNIFICANT:
+    if num_suspects > num_confused / 2 and rarer < SIGNIFICANT:
         return "rows mislabelled", (
-            f"{num_suspects} of the {taken} training rows confused out of sample have a suspect "
-            f"label, and held-out rows are confused less often ({most} of {held_out_rows}, "
-            f"p = {rarer:.2g})"
+            f"{num_suspects} of the {num_confused} training rows confused out of sample are "
+            f"probably mislabelled, and held-out rows are confused less often ({most} of "
+            f"{held_out_rows}, p = {rarer:.2g})"
         )
     return "undecided", (
-        f"{taken} of {num_rows} training rows and {held_out_by_run} of {held_out_rows} held-out "
-        "rows are confused, but nothing tells why"
+        f"{num_confused} of {num_rows} training rows and {held_out_by_run} of {held_out_rows} "
+        "held-out rows are confused; there is no evidence for one cause"
     )

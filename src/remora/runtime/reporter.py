@@ -49,3 +49,29 @@ class Reporter:
 
     def scoring(self, what: str, done: int, total: int) -> None:
         """Receive the progress of an evaluation, in rows."""
+
+
+class SayOnce(Reporter):
+    """Passes everything on, each sentence once: several sessions in a row repeat theirs."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._said: set[str] = set()
+
+    def say(self, line: str) -> None:
+        """Pass on a sentence that is new."""
+        if line not in self._said:
+            self._said.add(line)
+            self._reporter.say(line)
+
+    def stepped(self, step: Step) -> None:
+        """Pass on an optimizer step."""
+        self._reporter.stepped(step)
+
+    def validated(self, validation: Validation) -> None:
+        """Pass on an evaluation."""
+        self._reporter.validated(validation)
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """Pass on the progress of an evaluation."""
+        self._reporter.scoring(what, done, total)

@@ -9,7 +9,6 @@ there is a whole one at any instant, whatever kills the process or the machine.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -24,7 +23,7 @@ from torch import Tensor
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.runtime import sharding
-from remora.runtime.files import disk_errors, sync
+from remora.runtime.files import disk_errors, sha256, sync, write_synced
 from remora.runtime.process_group import ProcessGroup
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -93,13 +92,13 @@ def save(folder: Path, checkpoint: Checkpoint, group: ProcessGroup | None = None
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, and None where there has been none.
+    """Return the newest intact checkpoint, or None if there are none.
 
-    What interrupted saves have left is deleted.
+    Leftovers of interrupted saves are deleted.
 
     Args:
         folder: The folder of all checkpoints of the run.
-        say: Told of each one that is damaged.
+        say: Told of each damaged one.
 
     Raises:
         ModelError: If there are checkpoints and all are damaged.
@@ -116,8 +115,8 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
             say(str(error))
     if found:
         raise ModelError(
-            f"no checkpoint in {folder} is whole; restore one, or remove {folder.parent} to begin "
-            "again"
+            f"every checkpoint in {folder} is damaged; restore one, or remove {folder.parent} to "
+            "start over"
         )
     return None
 
@@ -133,23 +132,16 @@ def load(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name in (TENSORS, STATE):
-            if sha256(path / name) != manifest[name]:
+            if sha256([path / name]) != manifest[name]:
                 raise ValueError(f"{name} is not what was written")
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if state["schema"] != SCHEMA:
             raise ValueError(f"schema {state['schema']}, this version reads {SCHEMA}")
-        return Checkpoint(path.name, load_file(path / TENSORS), state)
+        # Copies: a file that is mapped into memory cannot be deleted on Windows.
+        tensors = {name: tensor.clone() for name, tensor in load_file(path / TENSORS).items()}
+        return Checkpoint(path.name, tensors, state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the checkpoint {path} is damaged ({one_line(error)})") from error
-
-
-def sha256(path: Path) -> str:
-    """Return the digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write_all(folder: Path, checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -157,7 +149,7 @@ def _write_all(folder: Path, checkpoint: Checkpoint, tensors: Iterable[tuple[str
     _write_tensors(folder / TENSORS, checkpoint.tensors, tensors)
     sync(folder / TENSORS)
     _write(folder / STATE, {"schema": SCHEMA, **checkpoint.state})
-    _write(folder / MANIFEST, {name: sha256(folder / name) for name in (TENSORS, STATE)})
+    _write(folder / MANIFEST, {name: sha256([folder / name]) for name in (TENSORS, STATE)})
     sync(folder)
 
 
@@ -194,23 +186,22 @@ def _write_tensors(
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(path)
+    write_synced(path, json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def capture(
-    parameters: Mapping[str, Tensor],
     best: Sequence[Tensor] | None,
+    parameters: Mapping[str, Tensor],
     optimizer: Any,
     scheduler: Any,
     scaler: Any,
     device: torch.device,
     group: ProcessGroup,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the state that a loop needs to go on as if nothing had happened.
+    """Return the tensors and the state that a loop needs to resume with the same bits.
 
-    All processes call it together. They differ in their random numbers only, and in their
-    parts of sharded tensors. The tensors are those that go on being trained.
+    All processes call it together. They differ only in their random numbers and in their parts of
+    sharded tensors. The tensors are not copied.
     """
     tensors = {f"weights/{name}": p for name, p in parameters.items()}
     if best is not None:
@@ -240,9 +231,9 @@ def restore(
     device: torch.device,
     group: ProcessGroup,
 ) -> list[Tensor] | None:
-    """Set everything to what `capture` saw; return the best weights, if there are any.
+    """Restore what `capture` returned; return the best weights, if there are any.
 
-    A process that there was not then keeps its own random numbers.
+    A process that did not exist then keeps its own random numbers.
 
     Raises:
         ModelError: If the checkpoint is of other parameters.
@@ -251,7 +242,7 @@ def restore(
     for name, parameter in parameters.items():
         weight = tensors.get(f"weights/{name}")
         if weight is None or weight.shape != parameter.shape:
-            raise ModelError(f"the checkpoint does not fit {name}; remove the run to begin again")
+            raise ModelError(f"the checkpoint does not fit {name}; remove the run to start over")
         parameter.copy_(sharding.part(weight, parameter))
     optimized = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
@@ -274,7 +265,7 @@ def restore(
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """Return the states of torch's random numbers: the processor's, and the device's."""
+    """Return the states of torch's random numbers: the CPU's, and the device's."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))

@@ -1,4 +1,4 @@
-"""What a run has shown: measured against the baseline, and written down."""
+"""The end of a run: measured beside the baseline, and everything written."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.table import Table
+from remora.errors import DataError
 from remora.evaluation import calibration, report
 from remora.evaluation.baselines import Baseline, train_baseline
 from remora.evaluation.calibration import Reliability
@@ -26,15 +26,15 @@ from remora.evaluation.significance import mcnemar
 from remora.formatting import spoken_bytes
 from remora.models import adapter_card, lora, model_card
 from remora.planning.plan import Plan
-from remora.runtime import files, launch, memory
-from remora.runtime.device import choose_device
+from remora.runtime import files, memory
 from remora.runtime.reporter import Reporter
 from remora.training.progress import Progress
+from remora.training.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run has shown."""
+    """The results of a run."""
 
     directory: Path
     method: str  # "lora", "qlora" or "full"
@@ -44,7 +44,7 @@ class TrainResult:
     baseline: Baseline
     p_value: float  # exact McNemar test of the model against the baseline
     parameters: lora.ParameterCount
-    adapter_bytes: int  # the weights of what was trained
+    adapter_bytes: int  # the trained weights: the adapter's, or the whole model's
     base_bytes: int
     num_steps: int
     best_step: int
@@ -72,21 +72,37 @@ class TrainResult:
         }
 
 
+def tables_to_measure_on(dataset: Dataset) -> dict[str, Table]:
+    """Return the held-out tables by split, the one that counts first.
+
+    Raises:
+        DataError: If there is none.
+    """
+    tables = {"test": dataset.test, "validation": dataset.validation}
+    found = {name: table for name, table in tables.items() if table is not None and len(table)}
+    if not found:
+        raise DataError(
+            "there are no rows to measure on; give --test, or a --test-fraction above 0"
+        )
+    return found
+
+
 def conclude(
-    config: TrainConfig,
-    dataset: Dataset,
-    held_out: Table,
-    measured_on: str,
-    scores: Mapping[str, Scored],
-    fitted: Progress,
-    parameters: lora.ParameterCount,
-    directory: Path,
-    folder: Path,
-    reporter: Reporter,
+    session: Session, directory: Path, progress: Progress, scores: Mapping[str, Scored]
 ) -> TrainResult:
-    """Measure against the baseline and write down what was found."""
+    """Measure beside the baseline and write everything into the run directory.
+
+    Args:
+        session: The session that has trained.
+        directory: The run directory.
+        progress: How training went.
+        scores: The probabilities of the held-out rows by split.
+    """
+    config, dataset = session.config, session.dataset
+    measured_on, held_out = next(iter(tables_to_measure_on(dataset).items()))
     probabilities = scores[measured_on].probabilities
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
+    # The baseline, within half of the free memory
     free = memory.free_bytes(torch.device("cpu"))
     baseline = train_baseline(
         dataset.train.texts,
@@ -97,6 +113,8 @@ def conclude(
         seed=config.seed,
         max_bytes=None if free is None else free // 2,
     )
+    # Figures
+    weights = adapter_card.adapter_folder(directory)
     result = TrainResult(
         directory=directory,
         method=config.method,
@@ -107,18 +125,19 @@ def conclude(
         ),
         baseline=baseline,
         p_value=mcnemar(held_out.labels, predicted, baseline.predictions),
-        parameters=parameters,
-        adapter_bytes=files.folder_bytes(adapter_card.adapter_folder(directory), "*.safetensors"),
-        base_bytes=files.folder_bytes(folder, "*.safetensors"),
-        num_steps=fitted.step,
-        best_step=fitted.best_step,
-        examples_per_second=fitted.speed.examples_per_second,
-        supervised_tokens_per_second=fitted.speed.supervised_tokens_per_second,
-        train_seconds=fitted.seconds,
-        peak_memory_bytes=max(fitted.peak_bytes, memory.peak_bytes(choose_device(config.device))),
-        speed_up=fitted.speed_up,
-        num_processes=launch.world_size(),
+        parameters=session.parameters,
+        adapter_bytes=files.folder_bytes(weights, "*.safetensors"),
+        base_bytes=files.folder_bytes(session.base_folder, "*.safetensors"),
+        num_steps=progress.step,
+        best_step=progress.best_step,
+        examples_per_second=progress.speed.examples_per_second,
+        supervised_tokens_per_second=progress.speed.supervised_tokens_per_second,
+        train_seconds=progress.seconds,
+        peak_memory_bytes=max(progress.peak_bytes, memory.peak_bytes(session.device)),
+        speed_up=progress.speed_up,
+        num_processes=session.group.size,
     )
+    # Files
     write_predictions(
         directory / "predictions.csv",
         held_out.texts,
@@ -129,7 +148,7 @@ def conclude(
     )
     write_probabilities(directory / PROBABILITIES, dataset.labels, scores)
     files.write_json(directory / "evaluation.json", result.to_dict())
-    write_pages(directory, reporter.say)
+    write_pages(directory, session.reporter.say)
     return result
 
 
@@ -140,10 +159,10 @@ def write_pages(directory: Path, say: Callable[[str], None]) -> None:
     report.refresh(directory, say)
 
 
-def tell_peak(directory: Path, planned: Plan, measured: int, reporter: Reporter) -> None:
-    """Say and keep how the plan compares with what was measured, in bytes."""
+def report_peak(directory: Path, planned: Plan, measured: int, reporter: Reporter) -> None:
+    """Report planned and measured peak memory, in bytes, and keep them in plan.json."""
     reporter.say(
-        f"memory at the peak of training: {spoken_bytes(measured)} measured, "
+        f"peak memory of training: {spoken_bytes(measured)} measured, "
         f"{spoken_bytes(planned.measurable_bytes)} planned"
     )
     files.write_json(directory / "plan.json", planned.to_dict() | {"measured_peak_bytes": measured})

@@ -1,4 +1,4 @@
-"""An effective batch, computed in parts that fit into memory."""
+"""An effective batch, computed in micro-batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from remora.tree.loss import loss_sum
 Result = TypeVar("Result")
 
 LONG_SECONDS = 30.0
-"""A micro-batch that takes longer is not computed again to time it."""
+"""A slower micro-batch is not computed again to time it."""
 
 
 class MicroBatches:
-    """Computes effective batches in micro-batches, smaller ones once memory has run out.
+    """Computes effective batches in micro-batches, smaller ones after running out of memory.
 
-    What a step averages over stays the effective batch, and the random numbers of a step that is
-    repeated are those it had, so the run is the one that would have begun with the smaller size.
+    A step averages over the whole effective batch, whatever the micro-batches. A repeated step
+    draws the same random numbers, so the run equals one that started with the smaller size.
 
-    Where the weights are sharded, all processes compute equally many micro-batches: who has fewer
-    computes a row of the batch that counts nothing. They look together whether the memory will do
-    for the next one, and repeat the step together where it will not.
+    With sharded weights all processes compute equally many micro-batches: a process with fewer
+    computes a row with weight zero. They check together whether memory suffices for the next
+    micro-batch, and repeat the step together if it does not.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class MicroBatches:
         *,
         graphs: bool = False,
     ) -> None:
-        """Take what is computed with.
+        """Keep the model and how to compute it.
 
         Args:
             adapted: The model.
             max_tokens: Tokens to compute at once, at most.
             accelerator: accelerate's Accelerator for the device and the precision.
-            heaviest: The batch that needs most memory, and how much; None where it does not matter.
+            heaviest: The batch that needs most memory, and how much; None to skip the checks.
             group: The processes that train together.
-            reporter: Told when the memory ran out.
+            reporter: Told when memory runs out.
             graphs: Whether to use CUDA graphs; not with sharded weights.
         """
         self.max_tokens = max_tokens
@@ -76,7 +76,7 @@ class MicroBatches:
             the whole batch are. Parts add up: the mean is over all processes' rows.
 
         Raises:
-            ResourceError: If the memory does not suffice for its longest row alone.
+            ResourceError: If memory does not suffice for its longest row alone.
         """
         num_supervised = sum(len(row.token_ids) - row.answer_start for row in batch)
         # Rows that share most are computed in one process.
@@ -93,7 +93,7 @@ class MicroBatches:
         """Compute the heaviest micro-batch and forget it; return the seconds for each token.
 
         Raises:
-            ResourceError: If the memory does not suffice for its longest row alone.
+            ResourceError: If memory does not suffice for its longest row alone.
         """
         assert self._heaviest is not None
         rows = self._heaviest.rows
@@ -116,11 +116,11 @@ class MicroBatches:
                     raise
                 if self._is_sharded:  # the others wait in the middle of a layer
                     raise ResourceError(
-                        "the memory ran out, and with sharded weights the processes cannot repeat "
-                        "a step; run the same command again with --micro-batch-tokens "
+                        "out of memory, and with sharded weights a step cannot be repeated; run "
+                        "the same command again with --micro-batch-tokens "
                         f"{max(1, self.max_tokens // 2)}"
                     ) from error
-            # Here the error and the tensors that its traceback holds are gone.
+            # Here the error is gone, and with it the tensors that its traceback held.
             self._adapted.zero_grad()
             if self._graphs:
                 self._graphs.clear()
@@ -133,14 +133,14 @@ class MicroBatches:
         largest = max(packed.num_tokens for packed in packing.split(batch, self.max_tokens))
         if largest <= longest:
             raise ResourceError(
-                f"the memory does not suffice for a single row of {longest} tokens; choose a "
-                "smaller model, --checkpointing on, or a smaller --max-length"
+                f"out of memory: a single row of {longest} tokens does not fit; use a smaller "
+                "model, --checkpointing on, or a smaller --max-length"
             )
         self.max_tokens = max(longest, largest // 2)
         if not self._said:
             self._reporter.say(
-                f"the memory ran out: from here on at most {self.max_tokens:,} tokens at once, "
-                "halved again where needed; the effective batch stays the same"
+                f"out of memory: micro-batches now have at most {self.max_tokens:,} tokens, halved "
+                "again if needed; the effective batch stays the same"
             )
             self._said = True
 
@@ -153,7 +153,7 @@ class MicroBatches:
     def _add_in_step(
         self, own: Sequence[TokenSequence], batch: Sequence[TokenSequence], num_supervised: int
     ) -> float:
-        """Do the same in as many micro-batches as the process with most."""
+        """Do the same in as many micro-batches as the process with the most."""
         trees = packing.split(own, self.max_tokens)
         num_trees = max(self._group.gather(len(trees)))
         loss = float(sum(self._backward(packed, num_supervised) for packed in trees))
@@ -167,7 +167,7 @@ class MicroBatches:
         largest = max(trees, key=lambda packed: packed.num_tokens)
         if self._graphs:
             self._graphs.begin()
-        # What is computed first sets up the libraries, and what comes second on a GPU is recorded.
+        # The first pass sets up the libraries; on a GPU the second one is recorded.
         seconds = 0.0
         for _ in range(3 if self._accelerator.device.type == "cuda" else 2):
             if seconds > LONG_SECONDS:  # of which setting up is a small part
@@ -198,10 +198,10 @@ class MicroBatches:
         return part.detach()
 
     def _refuse_to_exhaust(self, needed: int) -> None:
-        """Fail before memory is taken that is not there: with sharded weights, in all processes.
+        """Fail before memory is exhausted: with sharded weights, in all processes.
 
         Raises:
-            torch.OutOfMemoryError: If it is not.
+            torch.OutOfMemoryError: If memory does not suffice.
             _NotEnoughError: The same in all processes.
         """
         device = self._accelerator.device
@@ -218,4 +218,4 @@ class MicroBatches:
 
 
 class _NotEnoughError(Exception):
-    """Some process's memory will not do, and none has begun."""
+    """Memory does not suffice in some process, and none has started."""

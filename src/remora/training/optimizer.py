@@ -1,4 +1,4 @@
-"""AdamW, the schedule of its learning rate, and the rate that a model of a size gets."""
+"""AdamW, its learning rate schedule, and the default rate for a model's size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def create_optimizer(
     config: TrainConfig,
     accelerator: Any,
 ) -> tuple[Any, Any, int]:
-    """Return the optimizer, the schedule of its learning rate, and the number of steps."""
+    """Return the optimizer, its learning rate schedule, and the number of steps."""
     from transformers import get_scheduler
 
     num_steps = config.num_steps(len(dataset.train))

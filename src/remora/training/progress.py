@@ -45,14 +45,14 @@ class Speed:
 
 @dataclass
 class Progress:
-    """How far a run is; with tensors and random numbers, all that it needs to go on."""
+    """How far a run is; with tensors and random numbers, all that it needs to resume."""
 
     step: int = 0
     evaluated: int = 0  # the last step after which the validation rows were scored
     best: tuple[float, float] | None = None  # validation accuracy, -log-loss in nats
     best_step: int = 0
     without_better: int = 0  # evaluations since the best
-    skipped: int = 0  # steps in a row that were not taken, for a loss or gradient not finite
+    skipped: int = 0  # consecutive skipped steps, for a loss or gradient that is not finite
     micro_batch_tokens: int = 0
     peak_bytes: int = 0  # most memory used
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""Going on with an unfinished run: which one, whether it is the same, and who holds it."""
+"""Resuming an unfinished run: which one, whether it is the same run, and the lock on it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ FREE = {
         "shard",
     ),  # change no result but by rounding
 }
-"""Settings that may differ when a run goes on."""
+"""Settings that may differ when a run resumes."""
 
 
 def unfinished(config: TrainConfig, data_sha256: str, say: Callable[[str], None]) -> Path | None:
-    """Return the directory of the run that these settings go on with.
+    """Return the directory of the unfinished run that these settings resume.
 
     Raises:
         ConfigError: If the run of the wanted name is another one, or the data has changed.
@@ -49,12 +49,14 @@ def unfinished(config: TrainConfig, data_sha256: str, say: Callable[[str], None]
         settings, data = _differences(path, config, data_sha256)
         if data or (settings and config.name):
             raise ConfigError(
-                f"{path} is unfinished and not the same run ({'; '.join(settings + data)}); run "
-                "the command that began it, give another --name, or remove it"
+                f"{path} is an unfinished run with other settings or data "
+                f"({'; '.join(settings + data)}); run its own command, give another --name, or "
+                "remove it"
             )
         if settings:
             say(
-                f"{path} is unfinished and stays as it is, being another run: {'; '.join(settings)}"
+                f"{path} is an unfinished run with other settings, left as it is: "
+                f"{'; '.join(settings)}"
             )
             continue
         return path
@@ -68,14 +70,14 @@ def find(
     stack: contextlib.ExitStack,
     say: Callable[[str], None],
 ) -> tuple[Path | None, Checkpoint | None]:
-    """Return the run directory to go on in and its newest checkpoint, if there are any.
+    """Return the run directory to resume in and its newest checkpoint, if there are any.
 
     Args:
         config: The settings of this run.
         data_sha256: The hash of its rows.
-        group: The first process looks and holds the directory; the others read what it has found.
-        stack: Where the directory is held until the end.
-        say: Told of what is passed over.
+        group: The first process finds and locks the directory; the others read the same.
+        stack: Holds the lock until the end.
+        say: Told of runs and checkpoints that are skipped.
 
     Raises:
         ConfigError: If the run of the wanted name is another one, or the data has changed.
@@ -86,16 +88,16 @@ def find(
         if group.is_first and (directory := unfinished(config, data_sha256, say)):
             stack.enter_context(hold(directory))
             resumed = checkpoint.newest(directory / CHECKPOINTS, say)
-    found = group.share([directory and str(directory), resumed and resumed.name])
+    shared = group.share([directory and str(directory), resumed and resumed.name])
     with group.together():
-        if not group.is_first and found[0]:
-            directory = Path(found[0])
-            resumed = checkpoint.load(directory / CHECKPOINTS / found[1]) if found[1] else None
+        if not group.is_first and shared[0]:
+            directory = Path(shared[0])
+            resumed = checkpoint.load(directory / CHECKPOINTS / shared[1]) if shared[1] else None
     return directory, resumed
 
 
 def fixed(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that may not differ: between processes, and when a run goes on."""
+    """Return the settings that may not differ: between processes, and when a run resumes."""
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(TrainConfig)
@@ -104,7 +106,7 @@ def fixed(config: TrainConfig) -> dict[str, Any]:
 
 
 def as_before(config: TrainConfig, resumed: Checkpoint | None) -> TrainConfig:
-    """Return the settings with what the plan had chosen when a run was saved."""
+    """Return the settings with the choices of the plan that a checkpoint was saved under."""
     if resumed is None:
         return config
     tokens = resumed.state["progress"]["micro_batch_tokens"]
@@ -117,25 +119,25 @@ def as_before(config: TrainConfig, resumed: Checkpoint | None) -> TrainConfig:
 
 
 def refuse_other_base(directory: Path, sha256: str) -> None:
-    """Refuse to go on with other weights than those that the run began with.
+    """Refuse to resume on other base weights than the run started with.
 
     Raises:
-        ConfigError: If they are others.
+        ConfigError: If they differ.
     """
     began = _read_json(directory / "environment.json").get("base_sha256", sha256)
     if began != sha256:
         raise ConfigError(
-            f"{directory} began on a base model with the hash {began[:12]}, this one has "
+            f"{directory} was started on a base model with the hash {began[:12]}, this one has "
             f"{sha256[:12]}; restore that model, give another --name, or remove the run"
         )
 
 
 @contextlib.contextmanager
 def hold(directory: Path) -> Iterator[None]:
-    """Keep other processes out of a run directory that is not finished.
+    """Lock a run directory that is not finished against other processes.
 
     Raises:
-        ConfigError: If one holds it, naming it, or has finished it.
+        ConfigError: If a process has locked it, naming that process, or has finished the run.
     """
     from filelock import FileLock, Timeout
 
@@ -144,14 +146,14 @@ def hold(directory: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        found = _read_json(holder)
+        other = _read_json(holder)
         raise ConfigError(
-            f"{directory} is held by process {found.get('process', '?')} on "
-            f"{found.get('host', '?')}; wait for it, or stop it"
+            f"{directory} is locked by process {other.get('process', '?')} on "
+            f"{other.get('host', '?')}; wait for it, or stop it"
         ) from None
     try:
         if is_finished(directory):
-            raise ConfigError(f"{directory} was finished by another process; look there")
+            raise ConfigError(f"{directory} was finished by another process; its results are there")
         files.write_json(holder, {"process": os.getpid(), "host": platform.node()})
         yield
     finally:
@@ -173,7 +175,7 @@ def cut_log(path: Path, step: int, evaluated: int) -> None:
 
 
 def finish(directory: Path) -> None:
-    """Delete the checkpoints of a run whose results are written: nobody goes on with it."""
+    """Delete the checkpoints of a run whose results are written: it will not be resumed."""
     retired = directory / f"{CHECKPOINTS}.old"
     with contextlib.suppress(FileNotFoundError):
         (directory / CHECKPOINTS).rename(retired)
@@ -188,7 +190,7 @@ def is_finished(directory: Path) -> bool:
 
 
 def _is_run(directory: Path) -> bool:
-    """Return whether a folder is a run's, or one that was cut off while it was made."""
+    """Return whether a folder is a run's, or one that was interrupted while it was made."""
     names = {path.name for path in directory.iterdir()}
     return "config.toml" in names or names <= _FIRST_FILES
 
@@ -199,7 +201,7 @@ def _differences(
     """Return what differs between an unfinished run and this one: settings, and data."""
     if not _is_run(directory):
         return [], ["it holds other files and no config.toml"]
-    if not (directory / "config.toml").is_file():  # cut off while it was made
+    if not (directory / "config.toml").is_file():  # interrupted while it was made
         return [], []
     began = run_directory.read_settings(directory)
     settings = [

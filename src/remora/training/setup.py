@@ -1,4 +1,4 @@
-"""What a run needs before its first step: a plan that fits, what trains, and what is told of it."""
+"""Before the first step: device and precision, a plan that fits, the model made trainable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
-from remora.errors import DataError, ResourceError
+from remora.errors import ResourceError
 from remora.formatting import spoken_bytes
 from remora.models import adapter_card, hub, loading, lora, quantize
 from remora.models.loading import load_prompt
@@ -26,24 +26,13 @@ from remora.training.optimizer import default_learning_rate
 from remora.tree.forward import text_config
 
 
-def tables_to_measure_on(dataset: Dataset) -> dict[str, Table]:
-    """Return the tables to measure on by split, the one that counts first."""
-    tables = {"test": dataset.test, "validation": dataset.validation}
-    found = {name: table for name, table in tables.items() if table is not None and len(table)}
-    if not found:
-        raise DataError(
-            "there are no rows to measure on; give --test, or a --test-fraction above 0"
-        )
-    return found
-
-
 def choose_arithmetic(
     config: TrainConfig, num_devices: int, reporter: Reporter
 ) -> tuple[torch.device, Precision]:
-    """Return what a run computes on and in, and say so.
+    """Return the device and the precision of a run, and report them.
 
     Raises:
-        ConfigError: If it is not there, or cannot do what is asked for.
+        ConfigError: If the device is missing, or cannot do what is asked for.
     """
     device = choose_device(config.device)
     memory.begin(device)
@@ -68,7 +57,7 @@ def plan_run(
     """Plan the run before any weights are fetched, and refuse it if it cannot fit.
 
     Raises:
-        ResourceError: If nothing that the settings allow fits.
+        ResourceError: If nothing that the settings allow fits into memory.
     """
     folder = hub.find(config.model, weights=False)
     prompt = load_prompt(config, dataset.labels, folder)
@@ -87,28 +76,29 @@ def plan_run(
     if not planned.fits:
         assert planned.available_bytes is not None
         raise ResourceError(
-            f"training needs {needed} of memory{each} and there are "
-            f"{spoken_bytes(planned.available_bytes)}; what would fit, the cheapest first: "
-            f"{', or '.join(planned.alternatives)}"
+            f"training needs {needed} of memory{each}, "
+            f"{spoken_bytes(planned.available_bytes)} are available; what fits, the cheapest "
+            f"first: {', or '.join(planned.alternatives)}"
         )
     reporter.say(
-        f"planned: {needed} of memory at the peak{each}, at most {planned.micro_batch_tokens:,} "
-        f"tokens at once, checkpointing {'on' if planned.checkpointing else 'off'} ({planned.why})"
+        f"plan: {needed} peak memory{each}, micro-batches of at most "
+        f"{planned.micro_batch_tokens:,} tokens, checkpointing "
+        f"{'on' if planned.checkpointing else 'off'} ({planned.why})"
     )
     return planned, planner.heaviest(planned)
 
 
 def refuse_full_disk(planned: plan.Plan, config: TrainConfig) -> None:
-    """Refuse a run directory that there is no room for.
+    """Refuse a run whose directory does not fit on the disk.
 
     Raises:
-        ResourceError: If the plan says so.
+        ResourceError: If the plan says that it does not.
     """
     if not planned.fits_disk:
         raise ResourceError(
-            f"the run takes {spoken_bytes(planned.disk_bytes)} of disk and there are "
-            f"{spoken_bytes(planned.free_disk_bytes)} for {config.output}; free "
-            "space, or choose another folder with --output"
+            f"the run needs {spoken_bytes(planned.disk_bytes)} of disk, "
+            f"{spoken_bytes(planned.free_disk_bytes)} are free in {config.output}; free space, or "
+            "choose another folder with --output"
         )
 
 
@@ -130,17 +120,15 @@ def accelerator_for(precision: Precision, device: torch.device) -> Iterator[Any]
 def load_trainable(
     config: TrainConfig, labels: Sequence[str], precision: Precision, device: torch.device
 ) -> tuple[Any, Prompt, adapter_card.AdapterCard, Path]:
-    """Load the base model and make it trainable: with a new adapter, or in all its weights.
+    """Load the base model and make it trainable: a new adapter, or all weights.
 
     Returns:
-        What trains, the prompt, the card that goes with it, and the base's folder.
+        The trainable model, its prompt, its card, and the folder of its base.
 
     Raises:
-        ModelError: If the model cannot be used for this.
+        ModelError: If the model cannot be used.
     """
-    folder = hub.find(config.model)
-    prompt = load_prompt(config, labels, folder)
-    base = loading.load_base(folder, config.method, precision.base, device)
+    base, prompt, folder = loading.load_base_and_prompt(config, labels, precision.base, device)
     adapted = lora.adapt(base, config).to(device)
     card = adapter_card.AdapterCard(
         base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,
@@ -156,7 +144,7 @@ def load_trainable(
 
 
 def short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequence]:
-    """Return the rows with the shortest messages among the first ones, to check a model with."""
+    """Return the shortest of the first rows, to check a model with."""
     first = sorted(range(min(len(table), 256)), key=lambda i: len(table.texts[i]))[:count]
     return prompt.rows([table.texts[i] for i in first], [table.labels[i] for i in first])
 
@@ -168,30 +156,30 @@ def introduce(
     adapted: Any,
     parameters: lora.ParameterCount,
 ) -> Iterator[str]:
-    """Say what will be trained on what, each derived setting with where it comes from."""
+    """Yield what will be trained, each derived setting with its origin."""
     layers = ", ".join(f"{name} {count:,}" for name, count in parameters.modules.items())
-    where = "all weights" if config.method == "full" else f"r={config.rank}: {layers}"
+    trained = "all weights" if config.method == "full" else f"r={config.rank}: {layers}"
     if config.method == "qlora":
-        where += "; the base model is in 4 bits"
+        trained += "; the base model is quantized to 4 bits"
     yield (
         f"training {parameters.trainable:,} of {parameters.total:,} parameters "
-        f"({parameters.share:.2%}), {where}"
+        f"({parameters.share:.2%}), {trained}"
     )
     width = text_config(adapted).hidden_size
     if config.learning_rate is None:
         rate = default_learning_rate(width, config.method)
-        yield f"learning rate {rate:.1e}, chosen for a model {width} wide"
+        yield f"learning rate {rate:.1e}, the default for a hidden size of {width}"
     if prompt.label_texts.keys() - config.label_texts.keys():
         label, text = next(iter(prompt.label_texts.items()))
         yield (
-            "this tokenizer cannot write all labels as they are; "
-            f"they are written with spaces, {label} as {text!r}"
+            "this tokenizer cannot encode all labels as they are; they are written with spaces, "
+            f"{label} as {text!r}"
         )
     for what, table in (("training", dataset.train), ("test", dataset.test)):
         if table is not None and (cut := prompt.count_cut(table.texts)):
             yield (
-                f"{cut:,} of {len(table):,} {what} messages are too long for "
-                f"{prompt.max_length} tokens and are cut at their end"
+                f"{cut:,} of {len(table):,} {what} messages are longer than "
+                f"{prompt.max_length} tokens and are truncated at the end"
             )
 
 
@@ -202,7 +190,7 @@ def write_settings(
     planned: plan.Plan,
     config: TrainConfig,
 ) -> None:
-    """Write what it takes to repeat the run, and its plan."""
+    """Write everything needed to repeat the run, and its plan."""
     files.write_json(directory / "environment.json", environment)
     files.write_json(directory / "data.json", dataset.summary.to_dict())
     files.write_json(directory / "plan.json", planned.to_dict())

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from remora.config import TrainConfig
 from remora.errors import ConfigError
 from remora.runtime import files
 from remora.training import resume
 from remora.training.checkpoint import Checkpoint
+from remora.training.session import Session
 
 
 def check(names: Sequence[str]) -> None:
@@ -33,20 +33,29 @@ def check(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def metrics_log(
-    directory: Path, config: TrainConfig, resumed: Checkpoint | None, accelerator: Any
+    directory: Path, session: Session, resumed: Checkpoint | None
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that appends a record to metrics.jsonl and to the trackers asked for."""
+    """Give a function that appends a record to metrics.jsonl and to the trackers asked for.
+
+    In other processes than the first it does nothing.
+    """
+    if not session.group.is_first:
+        yield lambda record: None
+        return
     last = resumed.state["progress"] if resumed else {"step": 0, "evaluated": 0}
     resume.cut_log(directory / "metrics.jsonl", last["step"], last["evaluated"])
-    if config.trackers:
+    trackers, accelerator = session.config.trackers, session.accelerator
+    if trackers:
         from accelerate.tracking import filter_trackers
 
         accelerator.project_configuration.set_directories(str(directory))
-        accelerator.log_with = filter_trackers(list(config.trackers), str(directory))
+        accelerator.log_with = filter_trackers(list(trackers), str(directory))
         accelerator.init_trackers(directory.name)
     with (
         files.disk_errors(directory),
-        (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1) as file,
+        (directory / "metrics.jsonl").open(
+            "a", encoding="utf-8", newline="\n", buffering=1
+        ) as file,
     ):
 
         def log(record: dict[str, Any]) -> None:
@@ -55,7 +64,7 @@ def metrics_log(
                 for k, v in record.items()
             }
             file.write(json.dumps(finite) + "\n")
-            if config.trackers:
+            if trackers:
                 accelerator.log(record, step=record["step"])
 
         yield log

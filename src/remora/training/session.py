@@ -1,0 +1,166 @@
+"""A training session: rows, plan, model, arithmetic and processes, assembled in one place.
+
+`train`, `TextClassifier`, the sizes of a learning curve and the folds of a diagnosis all open one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remora.config import TrainConfig
+from remora.data.dataset import Dataset
+from remora.data.prompt import Prompt
+from remora.models import loading, lora
+from remora.models.adapter_card import AdapterCard
+from remora.models.saved import Trained
+from remora.planning.plan import Heaviest, Plan
+from remora.runtime import memory, sharding
+from remora.runtime.device import Precision
+from remora.runtime.process_group import ProcessGroup
+from remora.runtime.reporter import Reporter
+from remora.runtime.stop import Stop
+from remora.training import resume, setup
+from remora.training.checkpoint import Checkpoint
+from remora.tree.check import check_tree
+from remora.tree.scoring import Scorer
+
+ModelLoader = Callable[..., tuple[Any, Prompt, AdapterCard, Path]]
+"""Takes settings, labels, precision and device, as `setup.load_trainable` does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A model on its device, ready to train on its rows."""
+
+    config: TrainConfig  # as the user gave it
+    dataset: Dataset
+    device: torch.device
+    precision: Precision
+    plan: Plan
+    heaviest: Heaviest  # the batch that needs most memory
+    model: Any  # PEFT's, or a plain one where all weights train
+    prompt: Prompt
+    card: AdapterCard
+    base_folder: Path
+    parameters: lora.ParameterCount
+    accelerator: Any  # accelerate's
+    group: ProcessGroup
+    stop: Stop
+    reporter: Reporter
+
+    @property
+    def trained(self) -> Trained:
+        """The model as one that has been trained, which needs no session."""
+        return Trained(
+            model=self.model,
+            prompt=self.prompt,
+            card=self.card,
+            precision=self.precision,
+            device=self.device,
+        )
+
+    @property
+    def settings(self) -> TrainConfig:
+        """The settings with the micro-batch, checkpointing and sharding that the plan chose."""
+        return self.plan.applied_to(self.config)
+
+    def scorer(self, *, tolerance: float = 1e-2) -> Scorer:
+        """Return a scorer of the model as it is now, within the planned memory."""
+        return self.trained.scorer(
+            max_tokens=self.plan.micro_batch_tokens,
+            tolerance=tolerance,
+            limit_bytes=self.heaviest.limit_bytes,
+        )
+
+
+@contextlib.contextmanager
+def open_session(
+    config: TrainConfig,
+    dataset: Dataset,
+    *,
+    resumed: Checkpoint | None = None,
+    needs_disk: bool = False,
+    load: ModelLoader = setup.load_trainable,
+    group: ProcessGroup | None = None,
+    stop: Stop | None = None,
+    reporter: Reporter | None = None,
+) -> Iterator[Session]:
+    """Plan, load and check everything that training needs; all processes call it together.
+
+    The caller's random numbers are as before once the session ends.
+
+    Args:
+        config: The settings.
+        dataset: The rows.
+        resumed: The checkpoint to resume from, whose plan stays.
+        needs_disk: Whether to refuse a run that the disk has no room for.
+        load: Loads the model and makes it trainable.
+        group: The processes that train together.
+        stop: Asked whether to stop.
+        reporter: Told what is chosen, and why.
+
+    Raises:
+        ConfigError: If the device is missing, or the processes differ.
+        ResourceError: If memory or disk do not suffice.
+        ModelError: If the model cannot be used, or does not follow the token tree.
+    """
+    group, stop, reporter = group or ProcessGroup(), stop or Stop(), reporter or Reporter()
+    with contextlib.ExitStack() as stack:
+        with group.together():
+            device, precision = setup.choose_arithmetic(config, group.size, reporter)
+            planned, heaviest = setup.plan_run(
+                resume.as_before(config, resumed),
+                dataset,
+                precision,
+                device,
+                reporter,
+                num_processes=group.size,
+            )
+            if needs_disk:
+                setup.refuse_full_disk(planned, config)
+            # Weights and adapter
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(config.seed)
+            if planned.shard:
+                memory.map_arrays(device)
+            where = torch.device("cpu") if planned.shard else device
+            model, prompt, card, folder = load(config, dataset.labels, precision, where)
+            parameters = lora.count_parameters(model)
+            for line in setup.introduce(config, dataset, prompt, model, parameters):
+                reporter.say(line)
+            accelerator = stack.enter_context(setup.accelerator_for(precision, device))
+        # The same in every process
+        group.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
+        if planned.shard:
+            sharding.apply(model, device, group)
+        with group.together():
+            with accelerator.autocast():
+                check_tree(model, setup.short_rows(dataset.train, prompt))
+            if planned.shard:
+                model.reset_iter_state()  # of a pass in blocks that the model may have refused
+            loading.set_checkpointing(model, planned.checkpointing)
+        if not group.is_first:
+            torch.manual_seed(config.seed + group.rank)  # for dropout of its own
+        yield Session(
+            config=config,
+            dataset=dataset,
+            device=device,
+            precision=precision,
+            plan=planned,
+            heaviest=heaviest,
+            model=model,
+            prompt=prompt,
+            card=card,
+            base_folder=folder,
+            parameters=parameters,
+            accelerator=accelerator,
+            group=group,
+            stop=stop,
+            reporter=reporter,
+        )
