@@ -323,7 +323,7 @@ def test_the_learning_curve_is_shown_where_there_is_one(tmp_path: Path) -> None:
     assert "Learning curve" not in Read(report.page(run)).text
     finished.learn(run)
     read = Read(report.page(run))
-    assert "Label more: from 200 to 400 rows" in read.text
+    assert "Label more rows: from 200 to 400 rows" in read.text
     assert table(read, "Accuracy by rows per class")[-1] == [
         "all 2 classes have fewer",
         *("400", "80.00%", "78.0% to 82.0%", "75.00%", "0.01"),
@@ -396,11 +396,11 @@ def test_a_report_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(report, "page", fail)
     finish.write_pages(run, told.append)
     assert told == [
-        "report.html is not written (something unforeseen); all else of the run is there"
+        "report.html could not be written (something unforeseen); the rest of the run is complete"
     ]
     assert (run / "README.md").is_file()
     monkeypatch.undo()
     monkeypatch.setattr(model_card, "card", fail)
     finish.write_pages(run, told.append)
-    assert told[1].startswith("README.md is not written (something unforeseen)")
+    assert told[1].startswith("README.md could not be written (something unforeseen)")
     assert (run / "report.html").is_file()
