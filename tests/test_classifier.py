@@ -14,7 +14,8 @@ from sklearn.utils import estimator_checks
 
 from remora import TextClassifier
 from remora.config import TrainConfig
-from remora.errors import DataError
+from remora.errors import DataError, ResourceError
+from remora.runtime import memory
 
 TEXTS = ["my card is late", "my card never came", "refund please", "where is the refund"] * 6
 LABELS = [0, 0, 1, 1] * 6
@@ -109,6 +110,29 @@ def test_two_fits_are_the_same_and_leave_the_callers_random_state(
 def test_bad_input(classifier: TextClassifier, texts, labels, message: str) -> None:
     with pytest.raises(DataError, match=message):
         classifier.fit(texts, labels)
+
+
+def test_columns_are_in_the_order_of_the_classes_not_of_their_names(
+    classifier: TextClassifier,
+) -> None:
+    classifier.set_params(max_steps=12, learning_rate=3e-2)
+    classifier.fit(TEXTS, [10 if label else 9 for label in LABELS])  # as text, "10" is before "9"
+    assert classifier.classes_.tolist() == [9, 10]
+    assert classifier.prompt_.labels == ("9", "10")
+    assert classifier.score(TEXTS, [10 if label else 9 for label in LABELS]) > 0.9
+
+
+def test_what_does_not_fit_into_memory_is_refused(
+    classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 0)
+    with pytest.raises(ResourceError, match=r"training needs .* of memory"):
+        classifier.fit(TEXTS, LABELS)
+
+
+def test_an_unknown_argument_is_refused_with_the_one_meant() -> None:
+    with pytest.raises(TypeError, match="no argument 'epoch'; did you mean 'epochs'"):
+        TextClassifier("nano", epoch=2)
 
 
 def test_not_fitted(classifier: TextClassifier) -> None:

@@ -1,0 +1,78 @@
+"""One session assembles everything: what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+
+from remora.config import TrainConfig
+from remora.data.dataset import load_data
+from remora.errors import ModelError, ResourceError
+from remora.training import loop, session, setup
+from remora.training.session import open_session
+
+
+def test_the_plan_holds_for_training_and_for_scoring(config: TrainConfig) -> None:
+    with open_session(replace(config, checkpointing="on"), load_data(config)) as opened:
+        assert opened.settings.micro_batch_tokens == opened.plan.micro_batch_tokens == 40
+        assert opened.settings.checkpointing == "on"
+        scorer = opened.scorer()
+        assert (scorer.max_tokens, scorer.limit_bytes) == (40, opened.heaviest.limit_bytes)
+        assert opened.parameters.trainable == sum(
+            p.numel() for p in opened.model.parameters() if p.requires_grad
+        )
+
+
+def test_the_seed_decides_and_the_callers_random_numbers_stay(config: TrainConfig) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    starts = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        with open_session(config, load_data(config)) as opened:
+            torch.rand(5)
+            named = opened.model.named_parameters()
+            starts.append([p.clone() for name, p in named if "lora_A" in name])
+        assert torch.equal(torch.rand(3), expected)
+    assert all(map(torch.equal, *starts))
+
+
+def test_a_full_disk_is_refused_where_a_run_needs_it(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_run = setup.plan_run
+
+    def without_disk(*arguments, **settings):
+        planned, heaviest = plan_run(*arguments, **settings)
+        return replace(planned, free_disk_bytes=0), heaviest
+
+    monkeypatch.setattr(setup, "plan_run", without_disk)
+    dataset = load_data(config)
+    with (
+        pytest.raises(ResourceError, match="of disk"),
+        open_session(config, dataset, needs_disk=True),
+    ):
+        pass
+    with open_session(config, dataset):
+        pass
+
+
+def test_a_model_that_does_not_follow_the_tree_opens_no_session(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model, rows):
+        raise ModelError("it does not follow")
+
+    monkeypatch.setattr(session, "check_tree", refuse)
+    with (
+        pytest.raises(ModelError, match="does not follow"),
+        open_session(config, load_data(config)),
+    ):
+        pass
+
+
+def test_the_loop_takes_a_session_and_little_else() -> None:
+    assert len(inspect.signature(loop.fit).parameters) <= 8
