@@ -1,8 +1,8 @@
-"""A stand-in for the Hugging Face hub on this machine: as much of its HTTP interface as is used.
+"""A local stand-in for the Hugging Face hub: the part of its HTTP interface that Remora uses.
 
-The paths, headers and bodies are those that huggingface_hub sends and reads. Files are kept in
-memory; weights are LFS objects, known by their SHA-256, and other files by git's SHA-1 of them.
-With `uses_xet` weights come and go by the Xet protocol, see `xet`.
+Paths, headers and bodies are those that huggingface_hub sends and reads. Files are kept in memory;
+weights are LFS objects, identified by their SHA-256, other files by git's SHA-1. With `uses_xet`
+weights are transferred by the Xet protocol, see `xet`.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ LFS_ENDINGS = (".safetensors", ".parquet", ".bin")
 
 @dataclass
 class Repository:
-    """What one repository holds."""
+    """The files of one repository, and who may read and write them."""
 
     files: dict[str, bytes]
     private: bool = False
     gated: bool = False
     writable: bool = True
-    commits: list[list[str]] = field(default_factory=list)  # the files that each of them changed
+    commits: list[list[str]] = field(default_factory=list)  # the files that each one changed
 
     @property
     def sha(self) -> str:
-        """The name of the last commit."""
+        """The hash of the last commit."""
         names = "".join(f"{name} {etag(name, self.files[name])}\n" for name in sorted(self.files))
         return hashlib.sha1(names.encode()).hexdigest()
 
 
 def etag(name: str, content: bytes) -> str:
-    """Return what the hub knows a file by."""
+    """Return the hub's identifier of a file's content."""
     if name.endswith(LFS_ENDINGS):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
@@ -55,27 +55,27 @@ def etag(name: str, content: bytes) -> str:
 
 @dataclass
 class Hub:
-    """The repositories of a stand-in, by `models/owner/name`, and what was asked of it."""
+    """The repositories of a stand-in, by `models/owner/name`, and the requests that it got."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # uploaded, by their SHA-256
     requests: list[str] = field(default_factory=list)
-    served: dict[str, bytes] = field(default_factory=dict)  # sent in place of a file's content
+    served: dict[str, bytes] = field(default_factory=dict)  # sent instead of a file's content
     cut_after: dict[str, int] = field(default_factory=dict)  # bytes of a file, once
-    cut_requests: set[str] = field(default_factory=set)  # "POST /path": the connection ends
+    cut_requests: set[str] = field(default_factory=set)  # "POST /path": closes the connection
     url: str = ""
     uses_xet: bool = False
     storage: xet.Storage = field(default_factory=xet.Storage)
 
     def publish(self, name: str, files: Path | dict[str, bytes], **settings: Any) -> Repository:
-        """Put up a repository such as `models/owner/name`, from a folder's files."""
+        """Make a repository such as `models/owner/name` from a folder's files."""
         if isinstance(files, Path):
             files = {path.name: path.read_bytes() for path in files.iterdir() if path.is_file()}
         self.repositories[name] = Repository(dict(files), **settings)
         return self.repositories[name]
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Return the variables that bring a process of huggingface_hub here."""
+        """Return the environment variables that point huggingface_hub in a process here."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -86,7 +86,7 @@ class Hub:
         }
 
     def connect(self, patch: pytest.MonkeyPatch, home: Path, token: str | None = None) -> None:
-        """Bring huggingface_hub here in this process, which has read its variables already."""
+        """Point huggingface_hub in this process here; it has read its variables already."""
         patch.setattr(constants, "ENDPOINT", self.url)
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -104,7 +104,7 @@ class Hub:
 
 @contextlib.contextmanager
 def running() -> Iterator[Hub]:
-    """Give a stand-in that answers on a free port."""
+    """Yield a stand-in that answers on a free port."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -150,29 +150,29 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self, path: str, body: bytes) -> None:
         kinds, name = "(models|datasets)", r"[\w.-]+/[\w.-]+"
-        if found := re.fullmatch(rf"/api/{kinds}/({name})(?:/revision/[^/]+)?", path):
-            self.reply(self.info(f"{found[1]}/{found[2]}"))
-        elif found := re.fullmatch(rf"/api/{kinds}/({name})/tree/\w+", path):
-            self.reply(self.tree(f"{found[1]}/{found[2]}"))
+        if match := re.fullmatch(rf"/api/{kinds}/({name})(?:/revision/[^/]+)?", path):
+            self.reply(self.info(f"{match[1]}/{match[2]}"))
+        elif match := re.fullmatch(rf"/api/{kinds}/({name})/tree/\w+", path):
+            self.reply(self.tree(f"{match[1]}/{match[2]}"))
         elif re.fullmatch(rf"/api/{kinds}/{name}/tree/.+", path):  # there are no folders
             raise _RefusalError(404, "EntryNotFound")
-        elif found := re.fullmatch(rf"/(datasets/)?({name})/resolve/\w+/([^/]+)", path):
-            self.send_file(f"{found[1] or 'models/'}{found[2]}", found[3])
+        elif match := re.fullmatch(rf"/(datasets/)?({name})/resolve/\w+/([^/]+)", path):
+            self.send_file(f"{match[1] or 'models/'}{match[2]}", match[3])
         elif path == "/api/repos/create":
             self.create(json.loads(body))
         elif path == "/api/validate-yaml":
             self.reply({"errors": [], "warnings": []})
-        elif found := re.fullmatch(rf"/api/(models/{name})/preupload/main", path):
-            self.choose_modes(self.to_write(found[1]), json.loads(body))
-        elif found := re.fullmatch(rf"/({name})\.git/info/lfs/objects/batch", path):
-            self.to_write(f"models/{found[1]}")
+        elif match := re.fullmatch(rf"/api/(models/{name})/preupload/main", path):
+            self.choose_modes(self.to_write(match[1]), json.loads(body))
+        elif match := re.fullmatch(rf"/({name})\.git/info/lfs/objects/batch", path):
+            self.to_write(f"models/{match[1]}")
             self.offer_uploads(json.loads(body))
-        elif found := re.fullmatch(r"/upload/(\w+)", path):
-            assert hashlib.sha256(body).hexdigest() == found[1]
-            self.hub.objects[found[1]] = body
+        elif match := re.fullmatch(r"/upload/(\w+)", path):
+            assert hashlib.sha256(body).hexdigest() == match[1]
+            self.hub.objects[match[1]] = body
             self.reply({})
-        elif found := re.fullmatch(rf"/api/(models/{name})/commit/main", path):
-            self.commit(found[1], body)
+        elif match := re.fullmatch(rf"/api/(models/{name})/commit/main", path):
+            self.commit(match[1], body)
         elif self.hub.uses_xet:
             self.route_xet(path, body)
         else:
@@ -180,31 +180,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def route_xet(self, path: str, body: bytes) -> None:
         storage = self.hub.storage
-        if found := re.fullmatch(r"/api/(models/[\w./-]+)/xet-(read|write)-token/\w+", path):
-            (self.to_write if found[2] == "write" else self.to_read)(found[1])
+        if match := re.fullmatch(r"/api/(models/[\w./-]+)/xet-(read|write)-token/\w+", path):
+            (self.to_write if match[2] == "write" else self.to_read)(match[1])
             until = int(time.time()) + 900
             headers = {
                 "X-Xet-Cas-Url": self.hub.url,
-                "X-Xet-Access-Token": found[2],
+                "X-Xet-Access-Token": match[2],
                 "X-Xet-Token-Expiration": str(until),
             }
-            answer = {"casUrl": self.hub.url, "accessToken": found[2], "exp": until}
+            answer = {"casUrl": self.hub.url, "accessToken": match[2], "exp": until}
             self.reply(answer, headers=headers)
-        elif found := re.fullmatch(r"/v1/xorbs/default/(\w+)", path):
-            storage.xorbs[found[1]] = body
+        elif match := re.fullmatch(r"/v1/xorbs/default/(\w+)", path):
+            storage.xorbs[match[1]] = body
             self.reply({"was_inserted": True})
         elif path == "/v1/shards":
             self.hub.objects |= storage.add_shard(body)
             self.reply({"result": 1})
-        elif found := re.fullmatch(r"/v1/reconstructions/(\w+)", path):
-            self.reply(storage.reconstruction(found[1], self.hub.url))
-        elif found := re.fullmatch(r"/xorb/(\w+)", path):
+        elif match := re.fullmatch(r"/v1/reconstructions/(\w+)", path):
+            self.reply(storage.reconstruction(match[1], self.hub.url))
+        elif match := re.fullmatch(r"/xorb/(\w+)", path):
             asked = xet.bytes_asked_for(self.headers.get("Range", ""))
-            self.reply(storage.xorbs[found[1]][asked], 206)
-        else:  # such as whether it has a chunk already
+            self.reply(storage.xorbs[match[1]][asked], 206)
+        else:  # such as the question whether a chunk is stored already
             raise _RefusalError(404, "", "not found")
 
-    # Who may what
+    # Permissions
 
     def has_token(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -264,9 +264,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             asked = f"{self.hub.url}/api/{name}/xet-read-token/{repository.sha}"
             headers |= {"X-Xet-Hash": hashed, "Link": f'<{asked}>; rel="xet-auth"'}
         status, content = 200, whole
-        if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            status, content = 206, whole[int(found[1]) :]
-            headers["Content-Range"] = f"bytes {found[1]}-{len(whole) - 1}/{len(whole)}"
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            status, content = 206, whole[int(match[1]) :]
+            headers["Content-Range"] = f"bytes {match[1]}-{len(whole) - 1}/{len(whole)}"
         cut = self.hub.cut_after.pop(path, None) if self.command == "GET" else None
         self.reply(content, status, headers, cut)
 

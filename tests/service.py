@@ -1,4 +1,4 @@
-"""Services for tests: adapters made at once, a service in a thread or a process, a client."""
+"""Services for tests: random adapters, a service in a thread or a process, an HTTP client."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -58,7 +57,7 @@ def write_adapter(
 def predicted(
     adapter: Path, texts: Sequence[str], top_k: int, **settings: Any
 ) -> list[list[tuple[str, float]]]:
-    """Return what `remora predict` says of some texts."""
+    """Return the answers of `remora predict` for some texts."""
     table = adapter / "texts.jsonl"
     table.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = PredictConfig(
@@ -123,7 +122,7 @@ def running(*adapters: str | Path, **settings: Any) -> Iterator[Service]:
 
 @dataclass(frozen=True)
 class Process:
-    """A service in a process of its own."""
+    """A service in its own process."""
 
     popen: subprocess.Popen[str]
     url: str
@@ -131,15 +130,15 @@ class Process:
 
     @property
     def memory_bytes(self) -> int:
-        """What the process holds in memory."""
+        """The resident memory of the process."""
         status = Path(f"/proc/{self.popen.pid}/status").read_text()
         return 1024 * int(status.split("VmRSS:")[1].split()[0])
 
 
 @contextlib.contextmanager
 def process(log: Path, *arguments: str | Path) -> Iterator[Process]:
-    """Run `remora serve`; what is still there at the end is killed."""
-    few_files = ["sh", "-c", 'ulimit -Sn 1000; exec "$@"', "sh"]
+    """Run `remora serve`; it is killed if it still runs at the end."""
+    few_files = ["sh", "-c", 'ulimit -Sn 1000; exec "$@"', "sh"] if os.name == "posix" else []
     command = [
         *few_files,
         sys.executable,
@@ -166,12 +165,12 @@ def process(log: Path, *arguments: str | Path) -> Iterator[Process]:
             yield Process(popen, next(w for w in words if w.startswith("http://")).rstrip(","), log)
         finally:
             if popen.poll() is None:
-                popen.send_signal(signal.SIGKILL)
+                popen.kill()
                 popen.wait()
 
 
 def wait(done: Any, seconds: float = 60) -> None:
-    """Wait until something is so; what cannot be reached yet is not so yet."""
+    """Wait until a condition holds; a connection that is refused counts as not yet."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(ConnectionError):
@@ -182,7 +181,7 @@ def wait(done: Any, seconds: float = 60) -> None:
 
 
 def write_adapters(parent: Path, base: Path) -> dict[str, Path]:
-    """Write two adapters for the same base, with other labels."""
+    """Write two adapters for the same base, with different labels."""
     return {
         "bank": write_adapter(parent / "bank", base, 1),
         "mail": write_adapter(parent / "mail", base, 2, ["spam", "ham"]),

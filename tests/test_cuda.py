@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, randomize_adapter, write_table
-from remora.config import ExportConfig, PredictConfig, TrainConfig
+from remora.config import ExportConfig, TrainConfig
 from remora.data.dataset import load_data
 from remora.data.prompt import TokenSequence
 from remora.export import export
 from remora.models import adapter_card, quantize
+from remora.models.saved import open_trained
 from remora.runtime import memory
 from remora.runtime.device import choose_precision
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
-from remora.serving.predict import load_scorer
 from remora.training.micro_batches import MicroBatches
 from remora.training.run import train
 from remora.training.setup import accelerator_for, load_trainable
@@ -168,7 +168,7 @@ def test_what_cuda_answers_a_processor_answers(on_cuda: TrainConfig, method: Any
     before = measured(directory)
     texts = [text for text, _ in before]
     for device in ("cuda", "cpu"):
-        scorer, _ = load_scorer(PredictConfig(directory, precision="float32", device=device))
+        scorer = open_trained(directory, precision="float32", device=device).scorer()
         found = scoring.score_table(scorer, texts, "test", Reporter())
         expected = [float(probability) for _, probability in before]
         np.testing.assert_allclose(found.max(1), expected, atol=1e-4)

@@ -1,8 +1,8 @@
-"""A stand-in for the hub's storage of large files, by the Xet protocol: as much as is used.
+"""A stand-in for the hub's storage of large files: the part of the Xet protocol that is used.
 
-A client cuts files into chunks and sends them in bundles (xorbs), then shards that say which chunks
-of which bundle make up a file. To fetch a file, it asks for that list and for the bundles' bytes.
-The formats are those of https://huggingface.co/docs/xet. Only hashes of whole files are checked.
+A client splits files into chunks and sends them in bundles (xorbs), then shards that list the
+chunks of each file. To fetch a file, it asks for that list and for the bytes of the bundles. The
+formats are those of https://huggingface.co/docs/xet. Only hashes of whole files are checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LZ4, GROUPED_LZ4 = 1, 2  # how a chunk is compressed; 0 is not at all
 
 @dataclass(frozen=True)
 class Term:
-    """Chunks of a bundle that come next in a file, the last one not included."""
+    """Consecutive chunks of a bundle in a file, `end` excluded."""
 
     xorb: str
     begin: int
@@ -34,15 +34,15 @@ class Term:
 
 @dataclass
 class Storage:
-    """What was sent."""
+    """The bundles and file lists that were uploaded."""
 
     xorbs: dict[str, bytes] = field(default_factory=dict)
     files: dict[str, list[Term]] = field(default_factory=dict)  # by the file's Xet hash
     hashes: dict[str, str] = field(default_factory=dict)  # the file's Xet hash, by its SHA-256
 
     def add_shard(self, shard: bytes) -> dict[str, bytes]:
-        """Keep what a shard says, and return the files that it is about, by their SHA-256."""
-        found = {}
+        """Keep a shard's file lists, and return those files by their SHA-256."""
+        contents = {}
         entries = iter(shard[i : i + ENTRY] for i in range(ENTRY, len(shard), ENTRY))
         for head in entries:
             if head[:32] == END:
@@ -59,8 +59,8 @@ class Storage:
             sha256 = text(next(entries)[:32])
             content = b"".join(self.content(term) for term in terms)
             assert hashlib.sha256(content).hexdigest() == sha256
-            self.files[name], self.hashes[sha256], found[sha256] = terms, name, content
-        return found
+            self.files[name], self.hashes[sha256], contents[sha256] = terms, name, content
+        return contents
 
     def content(self, term: Term) -> bytes:
         """Return the bytes of a file's part."""
@@ -70,7 +70,7 @@ class Storage:
         return content
 
     def reconstruction(self, name: str, url: str) -> dict[str, Any]:
-        """Say where the parts of a file are to be had."""
+        """Return where the chunks of a file can be fetched."""
         fetched: dict[str, Any] = {}
         for term in self.files[name]:
             pieces = list(chunks(self.xorbs[term.xorb]))[term.begin : term.end]
@@ -90,12 +90,12 @@ class Storage:
 
 
 def text(digest: bytes) -> str:
-    """Return a hash as Xet writes it: four numbers of eight bytes, the lowest byte first."""
+    """Return a hash as Xet writes it: four little-endian numbers of eight bytes."""
     return "".join(f"{number:016x}" for number in struct.unpack("<4Q", digest))
 
 
 def chunks(xorb: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield where each chunk of a bundle begins, where it ends, and its content."""
+    """Yield the begin, the end and the content of each chunk of a bundle."""
     place = 0
     while place < len(xorb) and xorb[place : place + 7] != b"XETBLOB":
         kind = xorb[place + 4]
@@ -111,7 +111,7 @@ def chunks(xorb: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def ungrouped(content: bytes) -> bytes:
-    """Return bytes that were stored as the first ones of all numbers, then the second ones..."""
+    """Undo the grouping of 4-byte numbers: all first bytes, then all second bytes, and so on."""
     numbers, place = bytearray(len(content)), 0
     for byte in range(4):
         size = len(range(byte, len(content), 4))
@@ -121,6 +121,6 @@ def ungrouped(content: bytes) -> bytes:
 
 
 def bytes_asked_for(header: str) -> slice:
-    """Return what a Range header asks for."""
-    found = re.fullmatch(r"bytes=(\d+)-(\d+)", header)
-    return slice(int(found[1]), int(found[2]) + 1) if found else slice(None)
+    """Return the slice that a Range header asks for."""
+    bounds = re.fullmatch(r"bytes=(\d+)-(\d+)", header)
+    return slice(int(bounds[1]), int(bounds[2]) + 1) if bounds else slice(None)

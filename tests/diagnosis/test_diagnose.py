@@ -146,7 +146,7 @@ def test_adapters_that_were_stopped_go_on(finished: Path, tmp_path: Path) -> Non
     undisturbed = judged(finished, "adapters", 2, tmp_path / "whole", whole)
     assert whole.num_steps == 6  # 3 batches in each of 2 folds
     folder = tmp_path / "folds"
-    with pytest.raises(Stopped, match=r"stopped \(SIGINT\); run the same command again to go on"):
+    with pytest.raises(Stopped, match=r"stopped \(SIGINT\); run the same command again to resume"):
         judged(finished, "adapters", 2, folder, Interrupting(after=5))
     rest = Interrupting()
     np.testing.assert_array_equal(judged(finished, "adapters", 2, folder, rest), undisturbed)
@@ -169,7 +169,7 @@ def test_a_stop_ends_with_one_line(finished: Path, monkeypatch, capsys) -> None:
     arguments = ("diagnose", finished, "--method", "adapters", "--folds", "2")
     assert remora(*arguments) == 75
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: stopped (SIGTERM); run the same command again to go on"
+        "error: stopped (SIGTERM); run the same command again to resume"
     )
     assert not (finished / "diagnosis.json").exists()
     assert (finished / "folds").is_dir()
@@ -407,7 +407,7 @@ def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path
         finished, {90: "refund", 5: "card arrival", 1: "delete", 2: "", 3: "card arrival"}
     )
     assert remora("diagnose", finished, "--apply", path) == 0
-    assert "2 corrected and 1 deleted rows in" in capsys.readouterr().out
+    assert "2 rows corrected, 1 deleted in" in capsys.readouterr().out
     cleaned = read_table(finished / "cleaned.csv")
     table = rows()
     assert cleaned.texts == table.texts[1:]
@@ -456,7 +456,7 @@ def test_a_table_that_has_changed_is_refused(finished: Path, capsys) -> None:
     table = rows()
     write_csv(finished.parent / "train.csv", Table(table.texts[1:], table.labels[1:]))
     assert remora("diagnose", finished) == 3
-    assert "are not those that" in capsys.readouterr().err
+    assert "have changed since" in capsys.readouterr().err
     (finished / "predictions.csv").unlink()
     with pytest.raises(
         DataError, match=r"no predictions.csv; give the directory of a finished run"

@@ -182,15 +182,15 @@ def test_no_folder_of_this_machine_is_published(
         path = copy / "adapter" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: str(elsewhere)}))
     (copy / "README.md").unlink()
-    told: list[str] = []
+    said: list[str] = []
     reporter = Reporter()
-    reporter.say = told.append  # type: ignore[method-assign]
+    reporter.say = said.append  # type: ignore[method-assign]
     assert push.push_run(PushConfig(copy, "me/bank"), reporter=reporter).base_model == "base"
     files = hub.repositories["models/me/bank"].files
     assert not [name for name, content in files.items() if b"secret" in content]
-    assert told == [
-        "the base model is a folder of this machine, which is published by its name base only; "
-        "others need a copy of it, and give it with --model"
+    assert said == [
+        "the base model is a local folder, of which only the name base is published; others need a "
+        "copy of it, given with --model"
     ]
     with pytest.raises(ModelError, match="there is no folder base"):
         answers(Path("me/bank"), tmp_path)
@@ -235,7 +235,7 @@ def test_without_a_token_the_hub_is_not_asked(
     hub: stand_in.Hub, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    refused(ConfigError, PushConfig(trained, "me/bank"), "there is no token for the hub")
+    refused(ConfigError, PushConfig(trained, "me/bank"), "there is no token for the")
     assert hub.requests == []
 
 
@@ -273,7 +273,7 @@ def test_a_repository_of_something_else_is_left_alone(
 ) -> None:
     hub.publish("models/me/model", base, private=True)
     before = dict(hub.repositories["models/me/model"].files)
-    refused(ConfigError, PushConfig(trained, "me/model"), "something else than an adapter")
+    refused(ConfigError, PushConfig(trained, "me/model"), "something other than a Remora adapter")
     assert hub.repositories["models/me/model"].files == before
 
 
@@ -412,8 +412,8 @@ def test_a_base_that_changed_on_the_hub_is_refused(
 
 
 def test_the_service_takes_an_id(hub: stand_in.Hub, trained: Path) -> None:
-    from remora.serving import engine
+    from remora.serving import snapshot
 
     push.push_run(PushConfig(trained, "me/served"))
-    with engine._copied(adapter_card.adapter_folder(Path("me/served"))) as copied:
+    with snapshot.taken(adapter_card.adapter_folder(Path("me/served"))) as copied:
         assert copied.card == adapter_card.read_card(trained / "adapter")

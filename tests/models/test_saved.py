@@ -8,6 +8,7 @@ import shutil
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -18,6 +19,7 @@ from remora.errors import ModelError, ResourceError
 from remora.evaluation.predictions import write_predictions
 from remora.models import adapter_card, fused_lora, loading, lora, saved
 from remora.runtime import files, run_directory
+from remora.tree.scoring import Scorer
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -176,3 +178,29 @@ def test_a_folder_that_cannot_be_written_is_one_line(trained, tmp_path):
     ):
         with pytest.raises(ResourceError, match=r"cannot write to .*--output"):
             call()
+
+
+def test_open_trained_gives_all_that_scoring_needs(trained):
+    opened = saved.open_trained(trained.run, device="cpu", precision="float32")
+    assert opened.card == trained.card
+    assert (opened.device, opened.precision.compute) == (CPU, torch.float32)
+    assert torch.equal(opened.model(input_ids=IDS).logits, trained.logits)
+    scorer = opened.scorer(max_tokens=512, tolerance=0, limit_bytes=7)
+    assert (scorer.max_tokens, scorer.tolerance, scorer.limit_bytes) == (512, 0, 7)
+    assert scorer.autocast is None
+    by_hand = Scorer(*load(trained.run)[:2], tolerance=0)
+    assert np.array_equal(scorer.probabilities(["why"]), by_hand.probabilities(["why"]))
+
+
+def test_open_trained_computes_in_the_precision_that_was_asked_for(trained):
+    opened = saved.open_trained(str(trained.run), device="cpu", precision="bfloat16")
+    assert opened.scorer().autocast is torch.bfloat16
+    assert next(opened.model.get_base_model().parameters()).dtype is torch.bfloat16
+
+
+def test_open_trained_takes_another_folder_for_the_base(trained, tmp_path):
+    moved = shutil.copytree(trained.folder / "base", tmp_path / "moved")
+    opened = saved.open_trained(trained.run, base=str(moved), device="cpu", precision="float32")
+    assert torch.equal(opened.model(input_ids=IDS).logits, trained.logits)
+    with pytest.raises(ModelError, match=r"give the folder of a Hugging Face model"):
+        saved.open_trained(trained.run, base=str(tmp_path / "gone"), device="cpu")

@@ -186,7 +186,7 @@ def test_a_dora_of_a_stranger_has_the_shapes_of_its_base(
     save_file({**tensors, name: torch.ones(100_000)}, path)
     with pytest.raises(ModelError, match="magnitude_vector with the shape \\(100000,\\), not"):
         saved.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
-    with pytest.raises(ModelError, match="is no plain LoRA, which is all that can be compressed"):
+    with pytest.raises(ModelError, match="is not plain LoRA, and nothing else can be compressed"):
         truncate.read(directory / "adapter")
     config = directory / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": "yes"}))
@@ -197,9 +197,9 @@ def test_a_dora_of_a_stranger_has_the_shapes_of_its_base(
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"use_dora": True, "method": "qlora"}, "use_dora is not for a base in 4 bits"),
-        ({"use_rslora": True, "method": "full"}, "use_rslora is of an adapter and method is full"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa; give default or gaussian"),
+        ({"use_dora": True, "method": "qlora"}, "use_dora does not work on a 4-bit base"),
+        ({"use_rslora": True, "method": "full"}, "use_rslora needs an adapter and method is full"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; give default or gaussian"),
         ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio is 0.0; give a number above 0"),
     ],
 )

@@ -24,8 +24,7 @@ import pytest
 
 from remora.config import TrainConfig
 from remora.data.dataset import load_data
-from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
-from remora.runtime import launch
+from remora.errors import ConfigError, DataError, Stopped
 from remora.runtime.process_group import BEAT_SECONDS, LOST_BEATS, ProcessGroup
 from remora.training import resume
 from remora.training.run import train
@@ -120,7 +119,7 @@ def test_two_processes_stopped_together_go_on_to_the_same_bits(
         said = parent.stderr.read().splitlines()
     assert parent.returncode == Stopped.exit_code
     assert [line for line in said if line.startswith("error")] == [
-        "error: stopped (SIGTERM); run the same command again to go on"
+        "error: stopped (SIGTERM); run the same command again to resume"
     ]
     assert len(records(config)) < len(records(undisturbed))
     code, said = ended(config)
@@ -254,50 +253,6 @@ def test_parts_in_order_are_all_rows(count: int) -> None:
     parts = [ProcessGroup(rank, 3).part(rows) for rank in range(3)]
     assert [row for part in parts for row in part] == rows
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@pytest.mark.parametrize(
-    ("codes", "code"),
-    [
-        ((0, 0), 0),
-        ((75, 75), 75),
-        ((3, 3), 3),
-        ((7, 5), 5),
-        ((7, -9), 7),
-        ((75, -9), 7),
-        ((0, 7), 7),
-    ],
-)
-def test_the_code_of_a_run_is_that_of_its_cause(codes: tuple[int, ...], code: int) -> None:
-    def process(returned: int) -> subprocess.Popen[bytes]:
-        body = f"import os; os._exit({returned})"
-        if returned < 0:
-            body = f"import os; os.kill(os.getpid(), {-returned})"
-        return subprocess.Popen([sys.executable, "-c", body])
-
-    assert launch._wait([process(returned) for returned in codes]) == code
-
-
-@pytest.mark.parametrize(
-    ("error", "first", "other"),
-    [
-        (DataError("x"), True, True),
-        (Stopped("x"), True, False),
-        (DivergedError("x"), True, False),
-        (ResourceError("x"), True, True),
-    ],
-)
-def test_who_prints_an_error(
-    error: Any, first: bool, other: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert launch.speaks(error)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    assert launch.speaks(error) is first
-    monkeypatch.setenv("RANK", "1")
-    assert launch.speaks(error) is other
-    error.is_shared = True
-    assert not launch.speaks(error)
 
 
 def test_wrong_numbers_of_devices_are_refused(config: TrainConfig) -> None:

@@ -1,4 +1,7 @@
-"""The engine: the answers of `predict`, one generation for each request, many adapters."""
+"""The engine: the answers of `predict`, one generation for each request, many adapters.
+
+Also covers remora.serving.adapters and remora.serving.snapshot.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import torch
 from conftest import build_tokenizer, tiny_model
 from remora.errors import ModelError
 from remora.runtime.device import choose_precision
+from remora.serving import snapshot
 from remora.serving.engine import Answer, Batch, Engine, QueueFullError
 from service import predicted, write_adapter, write_adapters
 
@@ -199,7 +203,7 @@ def test_a_reload_takes_over_with_labels_and_hash(changing: dict[str, Path], bas
         assert after.sha256 == sha256(changing["bank"]) != before.sha256
         assert same(after, predicted(changing["bank"], TEXTS, top_k=len(labels)))
     assert same(made.classify("mail", TEXTS).result(), predicted(changing["mail"], TEXTS, top_k=2))
-    assert len(made._adapted.peft_config) == 3  # the generations before are gone
+    assert len(made._adapters._adapted.peft_config) == 3  # the generations before are gone
     made.stop()
 
 
@@ -230,7 +234,7 @@ def test_what_cannot_be_used_leaves_the_one_before(changing: dict[str, Path], ba
     assert answer.sha256 == hashlib.sha256(b"".join(whole[n] for n in sorted(whole))).hexdigest()
     write_adapter(changing["bank"], base, 1)
     assert same(answer, predicted(changing["bank"], TEXTS, top_k=3))
-    assert len(made._adapted.peft_config) == 3
+    assert len(made._adapters._adapted.peft_config) == 3
     made.stop()
 
 
@@ -296,6 +300,33 @@ def test_200_swaps_under_10_000_requests(
     changing: dict[str, Path], base: Path, tmp_path: Path
 ) -> None:
     swap_under_requests(changing, base, tmp_path, num_swaps=200, num_requests=10_000)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+def test_no_file_of_a_snapshot_stays_mapped(loaded: Engine) -> None:
+    """Windows would not delete it, and its disk space would not be free before the process ends."""
+    assert loaded.generations
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert not [line for line in maps if "remora-" in line and "adapter_model" in line]
+
+
+def test_a_folder_that_keeps_changing_is_refused(
+    changing: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = changing["bank"] / "adapter"
+    old, real = folder.with_name("old"), shutil.copyfile
+
+    def copy(source: Path, target: Path, **settings: bool) -> None:
+        real(source, target, **settings)
+        if target.name == "remora.json":  # the last
+            folder.rename(old)
+            shutil.copytree(old, folder, copy_function=real)
+            shutil.rmtree(old)
+
+    monkeypatch.setattr(snapshot.shutil, "copyfile", copy)
+    changes_ever = pytest.raises(ModelError, match="changes while it is read; try again")
+    with changes_ever, snapshot.taken(folder):
+        pass
 
 
 def test_probabilities_sum_to_one(loaded: Engine) -> None:

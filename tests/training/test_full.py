@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, WORDS, build_tokenizer, tiny_model
 from remora import TextClassifier, cli
-from remora.config import PredictConfig, TrainConfig
+from remora.config import TrainConfig
 from remora.data.prompt import Prompt, TokenSequence
 from remora.errors import ModelError, Stopped
 from remora.evaluation.predictions import PROBABILITIES, read_probabilities
 from remora.models import lora, saved
+from remora.models.saved import open_trained
 from remora.runtime.reporter import Reporter, Validation
-from remora.serving.predict import load_scorer
 from remora.training import checkpoint, resume
 from remora.training.optimizer import default_learning_rate
 from remora.training.run import train
@@ -95,7 +95,7 @@ def measured(directory: Path) -> list[tuple[str, str]]:
 def measured_again(directory: Path, precision: Any) -> list[tuple[str, str]]:
     """The same, computed by the model that lies in the run directory."""
     texts = [text for text, _ in measured(directory)]
-    scorer, _ = load_scorer(PredictConfig(directory, precision=precision, device="cpu"))
+    scorer = open_trained(directory, precision=precision, device="cpu").scorer()
     found = scoring.score_table(scorer, texts, "test", Reporter())
     return [(text, f"{p:.6f}") for text, p in zip(texts, found.max(1), strict=True)]
 
@@ -115,8 +115,8 @@ def test_every_weight_trains_and_the_run_holds_a_plain_model(trained, base: Path
 
 
 def test_stock_transformers_and_predict_give_the_same_probabilities(trained) -> None:
-    config = PredictConfig(trained.directory, precision="float32", device="cpu")
-    scorer, _ = load_scorer(config, tolerance=0.0)
+    model = open_trained(trained.directory, precision="float32", device="cpu")
+    scorer = model.scorer(tolerance=0.0)
     texts = ["my card", "refund please", "the top up again"]
     expected = probabilities(stock(trained.directory / "model"), scorer.prompt, texts)
     np.testing.assert_allclose(scorer.probabilities(texts), expected, rtol=1e-3, atol=1e-6)

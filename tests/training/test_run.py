@@ -152,7 +152,7 @@ def test_eval_chooses_its_threshold_on_validation_rows(
 ) -> None:
     _, directory = finished
     done = remora("eval", directory, table, "--abstain-at-accuracy", "0.9")
-    assert re.search(r"abstain    confidence 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
+    assert re.search(r"abstain    threshold 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
     assert re.search(r"at temperature \d+\.\d\d, fitted on 9 validation rows", done.stdout)
     (tmp_path / "oos.csv").write_text("text\nWhat a fine day\nbla bla\n", encoding="utf-8")
     only = tmp_path / "adapter"
@@ -328,7 +328,7 @@ def test_scoring_keeps_to_what_was_planned(config: TrainConfig, monkeypatch) -> 
             super().__init__(*arguments, **settings)
 
     monkeypatch.setattr(setup, "plan_run", plan_smaller)
-    monkeypatch.setattr(session, "Scorer", Noted)
+    monkeypatch.setattr(saved, "Scorer", Noted)
     train(replace(config, epochs=1))
     assert len(made) >= 2  # for validation and for the test rows
     assert {settings["max_tokens"] for settings in made} == {70}

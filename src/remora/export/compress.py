@@ -1,15 +1,13 @@
-"""A smaller adapter: measured at several sizes, the smallest that is as good is kept.
+"""A smaller adapter: several sizes are measured, and the smallest that is as good is kept.
 
-Each is cut from the full one, and where that costs too much it learns again.
+Each is the full adapter truncated; if truncation costs too much, it is fine-tuned again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,27 +18,15 @@ from remora.data.dataset import Dataset, load_data
 from remora.data.table import Table
 from remora.errors import ConfigError, DataError, ModelError
 from remora.evaluation.results import Results
-from remora.export import distill, truncate
+from remora.export import truncate
+from remora.export.trials import Point, Trials, accuracy
 from remora.export.truncate import Artifact
-from remora.formatting import spoken_bytes
-from remora.models import adapter_card, hub, saved
+from remora.models import adapter_card, hub
 from remora.runtime import files, run_directory
-from remora.runtime.device import choose_device, choose_precision
 from remora.runtime.reporter import Reporter
-from remora.training.optimizer import default_learning_rate
-from remora.tree import scoring
-from remora.tree.forward import text_config
-from remora.tree.scoring import Scorer
 
 SHARES = (1, 2, 4, 8, 10, 16, 32, 64)
 """Fractions of the full adapter's bytes that are tried, as their denominators."""
-
-MAX_STEPS = 2_000
-MAX_PASSES = 6
-"""An adapter that was cut learns for so many steps, or passes over the training rows if fewer."""
-
-LEARNING_RATE_FACTOR = 2
-"""Of the learning rate that the whole one was trained at."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -48,298 +34,218 @@ DTYPES = {
     "float16": torch.float16,
     "float8": torch.float8_e4m3fn,
 }
-"""What an adapter may be stored in; PEFT makes float32 of each when it loads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A compressed adapter, and what it does."""
-
-    num_bytes: int
-    ratio: float  # the base model's weights are so many times larger
-    mean_rank: float
-    accuracy: float
-    num_flips: int  # rows that get another label than from the full adapter
-    cut_accuracy: float | None = None  # before it learned again; None where it did not
+"""Storage types of an adapter; PEFT converts each to float32 when it loads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressed:
-    """A compressed adapter that was chosen and written."""
+    """The compressed adapter that was written, and the sizes it was chosen from."""
 
     dtype: str
     adapter_bytes: int  # of the full one
-    frontier: tuple[Point, ...]  # on validation rows, the whole adapter first; empty where the
-    # size was given
-    least_accuracy: float | None  # that was good enough on them
+    frontier: tuple[Point, ...]  # on validation rows, the full adapter first; empty if the size
+    # was given
+    least_accuracy: float | None  # on these rows, that a smaller adapter had to reach
     chosen: Point  # on the rows that the run was measured on
     num_rows: int
     full_accuracy: float
 
 
-def compress(config: ExportConfig, folder: Path, found: Results, reporter: Reporter) -> Compressed:
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The full adapter, and how smaller ones are stored."""
+
+    adapter: truncate.Adapter
+    adapter_bytes: int
+    base_bytes: int
+    others: Mapping[str, bytes]  # files that go with it
+    dtype: torch.dtype
+    power: int
+
+    def fit(self, budget_bytes: int) -> Artifact:
+        return truncate.fit(self.adapter, budget_bytes, self.dtype, self.others, power=self.power)
+
+
+def compress(
+    config: ExportConfig, folder: Path, results: Results, reporter: Reporter
+) -> Compressed:
     """Write a smaller adapter into an empty folder, and measure it from there.
+
+    Args:
+        config: The settings.
+        folder: Where to write.
+        results: The run's rows.
+        reporter: Shows the progress.
 
     Raises:
         ConfigError: If nothing fits into the budget.
-        DataError: If validation rows are needed and cannot be had.
-        ModelError: If adapter or base model cannot be used, or every size is too bad.
+        DataError: If validation or training rows are needed and missing.
+        ModelError: If the adapter or base model cannot be used, or every size loses too much
+            accuracy.
         ResourceError: If the disk fails.
     """
+    # The full adapter, and how large a smaller one may be
     full_folder = adapter_card.adapter_folder(config.run)
     card = adapter_card.read_card(full_folder)
     base_bytes = files.folder_bytes(hub.find(config.model or card.base_model), "*.safetensors")
-    adapter_bytes = files.folder_bytes(full_folder)
-    adapter = truncate.read(full_folder)
-    others = {"remora.json": (full_folder / "remora.json").read_bytes()}
     stored = config.dtype or "float8"
-    dtype = DTYPES[stored]
+    source = _Source(
+        adapter_bytes=files.folder_bytes(full_folder),
+        adapter=truncate.read(full_folder),
+        base_bytes=base_bytes,
+        others={"remora.json": (full_folder / "remora.json").read_bytes()},
+        dtype=DTYPES[stored],
+        # Fine-tuning again does better with the ranks spread; docs/log.md has the figures.
+        power=1 if config.distill else 2,
+    )
     budget = config.budget_bytes()
     if config.ratio is not None:
         budget = int(base_bytes / config.ratio)
-    # An adapter that learns again does better with its ranks spread; docs/log.md has the figures.
-    power = 1 if config.distill else 2
-    frontier: list[Point] = []
+
+    # The size that was given, or the smallest that is good enough
+    frontier: tuple[Point, ...] = ()
     least_accuracy = None
     if budget is not None:
-        artifact = truncate.fit(adapter, budget, dtype, others, power=power)
-        train_rows = _dataset(config.run).train if config.distill else None
-        trials = _Trials(config, adapter, base_bytes, reporter)
-        if train_rows and artifact.ranks != truncate.allocate(adapter.updates, 1 << 62, dtype):
-            artifact = trials.distilled(artifact, train_rows)
+        trials, artifact = _at_budget(config, source, budget, reporter)
     else:
-        validation = _validation(config.run, found)
-        train_rows = _dataset(config.run).train if config.distill else None
-        trials = _Trials(config, adapter, base_bytes, reporter)
-        full = trials.full(validation)
-        artifacts = _candidates(adapter, adapter_bytes, dtype, others, power)
-        least_right = _least_right(full, validation, config.tolerance)
-        least_accuracy = least_right / len(validation)
-        for place, candidate in enumerate(artifacts):
-            point = trials.trial(candidate, validation, full)
-            if train_rows and not _is_good(point, validation, least_right):
-                learned = trials.distilled(candidate, train_rows)
-                again = trials.trial(learned, validation, full)
-                if not _is_good(again, validation, least_right):
-                    train_rows = None  # and smaller ones would not come back either
-                if again.accuracy >= point.accuracy:
-                    artifacts[place], point = learned, replace(again, cut_accuracy=point.accuracy)
-            frontier.append(point)
-        artifact = _smallest(artifacts, frontier, full, validation, config.tolerance)
-        whole = Point(
-            num_bytes=adapter_bytes,
-            ratio=base_bytes / adapter_bytes,
-            mean_rank=sum(len(u.values) for u in adapter.updates.values()) / len(adapter.updates),
-            accuracy=_accuracy(full, validation),
-            num_flips=0,
-        )
-        frontier.insert(0, whole)
-    measured = Table(found.texts, found.true)
-    full = trials.full(measured)
+        trials, artifact, frontier, least_accuracy = _chosen(config, source, results, reporter)
+
+    # Write it, and measure it on the rows that the run was measured on
+    measured = Table(results.texts, results.true)
+    full = trials.full_labels(measured)
     return Compressed(
         dtype=stored,
-        adapter_bytes=adapter_bytes,
-        frontier=tuple(frontier),
+        adapter_bytes=source.adapter_bytes,
+        frontier=frontier,
         least_accuracy=least_accuracy,
-        chosen=trials.point(artifact, folder, measured, full),
+        chosen=trials.write(artifact, folder, measured, full),
         num_rows=len(measured),
-        full_accuracy=_accuracy(full, measured),
+        full_accuracy=accuracy(full, measured),
     )
 
 
-class _Trials:
-    """Puts compressed adapters on a base model beside the full one, and compares their labels."""
-
-    def __init__(
-        self,
-        config: ExportConfig,
-        adapter: truncate.Adapter,
-        base_bytes: int,
-        reporter: Reporter,
-    ) -> None:
-        self._config, self._adapter = config, adapter
-        device = choose_device(config.device)
-        self._precision = choose_precision(device, "auto")
-        self._adapted, self._prompt, _ = saved.load_adapter(
-            config.run, base=config.model, dtype=self._precision.base, device=device
-        )
-        self._base_bytes, self._reporter = base_bytes, reporter
-
-    def full(self, table: Table) -> list[str]:
-        """Return the labels that the full adapter gives."""
-        return self._labels(table, "adapter")
-
-    def trial(self, artifact: Artifact, table: Table, full: Sequence[str]) -> Point:
-        """Measure an adapter that is not kept."""
-        with tempfile.TemporaryDirectory() as folder:
-            return self.point(artifact, Path(folder), table, full)
-
-    def point(self, artifact: Artifact, folder: Path, table: Table, full: Sequence[str]) -> Point:
-        """Write an adapter into a folder and measure it as PEFT loads it from there."""
-        with self._loaded(artifact, folder):
-            labels = self._labels(table, spoken_bytes(artifact.num_bytes))
-        return Point(
-            num_bytes=artifact.num_bytes,
-            ratio=self._base_bytes / artifact.num_bytes,
-            mean_rank=artifact.mean_rank,
-            accuracy=_accuracy(labels, table),
-            num_flips=sum(a != b for a, b in zip(labels, full, strict=True)),
-        )
-
-    def distilled(self, artifact: Artifact, table: Table) -> Artifact:
-        """Return an adapter of the same ranks and bytes that has learned again."""
-        width = text_config(self._adapted).hidden_size
-        rate = run_directory.read_settings(self._config.run).learning_rate
-        rate = LEARNING_RATE_FACTOR * (rate or default_learning_rate(width, "lora"))
-        passes = MAX_PASSES * math.ceil(len(table) / distill.BATCH_ROWS)
-        # The large numbers that 8 bits want, no learning rate would move.
-        start = truncate.pack(self._adapter, artifact.ranks, torch.float32, {})
-        with tempfile.TemporaryDirectory() as folder, self._loaded(start, Path(folder)):
-            distill.distill(
-                self._adapted,
-                self._prompt,
-                table,
-                teacher="default",
-                student="compressed",
-                num_steps=min(MAX_STEPS, passes),
-                learning_rate=rate,
-                max_tokens=self._config.micro_batch_tokens,
-                precision=self._precision,
-                reporter=self._reporter,
-            )
-            updates = {
-                name.removeprefix(truncate.PREFIX): truncate.decompose(
-                    layer.lora_A["compressed"].weight.detach().cpu(),
-                    layer.lora_B["compressed"].weight.detach().cpu(),
-                    layer.scaling["compressed"],
-                )
-                for name, layer in self._adapted.named_modules()
-                if "compressed" in getattr(layer, "lora_A", ())
-            }
-        return truncate.repack(artifact, self._adapter, updates)
-
-    @contextlib.contextmanager
-    def _loaded(self, artifact: Artifact, folder: Path) -> Iterator[None]:
-        """Write an adapter into a folder, and have it active beside the full one."""
-        with files.disk_errors(folder):
-            for name, content in artifact.files.items():
-                (folder / name).write_bytes(content)
-        loaded = self._adapted.load_adapter(
-            str(folder), adapter_name="compressed", local_files_only=True
-        )
-        assert not loaded.missing_keys, loaded
-        assert not loaded.unexpected_keys, loaded
-        self._adapted.eval().set_adapter("compressed")
-        yield
-        self._adapted.set_adapter("default")
-        self._adapted.delete_adapter("compressed")
-
-    def _labels(self, table: Table, what: str) -> list[str]:
-        # Only the likeliest label is asked for, so the search may end once it is certain.
-        scorer = Scorer(
-            self._adapted,
-            self._prompt,
-            max_tokens=self._config.micro_batch_tokens,
-            tolerance=1,
-            autocast=self._precision.autocast,
-        )
-        probabilities = scoring.score_table(scorer, table.texts, what, self._reporter)
-        return [self._prompt.labels[i] for i in probabilities.argmax(1)]
+def _at_budget(
+    config: ExportConfig, source: _Source, budget_bytes: int, reporter: Reporter
+) -> tuple[Trials, Artifact]:
+    """Return the best adapter of a given size, fine-tuned again if that is wanted and needed."""
+    artifact = source.fit(budget_bytes)
+    train_rows = _train_rows(config)
+    trials = Trials(config, source.adapter, source.base_bytes, reporter)
+    everything = truncate.allocate(source.adapter.updates, 1 << 62, source.dtype)
+    if train_rows and artifact.ranks != everything:
+        artifact = trials.distilled(artifact, train_rows)
+    return trials, artifact
 
 
-def _candidates(
-    adapter: truncate.Adapter,
-    adapter_bytes: int,
-    dtype: torch.dtype,
-    others: Mapping[str, bytes],
-    power: int,
-) -> list[Artifact]:
-    """Return an adapter at fractions of its bytes, the largest first; equal ones only once."""
-    found: list[Artifact] = []
-    for share in SHARES:
-        try:
-            artifact = truncate.fit(adapter, adapter_bytes // share, dtype, others, power=power)
-        except ConfigError:  # too small for anything
-            break
-        if not found or artifact.ranks != found[-1].ranks:
-            found.append(artifact)
-    return found
+def _chosen(
+    config: ExportConfig, source: _Source, results: Results, reporter: Reporter
+) -> tuple[Trials, Artifact, tuple[Point, ...], float]:
+    """Return the smallest adapter that is good enough on validation rows.
 
-
-def _least_right(full: Sequence[str], table: Table, tolerance: float) -> int:
-    """Return how many rows a smaller adapter has to get right, a part of a row given to it."""
-    spare_rows = math.ceil(tolerance * len(table) / 100 - 1e-9)
-    return round(_accuracy(full, table) * len(table)) - spare_rows
-
-
-def _smallest(
-    artifacts: Sequence[Artifact],
-    frontier: Sequence[Point],
-    full: Sequence[str],
-    table: Table,
-    tolerance: float,
-) -> Artifact:
-    """Return the smallest adapter that loses at most `tolerance` points, up to the next whole row.
-
-    Raises:
-        ModelError: If all lose more.
+    Returns:
+        The trials, the adapter, all points measured with the full adapter first, and the accuracy
+        that was good enough.
     """
-    least_right = _least_right(full, table, tolerance)
+    validation = _validation(config.run, results)
+    train_rows = _train_rows(config)
+    trials = Trials(config, source.adapter, source.base_bytes, reporter)
+    full = trials.full_labels(validation)
+    full_accuracy = accuracy(full, validation)
+    artifacts = _candidates(source)
+    spare_rows = math.ceil(config.tolerance * len(validation) / 100 - 1e-9)  # up to a whole row
+    least_right = round(full_accuracy * len(validation)) - spare_rows
+
+    # Measure each size; fine-tune again those that lose too much
+    points: list[Point] = []
+    for place, candidate in enumerate(artifacts):
+        point = trials.measure(candidate, validation, full)
+        if train_rows and not _is_good(point, validation, least_right):
+            tuned = trials.distilled(candidate, train_rows)
+            again = trials.measure(tuned, validation, full)
+            if not _is_good(again, validation, least_right):
+                train_rows = None  # smaller ones would not recover either
+            if again.accuracy >= point.accuracy:
+                artifacts[place], point = tuned, replace(again, cut_accuracy=point.accuracy)
+        points.append(point)
+
+    # Keep the smallest that is good enough
     good = [
         artifact
-        for artifact, point in zip(artifacts, frontier, strict=True)
-        if _is_good(point, table, least_right)
+        for artifact, point in zip(artifacts, points, strict=True)
+        if _is_good(point, validation, least_right)
     ]
     if not good:
-        best = max((point.accuracy for point in frontier), default=0.0)
+        best = max((point.accuracy for point in points), default=0.0)
         raise ModelError(
-            f"every compressed adapter loses more than {tolerance:g} points of accuracy, the best "
-            f"has {best:.2%} where the full one has {_accuracy(full, table):.2%} on "
-            f"{len(table):,} validation rows; give a larger --tolerance or another --dtype"
+            f"every compressed adapter loses more than {config.tolerance:g} points of accuracy "
+            f"(best {best:.2%}, full adapter {full_accuracy:.2%} on {len(validation):,} validation "
+            "rows); give a larger --tolerance or another --dtype"
         )
-    return min(good, key=lambda artifact: artifact.num_bytes)
+    updates = source.adapter.updates
+    whole = Point(
+        num_bytes=source.adapter_bytes,
+        ratio=source.base_bytes / source.adapter_bytes,
+        mean_rank=sum(len(u.values) for u in updates.values()) / len(updates),
+        accuracy=full_accuracy,
+        num_flips=0,
+    )
+    smallest = min(good, key=lambda artifact: artifact.num_bytes)
+    return trials, smallest, (whole, *points), least_right / len(validation)
 
 
-def _is_good(point: Point, table: Table, least_right: float) -> bool:
+def _candidates(source: _Source) -> list[Artifact]:
+    """Return the adapter at fractions of its bytes, the largest first and equal ones only once."""
+    artifacts: list[Artifact] = []
+    for share in SHARES:
+        try:
+            artifact = source.fit(source.adapter_bytes // share)
+        except ConfigError:  # too small for any part of it
+            break
+        if not artifacts or artifact.ranks != artifacts[-1].ranks:
+            artifacts.append(artifact)
+    return artifacts
+
+
+def _is_good(point: Point, table: Table, least_right: int) -> bool:
     return round(point.accuracy * len(table)) >= least_right
 
 
-def _validation(directory: Path, found: Results) -> Table:
-    """Return the rows to choose on.
+def _validation(directory: Path, results: Results) -> Table:
+    """Return the validation rows, which the size is chosen on.
 
     Raises:
-        DataError: If the run has none, or they are no longer what they were.
+        DataError: If the run has none, or its table is missing or has changed.
     """
-    if found.figures["measured_on"] == "validation":
-        return Table(found.texts, found.true)
-    try:
-        dataset = _dataset(directory)
-    except DataError as error:
-        raise DataError(f"{error}; give --budget or --ratio, which need no rows") from error
+    if results.figures["measured_on"] == "validation":
+        return Table(results.texts, results.true)
+    advice = "give --budget or --ratio, which need no rows"
+    dataset = _dataset(directory, advice)
     if not len(dataset.validation):
-        raise DataError(
-            f"{directory} has no validation rows; give --budget or --ratio, which need no rows"
-        )
+        raise DataError(f"{directory} has no validation rows; {advice}")
     return dataset.validation
 
 
-def _dataset(directory: Path) -> Dataset:
+def _train_rows(config: ExportConfig) -> Table | None:
+    """Return the rows to fine-tune on, None if that is not wanted; raises DataError."""
+    if not config.distill:
+        return None
+    return _dataset(config.run, "restore the table, or leave out --distill").train
+
+
+def _dataset(directory: Path, advice: str) -> Dataset:
     """Return the rows that a run was trained on.
 
     Raises:
-        DataError: If they are gone or no longer what they were.
+        DataError: If its table is missing or has changed.
     """
     try:
         dataset = load_data(run_directory.read_settings(directory))
         known = json.loads((directory / "data.json").read_text(encoding="utf-8"))["sha256"]
     except (DataError, OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"the rows that {directory} was trained on cannot be read ({str(error).split(';')[0]})"
+            f"the rows that {directory} was trained on cannot be read "
+            f"({str(error).split(';')[0]}); {advice}"
         ) from error
     if known != dataset.summary.sha256:
-        raise DataError(f"the rows are not those that {directory} was trained on")
+        raise DataError(f"the rows are not those that {directory} was trained on; {advice}")
     return dataset
-
-
-def _accuracy(labels: Sequence[str], table: Table) -> float:
-    return sum(a == b for a, b in zip(labels, table.labels, strict=True)) / len(table)

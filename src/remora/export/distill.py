@@ -1,9 +1,9 @@
-"""An adapter that was cut learns again, from the whole one and from the labels.
+"""Knowledge distillation: a truncated adapter learns from the full one and from the labels.
 
-At each answer token it is moved towards the distribution over the vocabulary that the whole adapter
-gives, and as much towards the label (Hinton et al. 2015). On training rows these distributions say
-little more than the label. Therefore the hidden states that they come from are followed too, after
-each layer (Jiao et al. 2020, TinyBERT), less and less as the steps go on.
+At each answer token the loss is the divergence from the full adapter's distribution over the
+vocabulary, and as much the cross-entropy of the label (Hinton et al. 2015). On training rows these
+distributions say little more than the label. Therefore the distance of the hidden states after each
+layer counts too (Jiao et al. 2020, TinyBERT), with a weight that falls to 0.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from remora.tree.loss import loss_sum
 BATCH_ROWS = 32
 
 LABEL_WEIGHT = 0.5
-"""What the labels count; the rest is for the whole adapter's probabilities."""
+"""Weight of the labels; the rest is for the full adapter's probabilities."""
 
 HIDDEN_WEIGHT = 20.0
-"""What hidden states count at first, in nats, whose distance is as large as the states are."""
+"""First weight of the hidden states, in nats if their distance is as large as they are."""
 
 
 def distill(
@@ -45,20 +45,21 @@ def distill(
     precision: Precision,
     reporter: Reporter,
 ) -> None:
-    """Train an adapter to give the probabilities of another one on the same base.
+    """Train an adapter to give the probabilities of another adapter of the same base.
 
     Args:
-        adapted: PEFT's model with both adapters; the one that trains has its own dropout.
-        prompt: How messages are asked and labels are answered.
-        table: Rows to learn on.
-        teacher: Name of the adapter that is followed.
-        student: Name of the one that trains.
+        adapted: PEFT's model with both adapters; the student keeps its own dropout.
+        prompt: Turns messages and labels into token sequences.
+        table: The training rows.
+        teacher: Name of the adapter to learn from.
+        student: Name of the adapter that trains.
         num_steps: Optimizer steps of BATCH_ROWS rows.
-        learning_rate: At its peak; it falls linearly to 0.
+        learning_rate: Peak of the learning rate, which then falls linearly to 0.
         max_tokens: Most tokens computed at once.
         precision: The arithmetic.
-        reporter: Told how it goes.
+        reporter: Shows the progress.
     """
+    # Only the student's weights train
     adapted.set_adapter(student)
     parameters = [p for name, p in adapted.named_parameters() if f".{student}." in name]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -68,18 +69,20 @@ def distill(
     scaler = torch.amp.GradScaler(
         parameters[0].device.type, enabled=precision.autocast is torch.float16
     )
+
+    # Both adapters see the same batches; the teacher without dropout
     batches = splits.batches(len(table), BATCH_ROWS, num_steps, seed=0)
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # of the dropout
+        torch.manual_seed(0)  # for the dropout
         for step, chosen in enumerate(batches, 1):
             rows = prompt.rows([table.texts[i] for i in chosen], [table.labels[i] for i in chosen])
             num_supervised = sum(len(row.token_ids) - row.answer_start for row in rows)
             for part in packing.split(rows, max_tokens):
                 packed = part.to(parameters[0].device)
                 with torch.no_grad():
-                    wanted = _outputs(adapted.eval(), teacher, packed, precision)
-                found = _outputs(adapted.train(), student, packed, precision)
-                loss = _loss(found, wanted, packed, HIDDEN_WEIGHT * (1 - step / num_steps))
+                    theirs = _outputs(adapted.eval(), teacher, packed, precision)
+                ours = _outputs(adapted.train(), student, packed, precision)
+                loss = _loss(ours, theirs, packed, HIDDEN_WEIGHT * (1 - step / num_steps))
                 scaler.scale(loss / num_supervised).backward()  # type: ignore[no-untyped-call]
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -95,7 +98,7 @@ def distill(
 def _outputs(
     adapted: Any, adapter: str, packed: packing.TokenTree, precision: Precision
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return what an adapter gives where answer tokens are predicted.
+    """Return an adapter's outputs at the positions that predict answer tokens.
 
     Returns:
         Logits [P, vocabulary], and the hidden states after each layer [P, width], the last one
@@ -110,19 +113,26 @@ def _outputs(
 
 
 def _loss(
-    found: tuple[Tensor, list[Tensor]],
-    wanted: tuple[Tensor, list[Tensor]],
+    ours: tuple[Tensor, list[Tensor]],
+    theirs: tuple[Tensor, list[Tensor]],
     packed: packing.TokenTree,
     hidden_weight: float,
 ) -> Tensor:
-    """Return how far outputs are from another adapter's and from the labels, as a sum in nats."""
-    ours, theirs = (logits.float().log_softmax(-1) for logits in (found[0], wanted[0]))
-    divergence = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    """Return the loss of the student's outputs, summed over the answer tokens of all rows, in nats.
+
+    Args:
+        ours: The student's logits and hidden states, as `_outputs` returns them.
+        theirs: The teacher's.
+        packed: The token tree that they are of.
+        hidden_weight: Weight of the hidden states.
+    """
+    logs, targets = (logits.float().log_softmax(-1) for logits in (ours[0], theirs[0]))
+    divergence = functional.kl_div(logs, targets, log_target=True, reduction="none").sum(-1)
     relative = [
         (one - other).square().sum(-1) / other.square().sum(-1)
-        for one, other in zip(found[1], wanted[1], strict=True)
+        for one, other in zip(ours[1], theirs[1], strict=True)
     ]
-    followed = (1 - LABEL_WEIGHT) * divergence + hidden_weight * torch.stack(relative).mean(0)
-    rows = torch.zeros_like(followed)  # [P], how many go on from there
-    rows.index_add_(0, packed.edge_predictors, packed.edge_weights)
-    return rows @ followed + LABEL_WEIGHT * loss_sum(found[0], packed)
+    per_token = (1 - LABEL_WEIGHT) * divergence + hidden_weight * torch.stack(relative).mean(0)
+    num_rows = torch.zeros_like(per_token)  # [P], that share this prediction
+    num_rows.index_add_(0, packed.edge_predictors, packed.edge_weights)
+    return num_rows @ per_token + LABEL_WEIGHT * loss_sum(ours[0], packed)

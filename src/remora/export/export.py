@@ -1,13 +1,12 @@
-"""What leaves a run: one plain model folder, or a smaller adapter; nothing that was not measured.
+"""The verb export: a run as one plain model folder, or as a smaller adapter, measured first.
 
-Each is written to a folder beside its place, read back from there, measured on the rows that the
-run was measured on, and only then renamed to its place.
+Either is written to a temporary folder beside its own, read back, measured on the rows that the run
+was measured on, and only then renamed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,28 +26,28 @@ from remora.runtime.reporter import Reporter
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A folder that was written, and what was measured of it."""
+    """The folder that was written, and its measurements."""
 
     directory: Path
     num_bytes: int
     measured_on: str  # "test" or "validation" rows
     result: Parity | Compressed
-    plot: Path | None  # of accuracy against size, where several sizes were measured
+    plot: Path | None  # accuracy against size, if several sizes were measured
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON holds them."""
+        """Return the figures as `--json` prints them."""
         figures = {k: v for k, v in asdict(self).items() if k != "result"}
         paths = {"directory": str(self.directory), "plot": self.plot and str(self.plot)}
         return figures | paths | asdict(self.result)
 
 
 def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exported:
-    """Write what the settings ask for; after an error there is nothing.
+    """Write a run as the settings say; after an error nothing is left.
 
     Raises:
         ConfigError: If the output exists, or nothing fits into the budget.
-        DataError: If this is no finished run, or its rows are needed and gone.
-        ModelError: If adapter or base model cannot be used, or what was written is not the same
+        DataError: If this is not a finished run, or its rows are needed and missing.
+        ModelError: If adapter or base model cannot be used, or the model written is not the same
             classifier.
         ResourceError: If the disk fails.
     """
@@ -61,10 +60,10 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
             f"{config.run} trained all weights and has no adapter to merge or compress; use "
             f"{adapter_card.adapter_folder(config.run)}, which is a plain model folder already"
         )
-    found = results.read(config.run)
+    measured = results.read(config.run)
     export_into = merge if config.merge else compress
-    with _published(output) as folder:
-        result = export_into(config, folder, found, reporter)
+    with _placed(output) as folder:
+        result = export_into(config, folder, measured, reporter)
         plot = None
         if isinstance(result, Compressed) and result.frontier:
             plot = output.with_name(f"{output.name}.svg")
@@ -72,26 +71,27 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
     return Exported(
         directory=output,
         num_bytes=files.folder_bytes(output),
-        measured_on=found.figures["measured_on"],
+        measured_on=measured.figures["measured_on"],
         result=result,
         plot=plot,
     )
 
 
-def _frontier(found: Compressed) -> charts.Chart:
-    sized = [(found.adapter_bytes / point.num_bytes, point) for point in found.frontier]
+def _frontier(compressed: Compressed) -> charts.Chart:
+    """Draw accuracy against size, before and after fine-tuning again."""
+    sized = [(compressed.adapter_bytes / point.num_bytes, point) for point in compressed.frontier]
     cut = [
         (x, point.accuracy if point.cut_accuracy is None else point.cut_accuracy)
         for x, point in sized
     ]
     accuracies = [(x, point.accuracy) for x, point in sized]
-    assert found.least_accuracy is not None
-    return charts.frontier(accuracies, cut if cut != accuracies else [], found.least_accuracy)
+    assert compressed.least_accuracy is not None
+    return charts.frontier(accuracies, cut if cut != accuracies else [], compressed.least_accuracy)
 
 
 @contextlib.contextmanager
-def _published(output: Path) -> Iterator[Path]:
-    """Give an empty folder that takes its place once it is whole, and is gone after an error."""
+def _placed(output: Path) -> Iterator[Path]:
+    """Yield an empty folder that is renamed to `output` at the end, and removed after an error."""
     with files.disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -101,21 +101,10 @@ def _published(output: Path) -> Iterator[Path]:
         yield folder
         with files.disk_errors(output):
             for path in (*folder.iterdir(), folder):
-                _sync(path)
+                files.sync(path)
             if output.is_dir():
-                output.rmdir()  # it is empty, or this fails
+                output.rmdir()  # which fails unless it is empty
             folder.rename(output)
-            _sync(output.parent)
+            files.sync(output.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """See that a file or a folder's entries are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows has no way to open one
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

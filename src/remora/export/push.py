@@ -1,8 +1,8 @@
-"""A run's adapter on the Hugging Face hub: what another person needs of it, in one commit.
+"""The verb push: a run's adapter on the Hugging Face hub, in one commit.
 
-The repository holds PEFT's two files, remora.json and the model card, all at its top. So PEFT and
+The repository holds PEFT's two files, remora.json and the model card at its top level, so PEFT and
 Remora load it by its id. Nothing else leaves the run directory: settings, predictions and report
-name files of this machine, or hold messages.
+name files of this machine, or contain messages.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 MADE_BY_THE_HUB = {".gitattributes", CARD}
-"""What a repository may hold that somebody made on the hub's pages, and nobody pushed to."""
+"""The files of a repository that was made on the hub's website and never pushed to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pushed:
-    """What was published, and where."""
+    """The files that were published, and their address."""
 
     repo_id: str
     url: str
@@ -43,21 +43,21 @@ class Pushed:
     files: dict[str, int]  # bytes of each
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
+        """Return the figures as `--json` prints them."""
         return asdict(self)
 
 
 def push_run(config: PushConfig, *, reporter: Reporter | None = None) -> Pushed:
-    """Publish a run's adapter with its model card; after an error none of its files are there.
+    """Publish a run's adapter with its model card; after an error no file is published.
 
     Raises:
         ConfigError: If there is no token, the hub refuses or cannot be reached, or the repository
-            is not for this adapter.
-        DataError: If this is no finished run.
+            holds something else.
+        DataError: If this is not a finished run.
         ModelError: If the adapter is broken, or the run has none.
     """
     reporter = reporter or Reporter()
-    results.read(config.run)  # which refuses a run that is not finished
+    results.read(config.run)  # raises if the run is not finished
     folder = adapter_card.adapter_folder(config.run)
     base = adapter_card.read_card(folder).base_model
     untrusted.read_shapes([folder / "adapter_model.safetensors"])
@@ -65,8 +65,8 @@ def push_run(config: PushConfig, *, reporter: Reporter | None = None) -> Pushed:
     with _hub_errors(config.repo_id):
         api = _client()
         _make_repository(api, config)
-        if told := _limits(base):
-            reporter.say(told)
+        if warning := _base_warning(base):
+            reporter.say(warning)
         commit = _commit(api, config.repo_id, files)
         url = f"{api.endpoint}/{config.repo_id}"
     return Pushed(
@@ -80,7 +80,7 @@ def push_run(config: PushConfig, *, reporter: Reporter | None = None) -> Pushed:
 
 
 def _files(directory: Path, folder: Path, base: str) -> dict[str, bytes]:
-    """Return what is published, by its names; a folder of this machine is called by its name."""
+    """Return the files to publish by name; a local base model is left by its folder's name only."""
     files = {
         name: untrusted.followed(folder / name).read_bytes() for name in untrusted.ADAPTER_FILES
     }
@@ -96,16 +96,16 @@ def _files(directory: Path, folder: Path, base: str) -> dict[str, bytes]:
     return files | {CARD: text}
 
 
-def _limits(base: str) -> str | None:
-    """Say who cannot use an adapter of this base model."""
+def _base_warning(base: str) -> str | None:
+    """Return a warning if others need more than the hub to use this base model."""
     if Path(base).is_absolute():
         name = Path(base).name
         return (
-            f"the base model is a folder of this machine, which is published by its name {name} "
-            "only; others need a copy of it, and give it with --model"
+            f"the base model is a local folder, of which only the name {name} is published; others "
+            "need a copy of it, given with --model"
         )
     if (hub.EMBEDDED / base).is_dir():
-        return f"the base model {base} comes with Remora; PEFT alone does not find it"
+        return f"the base model {base} is part of Remora; PEFT alone does not find it"
     return None
 
 
@@ -113,67 +113,68 @@ def _client() -> HfApi:
     """Return the hub's client.
 
     Raises:
-        ConfigError: If it may not ask the hub, or has no token for it.
+        ConfigError: If the hub is switched off by HF_HUB_OFFLINE, or there is no token.
     """
     from huggingface_hub import HfApi, get_token, is_offline_mode
 
     if is_offline_mode():
-        raise ConfigError("HF_HUB_OFFLINE is set, so the hub is not asked; unset it to push")
+        raise ConfigError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
     if get_token() is None:
         raise ConfigError(
-            "there is no token for the hub; set HF_TOKEN, or log in with `hf auth login`"
+            "there is no token for the Hugging Face hub; set HF_TOKEN, or log in with "
+            "`hf auth login`"
         )
     return HfApi(library_name="remora", library_version=remora.__version__)
 
 
 def _make_repository(api: HfApi, config: PushConfig) -> None:
-    """Make the repository, unless there is one that the adapter may go into.
+    """Make the repository, unless it exists and the adapter may go into it.
 
     Raises:
-        ConfigError: If there is one of another kind, or one that is public or private as not asked.
+        ConfigError: If it holds something else, or is public or private against the settings.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        found = api.model_info(config.repo_id)
+        existing = api.model_info(config.repo_id)
     except RepositoryNotFoundError:
         api.create_repo(config.repo_id, private=not config.public)
         return
-    names = {file.rfilename for file in found.siblings or ()} - MADE_BY_THE_HUB
+    names = {file.rfilename for file in existing.siblings or ()} - MADE_BY_THE_HUB
     if names and not names.issuperset(untrusted.ADAPTER_FILES):
         raise ConfigError(
-            f"{config.repo_id} holds something else than an adapter of Remora "
+            f"{config.repo_id} holds something other than a Remora adapter "
             f"({min(names)}); give another name"
         )
-    if not found.private and not config.public:
+    if not existing.private and not config.public:
         raise ConfigError(f"{config.repo_id} is public already; give --public, or another name")
-    if found.private and config.public:
+    if existing.private and config.public:
         raise ConfigError(
             f"{config.repo_id} is private; make it public on its page first, or leave out --public"
         )
 
 
 def _commit(api: HfApi, repo_id: str, files: dict[str, bytes]) -> str:
-    """Upload files in one commit, and return its name; `upload_folder` may make several."""
+    """Upload files in one commit and return its hash; `upload_folder` may make several."""
     from huggingface_hub import CommitOperationAdd
 
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    done = api.create_commit(
+    commit = api.create_commit(
         repo_id, operations=operations, commit_message="Adapter trained with Remora"
     )
-    return str(done.oid)
+    return str(commit.oid)
 
 
 @contextlib.contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn what comes of the hub or of the network into one line."""
+    """Turn an error of the hub or the network into one line."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
     except RemoraError:
         raise
-    except Exception as error:  # of the connection or the hub: all end here
+    except Exception as error:  # of requests, of the hub or of its Rust client
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise ConfigError(
                 f"the hub refuses to publish {repo_id} ({one_line(error)}); "
@@ -181,5 +182,5 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
             ) from error
         raise ConfigError(
             f"{repo_id} could not be published ({one_line(error)}); check the network and "
-            "HF_ENDPOINT, then run the command again"
+            "HF_ENDPOINT, then try again"
         ) from error

@@ -1,8 +1,8 @@
-"""Smaller adapters: each module's update cut to the rank that its singular values deserve.
+"""Smaller adapters: the singular value decomposition of each module's update, truncated.
 
-A module's update is scaling * B A. Of all matrices of a rank, the one that keeps the largest
-singular values is nearest to it (Eckart and Young 1936). The decomposition comes from the skinny
-factors A and B alone, and no base model is needed.
+A module's update is scaling * B A. Of all matrices of a rank, the one that keeps its largest
+singular values is nearest to it (Eckart and Young 1936). The decomposition is computed from the
+thin factors A and B, without the base model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from remora.formatting import one_line
 from remora.models import quantize
 
 PREFIX = "base_model.model."
-"""What PEFT writes before a module's path."""
+"""PEFT's prefix of a module's path."""
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -37,18 +37,18 @@ class Update:
     """The singular value decomposition of a module's update: left * values @ right."""
 
     left: Tensor  # [out, r]
-    values: Tensor  # [r], falling
+    values: Tensor  # [r], descending
     right: Tensor  # [r, in]
 
     @property
     def num_per_rank(self) -> int:
-        """Numbers that one rank takes: a column of B and a row of A."""
+        """The numbers that one rank takes: a column of B and a row of A."""
         return self.left.shape[0] + self.right.shape[1]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's updates by their modules' paths, and PEFT's configuration of it."""
+    """An adapter's updates by module path, and its PEFT configuration."""
 
     config: Any
     updates: Mapping[str, Update]
@@ -56,7 +56,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Artifact:
-    """The files of a compressed adapter by their names, and the rank of every module."""
+    """The files of a compressed adapter by name, and the rank of every module."""
 
     files: Mapping[str, bytes]
     ranks: Mapping[str, int]
@@ -65,12 +65,12 @@ class Artifact:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files together."""
+        """The bytes of all files together."""
         return sum(map(len, self.files.values()))
 
     @property
     def mean_rank(self) -> float:
-        """The mean over all modules of the adapter, those without an update included."""
+        """The mean rank over all modules of the adapter, those of rank 0 included."""
         return sum(self.ranks.values()) / len(self.ranks)
 
 
@@ -92,10 +92,10 @@ def decompose(a: Tensor, b: Tensor, scaling: float) -> Update:
 
 
 def read(folder: Path) -> Adapter:
-    """Read an adapter from its folder and decompose it.
+    """Read an adapter from its folder, and decompose its updates.
 
     Raises:
-        ModelError: If it cannot be read or is no plain LoRA.
+        ModelError: If it cannot be read or is not plain LoRA.
     """
     quantize.import_quietly()
     import peft
@@ -112,13 +112,17 @@ def read(folder: Path) -> Adapter:
             f"the adapter in {folder} cannot be read ({one_line(error)}); "
             "train it again or restore it"
         ) from error
+
+    # Only A and B of plain LoRA make up the whole update
     plain = isinstance(config, peft.LoraConfig) and not config.use_rslora
     names = {name.replace(".lora_B.", ".lora_A.") for name in tensors}
     if not plain or not names or 2 * len(names) != len(tensors):
         raise ModelError(
-            f"the adapter in {folder} is no plain LoRA, which is all that can be compressed; "
+            f"the adapter in {folder} is not plain LoRA, and nothing else can be compressed; "
             "use it as it is"
         )
+
+    # Each module's update, with its own scaling
     updates = {}
     for name in sorted(names):
         a, b = tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
@@ -137,17 +141,17 @@ def fit(
     *,
     power: int = 2,
 ) -> Artifact:
-    """Return the best adapter whose files take at most a budget together.
+    """Return the best adapter whose files together fit into a budget.
 
     Args:
         adapter: The full one.
-        budget_bytes: Most bytes of all files.
-        dtype: What its weights are stored in.
+        budget_bytes: Most bytes of all files together.
+        dtype: Storage type of its weights.
         others: Files that go with it, and count.
-        power: As `allocate` takes it.
+        power: See `allocate`.
 
     Raises:
-        ConfigError: If the budget does not suffice for one rank of one module.
+        ConfigError: If the budget is too small for one rank of one module.
     """
     for_weights = budget_bytes
     while any((ranks := allocate(adapter.updates, for_weights, dtype, power=power)).values()):
@@ -159,7 +163,7 @@ def fit(
     if smallest.num_bytes <= budget_bytes:
         return smallest
     raise ConfigError(
-        f"{budget_bytes:,} bytes do not suffice for any part of the adapter, whose smallest takes "
+        f"the budget is {budget_bytes:,} bytes and the smallest part of the adapter takes "
         f"{smallest.num_bytes:,}; give a larger --budget or a smaller --ratio"
     )
 
@@ -167,17 +171,17 @@ def fit(
 def allocate(
     updates: Mapping[str, Update], budget_bytes: int, dtype: torch.dtype, *, power: int = 2
 ) -> dict[str, int]:
-    """Choose each module's rank: the singular values of all that are worth most per byte.
+    """Return the rank of each module: of all singular values, those worth most per byte are kept.
 
-    A value is worth its square, its share of the squared Frobenius norm; with a `power` of 1
-    itself, which spreads the ranks over more modules. What does not fit into the rest of the budget
-    is passed over.
+    A value is worth its square, its share of the squared Frobenius norm. With a `power` of 1 it is
+    worth itself, which spreads the ranks over more modules. A rank that does not fit into the rest
+    of the budget is skipped.
     """
     candidates = [
         (float(value) ** power / update.num_per_rank, module)
         for module, update in updates.items()
         for value in update.values
-        if value > 1e-7 * update.values[0]  # below it is the rounding of float32
+        if value > 1e-7 * update.values[0]  # smaller ones are float32's rounding errors
     ]
     candidates.sort(key=lambda candidate: -candidate[0])
     ranks = dict.fromkeys(updates, 0)
@@ -201,23 +205,24 @@ def pack(
     others: Mapping[str, bytes],
     alpha: float | None = None,
 ) -> Artifact:
-    """Return the files of an adapter cut to some ranks, in PEFT's format.
+    """Return the files of an adapter truncated to some ranks, in PEFT's format.
 
-    Each factor gets the root of the singular values, so that both are of one magnitude. One alpha
-    is for all modules; what PEFT divides it by, a module's rank, is in the factors. In 8 bits there
-    are no fine numbers near 0, so there alpha is small and the factors are large. Modules of rank 0
-    are no targets.
+    Each factor gets the square root of the singular values, so that both are of one magnitude. All
+    modules share one alpha; a module's rank, which PEFT divides it by, is multiplied into the
+    factors. float8 is coarse near 0, so there alpha is small and the factors are large. Modules of
+    rank 0 are no target modules.
 
     Args:
         adapter: The full one.
         ranks: The rank of each module.
-        dtype: What the weights are stored in.
+        dtype: Storage type of the weights.
         others: Files that go with it.
-        alpha: That of another artifact of the same ranks, to get one of the same size.
+        alpha: The alpha of another artifact of the same ranks, to get one of the same size.
 
     Raises:
         ConfigError: If a number is too large for `dtype`.
     """
+    # The factors of each module
     kept = {module: rank for module, rank in ranks.items() if rank}
     usual = Counter(kept.values()).most_common(1)[0][0]
     tensors: dict[str, Tensor] = {}
@@ -226,6 +231,8 @@ def pack(
         root = (rank * update.values[:rank]).sqrt()
         tensors[f"{PREFIX}{module}.lora_A.weight"] = root[:, None] * update.right[:rank]
         tensors[f"{PREFIX}{module}.lora_B.weight"] = update.left[:, :rank] * root
+
+    # Scale and store them
     if alpha is None:
         alpha = _alpha(tensors.values()) if dtype.itemsize == 1 else usual
     most = torch.finfo(dtype).max
@@ -236,6 +243,8 @@ def pack(
         tensors[name] = scaled.to(dtype).contiguous()
     if not all(tensor.float().isfinite().all() for tensor in tensors.values()):
         raise ConfigError(f"the adapter has numbers too large for {dtype}; use --dtype bfloat16")
+
+    # PEFT's configuration for these ranks
     config = copy.copy(adapter.config)
     config.r, config.lora_alpha = usual, alpha
     config.rank_pattern = {module: rank for module, rank in kept.items() if rank != usual}
@@ -250,7 +259,7 @@ def pack(
 
 
 def repack(artifact: Artifact, adapter: Adapter, updates: Mapping[str, Update]) -> Artifact:
-    """Return an artifact of the same size with other updates in the modules that it has."""
+    """Return an artifact of the same size with other updates in the same modules."""
     others = {
         name: content
         for name, content in artifact.files.items()
@@ -261,6 +270,6 @@ def repack(artifact: Artifact, adapter: Adapter, updates: Mapping[str, Update]) 
 
 
 def _alpha(tensors: Collection[Tensor]) -> float:
-    """Return the power of 4 that makes the largest number 64 to 128: float8 goes up to 448."""
+    """Return the power of 4 that makes the largest number 64 to 128; float8 ends at 448."""
     largest = max(float(tensor.abs().max()) for tensor in tensors)
     return 4.0 ** math.ceil(math.log2(largest / 128)) if 0 < largest < math.inf else 1.0

@@ -102,26 +102,27 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
 
 
 def _check_download(path: Path) -> None:
-    """Refuse a file that is not the one that the hub has; its client looks at the size only.
+    """Refuse a file whose checksum differs from the hub's; the hub's client checks its size only.
 
     In the client's cache a file is a link to a blob. The blob's name is the SHA-256 of the file, or
-    git's SHA-1 of it if it is small.
+    git's SHA-1 of it if it is small. Without symbolic links, as on Windows by default, the client
+    stores files without that name, and no checksum is compared.
 
     Raises:
-        ModelError: If it is another one.
+        ModelError: If it differs.
     """
-    if not path.is_symlink():  # on a system without links the client keeps no checksums
+    if not path.is_symlink():
         return
     expected = Path(os.readlink(path)).name
     if len(expected) == 64:
-        found = sha256([path])
+        actual = sha256([path])
     elif len(expected) == 40:
         content = path.read_bytes()
         blob = b"blob %d\0%b" % (len(content), content)
-        found = hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+        actual = hashlib.sha1(blob, usedforsecurity=False).hexdigest()
     else:
         return
-    if found != expected:
+    if actual != expected:
         raise ModelError(
             f"{path} is not the file that the hub has, its checksum differs; "
             f"remove {path.resolve()} and run the command again"

@@ -14,7 +14,8 @@ from remora.config import TrainConfig
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
-from remora.models import quantize, untrusted
+from remora.models import hub, quantize, untrusted
+from remora.runtime import memory
 from remora.tree import attention
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -148,6 +149,8 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
     Raises:
         ModelError: If there is none for it.
     """
+    # All models pass here before they compute: `load` counts its parameters by this.
+    memory.limit_kernel_caches()
     quantize.import_quietly()
     from transformers import AutoModelForCausalLM
 
@@ -228,3 +231,23 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
         label_texts=settings.label_texts,
         max_length=min(settings.max_length or context, context),
     )
+
+
+def load_base_and_prompt(
+    settings: TrainConfig, labels: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Prompt, Path]:
+    """Return the base model of some settings, its prompt, and the folder that both come from.
+
+    Args:
+        settings: Names the base model, the method and the prompt.
+        labels: The labels to answer with.
+        dtype: Storage type of the base.
+        device: Where to put it.
+
+    Raises:
+        ConfigError: If it would be in 4 bits, and that is not possible here.
+        ModelError: If there is no such model, or it cannot be loaded.
+    """
+    folder = hub.find(settings.model)
+    prompt = load_prompt(settings, labels, folder)
+    return load_base(folder, settings.method, dtype, device), prompt, folder

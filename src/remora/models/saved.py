@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,23 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from remora.config import DeviceName, PrecisionName
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
+from remora.formatting import first_line
 from remora.models import fused_lora, hub, loading, quantize, untrusted
-from remora.models.adapter_card import AdapterCard, adapter_folder, is_whole, parse_card, read_card
-from remora.models.loading import load_base
+from remora.models.adapter_card import (
+    AdapterCard,
+    adapter_folder,
+    is_full,
+    is_whole,
+    parse_card,
+    read_card,
+)
 from remora.runtime import files
+from remora.runtime.device import Precision, choose_device, choose_precision
 from remora.runtime.files import disk_errors, folder_bytes, sync, write_json
+from remora.tree.scoring import Scorer
 
 NUM_BEAMS = 4
 """Labels that stock `generate()` goes on with; docs/export.md has what was measured."""
@@ -133,6 +143,62 @@ def _replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained model, loaded and ready to score."""
+
+    model: Any  # PEFT's model, or a whole one where all weights trained; in evaluation mode
+    prompt: Prompt  # the one that it was trained with
+    card: AdapterCard
+    precision: Precision
+    device: torch.device
+
+    def scorer(
+        self, *, max_tokens: int = 2048, tolerance: float = 1e-2, limit_bytes: int | None = None
+    ) -> Scorer:
+        """Return a scorer of messages; the arguments are those of `tree.scoring.Scorer`."""
+        return Scorer(
+            self.model,
+            self.prompt,
+            max_tokens=max_tokens,
+            tolerance=tolerance,
+            autocast=self.precision.autocast,
+            limit_bytes=limit_bytes,
+        )
+
+
+def open_trained(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    device: DeviceName = "auto",
+    precision: PrecisionName = "auto",
+    dequantized: bool = False,
+) -> Trained:
+    """Load an adapter around its base model, or a whole model, on a device and in a precision.
+
+    Args:
+        path: A run directory, an adapter's folder, the folder of a whole model, or a hub id.
+        base: Base model, if it has moved from where the card says.
+        device: Where to compute; "auto" takes a GPU if there is one.
+        precision: Arithmetic of the forward pass; "auto" takes the device's native one. A model
+            whose weights all trained is stored in float32.
+        dequantized: Whether to turn a 4-bit base back into plain float32 layers.
+
+    Raises:
+        ConfigError: If the device or the precision is not available, or the base is 4-bit and
+            cannot be quantized here.
+        ModelError: If a file is missing or broken, or the base model is another one.
+    """
+    path = Path(path)
+    chosen = choose_device(device)
+    arithmetic = choose_precision(chosen, precision, trains_base=is_full(path))
+    model, prompt, card = load_adapter(
+        path, base=base, dtype=arithmetic.base, device=chosen, dequantized=dequantized
+    )
+    return Trained(model=model, prompt=prompt, card=card, precision=arithmetic, device=chosen)
+
+
 def load_adapter(
     path: Path,
     *,
@@ -143,23 +209,22 @@ def load_adapter(
 ) -> tuple[Any, Prompt, AdapterCard]:
     """Load an adapter around its base model, or a whole model.
 
-    The base of an adapter that the method qlora trained is brought to 4 bits as it was then.
+    The base of an adapter trained with qlora is quantized to 4 bits, as it was in training.
 
     Args:
         path: A run directory, an adapter's folder, or the folder of a whole model that `export` or
             training wrote.
-        base: Base model, where it is no longer where the card says.
-        dtype: What the base, or the whole model, is stored in.
-        device: Where to.
-        dequantized: Whether to bring a base in 4 bits back to plain layers, in float32.
+        base: Base model, if it has moved from where the card says.
+        dtype: Storage type of the base or of the whole model.
+        device: Where to put it.
+        dequantized: Whether to turn a 4-bit base back into plain float32 layers.
 
     Returns:
-        PEFT's model in evaluation mode, or the whole one, the prompt it was trained with, and its
-        card.
+        PEFT's model or the whole one, in evaluation mode; the prompt it was trained with; its card.
 
     Raises:
-        ConfigError: If the base would be in 4 bits, and that is not possible here.
-        ModelError: If a part is missing or broken, or the base model is another one.
+        ConfigError: If the base is 4-bit and cannot be quantized here.
+        ModelError: If a file is missing or broken, or the base model is another one.
     """
     folder = adapter_folder(path)
     if is_whole(folder):
@@ -172,32 +237,10 @@ def load_adapter(
             "give its own base model with --model"
         )
     prompt = card.prompt(loading.load_tokenizer(source))
-    loaded = load_base(source, card.method, dtype, device)
+    loaded = loading.load_base(source, card.method, dtype, device)
     if dequantized:
         quantize.dequantize(loaded)
-    untrusted.adapter(folder, loaded)
-    import peft
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
-            adapted = peft.PeftModel.from_pretrained(loaded, folder, local_files_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(
-            f"the adapter in {folder} cannot be loaded ({reason}); train it again or restore it"
-        ) from error
-    # PEFT only warns of missing weights and leaves random ones in their place.
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        names = set(file.keys())
-    expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if different := sorted(names ^ expected):
-        verb = "has" if different[0] in names else "lacks"
-        raise ModelError(
-            f"the adapter in {folder} {verb} {different[0]}, which does not fit its configuration; "
-            "train it again or restore it"
-        )
+    adapted = _put_adapter(folder, loaded)
     fused_lora.make_fast(adapted)
     return adapted.to(device).eval(), prompt, card
 
@@ -216,3 +259,35 @@ def _load_whole(
         )
     prompt = card.prompt(loading.load_tokenizer(folder))
     return loading.load(folder, dtype).to(device).eval(), prompt, card
+
+
+def _put_adapter(folder: Path, base: Any) -> Any:
+    """Return PEFT's model: the adapter in a folder on its base, every weight of it from the file.
+
+    Raises:
+        ModelError: If the adapter does not fit the base, or its files are broken.
+    """
+    import peft
+
+    untrusted.adapter(folder, base)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+            adapted = peft.PeftModel.from_pretrained(base, folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"the adapter in {folder} cannot be loaded ({first_line(error)}); "
+            "train it again or restore it"
+        ) from error
+    # PEFT only warns of missing weights and leaves random ones in their place.
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if different := sorted(names ^ expected):
+        verb = "has" if different[0] in names else "lacks"
+        raise ModelError(
+            f"the adapter in {folder} {verb} {different[0]}, which does not fit its configuration; "
+            "train it again or restore it"
+        )
+    return adapted

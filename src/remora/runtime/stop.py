@@ -78,7 +78,7 @@ class Stop:
 
     def _stopped(self) -> Stopped:
         reason = self._reason or "another process was"
-        return Stopped(f"stopped ({reason}); run the same command again to go on")
+        return Stopped(f"stopped ({reason}); run the same command again to resume")
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -1,4 +1,4 @@
-"""Limits on what a client may send: token and host, bytes, seconds, JSON, waiting."""
+"""Limits on what a client may send: token and host, bytes, seconds, JSON, queue."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import hmac
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
 
 from remora.config import ServeConfig
 from remora.serving.state import State
@@ -20,11 +22,11 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 RETRY_SECONDS = 1
 FULL = "too many texts are waiting"
 HELD_BODIES = 64
-"""How many bodies of the largest size may be held at a time, whole or in part."""
+"""Most bodies of the largest size that are held at a time, complete or not."""
 
 
 class RefusedError(HTTPException):
-    """An answer that is an error, in one line."""
+    """An error answer, on one line."""
 
     def __init__(self, status: int, detail: str, **headers: str) -> None:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -36,8 +38,15 @@ def busy(detail: str) -> RefusedError:
     return RefusedError(503, detail, retry_after=str(RETRY_SECONDS))
 
 
+def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+    """Return an error answer, its text on one line."""
+    # In ASCII, since a client's own words may hold what cannot be encoded.
+    content = json.dumps({"error": " ".join(detail.split())[:500]})
+    return Response(content, status, headers, "application/json")
+
+
 class Guard:
-    """Everything that holds for all routes: the token, the end of the service, and counting."""
+    """ASGI middleware for all routes: token, Host header, shutdown, full queue, and counting."""
 
     def __init__(self, app: Any, state: State) -> None:
         self._app = app
@@ -72,7 +81,7 @@ class Guard:
             host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)
             name = host[0] if len(host) > 1 and host[1].isdigit() else ":".join(host)
             if name.strip("[]").lower() not in (*LOCAL_NAMES, state.config.host.lower()):
-                # A web page may lead a browser here under a name of its own.
+                # DNS rebinding: a web page may point a name of its own at this machine.
                 return problem(403, "the Host header does not name this machine")
         elif path != OPEN_ROUTE:
             wanted = b"Bearer " + state.token
@@ -81,7 +90,7 @@ class Guard:
         if state.is_draining and path.startswith("/v1/"):
             headers_back = {"retry-after": str(RETRY_SECONDS), "connection": "close"}
             return problem(503, "the service is stopping", headers_back)
-        if path == "/v1/classify" and state.engine.is_full:  # before anything is spent on it
+        if path == "/v1/classify" and state.engine.is_full:
             return problem(503, FULL, {"retry-after": str(RETRY_SECONDS)})
         return None
 
@@ -92,7 +101,7 @@ class BodyReader:
     def __init__(self, config: ServeConfig) -> None:
         self._limit = config.body_bytes()
         self._seconds = config.read_seconds
-        self._held = 0
+        self._held_bytes = 0  # of all bodies that are being read
 
     async def read(self, request: Request) -> bytes:
         """Return the body of a request; raises RefusedError."""
@@ -107,7 +116,7 @@ class BodyReader:
                 408, f"the body took longer than {self._seconds:g} seconds", connection="close"
             ) from None
         finally:
-            self._held -= sum(map(len, chunks))
+            self._held_bytes -= sum(map(len, chunks))
         return b"".join(chunks)
 
     async def _fill(self, request: Request, chunks: list[bytes]) -> None:
@@ -116,9 +125,9 @@ class BodyReader:
             num_bytes += len(chunk)
             if num_bytes > self._limit:
                 raise self._too_large()
-            if self._held + len(chunk) > HELD_BODIES * self._limit:
+            if self._held_bytes + len(chunk) > HELD_BODIES * self._limit:
                 raise busy("too many bodies are being read")
-            self._held += len(chunk)
+            self._held_bytes += len(chunk)
             chunks.append(chunk)
 
     def _too_large(self) -> RefusedError:
@@ -127,14 +136,42 @@ class BodyReader:
         )
 
 
+class StrictRoute(APIRoute):
+    """A route whose requests are read within the limits, and as strict JSON."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        """Return FastAPI's handler of a request, which gets a strict one."""
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+class _StrictRequest(Request):
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            bodies: BodyReader = self.app.state.bodies
+            self._body = await bodies.read(self)
+        return self._body
+
+    async def json(self) -> Any:
+        return strict_json(await self.body())
+
+
 def strict_json(body: bytes) -> Any:
-    """Return what JSON says, if it says one thing only: no names twice, no NaN."""
+    """Return the value of a JSON text without repeated names and without NaN.
+
+    Raises:
+        RefusedError: If it is none.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
             raise ValueError("a name stands twice in one object")
-        return found
+        return members
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
@@ -145,10 +182,3 @@ def strict_json(body: bytes) -> Any:
         raise RefusedError(400, "the body is nested too deeply") from None
     except ValueError as error:
         raise RefusedError(400, f"the body cannot be read as JSON: {error}") from None
-
-
-def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """Return an answer that is an error, its text on one line."""
-    # In ASCII, since a client's own words may hold what cannot be encoded.
-    content = json.dumps({"error": " ".join(detail.split())[:500]})
-    return Response(content, status, headers, "application/json")

@@ -1,4 +1,4 @@
-"""A trained adapter at work: classify messages, or measure it on a table."""
+"""The verbs predict and eval: classify messages with a trained model, or measure it on a table."""
 
 from __future__ import annotations
 
@@ -15,69 +15,49 @@ from remora.data.table import read_table, stream_texts
 from remora.errors import ConfigError
 from remora.evaluation import calibration, predictions
 from remora.evaluation.metrics import Metrics, measure
-from remora.models import adapter_card, saved
+from remora.models.saved import open_trained
 from remora.runtime import files
-from remora.runtime.device import Precision, choose_device, choose_precision
 from remora.runtime.reporter import Reporter
 from remora.tree import scoring
-from remora.tree.scoring import Scorer
 
-
-def load_scorer(
-    config: PredictConfig | EvalConfig, *, tolerance: float = 1e-2
-) -> tuple[Scorer, Precision]:
-    """Load an adapter around its base model, or a whole model, ready to score.
-
-    Raises:
-        ModelError: If a part is missing or broken, or the base model is another one.
-    """
-    device = choose_device(config.device)
-    precision = choose_precision(
-        device, config.precision, trains_base=adapter_card.is_full(config.adapter)
-    )
-    adapted, prompt, _ = saved.load_adapter(
-        config.adapter, base=config.model, dtype=precision.base, device=device
-    )
-    scorer = Scorer(
-        adapted,
-        prompt,
-        max_tokens=config.micro_batch_tokens,
-        tolerance=tolerance,
-        autocast=precision.autocast,
-    )
-    return scorer, precision
+BATCH_ROWS = 64
+"""Messages that are scored at a time."""
 
 
 def predict_stream(config: PredictConfig) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     """Yield each message with its `top_k` likeliest labels and their probabilities, as they come.
 
     Raises:
-        RemoraError: If the adapter, its base model or a message cannot be used.
+        RemoraError: If the model, its base model or a message cannot be used.
     """
-    scorer, _ = load_scorer(config, tolerance=config.tolerance)
+    trained = open_trained(
+        config.adapter, base=config.model, device=config.device, precision=config.precision
+    )
+    scorer = trained.scorer(max_tokens=config.micro_batch_tokens, tolerance=config.tolerance)
     labels = scorer.prompt.labels
     if config.top_k > len(labels):
         raise ConfigError(
-            f"top_k is {config.top_k} and the adapter has {len(labels)} labels; give no more"
+            f"top_k is {config.top_k} but the model has {len(labels)} labels; give at most "
+            f"{len(labels)}"
         )
     texts = stream_texts(config.source, text_column=config.text_column, format=config.input_format)
-    for messages, probabilities in scorer.stream(texts, batch_rows=64):
+    for messages, probabilities in scorer.stream(texts, batch_rows=BATCH_ROWS):
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, : config.top_k]
         for message, row, best in zip(messages, probabilities, order, strict=True):
             yield message, [(labels[i], float(row[i])) for i in best]
 
 
 def write_predictions(config: PredictConfig, output: TextIO) -> None:
-    """Write predictions as CSV, or as JSON lines, one for each message and in their order."""
+    """Write the predictions for all messages in their order, as CSV or as JSON lines."""
     writer = csv.writer(output, lineterminator="\n")
-    found = predict_stream(config)
-    first = next(found)  # what is wrong with adapter or table shows before anything is written
+    predicted = predict_stream(config)
+    first = next(predicted)  # errors of the model or the table come before anything is written
     if not config.json:
         more = [
             f"{name}_{k}" for k in range(2, config.top_k + 1) for name in ("label", "probability")
         ]
         writer.writerow(["text", "label", "probability", *more])
-    for message, best in itertools.chain([first], found):
+    for message, best in itertools.chain([first], predicted):
         if config.json:
             ranked = [{"label": label, "probability": round(p, 6)} for label, p in best]
             output.write(json.dumps({"text": message, "labels": ranked}, ensure_ascii=False) + "\n")
@@ -90,18 +70,23 @@ def write_predictions(config: PredictConfig, output: TextIO) -> None:
 def evaluate_adapter(
     config: EvalConfig, *, reporter: Reporter | None = None
 ) -> tuple[Metrics, calibration.Reliability]:
-    """Measure an adapter on a table of texts and labels.
+    """Measure a trained model on a table of texts and labels.
 
     Returns:
-        The figures of the predictions, and how far their probabilities can be trusted. Temperature
-        and threshold come from the validation rows that the run directory keeps.
+        The metrics of the predictions, and how reliable their probabilities are. Temperature and
+        threshold come from the validation rows that the run directory keeps.
 
     Raises:
-        RemoraError: If the adapter or the table cannot be used.
+        RemoraError: If the model or the table cannot be used.
     """
     reporter = reporter or Reporter()
-    scorer, precision = load_scorer(config)
+    trained = open_trained(
+        config.adapter, base=config.model, device=config.device, precision=config.precision
+    )
+    scorer = trained.scorer(max_tokens=config.micro_batch_tokens)
     labels = scorer.prompt.labels
+
+    # The rows: the table's, those out of scope, and the run's own validation rows
     table = read_table(
         config.data, text_column=config.text_column, label_column=config.label_column, known=labels
     )
@@ -111,7 +96,9 @@ def evaluate_adapter(
     validation = predictions.read_probabilities(
         config.adapter / predictions.PROBABILITIES, labels, "validation"
     )
-    reporter.say(f"{len(table):,} rows; {precision}")
+
+    # Score and measure
+    reporter.say(f"{len(table):,} rows; {trained.precision}")
     scored = scoring.score_rows(scorer, table, "test", reporter)
     reliability = calibration.assess(
         scored,

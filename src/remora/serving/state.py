@@ -1,7 +1,8 @@
-"""What the routes share, and what is counted for Prometheus."""
+"""The state that all requests share, and the metrics for Prometheus."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from remora.serving.engine import Batch, Engine
 
 
 class Metrics:
-    """What is counted, in Prometheus' format."""
+    """Counters and histograms in Prometheus' format."""
 
     def __init__(self) -> None:
         self._registry = prometheus_client.CollectorRegistry()
@@ -40,25 +41,12 @@ class Metrics:
         self.reloads = prometheus_client.Counter(
             "remora_reloads", "Adapters read again.", ["adapter", "result"], **kwargs
         )
+        # Of the process itself, from /proc: it gives no figures where there is none.
         prometheus_client.ProcessCollector(registry=self._registry)
 
     def watch(self, engine: Engine) -> None:
-        """Read the queue and the generations whenever metrics are asked for."""
-        metrics = self
-
-        class _State:
-            def collect(self) -> Iterator[GaugeMetricFamily]:
-                yield GaugeMetricFamily(
-                    "remora_queue_texts", "Texts that wait.", value=engine.num_waiting
-                )
-                info = GaugeMetricFamily(
-                    "remora_adapter_info", "Adapters that are served.", labels=["adapter", "sha256"]
-                )
-                for name, generation in engine.generations.items():
-                    info.add_metric([name, generation.sha256], 1)
-                yield info
-
-        metrics._registry.register(_State())
+        """Read the engine's queue and generations whenever metrics are asked for."""
+        self._registry.register(_EngineCollector(engine))
 
     def batch(self, batch: Batch) -> None:
         """Count a batch."""
@@ -67,18 +55,35 @@ class Metrics:
         self.batch_seconds.observe(batch.seconds)
 
     def write(self) -> bytes:
-        """Return all figures as text."""
+        """Return all metrics in Prometheus' text format."""
         return prometheus_client.generate_latest(self._registry)
+
+
+class _EngineCollector:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        yield GaugeMetricFamily(
+            "remora_queue_texts", "Texts that wait.", value=self._engine.num_waiting
+        )
+        info = GaugeMetricFamily(
+            "remora_adapter_info", "Adapters that are served.", labels=["adapter", "sha256"]
+        )
+        for name, generation in self._engine.generations.items():
+            info.add_metric([name, generation.sha256], 1)
+        yield info
 
 
 @dataclass(kw_only=True)
 class State:
-    """What the routes have to do with, and what the process has to know of them."""
+    """The state that all requests share."""
 
     config: ServeConfig
     token: bytes | None
     engine: Engine
     metrics: Metrics
-    reload: Callable[[str], bool]
+    reload: Callable[[str], bool]  # an adapter's folder; whether there was something new
+    reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
     is_draining: bool = False
     num_in_flight: int = field(default=0, init=False)

@@ -18,6 +18,7 @@ from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt
 from remora.models import loading, lora
 from remora.models.adapter_card import AdapterCard
+from remora.models.saved import Trained
 from remora.planning.plan import Heaviest, Plan
 from remora.runtime import memory, sharding
 from remora.runtime.device import Precision
@@ -54,18 +55,26 @@ class Session:
     reporter: Reporter
 
     @property
+    def trained(self) -> Trained:
+        """The model as one that has been trained, which needs no session."""
+        return Trained(
+            model=self.model,
+            prompt=self.prompt,
+            card=self.card,
+            precision=self.precision,
+            device=self.device,
+        )
+
+    @property
     def settings(self) -> TrainConfig:
         """The settings with the micro-batch, checkpointing and sharding that the plan chose."""
         return self.plan.applied_to(self.config)
 
     def scorer(self, *, tolerance: float = 1e-2) -> Scorer:
         """Return a scorer of the model as it is now, within the planned memory."""
-        return Scorer(
-            self.model,
-            self.prompt,
+        return self.trained.scorer(
             max_tokens=self.plan.micro_batch_tokens,
             tolerance=tolerance,
-            autocast=self.precision.autocast,
             limit_bytes=self.heaviest.limit_bytes,
         )
 

@@ -128,9 +128,7 @@ def load_trainable(
     Raises:
         ModelError: If the model cannot be used.
     """
-    folder = hub.find(config.model)
-    prompt = load_prompt(config, labels, folder)
-    base = loading.load_base(folder, config.method, precision.base, device)
+    base, prompt, folder = loading.load_base_and_prompt(config, labels, precision.base, device)
     adapted = lora.adapt(base, config).to(device)
     card = adapter_card.AdapterCard(
         base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,

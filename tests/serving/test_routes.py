@@ -1,4 +1,8 @@
-"""The routes: the answers of `predict`, and one plain line for whatever else a client sends."""
+"""The routes: the answers of `predict`, and one plain line for whatever else a client sends.
+
+Also covers remora.serving.app, remora.serving.limits, remora.serving.schemas and
+remora.serving.state.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,192 @@
+"""The routes of the service: classify, list, reload, and say how the service is."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+import numpy as np
+import prometheus_client
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from remora.errors import ModelError
+from remora.models.adapter_card import is_text
+from remora.runtime import memory
+from remora.serving.engine import Answer, QueueFullError
+from remora.serving.limits import FULL, RefusedError, StrictRoute, busy
+from remora.serving.schemas import (
+    Adapters,
+    AdapterState,
+    Classified,
+    Classify,
+    Label,
+    Labels,
+    Problem,
+    Reloaded,
+    Result,
+    Status,
+)
+from remora.serving.state import State
+
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "x-content-type-options": "nosniff",
+}
+
+# The docstrings of the routes are their descriptions in /openapi.json.
+router = APIRouter(route_class=StrictRoute)
+
+
+async def _state(request: Request) -> State:
+    state: State = request.app.state.service
+    return state
+
+
+SharedState = Annotated[State, Depends(_state)]
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Problem} for status in statuses}
+
+
+@router.post("/v1/classify", responses=_problems(400, 404, 408, 413, 422, 503))
+async def classify(body: Classify, state: SharedState) -> Classified:
+    """Give the likeliest labels for each text."""
+    name = _adapter_name(state, body.adapter)
+    _check_texts(state, body.texts)
+    answer = await _answer(state, name, body.texts)
+    num_labels = len(answer.labels)
+    if body.top_k > num_labels:
+        raise RefusedError(422, f"top_k is {body.top_k}; the adapter has {num_labels} labels")
+    order = np.argsort(-answer.probabilities, axis=1, kind="stable")[:, : body.top_k]
+    results = [
+        Result(
+            labels=[
+                Label(label=answer.labels[i], probability=round(float(row[i]), 6)) for i in best
+            ]
+        )
+        for row, best in zip(answer.probabilities, order, strict=True)
+    ]
+    return Classified(adapter=name, sha256=answer.sha256, results=results)
+
+
+@router.get("/v1/labels", responses=_problems(404, 422))
+async def labels(
+    state: SharedState,
+    adapter: Annotated[str | None, Query(description="As in /v1/classify.")] = None,
+) -> Labels:
+    """List the labels of an adapter."""
+    name = _adapter_name(state, adapter)
+    generation = state.engine.generations[name]
+    return Labels(adapter=name, sha256=generation.sha256, labels=list(generation.labels))
+
+
+@router.get("/v1/adapters")
+async def adapters(state: SharedState) -> Adapters:
+    """List the adapters, and the generation that each is at."""
+    return Adapters(
+        base_sha256=state.engine.base_sha256,
+        adapters=[
+            AdapterState(id=name, sha256=g.sha256, num_labels=len(g.labels))
+            for name, g in state.engine.generations.items()
+        ],
+    )
+
+
+@router.post("/v1/adapters/{adapter}/reload", responses=_problems(404, 409, 503))
+async def reload(adapter: str, state: SharedState) -> Reloaded:
+    """Read an adapter's folder again; requests that follow are answered by what is there."""
+    name = _adapter_name(state, adapter)
+    if state.reloading.locked():
+        raise busy("another adapter is being read")
+    async with state.reloading:
+        try:
+            changed = await asyncio.to_thread(state.reload, name)
+        except ModelError:
+            raise RefusedError(
+                409,
+                "the adapter's folder cannot be used, the service's output says why; the one "
+                "before goes on being served",
+            ) from None
+    return Reloaded(id=name, sha256=state.engine.generations[name].sha256, changed=changed)
+
+
+@router.get("/health")
+async def health() -> Status:
+    """Say that the process lives."""
+    return Status(status="ok")
+
+
+@router.get("/ready", responses={503: {"model": Status}})
+async def ready(response: Response, state: SharedState) -> Status:
+    """Say whether requests are taken."""
+    if state.is_draining:
+        response.status_code = 503
+    return Status(status="stopping" if state.is_draining else "ready")
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(state: SharedState) -> Response:
+    """Give the service's figures in Prometheus' text format."""
+    return Response(state.metrics.write(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    """Show the OpenAPI description as a page."""
+    page = _openapi_page(request.app.openapi())
+    return Response(page, headers=PAGE_HEADERS, media_type="text/html")
+
+
+def _adapter_name(state: State, wanted: str | None) -> str:
+    """Return the adapter that a request asks, which may name none where there is only one."""
+    names = list(state.engine.generations)
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted is None:
+        raise RefusedError(422, f"no adapter is named; name one of {', '.join(names)}")
+    if wanted not in names:
+        raise RefusedError(404, f"there is no adapter {wanted[:64]!r}; see /v1/adapters")
+    return wanted
+
+
+def _check_texts(state: State, texts: list[str]) -> None:
+    """Refuse more or longer texts than the settings allow, and blank or broken ones."""
+    config = state.config
+    if len(texts) > config.max_texts:
+        raise RefusedError(413, f"there are {len(texts)} texts; send {config.max_texts} at a time")
+    for place, text in enumerate(texts):
+        if len(text) > config.max_text_length:
+            raise RefusedError(
+                413,
+                f"text {place} has {len(text)} characters; "
+                f"at most {config.max_text_length} are taken",
+            )
+        if not text.strip():
+            raise RefusedError(422, f"text {place} is blank; leave it out")
+        if not is_text(text):
+            raise RefusedError(422, f"text {place} holds half of a surrogate pair; correct it")
+
+
+async def _answer(state: State, adapter: str, texts: list[str]) -> Answer:
+    """Wait for the engine's answer; a full queue, memory or clock gets 503 with Retry-After."""
+    try:
+        future = state.engine.classify(adapter, texts)
+    except QueueFullError:
+        raise busy(FULL) from None
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(future), state.config.timeout_seconds)
+    except asyncio.TimeoutError:
+        raise busy("the answer took too long") from None
+    except (MemoryError, RuntimeError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        raise busy("the memory does not suffice for this request") from None
+
+
+def _openapi_page(description: dict[str, Any]) -> str:
+    """Return the OpenAPI description as a page, which needs no script and fetches nothing."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("remora"), autoescape=True)
+    return environment.get_template("openapi.html").render(description=description)
