@@ -258,7 +258,7 @@ MISLABELLED = {
     ],
 )
 def test_a_verdict_needs_its_evidence(changed: dict[str, float], verdict: str) -> None:
-    found, reason = verdicts.judge(**COUNTS | changed)
+    found, reason = verdicts.judge(verdicts.Evidence(**COUNTS | changed))
     assert found == verdict
     assert reason
 

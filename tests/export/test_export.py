@@ -79,7 +79,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name: str, place: Path, capsys
 def test_what_is_no_run_is_refused(place: Path, capsys, what: str) -> None:
     refused(place, capsys, 3, "give the directory of a finished run", "base", what)
     shutil.rmtree("run/adapter")
-    refused(place, capsys, 4, "is no adapter of Remora", "run", what)
+    refused(place, capsys, 4, "is not an adapter of Remora", "run", what)
 
 
 @pytest.mark.parametrize("what", [["--merge"], ["--compress", "--budget", "12kB"]])

@@ -16,7 +16,7 @@ import torch
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt
-from remora.models import loading, lora
+from remora.models import lora
 from remora.models.adapter_card import AdapterCard
 from remora.models.saved import Trained
 from remora.planning.plan import Heaviest, Plan
@@ -142,9 +142,7 @@ def open_session(
         with group.together():
             with accelerator.autocast():
                 check_tree(model, setup.short_rows(dataset.train, prompt))
-            if planned.shard:
-                model.reset_iter_state()  # of a pass in blocks that the model may have refused
-            loading.set_checkpointing(model, planned.checkpointing)
+            setup.set_up_layers(model, planned)
         if not group.is_first:
             torch.manual_seed(config.seed + group.rank)  # for dropout of its own
         yield Session(
