@@ -204,7 +204,7 @@ def test_a_hub_that_does_not_answer_is_refused(hub, tmp_path, monkeypatch):
         free.bind(("127.0.0.1", 0))
         hub.url = f"http://127.0.0.1:{free.getsockname()[1]}"
     hub.connect(monkeypatch, tmp_path / "home")
-    refused(lambda: find("own/base"), "own/base is no folder here and could not be fetched")
+    refused(lambda: find("own/base"), "own/base is not a folder and could not be fetched")
 
 
 def test_a_connection_that_is_cut_goes_on_where_it_ended(hub, saved, monkeypatch):
@@ -224,7 +224,7 @@ def test_a_file_that_the_hub_does_not_have_is_refused(hub, name, what):
     altered = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     hub.served[name] = altered if what == "altered" else whole[:middle]
     for _ in range(2):  # it stays refused
-        told = refused(lambda: find("own/base"), f"{name} is not the file that the hub has")
+        told = refused(lambda: find("own/base"), f"{name} differs from the hub's file")
     del hub.served[name]
     os.remove(told.split("; remove ")[1].removesuffix(" and run the command again"))
     loading.load(find("own/base"), torch.float32)
@@ -235,7 +235,7 @@ def test_what_was_fetched_is_there_without_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(lambda: find("own/none"), "own/none is neither a folder", "HF_HUB_OFFLINE is set")
     assert find("own/base", weights=False) == folder
-    refused(lambda: find("own/base"), "nor whole in the hub's cache", "HF_HUB_OFFLINE is set")
+    refused(lambda: find("own/base"), "nor complete in the hub's cache", "HF_HUB_OFFLINE is set")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert find("own/base") == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

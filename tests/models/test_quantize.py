@@ -423,7 +423,7 @@ def test_without_bitsandbytes_it_is_one_line(
         assert call(*command) == 2
         *_, line = capsys.readouterr().err.strip().splitlines()
         assert line == (
-            "error: qlora needs bitsandbytes, which is not installed; pip install 'remora[qlora]'"
+            "error: qlora needs bitsandbytes, which is not installed; run pip install 'remora[qlora]'"
         )
     assert not (tmp_path / "runs").exists()
     monkeypatch.undo()

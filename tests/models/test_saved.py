@@ -107,7 +107,7 @@ def test_other_base_weights_are_refused(trained, tmp_path):
 )
 def test_a_missing_file_is_named(copy, name):
     (copy / "adapter" / name).unlink()
-    with pytest.raises(ModelError, match=f"no adapter of Remora, it has no {name}; "):
+    with pytest.raises(ModelError, match=f"not an adapter of Remora, it has no {name}; "):
         load(copy)
 
 

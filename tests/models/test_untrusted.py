@@ -89,11 +89,11 @@ SLOW_PATTERN = "(a+)+" * 12 + "$"
         ({"alpha_pattern": {SLOW_PATTERN: 4}}, "lists of plain names"),
         ({"rank_pattern": {"q_proj": 10**12}}, "with the shape"),
         ({"r": 10**12}, "with the shape"),
-        ({"r": -1}, "no whole number"),
-        ({"r": "4"}, "no whole number"),
-        ({"r": True}, "no whole number"),
-        ({"lora_alpha": 1e300}, "no number in reason"),
-        ({"lora_alpha": "x"}, "no number in reason"),
+        ({"r": -1}, "not a positive integer"),
+        ({"r": "4"}, "not a positive integer"),
+        ({"r": True}, "not a positive integer"),
+        ({"lora_alpha": 1e300}, "not below a million"),
+        ({"lora_alpha": "x"}, "not below a million"),
         ({"peft_type": "IA3"}, "not 'LORA'"),
         ({"auto_mapping": {"base_model_class": "os", "parent_library": "os"}}, "auto_mapping"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -199,7 +199,7 @@ def test_an_index_leads_to_no_file_elsewhere(copied: Path, name: str) -> None:
     (copied.parent / "other.safetensors").write_bytes((copied / "model.safetensors").read_bytes())
     index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="which is no file beside it"):
+    with pytest.raises(ModelError, match="which is not a file beside it"):
         loading.load(copied, torch.float32)
 
 
@@ -216,7 +216,7 @@ def test_weights_that_lie_elsewhere_are_refused_but_not_the_hubs_cache(
     loading.load(snapshot, torch.float32)
     (copied / "model.safetensors").unlink()
     (copied / "model.safetensors").symlink_to(blobs / "model.safetensors")
-    with pytest.raises(ModelError, match="a link that leaves its folder"):
+    with pytest.raises(ModelError, match="links to a file outside of its folder"):
         loading.load(copied, torch.float32)
 
 

@@ -190,7 +190,7 @@ def test_a_dora_of_a_stranger_has_the_shapes_of_its_base(
         truncate.read(directory / "adapter")
     config = directory / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": "yes"}))
-    with pytest.raises(ModelError, match="use_dora or use_rslora that is not true or false"):
+    with pytest.raises(ModelError, match="use_dora or use_rslora that is not a boolean"):
         saved.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
 
 

@@ -242,7 +242,7 @@ def test_a_run_that_the_disk_has_no_room_for_does_not_begin(
 
 
 def test_the_time_limit_saves_and_stops(config: TrainConfig) -> None:
-    with pytest.raises(Stopped, match="the time is up"):
+    with pytest.raises(Stopped, match="time limit reached"):
         train(replace(config, max_time="0s"))
     (directory,) = config.output.iterdir()
     assert [p.name for p in (directory / "checkpoints").iterdir()] == ["step-00000001"]

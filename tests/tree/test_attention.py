@@ -80,7 +80,7 @@ def test_an_ordinary_forward_is_that_of_the_stock_attention() -> None:
 
 
 def test_layers_that_carry_state_are_refused() -> None:
-    with pytest.raises(ModelError, match="linear_attention, which cannot branch; choose"):
+    with pytest.raises(ModelError, match="linear_attention layers, which cannot follow a token tree; choose"):
         given(many_rows(), layer_types=["linear_attention", "full_attention"])
 
 

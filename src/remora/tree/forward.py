@@ -1,4 +1,4 @@
-"""A token tree through a Hugging Face model."""
+"""Runs a token tree through a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model_inputs(
 ) -> dict[str, Any]:
     """Return the arguments of a Hugging Face model's forward that compute a tree's logits.
 
-    With `in_blocks` or without it attention is computed in blocks or not, whichever costs less.
+    `in_blocks` says whether attention is computed in blocks; None to do so if it costs less.
     """
     return {
         "input_ids": tree.token_ids[None],
