@@ -258,7 +258,7 @@ MISLABELLED = {
     ],
 )
 def test_a_verdict_needs_its_evidence(changed: dict[str, float], verdict: str) -> None:
-    found, reason = verdicts.judge(**COUNTS | changed)
+    found, reason = verdicts.judge(verdicts.Evidence(**COUNTS | changed))
     assert found == verdict
     assert reason
 
@@ -391,7 +391,7 @@ def decide(finished: Path, decisions: dict[int, str], **changed: str) -> Path:
     records = [
         [
             str(row),
-            files.defused(table.texts[row - 1]),
+            files.escape_formula(table.texts[row - 1]),
             table.labels[row - 1],
             *[""] * 5,
             answer,
@@ -421,7 +421,7 @@ def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path
         )
         == 0
     )
-    assert read_table(elsewhere).texts[0].startswith("=card")  # not defused: it is trained on
+    assert read_table(elsewhere).texts[0].startswith("=card")  # not escaped: it is trained on
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,7 @@ def test_the_learning_curve_is_shown_where_there_is_one(tmp_path: Path) -> None:
     assert "Learning curve" not in Read(report.page(run)).text
     finished.learn(run)
     read = Read(report.page(run))
-    assert "Label more: from 200 to 400 rows" in read.text
+    assert "Label more rows: from 200 to 400 rows" in read.text
     assert table(read, "Accuracy by rows per class")[-1] == [
         "all 2 classes have fewer",
         *("400", "80.00%", "78.0% to 82.0%", "75.00%", "0.01"),

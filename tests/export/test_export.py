@@ -47,7 +47,11 @@ BAD = {
     "no tolerance": (2, "tolerance is -1.0; give", ["--compress", "--tolerance", "-1"]),
     "no tokens": (2, "micro_batch_tokens is 0", ["--merge", "--micro-batch-tokens", "0"]),
     "impossible budget": (2, "the budget is 1,000 bytes", ["--compress", "--budget", "1kB"]),
-    "impossible ratio": (2, "smallest takes", ["--compress", "--ratio", "1e6"]),
+    "impossible ratio": (
+        2,
+        "the smallest part of the adapter takes",
+        ["--compress", "--ratio", "1e6"],
+    ),
     "output in use": (2, "exists already; give another --output", ["--merge", "--output", "base"]),
     "output is a file": (2, "exists already", ["--compress", "--output", "data.csv"]),
     "another base": (4, "was trained on other weights", ["--merge", "--model", "other"]),

@@ -423,11 +423,12 @@ def test_without_bitsandbytes_it_is_one_line(
         assert call(*command) == 2
         *_, line = capsys.readouterr().err.strip().splitlines()
         assert line == (
-            "error: qlora needs bitsandbytes, which is not installed; pip install 'remora[qlora]'"
+            "error: qlora needs bitsandbytes, which is not installed; "
+            "run pip install 'remora[qlora]'"
         )
     assert not (tmp_path / "runs").exists()
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="does not support mps"):
+    with pytest.raises(ConfigError, match="does not compute on mps"):
         quantize.require(torch.device("mps"))
 
 
@@ -454,7 +455,7 @@ def test_a_base_that_is_quantized_already_is_refused(wide: Path, tmp_path: Path)
     config = json.loads((tmp_path / "config.json").read_text())
     how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
-    with pytest.raises(ModelError, match="are quantized already; give the original model"):
+    with pytest.raises(ModelError, match="are quantized already; give the model that they were"):
         loading.load(tmp_path, torch.float32, quantize_on=CPU)
 
 

@@ -27,7 +27,7 @@ def test_json_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_cells_that_would_run_as_formulas_are_defused(tmp_path):
+def test_cells_that_would_run_as_formulas_are_escaped(tmp_path):
     texts = ["=1+1", "+49", "-1", "@SUM(A1)", "\t=1", "\r=1", "a=1", 'say "hi",\nthen', ""]
     path = tmp_path / "p.csv"
     write_predictions(path, texts, ["=a"] * 9, ["@b"] * 9, [0.25] * 9)
@@ -40,9 +40,9 @@ def test_cells_that_would_run_as_formulas_are_defused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.csv"]
 
 
-def test_defused_cells_come_back():
+def test_escaped_cells_come_back():
     for cell in ("=1+1", "'quoted", "plain", "", "'"):
-        assert files.as_it_was(files.defused(cell)) == cell
+        assert files.unescape_formula(files.escape_formula(cell)) == cell
 
 
 def test_text_has_the_same_bytes_on_windows(monkeypatch, tmp_path):

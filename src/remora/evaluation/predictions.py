@@ -93,14 +93,14 @@ def read_predictions(path: Path, labels: Sequence[str]) -> Predictions:
     Raises:
         DataError: If the file is broken, or has other labels.
     """
-    originals = {files.defused(label): label for label in labels}
+    originals = {files.escape_formula(label): label for label in labels}
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         if not rows:
             raise ValueError("it has no rows")
         return Predictions(
-            texts=[files.as_it_was(row["text"]) for row in rows],
+            texts=[files.unescape_formula(row["text"]) for row in rows],
             true=[originals[row["label"]] for row in rows],
             predicted=[originals[row["predicted"]] for row in rows],
             probability=[float(row["probability"]) for row in rows],

@@ -49,7 +49,7 @@ def read_suspects(path: Path) -> list[dict[str, str]]:
             rows = list(itertools.islice(csv.DictReader(file), NUM_STATIC_MESSAGES))
         return [
             {"row": row["row"]}
-            | {k: cut(files.as_it_was(row[k])) for k in ("text", "label", "suggested")}
+            | {k: cut(files.unescape_formula(row[k])) for k in ("text", "label", "suggested")}
             for row in rows
         ]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error):

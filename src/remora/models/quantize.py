@@ -38,7 +38,7 @@ def require(device: torch.device) -> None:
     """
     if not is_installed():
         raise ConfigError(
-            "qlora needs bitsandbytes, which is not installed; pip install 'remora[qlora]'"
+            "qlora needs bitsandbytes, which is not installed; run pip install 'remora[qlora]'"
         )
     if device.type not in DEVICES:
         raise ConfigError(

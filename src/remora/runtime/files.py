@@ -74,7 +74,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header)
-            writer.writerows([defused(cell) for cell in row] for row in rows)
+            writer.writerows([escape_formula(cell) for cell in row] for row in rows)
         sync(temporary)
 
 
@@ -92,14 +92,14 @@ def _replacing(path: Path) -> Iterator[Path]:
             raise
 
 
-def defused(cell: str) -> str:
+def escape_formula(cell: str) -> str:
     """Return a cell that no spreadsheet reads as a formula: with a quote in front."""
     return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
 
 
-def as_it_was(cell: str) -> str:
-    """Undo `defused`."""
-    return cell[1:] if cell.startswith("'") and defused(cell[1:]) == cell else cell
+def unescape_formula(cell: str) -> str:
+    """Undo `escape_formula`."""
+    return cell[1:] if cell.startswith("'") and escape_formula(cell[1:]) == cell else cell
 
 
 def folder_bytes(folder: Path, pattern: str = "*") -> int:

@@ -16,7 +16,7 @@ import torch
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt
-from remora.models import loading, lora
+from remora.models import lora
 from remora.models.adapter_card import AdapterCard
 from remora.models.saved import Trained
 from remora.planning.plan import Heaviest, Plan
@@ -93,7 +93,7 @@ def open_session(
 ) -> Iterator[Session]:
     """Plan, load and check everything that training needs; all processes call it together.
 
-    The caller's random numbers are as before once the session ends.
+    The caller's random state is restored when the session ends.
 
     Args:
         config: The settings.
@@ -103,7 +103,7 @@ def open_session(
         load: Loads the model and makes it trainable.
         group: The processes that train together.
         stop: Asked whether to stop.
-        reporter: Told what is chosen, and why.
+        reporter: Told each choice and its reason.
 
     Raises:
         ConfigError: If the device is missing, or the processes differ.
@@ -114,13 +114,9 @@ def open_session(
     with contextlib.ExitStack() as stack:
         with group.together():
             device, precision = setup.choose_arithmetic(config, group.size, reporter)
+            before = resume.as_before(config, resumed)
             planned, heaviest = setup.plan_run(
-                resume.as_before(config, resumed),
-                dataset,
-                precision,
-                device,
-                reporter,
-                num_processes=group.size,
+                before, dataset, precision, device, reporter, num_processes=group.size
             )
             if needs_disk:
                 setup.refuse_full_disk(planned, config)
@@ -129,8 +125,8 @@ def open_session(
             torch.manual_seed(config.seed)
             if planned.shard:
                 memory.map_arrays(device)
-            where = torch.device("cpu") if planned.shard else device
-            model, prompt, card, folder = load(config, dataset.labels, precision, where)
+            on = torch.device("cpu") if planned.shard else device
+            model, prompt, card, folder = load(config, dataset.labels, precision, on)
             parameters = lora.count_parameters(model)
             for line in setup.introduce(config, dataset, prompt, model, parameters):
                 reporter.say(line)
@@ -142,9 +138,7 @@ def open_session(
         with group.together():
             with accelerator.autocast():
                 check_tree(model, setup.short_rows(dataset.train, prompt))
-            if planned.shard:
-                model.reset_iter_state()  # of a pass in blocks that the model may have refused
-            loading.set_checkpointing(model, planned.checkpointing)
+            setup.set_up_layers(model, planned)
         if not group.is_first:
             torch.manual_seed(config.seed + group.rank)  # for dropout of its own
         yield Session(

@@ -143,6 +143,13 @@ def load_trainable(
     return adapted, prompt, card, folder
 
 
+def set_up_layers(model: Any, planned: plan.Plan) -> None:
+    """Make a checked model ready for its first step: checkpointing and sharding as planned."""
+    if planned.shard:
+        model.reset_iter_state()  # of a pass in blocks that the model may have refused
+    loading.set_checkpointing(model, planned.checkpointing)
+
+
 def short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequence]:
     """Return the shortest of the first rows, to check a model with."""
     first = sorted(range(min(len(table), 256)), key=lambda i: len(table.texts[i]))[:count]
