@@ -428,7 +428,7 @@ def test_without_bitsandbytes_it_is_one_line(
         )
     assert not (tmp_path / "runs").exists()
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="does not compute on mps"):
+    with pytest.raises(ConfigError, match="does not support mps"):
         quantize.require(torch.device("mps"))
 
 
@@ -455,7 +455,7 @@ def test_a_base_that_is_quantized_already_is_refused(wide: Path, tmp_path: Path)
     config = json.loads((tmp_path / "config.json").read_text())
     how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
-    with pytest.raises(ModelError, match="are quantized already; give the model that they were"):
+    with pytest.raises(ModelError, match="are quantized already; give the original model"):
         loading.load(tmp_path, torch.float32, quantize_on=CPU)
 
 
