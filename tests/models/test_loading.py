@@ -1,4 +1,7 @@
-"""Base models are found, loaded or refused in one line."""
+"""Base models are found, loaded or refused in one line.
+
+Also covers remora.models.hub.
+"""
 
 from __future__ import annotations
 

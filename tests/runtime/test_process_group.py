@@ -1,4 +1,7 @@
-"""Several processes train as one would, stop together, and none is left when one is lost."""
+"""Several processes train as one would, stop together, and none is left when one is lost.
+
+Also covers remora.runtime.stop.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from remora.config import TrainConfig
@@ -29,6 +33,7 @@ from remora.runtime.process_group import BEAT_SECONDS, LOST_BEATS, ProcessGroup
 from remora.training import resume
 from remora.training.run import train
 
+WITH_SIGNALS = pytest.mark.skipif(os.name == "nt", reason="needs signals, as Unix has them")
 TIMED = {"examples_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
 
 
@@ -65,8 +70,8 @@ def begun(config: TrainConfig) -> Iterator[tuple[subprocess.Popen[str], list[int
         while not log.is_file() or log.read_text(encoding="utf-8").count("\n") < 3:
             assert parent.poll() is None, parent.stderr and parent.stderr.read()
             time.sleep(0.05)
-        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-        yield parent, [int(pid) for pid in children.read_text().split()]
+        children = psutil.Process(parent.pid).children()
+        yield parent, [p.pid for p in sorted(children, key=lambda p: (p.create_time(), p.pid))]
 
 
 def records(config: TrainConfig) -> list[dict[str, Any]]:
@@ -106,6 +111,7 @@ def test_three_processes_take_the_steps_of_one(config: TrainConfig, tmp_path: Pa
     assert left == {path.name for path in (config.output / "run").iterdir()}
 
 
+@WITH_SIGNALS
 def test_two_processes_stopped_together_go_on_to_the_same_bits(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -127,11 +133,13 @@ def test_two_processes_stopped_together_go_on_to_the_same_bits(
     assert outcome(config) == outcome(undisturbed)
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
-def test_a_lost_process_ends_all(config: TrainConfig, number: signal.Signals, rank: int) -> None:
-    lost(replace(config, devices=2, epochs=1_000), number, rank)
+@WITH_SIGNALS
+@pytest.mark.parametrize(("name", "rank"), [("SIGKILL", 1), ("SIGSTOP", 0)])
+def test_a_lost_process_ends_all(config: TrainConfig, name: str, rank: int) -> None:
+    lost(replace(config, devices=2, epochs=1_000), getattr(signal, name), rank)
 
 
+@WITH_SIGNALS
 @pytest.mark.durability
 def test_any_lost_process_ends_all(config: TrainConfig, tmp_path: Path) -> None:
     def attempt(seed: int) -> None:
@@ -155,13 +163,14 @@ def lost(config: TrainConfig, number: signal.Signals, rank: int) -> None:
         seconds = time.monotonic() - began
     assert parent.returncode == 7
     assert seconds < 30
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not any(psutil.pid_exists(pid) for pid in children)
     errors = [line for line in said if line.startswith("error")]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: process {rank} of 2 ")
     assert "Traceback" not in "".join(said)
 
 
+@WITH_SIGNALS
 @pytest.mark.durability
 def test_processes_that_all_slept_go_on(config: TrainConfig) -> None:
     """As on a laptop that is shut, or after Ctrl-Z."""
@@ -187,7 +196,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(config: TrainConfig) -> Non
     with begun(replace(config, devices=2, epochs=1_000)) as (parent, children):
         parent.kill()
         deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{pid}").exists() for pid in children):
+        while any(psutil.pid_exists(pid) for pid in children):
             assert time.monotonic() < deadline
             time.sleep(0.1)
 

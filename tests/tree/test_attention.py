@@ -1,4 +1,7 @@
-"""Attention in blocks: what it looks at, what it leaves out, and what it leaves alone."""
+"""Attention in blocks: what it looks at, what it leaves out, and what it leaves alone.
+
+Also covers remora.tree.kernels and check.
+"""
 
 from __future__ import annotations
 

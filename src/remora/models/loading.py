@@ -80,6 +80,7 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
     quantize.import_quietly()
     from transformers import AutoModelForCausalLM
 
+    # Check the files before anything is allocated.
     config = load_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
@@ -89,6 +90,7 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
     parameters = {id(p): p.numel() for p in load_empty(config, dtype).parameters()}
     quantized = getattr(config, "quantization_config", None) is not None
     untrusted.weights(folder, sum(parameters.values()), quantized=quantized)
+    # Quantize while loading.
     how: dict[str, Any] = {}
     if quantize_on is not None:
         quantize.require(quantize_on)
@@ -117,6 +119,7 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
             "give the folder of a Hugging Face causal language model"
         ) from error
     loaded, info = result
+    # transformers only warns of missing weights and leaves random ones in their place.
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more; "

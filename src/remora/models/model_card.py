@@ -38,12 +38,13 @@ def card(directory: Path) -> str:
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    found = results.read(directory)
-    metrics = found.figures["metrics"]
+    run = results.read(directory)
+    metrics = run.figures["metrics"]
     trained = results.read_json(adapter_card.adapter_folder(directory) / "remora.json")
     if trained is None:
         raise DataError(f"{directory} has no trained model; give the directory of a finished run")
     is_full = trained.get("method") == "full"
+    # What may be named in public.
     base = trained["base_model"]  # an absolute path or a hub id
     source = results.read_settings(directory)["data"]
     hub_data = source.removeprefix("hf:").split(":")[0] if source.startswith("hf:") else None
@@ -52,8 +53,9 @@ def card(directory: Path) -> str:
         "task_type": "text-classification",
         "dataset_type": data_name,
         "dataset_name": data_name,
-        "dataset_split": found.figures["measured_on"],
+        "dataset_split": run.figures["measured_on"],
     }
+    # The metadata, then the text.
     about = ModelCardData(
         base_model=base if hub.HUB_ID.fullmatch(base) else None,
         datasets=hub_data,
@@ -80,13 +82,13 @@ def card(directory: Path) -> str:
     base_name = Path(base).name if Path(base).is_absolute() else base
     named = {"full": "All weights of", "qlora": "A LoRA adapter (PEFT) on 4-bit weights of"}
     what = named.get(trained.get("method", ""), "A LoRA adapter (PEFT) for")
-    text = _text(found, f"{what} {_code(base_name)}", data_name)
+    text = _text(run, f"{what} {_code(base_name)}", data_name)
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
 
 
-def _text(found: Results, trained: str, data: str) -> str:
+def _text(run: Results, trained: str, data: str) -> str:
     """Return the card's text: model, accuracy beside the baseline's, usage and labels."""
-    figures, metrics = found.figures, found.figures["metrics"]
+    figures, metrics = run.figures, run.figures["metrics"]
     baseline, (low, high) = figures["baseline"], metrics["accuracy_interval"]
     theirs = baseline["metrics"]["accuracy"]
     verdict = accuracy_verdict(metrics["accuracy"], theirs, figures["p_value"])
@@ -96,7 +98,7 @@ def _text(found: Results, trained: str, data: str) -> str:
         for c in metrics["confusions"][:NUM_CONFUSIONS]
     ]
     lines = [
-        f"# {_code(found.directory.resolve().name)}",
+        f"# {_code(run.directory.resolve().name)}",
         "",
         f"{trained}, trained by Remora on {_code(data)}.",
         "",
@@ -109,8 +111,8 @@ def _text(found: Results, trained: str, data: str) -> str:
         "remora predict . < messages.txt    # in this folder, or give its hub id",
         "```",
         "",
-        f"Every message gets one of these {len(found.labels)} labels: "
-        f"{', '.join(_code(label) for label in found.labels)}.",
+        f"Every message gets one of these {len(run.labels)} labels: "
+        f"{', '.join(_code(label) for label in run.labels)}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -60,6 +60,7 @@ def measured(
         packed: A micro-batch of the run.
         device: Where it is computed.
     """
+    # One layer of the model, and the micro-batch in its vocabulary.
     cut = copy.deepcopy(model_config)
     text = cut.get_text_config()
     text.num_hidden_layers = 1
@@ -75,11 +76,13 @@ def measured(
     )
     is_quantized = settings.method == "qlora"
     with torch.random.fork_rng():
+        # Its operations, counted without weights.
         empty = lora.adapt(
             loading.load_empty(cut, precision.base, quantized=is_quantized), settings
         )
         skeleton = step_memory.Skeleton(empty, autocast=precision.autocast, device=device.type)
         share = skeleton.count(packed).operations
+        # Its time, with random weights.
         base = loading.load_empty(cut, precision.base).to_empty(device=device)
         for tensor in [*base.parameters(), *base.buffers()]:
             if tensor.is_floating_point():  # a norm of small weights would make denormals

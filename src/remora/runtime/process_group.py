@@ -197,6 +197,7 @@ def join() -> Iterator[ProcessGroup]:
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
 
+    # One GPU for each process.
     _watch_launcher()
     if torch.cuda.is_available():
         device, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -205,6 +206,7 @@ def join() -> Iterator[ProcessGroup]:
                 f"process {device} has no GPU, this machine has {count}; start {count} processes"
             )
         torch.cuda.set_device(device)
+    # Connect, and check that all are here.
     try:
         waiting = datetime.timedelta(seconds=JOIN_SECONDS)
         store, rank, size = _meet(waiting)
@@ -224,6 +226,7 @@ def join() -> Iterator[ProcessGroup]:
             f"the {size} processes of this run could not connect "
             f"({str(error).splitlines()[0][:100]}); start all of them"
         ) from error
+    # Run, and leave together.
     pulse.start()
     try:
         yield group

@@ -113,6 +113,7 @@ def inputs(
     Raises:
         ModelError: If a layer's attention cannot follow the tree.
     """
+    # The window of each type of layer.
     layer_types = set(getattr(config, "layer_types", None) or ())
     if unknown := layer_types - {"full_attention", "sliding_attention"}:
         raise ModelError(
@@ -124,12 +125,14 @@ def inputs(
     every = {"every layer": window}
     named = {"full_attention": None, "sliding_attention": window}
     windows = {kind: named[kind] for kind in layer_types} or every
+    # The blocks, if they cost less than whole masks.
     dense = visible(None)
     if in_blocks is None and prefers_whole(dense.device.type, *dense.shape):
         in_blocks = False
     blocks = None
     if config._attn_implementation == NAME and in_blocks is not False:
         blocks = _choose_blocks(dense, forced=bool(in_blocks))
+    # A mask for each type of layer.
     masks = {}
     for kind, width in windows.items():
         mask = dense if width is None else visible(width)

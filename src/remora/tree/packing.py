@@ -70,6 +70,7 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
     weights: list[int] = []
     path: list[int] = []  # nodes of the row before, from the root down
     before: list[int] = []
+    # The trie in preorder: each sorted row adds its tokens below those that it shares.
     for row in sorted(rows, key=lambda row: row.token_ids):
         assert 0 < row.answer_start < len(row.token_ids), "a row needs a prompt and an answer"
         shared = common_prefix_length(before, row.token_ids)
@@ -89,6 +90,7 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
     for node in path:
         subtree_end[node] = len(token_ids)
 
+    # The supervised edges, each from its predictor.
     edges = [node for node, weight in enumerate(weights) if weight]
     predictors = sorted({parents[node] for node in edges})
     place = {node: index for index, node in enumerate(predictors)}
