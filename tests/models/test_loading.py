@@ -181,7 +181,7 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(hub, saved, copy):
 def test_a_process_finds_the_hub_by_its_variables(hub, tmp_path):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", "from remora import model; print(model.find('own/base'))"],
+        [sys.executable, "-c", "from remora.models import hub; print(hub.find('own/base'))"],
         env=kept | hub.environment(tmp_path / "other"),
         capture_output=True,
         text=True,

@@ -436,7 +436,7 @@ def test_importing_bitsandbytes_fetches_nothing_and_says_nothing(tmp_path: Path)
     """Its import asks the package `kernels` for code of the hub, where that is installed."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked')")
     program = (
-        "from remora import quantize; quantize.import_quietly(); import sys, peft\n"
+        "from remora.models import quantize; quantize.import_quietly(); import sys, peft\n"
         "assert 'bitsandbytes' in sys.modules\n"
         "import kernels; kernels.get_kernel"
     )
@@ -480,7 +480,7 @@ def test_one_service_does_not_serve_both_kinds(
             max_queue=100,
         )
 
-    with pytest.raises(ModelError, match="the adapter plain was trained by lora and what is"):
+    with pytest.raises(ModelError, match="the adapter plain was trained by lora and those that are"):
         serve(**folders)
     engine = serve(packed=trained.directory)
     texts = [text for text, _ in measured(trained.directory)]
@@ -499,7 +499,7 @@ def test_the_command_line_says_that_the_base_is_in_4_bits(
     given = ["--model", base, "--output", tmp_path, "--device", "cpu", "--max-steps", "1"]
     assert call("train", table, *given, "--method", "qlora") == 0
     shown = capsys.readouterr()
-    assert re.search(r"r=16: .*; the base model is in 4 bits$", shown.err, re.M)
+    assert re.search(r"r=16: .*; the base model is quantized to 4 bits$", shown.err, re.M)
     assert re.search("^adapter    .*, the base model is", shown.out, re.M)
     (card,) = tmp_path.glob("*/README.md")
     assert "A LoRA adapter (PEFT) on 4-bit weights of" in card.read_text("utf-8")

@@ -68,9 +68,9 @@ def test_stock_peft_loads_it_to_the_same_logits(trained: tuple[str, Path], base:
     from transformers import AutoModelForCausalLM
 
     variant, directory = trained
-    saved = json.loads((directory / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((directory / "adapter" / "adapter_config.json").read_text())
     for name, value in VARIANTS[variant].items():
-        assert saved.get(name, value) == value
+        assert config.get(name, value) == value
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         stock = peft.PeftModel.from_pretrained(

@@ -106,7 +106,7 @@ def test_less_memory_gives_smaller_micro_batches_then_alternatives(weightless):
 
 def test_alternatives_are_only_such_as_the_other_settings_allow(weightless):
     """qlora's weights are not sharded, so it is none where sharding was asked for."""
-    made = planned(weightless, device="t4", shard="on", devices=2, device_memory="931MB")
+    made = planned(weightless, device="t4", shard="on", devices=2, device_memory="1MB")
     assert not made.fits
     assert "--method qlora" not in " ".join(made.alternatives)
     assert made.alternatives[-1].startswith("a device with ")
