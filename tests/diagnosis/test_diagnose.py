@@ -27,7 +27,7 @@ from remora.diagnosis import (
 )
 from remora.diagnosis.regressions import deal_folds, pool
 from remora.errors import ConfigError, DataError, Stopped
-from remora.evaluation.predictions import write_predictions
+from remora.evaluation.predictions import read_predictions, write_predictions
 from remora.runtime import files
 from remora.runtime.reporter import Reporter, Step
 
@@ -513,3 +513,12 @@ def test_how_many_planted_errors_were_found() -> None:
     assert found == diagnose.Planted(num_wrong=3, num_listed=3, num_found=2, num_suggested=1)
     assert (found.precision, found.recall) == (2 / 3, 2 / 3)
     assert diagnose._planted({}, [suspect(7, "c")]) is None
+
+
+def test_held_out_rows_that_begin_like_formulas_are_found_again(tmp_path: Path) -> None:
+    texts, labels = ["=1+1", "'=1+1", "plain", "-2"], ["a", "b", "a", "b"]
+    write_predictions(tmp_path / "predictions.csv", texts[:2], labels[:2], ["a", "a"], [0.9, 0.8])
+    run = read_predictions(tmp_path / "predictions.csv", ["a", "b"])
+    table, places = diagnose._with_held_out(Table(texts, labels), run)
+    assert (table.texts, table.labels) == (texts, labels)
+    assert places.tolist() == [0, 1]

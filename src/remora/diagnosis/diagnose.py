@@ -231,12 +231,14 @@ def _with_held_out(rows: Table, run: Predictions) -> tuple[Table, NDArray[np.int
     Held-out rows that were split from the table are there already.
     """
     waiting = defaultdict[tuple[str, str], deque[int]](deque)
-    for row, pair in enumerate(zip(rows.texts, rows.labels, strict=True)):
-        waiting[pair].append(row)
+    for row, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
+        waiting[files.escape_formula(text), label].append(row)
     texts, labels, places = list(rows.texts), list(rows.labels), []
     for text, label in zip(run.texts, run.true, strict=True):
-        if waiting[text, label]:
-            places.append(waiting[text, label].popleft())
+        # Escaped, since predictions.csv does not tell '=1 from an escaped =1
+        same = waiting[files.escape_formula(text), label]
+        if same:
+            places.append(same.popleft())
         else:
             places.append(len(texts))
             texts.append(text)

@@ -28,6 +28,7 @@ from remora.tree.kernels import (
     attend_by_products,
     has_slow_kernel,
 )
+from remora.tree.packing import TokenTree
 
 NAME = "remora"
 """Name of the attention in transformers."""
@@ -72,6 +73,23 @@ def uninstall(model: Any) -> None:
     """Restore a model's scaled-dot-product attention over whole masks."""
     if model.config.get_text_config()._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
+
+
+def tree_mask(tree: TokenTree, window: int | None = None) -> Tensor:
+    """Return which key each query of a tree sees, a boolean mask [N, N], rows are queries.
+
+    Query q sees key k if k is q or one of its ancestors: k <= q < subtree_end[k].
+
+    Args:
+        tree: The tree.
+        window: Width of a sliding window: a key is seen from at most `window - 1` positions on.
+            Measured in positions, since neighbours in the packed row may be far apart in depth.
+    """
+    index = torch.arange(tree.num_tokens, device=tree.token_ids.device)
+    mask = (index[None, :] <= index[:, None]) & (index[:, None] < tree.subtree_end[None, :])
+    if window is not None:
+        mask &= tree.position_ids[:, None] - tree.position_ids[None, :] < window
+    return mask
 
 
 def inputs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ def model_inputs(
 
     `in_blocks` says whether attention is computed in blocks; None to do so if it costs less.
     """
+    visible = functools.partial(attention.tree_mask, tree)
     return {
         "input_ids": tree.token_ids[None],
         "position_ids": tree.position_ids[None],
-        **attention.inputs(text_config(model), tree.visible, _dtype(model), in_blocks=in_blocks),
+        **attention.inputs(text_config(model), visible, _dtype(model), in_blocks=in_blocks),
         "logits_to_keep": tree.predictors,
         "use_cache": False,
     }

@@ -56,19 +56,6 @@ class TokenTree:
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]
 
-    def visible(self, window: int | None = None) -> Tensor:
-        """Return the attention rule as a boolean mask [N, N], rows are queries.
-
-        Args:
-            window: Width of a sliding window: a key is seen from at most `window - 1` positions on.
-                Measured in positions, since neighbours in the packed row may be far apart in depth.
-        """
-        index = torch.arange(self.num_tokens, device=self.token_ids.device)
-        mask = (index[None, :] <= index[:, None]) & (index[:, None] < self.subtree_end[None, :])
-        if window is not None:
-            mask &= self.position_ids[:, None] - self.position_ids[None, :] < window
-        return mask
-
 
 def build(rows: Sequence[TokenSequence]) -> TokenTree:
     """Pack rows into one token tree.
