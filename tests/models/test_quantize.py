@@ -480,7 +480,9 @@ def test_one_service_does_not_serve_both_kinds(
             max_queue=100,
         )
 
-    with pytest.raises(ModelError, match="the adapter plain was trained by lora and those that are"):
+    with pytest.raises(
+        ModelError, match="the adapter plain was trained by lora and those that are"
+    ):
         serve(**folders)
     engine = serve(packed=trained.directory)
     texts = [text for text, _ in measured(trained.directory)]
