@@ -29,7 +29,8 @@ import pytest
 from remora.config import TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, DataError, Stopped
-from remora.runtime.process_group import BEAT_SECONDS, LOST_BEATS, ProcessGroup
+from remora.runtime.heartbeat import BEAT_SECONDS, LOST_BEATS
+from remora.runtime.process_group import ProcessGroup
 from remora.training import resume
 from remora.training.run import train
 

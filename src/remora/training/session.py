@@ -25,13 +25,13 @@ from remora.runtime.device import Precision
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
-from remora.training import resume, setup
+from remora.training import feasibility, resume, trainable
 from remora.training.checkpoint import Checkpoint
 from remora.tree.check import check_tree
 from remora.tree.scoring import Scorer
 
 ModelLoader = Callable[..., tuple[Any, Prompt, AdapterCard, Path]]
-"""Takes settings, labels, precision and device, as `setup.load_trainable` does."""
+"""Takes settings, labels, precision and device, as `trainable.load_trainable` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def open_session(
     *,
     resumed: Checkpoint | None = None,
     needs_disk: bool = False,
-    load: ModelLoader = setup.load_trainable,
+    load: ModelLoader = trainable.load_trainable,
     group: ProcessGroup | None = None,
     stop: Stop | None = None,
     reporter: Reporter | None = None,
@@ -113,13 +113,13 @@ def open_session(
     group, stop, reporter = group or ProcessGroup(), stop or Stop(), reporter or Reporter()
     with contextlib.ExitStack() as stack:
         with group.together():
-            device, precision = setup.choose_arithmetic(config, group.size, reporter)
+            device, precision = feasibility.choose_arithmetic(config, group.size, reporter)
             before = resume.as_before(config, resumed)
-            planned, heaviest = setup.plan_run(
+            planned, heaviest = feasibility.plan_run(
                 before, dataset, precision, device, reporter, num_processes=group.size
             )
             if needs_disk:
-                setup.refuse_full_disk(planned, config)
+                feasibility.refuse_full_disk(planned, config)
             # Weights and adapter
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(config.seed)
@@ -128,17 +128,17 @@ def open_session(
             on = torch.device("cpu") if planned.shard else device
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
             parameters = lora.count_parameters(model)
-            for line in setup.introduce(config, dataset, prompt, model, parameters):
+            for line in trainable.introduce(config, dataset, prompt, model, parameters):
                 reporter.say(line)
-            accelerator = stack.enter_context(setup.accelerator_for(precision, device))
+            accelerator = stack.enter_context(trainable.accelerator_for(precision, device))
         # The same in every process
         group.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
         if planned.shard:
             sharding.apply(model, device, group)
         with group.together():
             with accelerator.autocast():
-                check_tree(model, setup.short_rows(dataset.train, prompt))
-            setup.set_up_layers(model, planned)
+                check_tree(model, trainable.short_rows(dataset.train, prompt))
+            trainable.set_up_layers(model, planned)
         if not group.is_first:
             torch.manual_seed(config.seed + group.rank)  # for dropout of its own
         yield Session(
