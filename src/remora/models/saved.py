@@ -33,7 +33,7 @@ from remora.runtime.files import disk_errors, folder_bytes, sync, write_json
 from remora.tree.scoring import Scorer
 
 NUM_BEAMS = 4
-"""Beams of stock `generate()`; docs/export.md has the measurements."""
+"""Beams of stock `generate()`; docs/concepts/exports.md has the measurements."""
 
 
 def save(
