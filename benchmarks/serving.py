@@ -68,12 +68,12 @@ def main() -> None:
 
 def train(folder: Path, options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Train an adapter or take the run's, save it and the merged model; return the test rows."""
-    from remora.models import adapter_card, hub, saved
+    from remora.models import hub, metadata, saved
     from remora.runtime import files
 
     base = hub.find(options.model)
     adapted, prompt, dataset = scoring.adapter(options)
-    card = adapter_card.AdapterCard(
+    card = metadata.AdapterCard(
         base_model=str(base),
         base_sha256=files.weights_sha256(base),
         labels=prompt.labels,

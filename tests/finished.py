@@ -24,7 +24,7 @@ from remora.evaluation.predictions import (
     write_probabilities,
 )
 from remora.evaluation.significance import mcnemar
-from remora.models import adapter_card
+from remora.models import metadata
 from remora.models.lora import ParameterCount
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Step, Validation
@@ -107,7 +107,7 @@ def write(
     )
     write_probabilities(path / PROBABILITIES, labels, {"test": scored})
     files.write_json(path / "evaluation.json", result.to_dict())
-    trained = path / adapter_card.FOLDERS[method]
+    trained = path / metadata.FOLDERS[method]
     trained.mkdir()
     files.write_json(trained / "remora.json", {"base_model": model, "method": method})
     return path

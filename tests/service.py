@@ -20,7 +20,7 @@ import torch
 
 from conftest import WORDS, randomize_adapter
 from remora.config import PredictConfig, ServeConfig
-from remora.models import adapter_card, loading, lora, saved
+from remora.models import loading, lora, metadata, saved
 from remora.runtime import files
 from remora.serving.predict import predict_stream
 from remora.serving.server import Service
@@ -40,7 +40,7 @@ def write_adapter(
         loading.load(base, torch.float32), rank=4, alpha=32, dropout=0.0, modules=modules
     )
     randomize_adapter(adapted, seed)
-    card = adapter_card.AdapterCard(
+    card = metadata.AdapterCard(
         base_model=str(base),
         base_sha256=base_sha256 or files.weights_sha256(base),
         labels=tuple(labels),

@@ -21,7 +21,7 @@ from remora.config import ExportConfig, TrainConfig
 from remora.data.dataset import load_data
 from remora.data.prompt import TokenSequence
 from remora.export import export
-from remora.models import adapter_card, quantize
+from remora.models import metadata, quantize
 from remora.models.saved import open_trained
 from remora.runtime import memory
 from remora.runtime.device import choose_precision
@@ -80,7 +80,7 @@ def test_it_learns_in_every_arithmetic(tmp_path: Path, precision: Any, method: A
     result = train(settings)
     assert result.metrics.accuracy > 0.6
     assert all(math.isfinite(step["loss"]) for step in steps(result.directory))
-    (weights,) = (result.directory / adapter_card.FOLDERS[method]).glob("*.safetensors")
+    (weights,) = (result.directory / metadata.FOLDERS[method]).glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}
 
 

@@ -1,6 +1,6 @@
 """The size that is chosen, and what an adapter of that size does in stock PEFT.
 
-Also covers remora.export.trials.
+Also covers remora.export.sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from remora.config import ExportConfig
 from remora.data.dataset import load_data
 from remora.data.table import Table
 from remora.export import distill, truncate
-from remora.export.trials import Trials
+from remora.export.sizes import Trials
 from remora.models import saved
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter

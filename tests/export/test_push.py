@@ -21,7 +21,7 @@ from remora import cli
 from remora.config import PredictConfig, PushConfig
 from remora.errors import ConfigError, DataError, ModelError
 from remora.export import push
-from remora.models import adapter_card, saved
+from remora.models import metadata, saved
 from remora.runtime.reporter import Reporter
 from remora.serving import predict
 
@@ -340,7 +340,7 @@ def test_weights_go_and_come_by_the_protocol_of_large_files(
     hub.storage.xorbs[name] = xorb[:1_000] + bytes([xorb[1_000] ^ 1]) + xorb[1_001:]
     altered = remora("other", "predict", "me/large")
     assert altered.returncode == ModelError.exit_code, altered.stderr
-    assert "its checksum differs" in altered.stderr.splitlines()[-1]
+    assert "differs from the hub's file" in altered.stderr.splitlines()[-1]
 
 
 # Adapters by their id
@@ -354,13 +354,10 @@ def test_an_id_is_asked_of_the_hub_only_where_it_can_be_no_folder(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     for name in ("runs/bank", "mine/bank", "./mine/bank", "../bank", "bank", "a/b/c"):
-        assert adapter_card.adapter_folder(Path(name)) == Path(name)
+        assert metadata.adapter_folder(Path(name)) == Path(name)
     assert hub.requests == []
     (tmp_path / "mine").rmdir()
-    assert (
-        adapter_card.read_card(adapter_card.adapter_folder(Path("mine/bank"))).base_model
-        == "own/base"
-    )
+    assert metadata.read_card(metadata.adapter_folder(Path("mine/bank"))).base_model == "own/base"
 
 
 def test_of_a_base_model_that_is_no_adapter_no_weights_are_fetched(
@@ -370,7 +367,7 @@ def test_of_a_base_model_that_is_no_adapter_no_weights_are_fetched(
     with pytest.raises(
         ModelError, match="own/other on the hub was not trained by Remora, it has no"
     ):
-        adapter_card.adapter_folder(Path("own/other"))
+        metadata.adapter_folder(Path("own/other"))
     assert not [line for line in hub.requests if line.endswith("safetensors")]
 
 
@@ -395,7 +392,7 @@ def test_an_adapter_is_used_without_the_hub_once_it_was_fetched(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert answers(Path("me/fetched"), tmp_path) == expected
-    with pytest.raises(ModelError, match="me/none is neither a folder here nor"):
+    with pytest.raises(ModelError, match="me/none is neither a folder nor"):
         answers(Path("me/none"), tmp_path)
     assert hub.requests == []
 
@@ -417,5 +414,5 @@ def test_the_service_takes_an_id(hub: stand_in.Hub, trained: Path) -> None:
     from remora.serving import snapshot
 
     push.push_run(PushConfig(trained, "me/served"))
-    with snapshot.taken(adapter_card.adapter_folder(Path("me/served"))) as copied:
-        assert copied.card == adapter_card.read_card(trained / "adapter")
+    with snapshot.taken(metadata.adapter_folder(Path("me/served"))) as copied:
+        assert copied.card == metadata.read_card(trained / "adapter")

@@ -1,6 +1,6 @@
 """Trained models come back the same, and broken ones are refused.
 
-Also covers remora.models.adapter_card.
+Also covers remora.models.metadata.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from conftest import randomize_adapter, tiny_model
 from remora.errors import ModelError, ResourceError
 from remora.evaluation.predictions import write_predictions
-from remora.models import adapter_card, fused_lora, loading, lora, saved
+from remora.models import fused_lora, loading, lora, metadata, saved
 from remora.runtime import files, run_directory
 from remora.tree.scoring import Scorer
 
@@ -36,7 +36,7 @@ def trained(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "base")
     adapted = lora.add_adapter(base, rank=4, alpha=10, dropout=0.05)
     randomize_adapter(adapted)
-    card = adapter_card.AdapterCard(
+    card = metadata.AdapterCard(
         base_model=str(folder / "base"),
         base_sha256=files.weights_sha256(folder / "base"),
         labels=("card", "refund"),

@@ -182,7 +182,9 @@ class Trained:
         assert abs(loss - sharded_loss) < 1e-6
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
-            assert torch.allclose(gradient, expected[name], atol=1e-7), name
+            # Against the tensor's largest gradient: small ones are sums that cancel.
+            scale = float(expected[name].abs().max())
+            assert float((gradient - expected[name]).abs().max()) < 2e-6 * scale, name
         return batches
 
 
@@ -325,6 +327,6 @@ def test_a_base_is_sharded_only_where_it_does_not_fit(
 
 
 def test_bases_in_4_bits_are_not_sharded(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="4-bit weights are not sharded"):
+    with pytest.raises(ConfigError, match="4-bit weights cannot be sharded"):
         planned(settings, method="qlora", devices=4, shard="on")
     assert not planned(settings, method="qlora", devices=4, device_memory="1MB").shard

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from remora.errors import ResourceError
-from remora.models import adapter_card, loading, lora, saved
+from remora.models import loading, lora, metadata, saved
 from remora.runtime import files
 from remora.training import checkpoint
 from remora.training.checkpoint import Checkpoint
@@ -164,7 +164,7 @@ def test_a_save_into_the_final_place_does_not_survive_the_same(tmp_path: Path) -
 def test_an_adapter_whose_save_died_is_saved_again(base: Path, tmp_path: Path) -> None:
     loaded = loading.load(base, torch.float32)
     adapted = lora.add_adapter(loaded, rank=4, alpha=8, dropout=0)
-    card = adapter_card.AdapterCard(
+    card = metadata.AdapterCard(
         base_model=str(base),
         base_sha256=files.weights_sha256(base),
         labels=("a", "b"),

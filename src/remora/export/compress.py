@@ -19,9 +19,9 @@ from remora.data.table import Table
 from remora.errors import ConfigError, DataError, ModelError
 from remora.evaluation.results import Results
 from remora.export import truncate
-from remora.export.trials import Point, Trials, accuracy
+from remora.export.sizes import Point, Trials, accuracy
 from remora.export.truncate import Artifact
-from remora.models import adapter_card, hub
+from remora.models import hub, metadata
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
 
@@ -85,8 +85,8 @@ def compress(
         ResourceError: If the disk fails.
     """
     # The full adapter, and how large a smaller one may be
-    full_folder = adapter_card.adapter_folder(config.run)
-    card = adapter_card.read_card(full_folder)
+    full_folder = metadata.adapter_folder(config.run)
+    card = metadata.read_card(full_folder)
     base_bytes = files.folder_bytes(hub.find(config.model or card.base_model), "*.safetensors")
     stored = config.dtype or "float8"
     source = _Source(

@@ -19,7 +19,7 @@ from remora.errors import ConfigError, ModelError
 from remora.evaluation import charts, report, results
 from remora.export.compress import Compressed, compress
 from remora.export.merge import Parity, merge
-from remora.models import adapter_card
+from remora.models import metadata
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
 
@@ -55,10 +55,10 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
     output = (config.output or config.run / ("merged" if config.merge else "compressed")).absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} exists already; give another --output or remove it")
-    if adapter_card.is_full(config.run):
+    if metadata.is_full(config.run):
         raise ModelError(
             f"{config.run} trained all weights and has no adapter to merge or compress; use "
-            f"{adapter_card.adapter_folder(config.run)}, which is a plain model folder already"
+            f"{metadata.adapter_folder(config.run)}, which is a plain model folder already"
         )
     measured = results.read(config.run)
     export_into = merge if config.merge else compress

@@ -19,7 +19,7 @@ from remora.config import PushConfig
 from remora.errors import ConfigError, RemoraError
 from remora.evaluation import results
 from remora.formatting import one_line
-from remora.models import adapter_card, hub, model_card, untrusted
+from remora.models import hub, metadata, model_card, untrusted
 from remora.runtime.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def push_run(config: PushConfig, *, reporter: Reporter | None = None) -> Pushed:
     """
     reporter = reporter or Reporter()
     results.read(config.run)  # raises if the run is not finished
-    folder = adapter_card.adapter_folder(config.run)
-    base = adapter_card.read_card(folder).base_model
+    folder = metadata.adapter_folder(config.run)
+    base = metadata.read_card(folder).base_model
     untrusted.read_shapes([folder / "adapter_model.safetensors"])
     files = _files(config.run, folder, base)
     with _hub_errors(config.repo_id):

@@ -1,7 +1,7 @@
-from .adapter_card import AdapterCard
 from .hub import find
 from .loading import load, load_tokenizer
 from .lora import adapt
+from .metadata import AdapterCard
 from .saved import Trained, load_adapter, open_trained, save
 
 __all__ = [

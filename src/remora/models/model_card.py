@@ -10,7 +10,7 @@ from remora.errors import DataError
 from remora.evaluation import results
 from remora.evaluation.results import Results
 from remora.evaluation.significance import accuracy_verdict
-from remora.models import adapter_card, hub
+from remora.models import hub, metadata
 from remora.runtime import files
 
 NUM_CONFUSIONS = 5
@@ -40,7 +40,7 @@ def card(directory: Path) -> str:
 
     run = results.read(directory)
     metrics = run.figures["metrics"]
-    trained = results.read_json(adapter_card.adapter_folder(directory) / "remora.json")
+    trained = results.read_json(metadata.adapter_folder(directory) / "remora.json")
     if trained is None:
         raise DataError(f"{directory} has no trained model; give the directory of a finished run")
     is_full = trained.get("method") == "full"

@@ -19,7 +19,7 @@ from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
 from remora.models import fused_lora, hub, loading, quantize, untrusted
-from remora.models.adapter_card import (
+from remora.models.metadata import (
     AdapterCard,
     adapter_folder,
     is_full,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import one_line
-from remora.models import adapter_card, fused_lora, hub, loading, saved, untrusted
+from remora.models import fused_lora, hub, loading, metadata, saved, untrusted
 from remora.runtime import files
 from remora.runtime.device import Precision
 from remora.serving import snapshot
@@ -61,7 +61,7 @@ class AdapterSet:
             ModelError: If a part is missing or broken, adapters have different base models, or a
                 whole model is not alone.
         """
-        self._folders = {name: adapter_card.adapter_folder(path) for name, path in folders.items()}
+        self._folders = {name: metadata.adapter_folder(path) for name, path in folders.items()}
         self._device = device
         self._precision = precision
         self._micro_batch_tokens = micro_batch_tokens
@@ -69,9 +69,7 @@ class AdapterSet:
         self._adapted: Any = None  # PEFT's model; None where a whole model is served
         self._num_loaded = 0
         self._generations: dict[str, Generation] = {}
-        if wholes := [
-            name for name, folder in self._folders.items() if adapter_card.is_whole(folder)
-        ]:
+        if wholes := [name for name, folder in self._folders.items() if metadata.is_whole(folder)]:
             self._load_whole(wholes[0], base)
         else:
             self._load_adapters(base)
@@ -138,7 +136,7 @@ class AdapterSet:
 
     def _load_adapters(self, base: str | None) -> None:
         """Load the base model, and all adapters around it."""
-        cards = {name: adapter_card.read_card(folder) for name, folder in self._folders.items()}
+        cards = {name: metadata.read_card(folder) for name, folder in self._folders.items()}
         source = hub.find(base or next(iter(cards.values())).base_model)
         self.base_sha256 = files.weights_sha256(source)
         self._method = next(iter(cards.values())).method
@@ -153,7 +151,7 @@ class AdapterSet:
                 self._refuse_other_base(name, copied.card)
                 self._generations[name] = self._add(name, copied)
 
-    def _refuse_other_base(self, adapter: str, card: adapter_card.AdapterCard) -> None:
+    def _refuse_other_base(self, adapter: str, card: metadata.AdapterCard) -> None:
         if card.base_sha256 != self.base_sha256:
             raise ModelError(
                 f"the adapter {adapter} was trained on other base weights than those that are "

@@ -10,7 +10,7 @@ import prometheus_client
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from remora.errors import ModelError
-from remora.models.adapter_card import is_text
+from remora.models.metadata import is_text
 from remora.runtime import memory
 from remora.serving.engine import Answer, QueueFullError
 from remora.serving.limits import FULL, RefusedError, StrictRoute, busy

@@ -15,7 +15,7 @@ from types import FrameType
 
 from remora.config import ServeConfig
 from remora.errors import ConfigError, ModelError
-from remora.models import adapter_card
+from remora.models import metadata
 from remora.runtime.device import choose_device, choose_precision
 from remora.serving.engine import Engine
 
@@ -171,7 +171,7 @@ class Service:
 def _load_engine(config: ServeConfig, metrics: state.Metrics) -> Engine:
     device = choose_device(config.device)
     folders = config.folders()
-    is_full = any(adapter_card.is_full(folder) for folder in folders.values())
+    is_full = any(metadata.is_full(folder) for folder in folders.values())
     return Engine(
         folders,
         base=config.model,

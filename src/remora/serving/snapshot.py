@@ -12,7 +12,7 @@ from pathlib import Path
 
 from remora.errors import ModelError
 from remora.formatting import one_line
-from remora.models import adapter_card, untrusted
+from remora.models import metadata, untrusted
 from remora.runtime import files
 
 MAX_ATTEMPTS = 5
@@ -25,7 +25,7 @@ class Snapshot:
 
     folder: Path
     sha256: str  # of the three files of untrusted.ADAPTER_FILES, one after the other
-    card: adapter_card.AdapterCard
+    card: metadata.AdapterCard
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def taken(folder: Path) -> Iterator[Snapshot]:
         copied = Path(made)
         _copy(folder, copied)
         try:
-            card = adapter_card.read_card(copied)
+            card = metadata.read_card(copied)
         except ModelError as error:
             raise renamed(error, copied, folder) from error
         sha256 = files.sha256([copied / name for name in untrusted.ADAPTER_FILES])
@@ -60,7 +60,7 @@ def _copy(folder: Path, target: Path) -> None:
                 return
         except OSError as error:
             if attempt == MAX_ATTEMPTS:
-                adapter_card.read_card(folder)  # which says what is missing
+                metadata.read_card(folder)  # which says what is missing
                 raise ModelError(
                     f"{folder} cannot be read ({one_line(error)}); restore it"
                 ) from error

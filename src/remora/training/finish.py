@@ -24,7 +24,7 @@ from remora.evaluation.predictions import (
 )
 from remora.evaluation.significance import mcnemar
 from remora.formatting import spoken_bytes
-from remora.models import adapter_card, lora, model_card
+from remora.models import lora, metadata, model_card
 from remora.planning.plan import Plan
 from remora.runtime import files, memory
 from remora.runtime.reporter import Reporter
@@ -114,7 +114,7 @@ def conclude(
         max_bytes=None if free is None else free // 2,
     )
     # Figures
-    weights = adapter_card.adapter_folder(directory)
+    weights = metadata.adapter_folder(directory)
     result = TrainResult(
         directory=directory,
         method=config.method,

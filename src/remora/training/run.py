@@ -10,7 +10,7 @@ from typing import Any
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset, load_data
 from remora.errors import ConfigError
-from remora.models import adapter_card, saved
+from remora.models import metadata, saved
 from remora.planning import plan
 from remora.runtime import files, launch, memory, run_directory, sharding
 from remora.runtime.process_group import join
@@ -134,7 +134,7 @@ def _fit(session: Session, directory: Path, resumed: Checkpoint | None) -> Progr
     def save() -> None:
         weights = sharding.weights(session.model, group) if config.method == "full" else None
         if group.is_first:
-            path = directory / adapter_card.FOLDERS[config.method]
+            path = directory / metadata.FOLDERS[config.method]
             saved.save(session.model, session.prompt, session.card, path, weights)
 
     with tracking.metrics_log(directory, session, resumed) as log:

@@ -17,7 +17,7 @@ from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt
 from remora.models import lora
-from remora.models.adapter_card import AdapterCard
+from remora.models.metadata import AdapterCard
 from remora.models.saved import Trained
 from remora.planning.plan import Heaviest, Plan
 from remora.runtime import memory, sharding

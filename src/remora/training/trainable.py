@@ -13,7 +13,7 @@ from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
-from remora.models import adapter_card, loading, lora
+from remora.models import loading, lora, metadata
 from remora.planning import plan
 from remora.runtime import files
 from remora.runtime.device import Precision
@@ -38,7 +38,7 @@ def accelerator_for(precision: Precision, device: torch.device) -> Iterator[Any]
 
 def load_trainable(
     config: TrainConfig, labels: Sequence[str], precision: Precision, device: torch.device
-) -> tuple[Any, Prompt, adapter_card.AdapterCard, Path]:
+) -> tuple[Any, Prompt, metadata.AdapterCard, Path]:
     """Load the base model and make it trainable: a new adapter, or all weights.
 
     Returns:
@@ -49,7 +49,7 @@ def load_trainable(
     """
     base, prompt, folder = loading.load_base_and_prompt(config, labels, precision.base, device)
     adapted = lora.adapt(base, config).to(device)
-    card = adapter_card.AdapterCard(
+    card = metadata.AdapterCard(
         base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,
         base_sha256=files.weights_sha256(folder),
         labels=tuple(labels),
