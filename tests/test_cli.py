@@ -19,15 +19,21 @@ def remora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def cpu_seconds(*command: str) -> float:
+    """The CPU time of a process, so that other work on the machine counts little."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *command], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def test_help_is_instant() -> None:
-    """CPU time, so that other work on the machine does not count."""
-    seconds = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert remora("--help").returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert statistics.median(seconds) < 0.3
+    """It costs little more than the libraries that parse and print it, on any machine."""
+    libraries, ours = [], []
+    for _ in range(5):  # in turn, as a machine's speed drifts
+        libraries.append(cpu_seconds("-c", "import cyclopts, rich.markdown"))
+        ours.append(cpu_seconds("-m", "remora", "--help"))
+    assert statistics.median(ours) < 2 * statistics.median(libraries)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
