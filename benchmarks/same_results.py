@@ -161,6 +161,7 @@ def same(case: str, base: Tree, head: Tree) -> bool:
 
 def reads(base: Tree, head: Tree) -> bool:
     """Whether the working tree predicts with the revision's run as the revision does."""
+    base.result("lora")
     asked = ("predict", str(base.folder / "runs" / "lora"), "messages.txt", "--top-k", "3")
     return compare("an older run is read", base.run(*asked), head.run(*asked))
 
@@ -188,7 +189,7 @@ def resumes(base: Tree, head: Tree) -> bool:
     if not (run / "checkpoints").is_dir():
         raise SystemExit("the revision's run ended before it could be stopped")
     head.run(*command)
-    whole, resumed = read(base.folder / "runs" / "lora"), read(run)
+    whole, resumed = base.result("lora"), read(run)
     names = [name for name in whole if name.endswith(("metrics.jsonl", "safetensors", ".csv"))]
     return compare(
         "an older run is resumed",

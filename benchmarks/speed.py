@@ -165,7 +165,7 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
     from remora.runtime.process_group import ProcessGroup
     from remora.runtime.reporter import Reporter
     from remora.training.micro_batches import MicroBatches
-    from remora.training.setup import accelerator_for
+    from remora.training.trainable import accelerator_for
     from remora.tree import attention
 
     device = torch.device(options.device)

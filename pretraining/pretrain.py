@@ -13,6 +13,7 @@ Half of the steps are about embeddings only, of texts that need no label.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -348,7 +349,9 @@ def step_losses(
             input_ids=packed.token_ids[None],
             position_ids=packed.position_ids[None],
             use_cache=False,
-            **attention.inputs(model.config, packed.visible, torch.float32),
+            **attention.inputs(
+                model.config, functools.partial(attention.tree_mask, packed), torch.float32
+            ),
         ).last_hidden_state[0]
         next_token = torch.zeros(())
         if labelled:

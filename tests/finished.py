@@ -31,7 +31,7 @@ from remora.runtime.reporter import Step, Validation
 from remora.training.finish import TrainResult
 
 PLAN = {
-    "device": "this processor",
+    "device": "this CPU",
     "precision": "float32 arithmetic, float32 adapter",
     "parameters": 1000,
     "trainable": 5,

@@ -1,4 +1,4 @@
-"""Every bad input ends with its exit code and one line; docs/errors.md is the table of them.
+"""Every bad input exits with its code and one line; docs/errors.md is the table of them.
 
 python -m pytest tests/test_bad_input.py        # compares
 REMORA_WRITE_DOCS=1 python -m pytest tests/test_bad_input.py    # writes
@@ -27,9 +27,9 @@ from remora.models import quantize
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = (
     "# Bad input\n\n"
-    "What a user may get wrong, with the exit code and the line on standard error. "
-    "`tests/test_bad_input.py` makes each of these mistakes through the command line and writes "
-    "this table; names of folders are shortened, a port and a size are examples.\n\n"
+    "Mistakes in the input, each with its exit code and its line on standard error. "
+    "`tests/test_bad_input.py` makes each of them on the command line and writes this table. "
+    "Folder names are shortened; a port and a size are examples.\n\n"
 )
 
 
@@ -48,7 +48,7 @@ class Workshop:
     folder: Path
     base: Path
     run: Path
-    held: ExitStack = field(default_factory=ExitStack)  # what is undone after each command
+    held: ExitStack = field(default_factory=ExitStack)  # closed after each command
 
     def patch(self) -> pytest.MonkeyPatch:
         return self.held.enter_context(pytest.MonkeyPatch.context())
@@ -208,12 +208,12 @@ CASES: list[Case] = [
     ("an absurd learning rate", 2, lambda s: train("good.csv", "--learning-rate", "1e9")),
     ("a batch of 0", 2, lambda s: train("good.csv", "--batch-size", "0")),
     (
-        "a way to begin that changes the base model",
+        "an initialization that changes the base model",
         2,
         lambda s: train("good.csv", "--init-lora-weights", "pissa"),
     ),
     (
-        "DoRA on a base in 4 bits, and a rate of LoRA+ of 0",
+        "DoRA on a 4-bit base, and a LoRA+ ratio of 0",
         2,
         lambda s: train(
             *("good.csv", "--use-dora", "--method", "qlora", "--loraplus-lr-ratio", "0")
@@ -226,22 +226,22 @@ CASES: list[Case] = [
     ),
     ("qlora without bitsandbytes", 2, without_bitsandbytes),
     ("a word for a number", 2, lambda s: train("good.csv", "--epochs", "many")),
-    ("a precision that there is not", 2, lambda s: train("good.csv", "--precision", "float8")),
-    ("float16 on a processor", 2, lambda s: train("good.csv", "--precision", "float16")),
-    ("a device that is not here", 2, lambda s: [*train("good.csv")[:5], "cuda"]),
+    ("an unknown precision", 2, lambda s: train("good.csv", "--precision", "float8")),
+    ("float16 on a CPU", 2, lambda s: train("good.csv", "--precision", "float16")),
+    ("a device that this machine lacks", 2, lambda s: [*train("good.csv")[:5], "cuda"]),
     (
-        "fractions of 1 in sum",
+        "fractions that sum to 1",
         2,
         lambda s: train("good.csv", "--validation-fraction", "0.5", "--test-fraction", "0.5"),
     ),
-    ("a time limit that is none", 2, lambda s: train("good.csv", "--max-time", "soon")),
+    ("an invalid time limit", 2, lambda s: train("good.csv", "--max-time", "soon")),
     ("a name with a slash", 2, lambda s: train("good.csv", "--name", "../mine")),
     ("a name that is taken", 2, lambda s: train("good.csv", "--name", "good")),
     ("another seed for an unfinished run", 2, lambda s: unfinished(s, "--seed", "7")),
-    ("a settings file that is not there", 2, lambda s: ["train", "--config", "none.toml"]),
-    ("a tracker that there is not", 2, lambda s: train("good.csv", "--trackers", "carrier-pigeon")),
+    ("a missing settings file", 2, lambda s: ["train", "--config", "none.toml"]),
+    ("an unknown tracker", 2, lambda s: train("good.csv", "--trackers", "carrier-pigeon")),
     (
-        "modules that the model has not",
+        "modules that the model lacks",
         2,
         lambda s: train("good.csv", "--target-modules", "nothing"),
     ),
@@ -266,7 +266,7 @@ CASES: list[Case] = [
         lambda s: train("good.csv", "--learning-curve", "2,5", "--devices", "2"),
     ),
     ("0 rows per class", 2, lambda s: train("good.csv", "--rows-per-class", "0")),
-    ("an export that says not what", 2, lambda s: ["export", "runs/good"]),
+    ("an export of neither kind", 2, lambda s: ["export", "runs/good"]),
     (
         "an export of both kinds",
         2,
@@ -278,12 +278,12 @@ CASES: list[Case] = [
         lambda s: ["export", "runs/good", "--merge", "--output", "base"],
     ),
     (
-        "a budget that is no amount",
+        "an invalid budget",
         2,
         lambda s: ["export", "runs/good", "--compress", "--budget", "small"],
     ),
     (
-        "a budget that nothing fits into",
+        "a budget too small for any adapter",
         2,
         lambda s: ["export", "runs/good", "--compress", "--budget", "1kB"],
     ),
@@ -291,13 +291,13 @@ CASES: list[Case] = [
     ("more answers than labels", 2, lambda s: ["predict", "runs/good", "good.csv", "--top-k", "9"]),
     ("a comparison of nothing", 2, lambda s: ["compare"]),
     (
-        "a comparison's page to where a folder is",
+        "a comparison's report written to a folder",
         2,
         lambda s: ["compare", "runs/good", "--report", "runs"],
     ),
     ("a run compared with itself", 2, lambda s: ["compare", "runs/good", "runs/good/"]),
     (
-        "a report to where a folder is",
+        "a report written to a folder",
         2,
         lambda s: ["report", "runs/good", "--output", "runs"],
     ),
@@ -305,12 +305,12 @@ CASES: list[Case] = [
     ("a service on a port that is taken", 2, taken_port),
     ("a service open to other machines without a token", 2, open_to_all),
     (
-        "a token file that is not there",
+        "a missing token file",
         2,
         lambda s: ["serve", "runs/good", "--port", "0", "--token-file", "none"],
     ),
     (
-        "two adapters of one name",
+        "two adapters with the same name",
         2,
         lambda s: ["serve", "runs/good", "runs/good/adapter", "--port", "0"],
     ),
@@ -321,9 +321,9 @@ CASES: list[Case] = [
     ("an empty file", 3, lambda s: train(s.write("empty.csv", ""))),
     ("a header and no rows", 3, lambda s: train(s.write("header.csv", "text,label\n"))),
     ("columns of other names", 3, lambda s: train(s.write("names.csv", table(GOOD_ROWS, "a,b")))),
-    ("a column that is not there", 3, lambda s: train("good.csv", "--label-column", "topic")),
+    ("a missing column", 3, lambda s: train("good.csv", "--label-column", "topic")),
     (
-        "a label in one row of all",
+        "a single label",
         3,
         lambda s: train(s.write("one.csv", table([(t, "same") for t, _ in GOOD_ROWS]))),
     ),
@@ -333,12 +333,12 @@ CASES: list[Case] = [
         lambda s: train(s.write("blank.csv", table([*GOOD_ROWS, ("a text", "")]))),
     ),
     (
-        "a row with too many cells",
+        "a row with too many fields",
         3,
         lambda s: train(s.write("wide.csv", table(GOOD_ROWS) + "a,b,c\n")),
     ),
     (
-        "bytes that are no UTF-8",
+        "bytes that are not UTF-8",
         3,
         lambda s: train(s.write("bytes.csv", table(GOOD_ROWS).encode() + b"caf\xe9,refund\n")),
     ),
@@ -354,7 +354,7 @@ CASES: list[Case] = [
         3,
         lambda s: train("good.csv", "--test", s.write("test.csv", table([("a", "unknown")]))),
     ),
-    ("a push of what is no finished run", 3, lambda s: ["push", "base", "me/bank"]),
+    ("a push of a folder that is no run", 3, lambda s: ["push", "base", "me/bank"]),
     (
         "an evaluation table with an unknown label",
         3,
@@ -370,13 +370,13 @@ CASES: list[Case] = [
         lambda s: ["compare", "runs/good", *of_unfinished(s)],
     ),
     (
-        "a comparison over other numbers of rows",
+        "a comparison over different numbers of rows",
         3,
         lambda s: ["compare", "runs/good", measured(s, ["one text"])],
     ),
-    ("a comparison over other rows", 3, lambda s: ["compare", "runs/good", other_rows(s)]),
+    ("a comparison over different rows", 3, lambda s: ["compare", "runs/good", other_rows(s)]),
     (
-        "an evaluation.json that is no JSON",
+        "an evaluation.json that is not JSON",
         3,
         lambda s: broken_run(s, "evaluation.json", "{", "compare", "runs/good", "copy"),
     ),
@@ -399,7 +399,7 @@ CASES: list[Case] = [
         lambda s: ["diagnose", "runs/none", "--apply", "relabel.csv"],
     ),
     (
-        "decisions that are not there",
+        "missing decisions",
         3,
         lambda s: ["diagnose", "runs/good", "--apply", "none.csv"],
     ),
@@ -414,7 +414,7 @@ CASES: list[Case] = [
         lambda s: relabelled(s, "2", *GOOD_ROWS[0], "refund"),
     ),
     (
-        "a decision for a row too many",
+        "a decision for a missing row",
         3,
         lambda s: relabelled(s, "99", *GOOD_ROWS[0], "refund"),
     ),
@@ -429,7 +429,7 @@ CASES: list[Case] = [
     ("no such model folder", 4, lambda s: train("good.csv", model="nothing")),
     ("a folder that holds no model", 4, lambda s: train("good.csv", model="runs")),
     ("a file for a model", 4, lambda s: train("good.csv", model="good.csv")),
-    ("a configuration that is no JSON", 4, lambda s: damaged(s, "config.json", b"{")),
+    ("a configuration that is not JSON", 4, lambda s: damaged(s, "config.json", b"{")),
     ("an unknown architecture", 4, lambda s: broken_base(s, model_type="unheard-of")),
     ("a configuration of a billion layers", 4, lambda s: broken_base(s, num_hidden_layers=10**9)),
     (
@@ -438,7 +438,7 @@ CASES: list[Case] = [
         lambda s: broken_base(s, intermediate_size=60_000),
     ),
     (
-        "weights that were cut short",
+        "truncated weights",
         4,
         lambda s: damaged(
             s, "model.safetensors", (s.base / "model.safetensors").read_bytes()[:5_000]
@@ -452,15 +452,15 @@ CASES: list[Case] = [
         ],
     ),
     ("an adapter that was never fetched, offline", 4, lambda s: ["eval", "me/none", "good.csv"]),
-    ("a folder that is no adapter", 4, lambda s: ["eval", "base", "good.csv"]),
+    ("a folder that is not an adapter", 4, lambda s: ["eval", "base", "good.csv"]),
     (
-        "an adapter with a pattern for names",
+        "an adapter with a pattern instead of names",
         4,
         lambda s: broken_adapter(s, target_modules="(a+)+$"),
     ),
-    ("an adapter of a rank it does not have", 4, lambda s: broken_adapter(s, r=10**9)),
+    ("an adapter with another rank than its weights", 4, lambda s: broken_adapter(s, r=10**9)),
     (
-        "an adapter with other trained layers",
+        "an adapter with fully trained layers",
         4,
         lambda s: broken_adapter(s, modules_to_save=["lm_head"]),
     ),
@@ -478,14 +478,14 @@ CASES: list[Case] = [
         lambda s: broken_run(s, "adapter/remora.json", "{}", "predict", "copy", "good.csv"),
     ),
     (
-        "an adapter whose weights were cut short",
+        "an adapter with truncated weights",
         4,
         lambda s: broken_run(
             s, "adapter/adapter_model.safetensors", "cut", "predict", "copy", "good.csv"
         ),
     ),
     (
-        "an export of a model that trained whole",
+        "an export of a fully fine-tuned model",
         4,
         lambda s: full(s, "export", "--merge"),
     ),
@@ -497,14 +497,14 @@ CASES: list[Case] = [
     ),
     ("an adapter of another base model", 4, lambda s: other_base(s, "eval", "copy", "good.csv")),
     (
-        "a service of a model that trained whole beside an adapter",
+        "a fully fine-tuned model served beside an adapter",
         4,
         lambda s: full(s, "serve", "runs/good", "--port", "0"),
     ),
-    ("a damaged checkpoint and no other", 4, damaged_checkpoint),
+    ("a damaged checkpoint, and no other", 4, damaged_checkpoint),
     # the disk
     (
-        "an output folder that cannot be made",
+        "an output folder that cannot be created",
         5,
         lambda s: train("good.csv", "--output", "good.csv/runs"),
     ),
@@ -538,7 +538,7 @@ CASES: list[Case] = [
         ],
     ),
     (
-        "a time limit that is over",
+        "a time limit that is reached",
         75,
         lambda s: train("good.csv", "--name", "late", "--max-time", "0s"),
     ),
@@ -559,7 +559,7 @@ def rows(shop: Workshop) -> Iterator[list[str]]:
 def shortened(line: str, folder: Path) -> str:
     line = line.replace(f"{folder}/", "").replace(str(folder), ".")
     line = re.sub(r"port \d+", "port 8000", line)
-    line = re.sub(r"takes [\d,]+;", "takes 2,000;", line)  # there are folders' names in it
+    line = re.sub(r"takes [\d,]+;", "takes 2,000;", line)  # the size depends on folder names
     return line.replace("|", "\\|").replace("<", "\\<")
 
 

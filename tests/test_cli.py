@@ -1,4 +1,4 @@
-"""The command line: help at once, one line for an error, and DESIGN's exit codes."""
+"""The command line: instant help, one line for an error, and the exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def remora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_instant() -> None:
-    """Time on the processor, so that other work on the machine does not count."""
+    """CPU time, so that other work on the machine does not count."""
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""The settings: what is refused, what is written down, and the published recipe."""
+"""The settings: what is refused, what is written to TOML, and the published recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from remora.config import EvalConfig, PredictConfig, TrainConfig
+from remora.config import (
+    CompareConfig,
+    DiagnoseConfig,
+    EvalConfig,
+    ExportConfig,
+    PlanConfig,
+    PredictConfig,
+    PushConfig,
+    ServeConfig,
+    TrainConfig,
+)
 from remora.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -50,14 +60,14 @@ WRONG = {
 }
 
 
-def test_every_problem_is_told_at_once():
+def test_every_problem_is_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         config(**WRONG)
     told = str(caught.value)
     assert "\n" not in told
     assert {part.split(" is ")[0] for part in told.split("; ") if " is " in part} == set(WRONG)
     for name, value in WRONG.items():
-        assert f"{name} is {value}; give " in told
+        assert f"{name} is {value!r}; give " in told
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -172,6 +182,46 @@ def test_eval_refuses_an_accuracy_that_is_no_share(accuracy):
         EvalConfig(Path("run"), "test.csv", abstain_at_accuracy=accuracy)
 
 
-def test_settings_of_eval_are_told_together() -> None:
+def test_problems_of_eval_are_reported_together() -> None:
     with pytest.raises(ConfigError, match=r"abstain_at_accuracy is 2.*; micro_batch_tokens is 0"):
         EvalConfig(Path("run"), "test.csv", abstain_at_accuracy=2.0, micro_batch_tokens=0)
+
+
+RUN = Path("run")
+REFUSED = [
+    (lambda: CompareConfig((RUN,), bar=93.0), "bar is 93.0; give a share"),
+    (lambda: CompareConfig((RUN,), volume=0), "volume is 0; give a whole number from 1"),
+    (lambda: CompareConfig(()), "no run is given; give one or more"),
+    (lambda: CompareConfig((RUN,), cost_per_error=1.0), "is given without volume; give both"),
+    (lambda: DiagnoseConfig(RUN, folds=1), "folds is 1; give a whole number from 2"),
+    (lambda: DiagnoseConfig(RUN, output=RUN), "output is given without apply; give both"),
+    (lambda: EvalConfig(RUN, "t.csv", micro_batch_tokens=0), "micro_batch_tokens is 0; give"),
+    (lambda: ExportConfig(RUN), "neither merge nor compress is given; give --merge or --compress"),
+    (lambda: ExportConfig(RUN, merge=True, compress=True), "merge and compress are both given"),
+    (lambda: ExportConfig(RUN, compress=True, budget="0MB"), "budget is '0MB'; give an amount"),
+    (lambda: ExportConfig(RUN, compress=True, ratio=0.0), "ratio is 0.0; give a number above 0"),
+    (lambda: ExportConfig(RUN, compress=True, tolerance=101), "tolerance is 101; give a number"),
+    (lambda: ExportConfig(RUN, merge=True, ratio=2.0), "budget and ratio need compress"),
+    (lambda: ExportConfig(RUN, merge=True, distill=True), "distill needs compress"),
+    (lambda: ExportConfig(RUN, merge=True, dtype="float8"), "dtype float8 needs compress"),
+    (lambda: PlanConfig("t.csv", model="m", device_memory="much"), "device_memory is 'much'; give"),
+    (lambda: PlanConfig("t.csv", model="m", rank=0), "rank is 0; give a whole number from 1"),
+    (lambda: PredictConfig(RUN, tolerance=1.1), "tolerance is 1.1; give a number from 0 to 1"),
+    (lambda: PushConfig(RUN, "bank"), "repo_id is 'bank'; give it as owner/name"),
+    (lambda: ServeConfig(("run",), port=65_536), "port is 65536; give a whole number from 0 to"),
+    (lambda: ServeConfig(("run",), max_body="big"), "max_body is 'big'; give an amount"),
+    (lambda: ServeConfig(("run",), max_queue=1), "max_queue is 1; give at least max_texts"),
+    (lambda: ServeConfig(()), "no adapter is given; give one or more"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_the_other_verbs_check_their_settings_too(make, message):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert message in str(caught.value)
+
+
+def test_wrong_values_and_conflicts_are_reported_together():
+    with pytest.raises(ConfigError, match=r"^rank is 0; give [^;]+; use_dora does not work on a"):
+        config(rank=0, use_dora=True, method="qlora")

@@ -29,7 +29,7 @@ from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.training.micro_batches import MicroBatches
 from remora.training.run import train
-from remora.training.setup import accelerator_for, load_trainable
+from remora.training.trainable import accelerator_for, load_trainable
 from remora.tree import attention, cuda_graphs, forward, packing, scoring
 from remora.tree.cuda_graphs import Graphs
 from remora.tree.forward import answer_logits

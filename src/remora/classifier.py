@@ -17,11 +17,10 @@ from remora.config import TrainConfig
 from remora.data.dataset import dataset_from_lists
 from remora.errors import DataError
 from remora.formatting import close_match
-from remora.models import adapter_card, saved
-from remora.runtime.device import choose_device, choose_precision
+from remora.models import saved
+from remora.models.saved import open_trained
 from remora.training.loop import fit
 from remora.training.session import open_session
-from remora.tree.scoring import Scorer
 
 OF_A_RUN = {
     *("data", "validation", "test", "text_column", "label_column", "test_fraction"),
@@ -129,7 +128,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             fit(session)
         self.classes_ = classes
         self.model_, self.prompt_ = session.model, session.prompt
-        self._card, self._precision = session.card, session.precision
+        self._trained = session.trained
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -138,12 +137,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         The columns are in the order of `classes_`.
         """
         check_is_fitted(self)
-        scorer = Scorer(
-            self.model_,
-            self.prompt_,
-            max_tokens=self._config().max_tokens,
-            autocast=self._precision.autocast,
-        )
+        scorer = self._trained.scorer(max_tokens=self._config().max_tokens)
         return scorer.probabilities(_texts(X))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
@@ -156,7 +150,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Save the adapter in PEFT's format, or the model, beside what Remora needs to load it."""
         check_is_fitted(self)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        saved.save(self.model_, self.prompt_, self._card, Path(path))
+        saved.save(self.model_, self.prompt_, self._trained.card, Path(path))
 
     @classmethod
     def load(
@@ -182,19 +176,14 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ModelError: If a part is missing or broken, or the base model is another one.
         """
         config = TrainConfig("", model=model or "", precision=precision, device=device)  # type: ignore[arg-type]
-        where = choose_device(config.device)
-        decided = choose_precision(
-            where, config.precision, trains_base=adapter_card.is_full(Path(path))
-        )
-        adapted, prompt, card = saved.load_adapter(
-            Path(path), base=model, dtype=decided.base, device=where
-        )
+        trained = open_trained(path, base=model, device=config.device, precision=config.precision)
+        card = trained.card
         loaded = cls(
             model or card.base_model, method=card.method, precision=precision, device=device
         )
         loaded.classes_ = np.array(card.labels)
-        loaded.model_, loaded.prompt_ = adapted, prompt
-        loaded._card, loaded._precision = card, decided
+        loaded.model_, loaded.prompt_ = trained.model, trained.prompt
+        loaded._trained = trained
         return loaded
 
     def _config(self) -> TrainConfig:

@@ -39,7 +39,7 @@ app = App(
 
 @app.command
 def plan(config: PlanConfig) -> None:
-    """Say what a training run would need, how long it takes and why, without weights.
+    """Plan a training run without weights: its memory, time and settings, and why.
 
     Takes the settings of train.
     """
@@ -56,9 +56,9 @@ def plan(config: PlanConfig) -> None:
 
 @app.command
 def train(config: TrainConfig, *, json: bool = False) -> None:
-    """Train an adapter on a table of texts and labels, and measure it.
+    """Train an adapter, or all weights, on a table of texts and labels, and measure the result.
 
-    Leaves adapter, evaluation and settings in a run directory.
+    Writes model, evaluation and settings to a run directory.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
         raise SystemExit(launch.run(config.devices, sys.argv[1:]))
     from remora.runtime.stop import Stop
 
-    stop = Stop()  # for what is outside of the run, which has its own
+    stop = Stop()  # for signals outside the run, which has its own
     with stop.listening():
         from remora import display
         from remora.diagnosis import learning_curve
@@ -81,10 +81,10 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
                 result, curve = learning_curve.learn(config, reporter=reporter)
             else:
                 result = train(config, reporter=reporter)
-        with stop.deferred():  # all is done; show it, whatever comes
+        with stop.deferred():  # all is done, so show it even if a signal comes
             if json:
-                found = {"learning_curve": curve.to_dict()} if curve else {}
-                _print_json(result.to_dict() | found)
+                more = {"learning_curve": curve.to_dict()} if curve else {}
+                _print_json(result.to_dict() | more)
                 return
             display.show_result(result)
             if curve:
@@ -93,7 +93,7 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
 
 @app.command(name="eval")
 def evaluate(config: EvalConfig) -> None:
-    """Measure an adapter on a table of texts and labels."""
+    """Measure a trained model on a table of texts and labels."""
     from remora import display
     from remora.serving import predict
 
@@ -108,7 +108,7 @@ def evaluate(config: EvalConfig) -> None:
 
 @app.command
 def predict(config: PredictConfig) -> None:
-    """Classify messages, from a table or from standard input, as they come."""
+    """Classify messages as they arrive, from a table or from standard input."""
     from remora.serving import predict
 
     predict.write_predictions(config, sys.stdout)
@@ -116,46 +116,46 @@ def predict(config: PredictConfig) -> None:
 
 @app.command
 def compare(config: CompareConfig) -> None:
-    """Put runs side by side: does the bigger model earn its keep?"""
+    """Compare runs side by side: does the bigger model earn its keep?"""
     from remora import display
     from remora.evaluation import compare, report
 
     if config.report:
         report.check_output(config.report, "report")
-    found = compare.compare_runs(config)
+    comparison = compare.compare_runs(config)
     if config.report:
-        report.write_comparison(config.report, found, config.runs)
+        report.write_comparison(config.report, comparison, config.runs)
     if config.json:
-        _print_json(found.to_dict())
+        _print_json(comparison.to_dict())
     else:
-        display.show_comparison(found)
+        display.show_comparison(comparison)
         if config.report:
             display.show_line(f"report in {config.report}")
 
 
 @app.command
 def diagnose(config: DiagnoseConfig) -> None:
-    """Find out why a run errs, and which rows to look at."""
+    """Find out why a model makes mistakes, and which rows to check."""
     from remora import display
     from remora.diagnosis import diagnose
     from remora.evaluation import report
 
     if config.apply is not None:
         path, num_corrected, num_deleted = diagnose.apply_corrections(config)
-        display.show_line(f"{num_corrected:,} corrected and {num_deleted:,} deleted rows in {path}")
+        display.show_line(f"{num_corrected:,} rows corrected, {num_deleted:,} deleted in {path}")
         return
     with display.TerminalReporter().live() as reporter:
-        found = diagnose.diagnose_run(config, reporter=reporter)
+        diagnosis = diagnose.diagnose_run(config, reporter=reporter)
         report.refresh(config.run, reporter.say)
     if config.json:
-        _print_json(found.to_dict())
+        _print_json(diagnosis.to_dict())
     else:
-        display.show_diagnosis(found, config.run)
+        display.show_diagnosis(diagnosis, config.run)
 
 
 @app.command
 def export(config: ExportConfig) -> None:
-    """Write a run's model as one plain folder, or its adapter as a smaller one, once measured."""
+    """Write a run's model as one plain folder, or its adapter as a smaller one, and measure it."""
     from remora import display
     from remora.export import export
 
@@ -169,7 +169,7 @@ def export(config: ExportConfig) -> None:
 
 @app.command
 def push(config: PushConfig) -> None:
-    """Publish a run's adapter and its model card on the Hugging Face hub, privately by default."""
+    """Publish a run's model and its model card on the Hugging Face Hub, privately by default."""
     from remora import display
     from remora.export import push
 
@@ -182,7 +182,7 @@ def push(config: PushConfig) -> None:
 
 @app.command
 def report(config: ReportConfig) -> None:
-    """Write a run's report.html again, with what diagnose has found if it was run."""
+    """Write a run's report.html again, with the diagnosis if there is one."""
     from remora import display
     from remora.evaluation import report
 
@@ -191,9 +191,9 @@ def report(config: ReportConfig) -> None:
 
 @app.command
 def serve(config: ServeConfig) -> None:
-    """Answer requests over HTTP, for many adapters of one base model; SIGTERM drains and ends it.
+    """Serve many adapters of one base model over HTTP; finishes open requests on SIGTERM.
 
-    An adapter whose folder was replaced is taken over on SIGHUP.
+    Reloads adapters whose folders were replaced on SIGHUP.
     """
     from remora import display
     from remora.serving import server
@@ -203,7 +203,7 @@ def serve(config: ServeConfig) -> None:
 
 
 class _Settings(Toml):
-    """A settings file. An empty list is no value: cyclopts 4 makes a list of one list of it."""
+    """A settings file. Empty lists are dropped: cyclopts 4 would read one as a list of a list."""
 
     def _load_config(self, path: Path) -> dict[str, Any]:
         loaded = super()._load_config(path)
@@ -216,12 +216,12 @@ def _main(
     config: Path | None = None,
     debug: bool = False,
 ) -> None:
-    """Parse what all verbs share.
+    """Parse the flags that all verbs share.
 
     Parameters
     ----------
     config:
-        TOML file of settings, named like the flags; flags given beside it win.
+        TOML file of settings, named like the flags; flags override it.
     debug:
         Show the traceback of an error.
     """
@@ -237,11 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app.meta(given, exit_on_error=False, print_error=False)
-    except BrokenPipeError:  # the reader of our output, such as head, has had enough
+    except BrokenPipeError:  # the reader of our output, such as head, has ended
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
-        return _fail("interrupted; what was saved before stays in the run directory", 130)
+        return _fail("interrupted; saved checkpoints stay in the run directory", 130)
     except (RemoraError, cyclopts.CycloptsError) as error:
         if "--debug" in given:
             raise
@@ -254,8 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in given or not memory.is_exhausted(error):
             raise
         return _fail(
-            "the memory ran out; give fewer --micro-batch-tokens or a smaller model, or see what "
-            "fits with `remora plan`",
+            "out of memory; give fewer --micro-batch-tokens or a smaller model, or find what fits "
+            "with `remora plan`",
             ResourceError.exit_code,
         )
     return 0

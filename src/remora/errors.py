@@ -4,23 +4,23 @@
     ├── ConfigError      exit 2   a setting is wrong, or settings contradict each other
     ├── DataError        exit 3   a table is wrong
     ├── ModelError       exit 4   a base model or an adapter is wrong
-    ├── ResourceError    exit 5   out of disk or memory
+    ├── ResourceError    exit 5   out of disk space or memory
     ├── DivergedError    exit 6   training went to NaN or infinity
-    ├── PeerLostError    exit 7   another process of the run is gone
-    └── Stopped          exit 75  stopped on request, and saved
+    ├── PeerLostError    exit 7   another process of the run was lost
+    └── Stopped          exit 75  stopped on request, state saved
 
-A message says what was found and what to do, in one line: ``<found>; <what to do>``.
+A message is one line: ``<found>; <what to do>``.
 """
 
 from __future__ import annotations
 
 
 class RemoraError(Exception):
-    """The base of every error that is the user's to mend; `exit_code` is what the CLI ends with."""
+    """The base of every error that the user can fix; the CLI exits with `exit_code`."""
 
     exit_code = 1
     is_shared = False
-    """Whether every process of a run has this error, so that one has to tell it."""
+    """Whether every process of a run raises this error, so that only one reports it."""
 
 
 class ConfigError(RemoraError, ValueError):
@@ -30,7 +30,7 @@ class ConfigError(RemoraError, ValueError):
 
 
 class DataError(RemoraError, ValueError):
-    """A table cannot be read or cannot be learned from."""
+    """A table cannot be read or cannot be trained on."""
 
     exit_code = 3
 
@@ -42,7 +42,7 @@ class ModelError(RemoraError, ValueError):
 
 
 class ResourceError(RemoraError, RuntimeError):
-    """The disk or the memory is full."""
+    """Disk space or memory ran out."""
 
     exit_code = 5
 

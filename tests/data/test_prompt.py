@@ -1,4 +1,4 @@
-"""Token ids are those of the whole rendered conversation, and only messages are ever cut."""
+"""Token ids are those of the whole rendered conversation, and only messages are truncated."""
 
 from __future__ import annotations
 
@@ -155,12 +155,12 @@ def test_label_texts_are_what_the_model_writes(tokenizer: Any) -> None:
 
 
 def test_a_text_for_an_unknown_label_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="'crad', which the data does not have; remove it or"):
+    with pytest.raises(ConfigError, match="'crad', which is not in the data; remove it or"):
         make(tokenizer, ["card"], label_texts={"crad": "x"})
 
 
 def test_labels_with_the_same_tokens_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(ModelError, match=r"'b' with the same tokens; give one.*--label-texts.b"):
+    with pytest.raises(ModelError, match=r"'b' as the same tokens; give one.*--label-texts.b"):
         make(tokenizer, ["a", "b"], label_texts={"b": "a"})
 
 
@@ -219,7 +219,7 @@ def test_a_context_without_room_for_a_message_is_refused(tokenizer: Any) -> None
         ModelError, match=r"'Überweisung 42', .* no room for a message; shorten the"
     ):
         make(tokenizer, max_length=fixed)
-    with pytest.raises(ModelError, match="no room for a message; do not list the labels"):
+    with pytest.raises(ModelError, match="no room for a message; leave out --list-labels"):
         make(tokenizer, max_length=fixed + 5, list_labels=True)
 
 
@@ -261,7 +261,7 @@ def test_labels_that_cannot_be_respelled_are_refused(label: str) -> None:
 
 
 def test_labels_that_respell_alike_are_refused() -> None:
-    with pytest.raises(ModelError, match="'card_lost' and 'card-lost' with the same tokens"):
+    with pytest.raises(ModelError, match="'card_lost' and 'card-lost' as the same tokens"):
         make(word_tokenizer("card lost"), ["card_lost", "card-lost"], instruction="")
 
 
@@ -271,7 +271,7 @@ def test_labels_that_respell_alike_are_refused() -> None:
         (
             "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}\n"
             "{% endif %}{% endfor %}",
-            "leaves the assistant's answer out",
+            "leaves out the assistant's answer",
         ),
         ("{{ messages[0]['content'] }}{{ messages[0]['content'] }}", "shows the message 2 times"),
         ("hello", "shows the message 0 times"),
@@ -298,7 +298,7 @@ def test_a_template_that_joins_message_and_label_is_refused() -> None:
         "{% for m in messages %}{{ m['content'] }}{% endfor %}"
         "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
     )
-    with pytest.raises(ModelError, match="joins the message and the label into one token"):
+    with pytest.raises(ModelError, match="merges the message and the label into one token"):
         make(tokenizer, ["s", "t"])
     make(tokenizer, ["u", "t"])
 
@@ -306,7 +306,7 @@ def test_a_template_that_joins_message_and_label_is_refused() -> None:
 def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     tokenizer = build_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ModelError, match="no end-of-text token; give it one"):
+    with pytest.raises(ModelError, match="no end-of-text token; set its eos_token"):
         make(tokenizer)
 
 

@@ -27,7 +27,7 @@ from remora.diagnosis import (
 )
 from remora.diagnosis.regressions import deal_folds, pool
 from remora.errors import ConfigError, DataError, Stopped
-from remora.evaluation.predictions import write_predictions
+from remora.evaluation.predictions import read_predictions, write_predictions
 from remora.runtime import files
 from remora.runtime.reporter import Reporter, Step
 
@@ -146,7 +146,7 @@ def test_adapters_that_were_stopped_go_on(finished: Path, tmp_path: Path) -> Non
     undisturbed = judged(finished, "adapters", 2, tmp_path / "whole", whole)
     assert whole.num_steps == 6  # 3 batches in each of 2 folds
     folder = tmp_path / "folds"
-    with pytest.raises(Stopped, match=r"stopped \(SIGINT\); run the same command again to go on"):
+    with pytest.raises(Stopped, match=r"stopped \(SIGINT\); run the same command again to resume"):
         judged(finished, "adapters", 2, folder, Interrupting(after=5))
     rest = Interrupting()
     np.testing.assert_array_equal(judged(finished, "adapters", 2, folder, rest), undisturbed)
@@ -169,7 +169,7 @@ def test_a_stop_ends_with_one_line(finished: Path, monkeypatch, capsys) -> None:
     arguments = ("diagnose", finished, "--method", "adapters", "--folds", "2")
     assert remora(*arguments) == 75
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: stopped (SIGTERM); run the same command again to go on"
+        "error: stopped (SIGTERM); run the same command again to resume"
     )
     assert not (finished / "diagnosis.json").exists()
     assert (finished / "folds").is_dir()
@@ -258,7 +258,7 @@ MISLABELLED = {
     ],
 )
 def test_a_verdict_needs_its_evidence(changed: dict[str, float], verdict: str) -> None:
-    found, reason = verdicts.judge(**COUNTS | changed)
+    found, reason = verdicts.judge(verdicts.Evidence(**COUNTS | changed))
     assert found == verdict
     assert reason
 
@@ -391,7 +391,7 @@ def decide(finished: Path, decisions: dict[int, str], **changed: str) -> Path:
     records = [
         [
             str(row),
-            files.defused(table.texts[row - 1]),
+            files.escape_formula(table.texts[row - 1]),
             table.labels[row - 1],
             *[""] * 5,
             answer,
@@ -407,7 +407,7 @@ def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path
         finished, {90: "refund", 5: "card arrival", 1: "delete", 2: "", 3: "card arrival"}
     )
     assert remora("diagnose", finished, "--apply", path) == 0
-    assert "2 corrected and 1 deleted rows in" in capsys.readouterr().out
+    assert "2 rows corrected, 1 deleted in" in capsys.readouterr().out
     cleaned = read_table(finished / "cleaned.csv")
     table = rows()
     assert cleaned.texts == table.texts[1:]
@@ -421,7 +421,7 @@ def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path
         )
         == 0
     )
-    assert read_table(elsewhere).texts[0].startswith("=card")  # not defused: it is trained on
+    assert read_table(elsewhere).texts[0].startswith("=card")  # not escaped: it is trained on
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_a_table_that_has_changed_is_refused(finished: Path, capsys) -> None:
     table = rows()
     write_csv(finished.parent / "train.csv", Table(table.texts[1:], table.labels[1:]))
     assert remora("diagnose", finished) == 3
-    assert "are not those that" in capsys.readouterr().err
+    assert "have changed since" in capsys.readouterr().err
     (finished / "predictions.csv").unlink()
     with pytest.raises(
         DataError, match=r"no predictions.csv; give the directory of a finished run"
@@ -513,3 +513,12 @@ def test_how_many_planted_errors_were_found() -> None:
     assert found == diagnose.Planted(num_wrong=3, num_listed=3, num_found=2, num_suggested=1)
     assert (found.precision, found.recall) == (2 / 3, 2 / 3)
     assert diagnose._planted({}, [suspect(7, "c")]) is None
+
+
+def test_held_out_rows_that_begin_like_formulas_are_found_again(tmp_path: Path) -> None:
+    texts, labels = ["=1+1", "'=1+1", "plain", "-2"], ["a", "b", "a", "b"]
+    write_predictions(tmp_path / "predictions.csv", texts[:2], labels[:2], ["a", "a"], [0.9, 0.8])
+    run = read_predictions(tmp_path / "predictions.csv", ["a", "b"])
+    table, places = diagnose._with_held_out(Table(texts, labels), run)
+    assert (table.texts, table.labels) == (texts, labels)
+    assert places.tolist() == [0, 1]

@@ -31,7 +31,7 @@ def test_a_power_law_is_found_and_followed() -> None:
     assert low < found.accuracy < high
     assert 0.02 < high - low < 0.05  # 4 standard deviations of a share of 4,000 rows are 0.026
     assert found.foretold == pytest.approx(1 - law(1600), abs=0.002)
-    assert "three unknowns from 5 sizes" in caution
+    assert "three parameters from 5 sizes" in caution
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_what_the_sizes_do_not_support_is_not_said(
 def test_few_test_rows_foretell_nothing() -> None:
     found, why = extrapolate(ROWS, wrong(*map(law, ROWS), num_test=80), 1e-9)
     assert found is None
-    assert "twice the rows might bring anything from" in why
+    assert "twice the rows might give anything from" in why

@@ -202,7 +202,7 @@ def test_a_stopped_curve_goes_on_where_it_stopped(
     assert len(list(config.output.iterdir())) == 1
     size, step = stop_at
     assert teller.steps == [*range(step + 1, 5), *([1, 2, 3, 4] * (3 - size))]
-    assert sum(line.endswith("it is finished") for line in teller.lines) == size - 1
+    assert sum(line.endswith("finished already") for line in teller.lines) == size - 1
     assert contents(result.directory) == contents(undisturbed.directory)
 
 
@@ -235,7 +235,7 @@ def test_sizes_that_are_none_are_refused(sizes: str) -> None:
 def test_sizes_are_read() -> None:
     assert TrainConfig("d", model="b", learning_curve="5, 10,all").curve_sizes == (5, 10, None)
     assert TrainConfig("d", model="b", learning_curve="5,10").num_per_class == 10
-    with pytest.raises(ConfigError, match="rows_per_class and learning_curve are given"):
+    with pytest.raises(ConfigError, match="rows_per_class and learning_curve are both"):
         TrainConfig("d", model="b", learning_curve="5,10", rows_per_class=3)
     with pytest.raises(ConfigError, match="trained on one device"):
         TrainConfig("d", model="b", learning_curve="5,10", devices=2)
@@ -257,7 +257,7 @@ def test_a_curve_may_end_before_all_rows(config: TrainConfig, capsys) -> None:
     assert json.loads((Path(found["directory"]) / "data.json").read_text())["num_train"] == 24
     assert remora("train", *arguments) == 0
     shown = capsys.readouterr().out
-    assert "2 sizes are too few to extrapolate from" in shown
+    assert "2 sizes are too few to extrapolate" in shown
     assert shown.rstrip().endswith(".")
 
 

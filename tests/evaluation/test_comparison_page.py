@@ -92,18 +92,18 @@ def test_its_figures_are_those_of_compare(page: Path) -> None:
         for c in found.contenders
         for low, high in [c.accuracy_interval]
     ]
-    _, *pairs = table(read, "Each two on the same rows")
+    _, *pairs = table(read, "Pairwise differences")
     assert [row[0] for row in pairs] == [f"{p.first} over {p.second}" for p in found.pairs]
     assert [row[4] for row in pairs] == [f"{p.p_value:.2g}" for p in found.pairs]
     assert [row[6:9] for row in pairs] == [
         [str(p.both_wrong), f"{p.both_wrong_by_chance:.1f}", str(p.same_wrong_label)]
         for p in found.pairs
     ]
-    _, *costs = table(read, "What each takes")
+    _, *costs = table(read, "Costs of each run")
     assert {row[0]: row[1:3] for row in costs}["full"] == ["0.50%", "1.7 MB"]
     assert ["instruction", "a note", "other"] in table(read, "Settings that differ")
     alike = sum(t != p for t, p in zip(TRUE, PREDICTED, strict=True)) - 5
-    assert f"{alike} rows have the same wrong label from every run" in read.text
+    assert f"{alike} rows get the same wrong label from every run" in read.text
 
 
 def test_what_was_compared_is_told_beside_where_the_page_is(page: Path, capsys) -> None:
@@ -111,8 +111,8 @@ def test_what_was_compared_is_told_beside_where_the_page_is(page: Path, capsys) 
     assert remora("compare", *runs, "--json", "--report", page.with_name("again.html")) == 0
     assert len(json.loads(capsys.readouterr().out)["pairs"]) == 3
     again = page.with_name("again.html").read_text(encoding="utf-8")
-    assert "smallest that clears" in page.read_text(encoding="utf-8")
-    assert "smallest that clears" not in again
+    assert "smallest that reaches" in page.read_text(encoding="utf-8")
+    assert "smallest that reaches" not in again
     assert remora("compare", *runs, "--report", page.parent) == 2
     assert "is a folder; give a file with --report" in capsys.readouterr().err
     assert remora("compare", *runs, "--report", page.parent / "no" / "x.html") == 5

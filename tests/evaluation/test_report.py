@@ -1,4 +1,7 @@
-"""The report of a run: its figures, its safety, and what happens where it cannot be made."""
+"""The report of a run: its figures, its safety, and what happens where it cannot be made.
+
+Also covers remora.evaluation.report_sections, run_files, rendering and confusion_matrix.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ import hostile
 from remora.cli import main
 from remora.config import DiagnoseConfig, ReportConfig
 from remora.errors import ResourceError
-from remora.evaluation import confusion_matrix, report, run_files
+from remora.evaluation import confusion_matrix, report, report_sections, run_files
 from remora.models import model_card
 from remora.training import finish
 
@@ -131,7 +134,7 @@ def test_the_figures_are_those_of_evaluation_json(run: Path, read: Read) -> None
     assert "on 100 test rows" in text
     assert f"TF-IDF + linear SVM, gets {theirs['accuracy']:.2%}." in text
     difference = 100 * (ours["accuracy"] - theirs["accuracy"])
-    assert f"The adapter is {difference:.1f} points better (p = " in text
+    assert f"The model is {difference:.1f} points better (p = " in text
     assert f"(p = {figures['p_value']:.2g}, exact McNemar test)" in text
     assert f"macro-F1{ours['macro_f1']:.2%}" in text
     assert f"log-loss{ours['log_loss']:.3f}" in text
@@ -142,7 +145,7 @@ def test_the_figures_are_those_of_evaluation_json(run: Path, read: Read) -> None
     for row, each in zip(table(read, "Largest confusions")[1:], ours["confusions"], strict=True):
         share = f"{100 * each['share']:.0f}%"
         assert row == [str(each["count"]), each["true"], each["predicted"], share]
-    bins = table(read, "Groups of rows of like confidence")[1:]
+    bins = table(read, "Bins of rows by confidence")[1:]
     assert len(bins) == len(figures["reliability"]["bins"])
 
 
@@ -156,7 +159,7 @@ def test_the_matrix_is_scikit_learns(run: Path, read: Read) -> None:
     assert [row[0] for row in rows[1:]] == order
 
 
-def test_labels_that_are_taken_for_each_other_are_neighbours(read: Read) -> None:
+def test_labels_that_are_confused_are_neighbours(read: Read) -> None:
     order = table(read, "Confusion matrix")[0][1:]
     for first, second in (("pin", "refund"), ("card arrival", "limit")):
         assert abs(order.index(first) - order.index(second)) == 1
@@ -194,28 +197,30 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
     data = json.loads(found.code[1])
     assert not set(found.code[1]) & set("<>&\u2028\u2029")
     assert data["labels"] == hostile.LABELS
-    kept = {row - 1: text for row, text, *_ in data["messages"]}
+    kept = {message["row"] - 1: message["text"] for message in data["messages"]}
     for row, text in enumerate(hostile.TEXTS):
         assert kept[row] == (text if text != "'=1" else "=1")  # as a spreadsheet's guard is undone
     assert "\0" not in html
     figures = table(found, "Figures by label")[1:]
     assert [row[0] for row in figures] == [x.replace("\0", "\ufffd") for x in hostile.LABELS]
-    assert f"{hostile.ATTACKS[0]}. As one label" in found.text
+    assert f"{hostile.ATTACKS[0]}. Merged into one label" in found.text
     assert ["instruction", hostile.ATTACKS[0]] in table(found, "config.toml")
 
 
 def test_a_page_holds_no_more_than_it_can(run: Path, monkeypatch) -> None:
-    monkeypatch.setattr(report, "MAX_CHARS", 200)
+    monkeypatch.setattr(report_sections, "MAX_CHARS", 200)
     monkeypatch.setattr(run_files, "MAX_MESSAGE_CHARS", 9)
     found = Read(report.page(run))
     messages = json.loads(found.code[1])["messages"]
     assert len(messages) == 18  # of 9 characters and the mark of a cut
-    assert {len(text) for _, text, *_ in messages} == {9, 11}
-    wrong = [label != predicted for _, _, label, predicted, *_ in messages]
+    assert {len(m["text"]) for m in messages} == {9, 11}
+    wrong = [m["label"] != m["predicted"] for m in messages]
     assert wrong == sorted(wrong, reverse=True)
-    surest = [m[4] for m in messages if m[2] != m[3]]
+    surest = [m["probability"] for m in messages if m["label"] != m["predicted"]]
     assert surest == sorted(surest, reverse=True)
     assert "This page holds 18 of 100 messages, mistakes first" in found.text
+    monkeypatch.setattr(report_sections, "MAX_MESSAGES", 5)
+    assert len(json.loads(Read(report.page(run)).code[1])["messages"]) == 5
 
 
 def test_a_large_run_makes_a_small_page(tmp_path: Path) -> None:
@@ -239,7 +244,7 @@ def test_too_many_labels_for_a_matrix(run: Path, monkeypatch) -> None:
     monkeypatch.setattr(confusion_matrix, "MAX_MATRIX_LABELS", 2)
     read = Read(report.page(run))
     rows = table(
-        read, "Confusion matrix: rows are the labels, columns the predictions; the 2 labels"
+        read, "Confusion matrix: rows are true labels, columns are predictions; the 2 of 5 labels"
     )
     assert len(rows) == 3
     assert "top up" not in rows[0]
@@ -259,10 +264,13 @@ def test_a_run_can_do_without_what_is_not_its_result(tmp_path: Path) -> None:
     finished.diagnose(run, LABELS, "7 of 9 rows, <b>")
     shown = Read(report.page(run))
     assert "card arrival / refund: labels overlap" in shown.text
-    assert "7 of 9 rows, <b>. As one label, accuracy would be 91.25%, with the" in shown.text
-    assert "judges draw it 90.75%." in shown.text
-    assert "93.0% of these test rows right (95% interval 90.0% to 95.0%)" in shown.text
-    assert "lower as far as the labels of a further 2.0% are wrong" in shown.text
+    assert "<b>. Merged into one label, accuracy would be 91.25%; with the" in shown.text
+    assert "boundary that the judges draw, 90.75%." in shown.text
+    assert "exceed 93.0% accuracy on these test rows (95% interval 90.0% to 95.0%)" in shown.text
+    assert (
+        "It could be lower: another 2.0%, which every classifier gives the same other label"
+        in shown.text
+    )
     assert table(shown, "Names, numbers")[1] == ["7 of 9 rows, <b>", "refund", "5"]
     assert "The first 2 rows of relabel.csv" in shown.text
     assert "\n=alabel card arrival suggested refund row 1" in shown.text
@@ -315,7 +323,7 @@ def test_the_learning_curve_is_shown_where_there_is_one(tmp_path: Path) -> None:
     assert "Learning curve" not in Read(report.page(run)).text
     finished.learn(run)
     read = Read(report.page(run))
-    assert "Label more: from 200 to 400 rows" in read.text
+    assert "Label more rows: from 200 to 400 rows" in read.text
     assert table(read, "Accuracy by rows per class")[-1] == [
         "all 2 classes have fewer",
         *("400", "80.00%", "78.0% to 82.0%", "75.00%", "0.01"),
@@ -388,11 +396,11 @@ def test_a_report_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(report, "page", fail)
     finish.write_pages(run, told.append)
     assert told == [
-        "report.html is not written (something unforeseen); all else of the run is there"
+        "report.html could not be written (something unforeseen); the rest of the run is complete"
     ]
     assert (run / "README.md").is_file()
     monkeypatch.undo()
     monkeypatch.setattr(model_card, "card", fail)
     finish.write_pages(run, told.append)
-    assert told[1].startswith("README.md is not written (something unforeseen)")
+    assert told[1].startswith("README.md could not be written (something unforeseen)")
     assert (run / "report.html").is_file()

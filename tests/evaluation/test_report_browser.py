@@ -101,9 +101,9 @@ def test_the_keyboard_does_what_the_mouse_does(page: chromium.Page) -> None:
     page.run(f"{cell('pin', 'pin')}.focus()")
     is_first = page.run(ORDER).index("pin") < page.run(ORDER).index("refund")
     page.press("ArrowRight" if is_first else "ArrowLeft")
-    assert "pin\u2069 taken for \u2068refund" in page.run(where)
+    assert "pin\u2069 predicted as \u2068refund" in page.run(where)
     page.press("ArrowDown" if is_first else "ArrowUp")
-    assert "refund\u2069 right" in page.run(where)
+    assert "refund\u2069 correct" in page.run(where)
     assert page.run("document.activeElement.tabIndex") == 0
     assert page.run("document.querySelectorAll('#matrix button[tabindex=\"0\"]').length") == 1
     page.press("Enter")
@@ -129,7 +129,7 @@ def test_the_matrix_is_ordered_and_filtered(page: chromium.Page) -> None:
     choose(page, "matrix-filter", "'PIN'")
     assert sorted(page.run(ORDER)) == ["pin", "refund"]
     status = page.run("document.getElementById('matrix-status').textContent")
-    assert status == "2 of 5 labels, with those that they are confused with"
+    assert status == "2 of 5 labels, including those they are confused with"
 
 
 def test_messages_are_filtered_ordered_and_shown_in_parts(page: chromium.Page) -> None:

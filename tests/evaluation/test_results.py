@@ -42,14 +42,14 @@ def test_what_does_not_fit_together_is_refused(run: Path) -> None:
         results.read(run)
     figures["metrics"]["per_class"] = figures["metrics"]["per_class"][:1]
     (run / "evaluation.json").write_text(json.dumps(figures))
-    with pytest.raises(DataError, match=r"the figures in .* are broken \(no 'plain'\); train it"):
+    with pytest.raises(DataError, match=r"predictions.csv is broken \(no 'plain'\); train the run"):
         results.read(run)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
 def test_a_broken_file_is_named(run: Path, text: str) -> None:
     (run / "plan.json").write_text(text, encoding="latin-1")
-    with pytest.raises(DataError, match=r"plan.json is broken .*; restore it, or delete it"):
+    with pytest.raises(DataError, match=r"plan.json is broken .*; restore or delete it"):
         results.read_json(run / "plan.json")
     assert results.read_json(run / "nothing.json") is None
     (run / "config.toml").write_text(text, encoding="latin-1")

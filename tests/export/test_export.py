@@ -36,11 +36,11 @@ def test_no_pickle_is_read(place: Path, monkeypatch, capsys) -> None:
 
 
 BAD = {
-    "neither": (2, "of merge and compress neither is given; give one of them", []),
-    "both": (2, "of merge and compress both are given; give one", ["--merge", "--compress"]),
-    "a budget to merge": (2, "with compress only", ["--merge", "--budget", "3MB"]),
-    "a merge that learns": (2, "with compress only", ["--merge", "--distill"]),
-    "8 bits merged": (2, "dtype float8 is for compressing", ["--merge", "--dtype", "float8"]),
+    "neither": (2, "neither merge nor compress is given; give --merge or --compress", []),
+    "both": (2, "merge and compress are both given; give", ["--merge", "--compress"]),
+    "a budget to merge": (2, "budget and ratio need compress", ["--merge", "--budget", "3MB"]),
+    "a merge that learns": (2, "distill needs compress", ["--merge", "--distill"]),
+    "8 bits merged": (2, "dtype float8 needs compress", ["--merge", "--dtype", "float8"]),
     "two sizes": (2, "give one of them", ["--compress", "--budget", "3MB", "--ratio", "9"]),
     "no amount": (2, "give an amount such as", ["--compress", "--budget", "lots"]),
     "no ratio": (2, "ratio is 0.0; give", ["--compress", "--ratio", "0"]),
@@ -79,7 +79,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name: str, place: Path, capsys
 def test_what_is_no_run_is_refused(place: Path, capsys, what: str) -> None:
     refused(place, capsys, 3, "give the directory of a finished run", "base", what)
     shutil.rmtree("run/adapter")
-    refused(place, capsys, 4, "is no adapter of Remora", "run", what)
+    refused(place, capsys, 4, "is not an adapter of Remora", "run", what)
 
 
 @pytest.mark.parametrize("what", [["--merge"], ["--compress", "--budget", "12kB"]])

@@ -221,7 +221,7 @@ def test_a_broken_adapter_is_refused(hub: stand_in.Hub, trained: Path, tmp_path:
     path.write_bytes(path.read_bytes()[:-1])
     refused(ModelError, PushConfig(copy, "me/bank"), "cannot be loaded")
     shutil.rmtree(copy / "adapter")
-    refused(ModelError, PushConfig(copy, "me/bank"), "is no adapter of Remora")
+    refused(ModelError, PushConfig(copy, "me/bank"), "is not an adapter of Remora")
     assert hub.requests == []
 
 
@@ -367,7 +367,9 @@ def test_of_a_base_model_that_is_no_adapter_no_weights_are_fetched(
     hub: stand_in.Hub, base: Path
 ) -> None:
     hub.publish("models/own/other", base)
-    with pytest.raises(ModelError, match="own/other on the hub is no adapter of Remora, it has no"):
+    with pytest.raises(
+        ModelError, match="own/other on the hub was not trained by Remora, it has no"
+    ):
         adapter_card.adapter_folder(Path("own/other"))
     assert not [line for line in hub.requests if line.endswith("safetensors")]
 
@@ -379,7 +381,7 @@ def test_an_adapter_that_is_altered_on_its_way_is_refused(
     weights = hub.repositories["models/me/altered"].files["adapter_model.safetensors"]
     hub.served["adapter_model.safetensors"] = weights[:-1] + bytes([weights[-1] ^ 1])
     try:
-        with pytest.raises(ModelError, match="is not the file that the hub has"):
+        with pytest.raises(ModelError, match="differs from the hub's file"):
             answers(Path("me/altered"), tmp_path)
     finally:
         hub.served.clear()

@@ -1,4 +1,7 @@
-"""Base models are found, loaded or refused in one line."""
+"""Base models are found, loaded or refused in one line.
+
+Also covers remora.models.hub.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +181,7 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(hub, saved, copy):
 def test_a_process_finds_the_hub_by_its_variables(hub, tmp_path):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", "from remora import model; print(model.find('own/base'))"],
+        [sys.executable, "-c", "from remora.models import hub; print(hub.find('own/base'))"],
         env=kept | hub.environment(tmp_path / "other"),
         capture_output=True,
         text=True,
@@ -204,7 +207,7 @@ def test_a_hub_that_does_not_answer_is_refused(hub, tmp_path, monkeypatch):
         free.bind(("127.0.0.1", 0))
         hub.url = f"http://127.0.0.1:{free.getsockname()[1]}"
     hub.connect(monkeypatch, tmp_path / "home")
-    refused(lambda: find("own/base"), "own/base is no folder here and could not be fetched")
+    refused(lambda: find("own/base"), "own/base is not a folder and could not be fetched")
 
 
 def test_a_connection_that_is_cut_goes_on_where_it_ended(hub, saved, monkeypatch):
@@ -224,7 +227,7 @@ def test_a_file_that_the_hub_does_not_have_is_refused(hub, name, what):
     altered = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     hub.served[name] = altered if what == "altered" else whole[:middle]
     for _ in range(2):  # it stays refused
-        told = refused(lambda: find("own/base"), f"{name} is not the file that the hub has")
+        told = refused(lambda: find("own/base"), f"{name} differs from the hub's file")
     del hub.served[name]
     os.remove(told.split("; remove ")[1].removesuffix(" and run the command again"))
     loading.load(find("own/base"), torch.float32)
@@ -235,7 +238,7 @@ def test_what_was_fetched_is_there_without_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(lambda: find("own/none"), "own/none is neither a folder", "HF_HUB_OFFLINE is set")
     assert find("own/base", weights=False) == folder
-    refused(lambda: find("own/base"), "nor whole in the hub's cache", "HF_HUB_OFFLINE is set")
+    refused(lambda: find("own/base"), "nor complete in the hub's cache", "HF_HUB_OFFLINE is set")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert find("own/base") == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,7 @@
-"""The fused LoRA layer computes what PEFT's does, and its backward pass is right."""
+"""The fused LoRA layer computes what PEFT's does, and its backward pass is right.
+
+Also covers remora.models.fused_lora.
+"""
 
 from __future__ import annotations
 

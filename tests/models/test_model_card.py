@@ -71,6 +71,8 @@ def test_labels_stay_text(tmp_path: Path) -> None:
 def test_what_is_no_run_has_no_card(tmp_path: Path) -> None:
     run = write(tmp_path / "run")
     (run / "adapter" / "remora.json").unlink()
-    with pytest.raises(DataError, match="has no adapter; give the directory of a finished run"):
+    with pytest.raises(
+        DataError, match="has no trained model; give the directory of a finished run"
+    ):
         model_card.write(run)
     assert not (run / "README.md").exists()

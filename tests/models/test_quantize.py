@@ -423,11 +423,12 @@ def test_without_bitsandbytes_it_is_one_line(
         assert call(*command) == 2
         *_, line = capsys.readouterr().err.strip().splitlines()
         assert line == (
-            "error: qlora needs bitsandbytes, which is not installed; pip install 'remora[qlora]'"
+            "error: qlora needs bitsandbytes, which is not installed; "
+            "run pip install 'remora[qlora]'"
         )
     assert not (tmp_path / "runs").exists()
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="does not compute on mps"):
+    with pytest.raises(ConfigError, match="does not support mps"):
         quantize.require(torch.device("mps"))
 
 
@@ -435,7 +436,7 @@ def test_importing_bitsandbytes_fetches_nothing_and_says_nothing(tmp_path: Path)
     """Its import asks the package `kernels` for code of the hub, where that is installed."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked')")
     program = (
-        "from remora import quantize; quantize.import_quietly(); import sys, peft\n"
+        "from remora.models import quantize; quantize.import_quietly(); import sys, peft\n"
         "assert 'bitsandbytes' in sys.modules\n"
         "import kernels; kernels.get_kernel"
     )
@@ -454,7 +455,7 @@ def test_a_base_that_is_quantized_already_is_refused(wide: Path, tmp_path: Path)
     config = json.loads((tmp_path / "config.json").read_text())
     how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
-    with pytest.raises(ModelError, match="are quantized already; give the model that they were"):
+    with pytest.raises(ModelError, match="are quantized already; give the original model"):
         loading.load(tmp_path, torch.float32, quantize_on=CPU)
 
 
@@ -479,7 +480,9 @@ def test_one_service_does_not_serve_both_kinds(
             max_queue=100,
         )
 
-    with pytest.raises(ModelError, match="the adapter plain was trained by lora and what is"):
+    with pytest.raises(
+        ModelError, match="the adapter plain was trained by lora and those that are"
+    ):
         serve(**folders)
     engine = serve(packed=trained.directory)
     texts = [text for text, _ in measured(trained.directory)]
@@ -498,7 +501,7 @@ def test_the_command_line_says_that_the_base_is_in_4_bits(
     given = ["--model", base, "--output", tmp_path, "--device", "cpu", "--max-steps", "1"]
     assert call("train", table, *given, "--method", "qlora") == 0
     shown = capsys.readouterr()
-    assert re.search(r"r=16: .*; the base model is in 4 bits$", shown.err, re.M)
+    assert re.search(r"r=16: .*; the base model is quantized to 4 bits$", shown.err, re.M)
     assert re.search("^adapter    .*, the base model is", shown.out, re.M)
     (card,) = tmp_path.glob("*/README.md")
     assert "A LoRA adapter (PEFT) on 4-bit weights of" in card.read_text("utf-8")

@@ -1,9 +1,11 @@
-"""What was trained comes back the same, and what is broken is refused."""
+"""Trained models come back the same, and broken ones are refused.
+
+Also covers remora.models.adapter_card.
+"""
 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -107,7 +109,7 @@ def test_other_base_weights_are_refused(trained, tmp_path):
 )
 def test_a_missing_file_is_named(copy, name):
     (copy / "adapter" / name).unlink()
-    with pytest.raises(ModelError, match=f"no adapter of Remora, it has no {name}; "):
+    with pytest.raises(ModelError, match=f"not an adapter of Remora, it has no {name}; "):
         load(copy)
 
 
@@ -154,6 +156,7 @@ def test_a_second_save_replaces_the_first(trained, copy):
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_old_adapter(trained, copy):
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = {p.name: p.read_bytes() for p in (copy / "adapter").iterdir()}
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))

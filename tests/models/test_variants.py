@@ -68,9 +68,9 @@ def test_stock_peft_loads_it_to_the_same_logits(trained: tuple[str, Path], base:
     from transformers import AutoModelForCausalLM
 
     variant, directory = trained
-    saved = json.loads((directory / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((directory / "adapter" / "adapter_config.json").read_text())
     for name, value in VARIANTS[variant].items():
-        assert saved.get(name, value) == value
+        assert config.get(name, value) == value
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         stock = peft.PeftModel.from_pretrained(
@@ -190,16 +190,16 @@ def test_a_dora_of_a_stranger_has_the_shapes_of_its_base(
         truncate.read(directory / "adapter")
     config = directory / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": "yes"}))
-    with pytest.raises(ModelError, match="use_dora or use_rslora that is not true or false"):
+    with pytest.raises(ModelError, match="use_dora or use_rslora that is not a boolean"):
         saved.load_adapter(directory, base=None, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"use_dora": True, "method": "qlora"}, "use_dora is not for a base in 4 bits"),
-        ({"use_rslora": True, "method": "full"}, "use_rslora is of an adapter and method is full"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa; give default or gaussian"),
+        ({"use_dora": True, "method": "qlora"}, "use_dora does not work on a 4-bit base"),
+        ({"use_rslora": True, "method": "full"}, "use_rslora needs an adapter and method is full"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; give default or gaussian"),
         ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio is 0.0; give a number above 0"),
     ],
 )

@@ -1,4 +1,7 @@
-"""The plan of a run: what fits, what it says, and what does not fit."""
+"""The plan of a run: what fits, what it says, and what does not fit.
+
+Also covers remora.planning.plan, alternatives, process_memory, survey and timing.
+"""
 
 from __future__ import annotations
 
@@ -99,6 +102,14 @@ def test_less_memory_gives_smaller_micro_batches_then_alternatives(weightless):
     assert "with --rank 4" not in " ".join(none.alternatives)
     assert none.alternatives[-1].startswith("a device with ")
     assert off.device == "Tesla T4"
+
+
+def test_alternatives_are_only_such_as_the_other_settings_allow(weightless):
+    """qlora's weights are not sharded, so it is none where sharding was asked for."""
+    made = planned(weightless, device="t4", shard="on", devices=2, device_memory="1MB")
+    assert not made.fits
+    assert "--method qlora" not in " ".join(made.alternatives)
+    assert made.alternatives[-1].startswith("a device with ")
 
 
 @pytest.mark.parametrize("amount", ["16", "much", "0GB", "-1GB"])

@@ -48,7 +48,7 @@ def test_a_gpu_computes_in_what_it_has_natively(
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, BRAIN), (False, WIDE)])
 def test_a_processor_computes_in_bfloat16_only_with_the_instructions(monkeypatch, native, dtype):
-    monkeypatch.setattr(device, "_processor_has_bfloat16", lambda: native)
+    monkeypatch.setattr(device, "_cpu_has_bfloat16", lambda: native)
     chosen = device.choose_precision(CPU, "auto")
     assert (chosen.compute, chosen.base) == (dtype, dtype)
     assert chosen.autocast == (BRAIN if native else None)
@@ -67,7 +67,7 @@ def test_a_processor_computes_in_bfloat16_only_with_the_instructions(monkeypatch
 def test_the_processors_flags_are_read(monkeypatch, flags, native):
     text = f"processor\t: 0\nmodel name\t: a processor\n{flags}\n"
     monkeypatch.setattr(device.Path, "read_text", lambda *_, **__: text)
-    assert device._processor_has_bfloat16() is native
+    assert device._cpu_has_bfloat16() is native
 
 
 def test_without_cpuinfo_nothing_is_assumed(monkeypatch):
@@ -75,7 +75,7 @@ def test_without_cpuinfo_nothing_is_assumed(monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr(device.Path, "read_text", missing)
-    assert not device._processor_has_bfloat16()
+    assert not device._cpu_has_bfloat16()
 
 
 def test_apple_gpus_compute_in_float32():
@@ -87,7 +87,7 @@ def test_bfloat16_that_is_asked_for_and_emulated_is_said(monkeypatch):
     asked = device.choose_precision(CUDA, "bfloat16")
     assert (asked.compute, asked.base) == (BRAIN, BRAIN)
     assert "emulates" in asked.reason
-    monkeypatch.setattr(device, "_processor_has_bfloat16", lambda: False)
+    monkeypatch.setattr(device, "_cpu_has_bfloat16", lambda: False)
     assert "emulates" in device.choose_precision(CPU, "bfloat16").reason
 
 
@@ -96,7 +96,7 @@ def test_what_is_asked_for_and_native_needs_no_warning(monkeypatch):
     for asked in ("bfloat16", "float16", "float32"):
         chosen = device.choose_precision(CUDA, asked)
         assert chosen.compute is getattr(torch, asked)
-        assert chosen.reason == "asked for"
+        assert chosen.reason == "as requested"
 
 
 def test_float16_on_a_processor_is_refused():
@@ -120,6 +120,6 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch, missing):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(
-        ConfigError, match=f"there is no {missing} device here; choose from cpu, auto"
+        ConfigError, match=f"no {missing} device is available; choose from cpu, auto"
     ):
         device.choose_device(missing)

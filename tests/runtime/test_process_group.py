@@ -1,4 +1,7 @@
-"""Several processes train as one would, stop together, and none is left when one is lost."""
+"""Several processes train as one would, stop together, and none is left when one is lost.
+
+Also covers remora.runtime.stop.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from remora.config import TrainConfig
 from remora.data.dataset import load_data
-from remora.errors import ConfigError, DataError, DivergedError, ResourceError, Stopped
-from remora.runtime import launch
-from remora.runtime.process_group import BEAT_SECONDS, LOST_BEATS, ProcessGroup
+from remora.errors import ConfigError, DataError, Stopped
+from remora.runtime.heartbeat import BEAT_SECONDS, LOST_BEATS
+from remora.runtime.process_group import ProcessGroup
 from remora.training import resume
 from remora.training.run import train
 
+WITH_SIGNALS = pytest.mark.skipif(os.name == "nt", reason="needs signals, as Unix has them")
 TIMED = {"examples_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
 
 
@@ -66,8 +71,8 @@ def begun(config: TrainConfig) -> Iterator[tuple[subprocess.Popen[str], list[int
         while not log.is_file() or log.read_text(encoding="utf-8").count("\n") < 3:
             assert parent.poll() is None, parent.stderr and parent.stderr.read()
             time.sleep(0.05)
-        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-        yield parent, [int(pid) for pid in children.read_text().split()]
+        children = psutil.Process(parent.pid).children()
+        yield parent, [p.pid for p in sorted(children, key=lambda p: (p.create_time(), p.pid))]
 
 
 def records(config: TrainConfig) -> list[dict[str, Any]]:
@@ -107,6 +112,7 @@ def test_three_processes_take_the_steps_of_one(config: TrainConfig, tmp_path: Pa
     assert left == {path.name for path in (config.output / "run").iterdir()}
 
 
+@WITH_SIGNALS
 def test_two_processes_stopped_together_go_on_to_the_same_bits(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -120,7 +126,7 @@ def test_two_processes_stopped_together_go_on_to_the_same_bits(
         said = parent.stderr.read().splitlines()
     assert parent.returncode == Stopped.exit_code
     assert [line for line in said if line.startswith("error")] == [
-        "error: stopped (SIGTERM); run the same command again to go on"
+        "error: stopped (SIGTERM); run the same command again to resume"
     ]
     assert len(records(config)) < len(records(undisturbed))
     code, said = ended(config)
@@ -128,11 +134,13 @@ def test_two_processes_stopped_together_go_on_to_the_same_bits(
     assert outcome(config) == outcome(undisturbed)
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
-def test_a_lost_process_ends_all(config: TrainConfig, number: signal.Signals, rank: int) -> None:
-    lost(replace(config, devices=2, epochs=1_000), number, rank)
+@WITH_SIGNALS
+@pytest.mark.parametrize(("name", "rank"), [("SIGKILL", 1), ("SIGSTOP", 0)])
+def test_a_lost_process_ends_all(config: TrainConfig, name: str, rank: int) -> None:
+    lost(replace(config, devices=2, epochs=1_000), getattr(signal, name), rank)
 
 
+@WITH_SIGNALS
 @pytest.mark.durability
 def test_any_lost_process_ends_all(config: TrainConfig, tmp_path: Path) -> None:
     def attempt(seed: int) -> None:
@@ -156,13 +164,14 @@ def lost(config: TrainConfig, number: signal.Signals, rank: int) -> None:
         seconds = time.monotonic() - began
     assert parent.returncode == 7
     assert seconds < 30
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not any(psutil.pid_exists(pid) for pid in children)
     errors = [line for line in said if line.startswith("error")]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: process {rank} of 2 ")
     assert "Traceback" not in "".join(said)
 
 
+@WITH_SIGNALS
 @pytest.mark.durability
 def test_processes_that_all_slept_go_on(config: TrainConfig) -> None:
     """As on a laptop that is shut, or after Ctrl-Z."""
@@ -188,7 +197,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(config: TrainConfig) -> Non
     with begun(replace(config, devices=2, epochs=1_000)) as (parent, children):
         parent.kill()
         deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{pid}").exists() for pid in children):
+        while any(psutil.pid_exists(pid) for pid in children):
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
@@ -254,50 +263,6 @@ def test_parts_in_order_are_all_rows(count: int) -> None:
     parts = [ProcessGroup(rank, 3).part(rows) for rank in range(3)]
     assert [row for part in parts for row in part] == rows
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@pytest.mark.parametrize(
-    ("codes", "code"),
-    [
-        ((0, 0), 0),
-        ((75, 75), 75),
-        ((3, 3), 3),
-        ((7, 5), 5),
-        ((7, -9), 7),
-        ((75, -9), 7),
-        ((0, 7), 7),
-    ],
-)
-def test_the_code_of_a_run_is_that_of_its_cause(codes: tuple[int, ...], code: int) -> None:
-    def process(returned: int) -> subprocess.Popen[bytes]:
-        body = f"import os; os._exit({returned})"
-        if returned < 0:
-            body = f"import os; os.kill(os.getpid(), {-returned})"
-        return subprocess.Popen([sys.executable, "-c", body])
-
-    assert launch._wait([process(returned) for returned in codes]) == code
-
-
-@pytest.mark.parametrize(
-    ("error", "first", "other"),
-    [
-        (DataError("x"), True, True),
-        (Stopped("x"), True, False),
-        (DivergedError("x"), True, False),
-        (ResourceError("x"), True, True),
-    ],
-)
-def test_who_prints_an_error(
-    error: Any, first: bool, other: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert launch.speaks(error)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    assert launch.speaks(error) is first
-    monkeypatch.setenv("RANK", "1")
-    assert launch.speaks(error) is other
-    error.is_shared = True
-    assert not launch.speaks(error)
 
 
 def test_wrong_numbers_of_devices_are_refused(config: TrainConfig) -> None:

@@ -1,22 +1,14 @@
-"""The run directory: names and whole files."""
+"""The run directory: its name, and the settings that it keeps."""
 
 from __future__ import annotations
 
-import csv
-import json
+from pathlib import Path
 
-import numpy as np
 import pytest
 
-from remora.errors import ConfigError, ModelError
-from remora.evaluation.predictions import (
-    PROBABILITIES,
-    Scored,
-    read_probabilities,
-    write_predictions,
-    write_probabilities,
-)
-from remora.runtime import files, run_directory
+from remora.config import TrainConfig
+from remora.errors import ConfigError, ResourceError
+from remora.runtime import run_directory
 
 
 def test_a_run_is_named_after_data_and_model_and_finds_a_free_name(tmp_path):
@@ -35,41 +27,39 @@ def test_a_wanted_name_that_is_taken_is_refused(tmp_path):
         run_directory.create(tmp_path, "mine", "d", "m")
 
 
-def test_json_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
-    path = tmp_path / "x.json"
-    for value in ({"a": "é"}, {"a": [1, None]}):
-        files.write_json(path, value)
-        assert json.loads(path.read_text(encoding="utf-8")) == value
-    with pytest.raises(TypeError):
-        files.write_json(path, {"a": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == value
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+@pytest.mark.parametrize(
+    ("system", "source", "name"),
+    [
+        ("posix", "data/My table.csv", "my-table"),
+        ("posix", "data\\table.csv", "data-table"),  # a name with a backslash in it
+        ("nt", r"C:\data\My table.csv", "my-table"),
+        ("nt", "C:\\models\\base\\", "base"),
+        ("nt", "hf:own/bank77", "bank77"),
+    ],
+)
+def test_a_path_gives_its_last_part_to_the_name(monkeypatch, system, source, name):
+    monkeypatch.setattr(run_directory.os, "name", system)
+    assert run_directory._slug(source) == name
 
 
-def test_cells_that_would_run_as_formulas_are_defused(tmp_path):
-    texts = ["=1+1", "+49", "-1", "@SUM(A1)", "\t=1", "\r=1", "a=1", 'say "hi",\nthen', ""]
-    path = tmp_path / "p.csv"
-    write_predictions(path, texts, ["=a"] * 9, ["@b"] * 9, [0.25] * 9)
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["text"] for row in rows] == [*(f"'{t}" for t in texts[:6]), *texts[6:]]
-    assert {(r["label"], r["predicted"], r["probability"]) for r in rows} == {
-        ("'=a", "'@b", "0.250000")
-    }
-    assert [p.name for p in tmp_path.iterdir()] == ["p.csv"]
+def test_a_file_in_the_way_is_the_same_error_on_all_systems(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+
+    def exists(*_, **__):  # as Windows says
+        raise FileExistsError
+
+    monkeypatch.setattr(Path, "mkdir", exists)
+    for parent in (tmp_path / "file", tmp_path / "file" / "runs", tmp_path / "link"):
+        for wanted in (None, "mine"):
+            with pytest.raises(ResourceError, match=r"cannot write to .*Not a directory.*--output"):
+                run_directory.create(parent, wanted, "d", "m")
 
 
-def test_probabilities_come_back_and_broken_ones_are_refused(tmp_path) -> None:
-    path = tmp_path / PROBABILITIES
-    scored = Scored(probabilities=np.array([[0.25, 0.75], [1.0, 0.0]]), true=np.array([1, 1]))
-    write_probabilities(path, ["a", "b"], {"validation": scored})
-    back = read_probabilities(path, ["a", "b"], "validation")
-    np.testing.assert_array_equal(back.probabilities, scored.probabilities)
-    np.testing.assert_array_equal(back.correct, [True, False])
-    assert read_probabilities(path, ["a", "b"], "test") is None
-    assert read_probabilities(tmp_path / "none", ["a", "b"], "test") is None
-    with pytest.raises(ModelError, match="is of other labels than the adapter"):
-        read_probabilities(path, ["b", "a"], "validation")
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ModelError, match=r"is broken .*; restore it, or delete it"):
-        read_probabilities(path, ["a", "b"], "validation")
+def test_settings_come_back_and_broken_ones_are_refused(tmp_path):
+    settings = TrainConfig("d.csv", model="nano", target_modules=("q_proj",), output=tmp_path)
+    (tmp_path / "config.toml").write_text(settings.to_toml(), encoding="utf-8")
+    assert run_directory.read_settings(tmp_path) == settings
+    (tmp_path / "config.toml").write_text("data = 1\n[", encoding="utf-8")
+    with pytest.raises(ConfigError, match="give the directory of a finished run"):
+        run_directory.read_settings(tmp_path)

@@ -31,7 +31,7 @@ from remora.runtime.reporter import Reporter
 from remora.training.checkpoint import random_state
 from remora.training.micro_batches import MicroBatches
 from remora.training.run import train
-from remora.training.setup import accelerator_for
+from remora.training.trainable import accelerator_for
 from remora.tree import packing
 from remora.tree.forward import answer_logits
 from runtime.test_process_group import TIMED, begun, ended, lost, records

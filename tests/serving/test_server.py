@@ -78,7 +78,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
         ([bank, "--max-queue", "5"], 2, "max_queue is 5; give at least max_texts"),
         ([bank, str(other), "--port", "0"], 4, "other was trained on other base weights"),
         ([str(other), "--port", "0"], 4, "other base weights"),
-        ([str(tmp_path), "--port", "0"], 4, "no adapter of Remora"),
+        ([str(tmp_path), "--port", "0"], 4, "not an adapter of Remora"),
         ([str(tmp_path / "nowhere"), "--port", "0"], 4, "there is no folder"),
         ([bank, "--model", str(tmp_path), "--port", "0"], 4, "config.json"),
     ]

@@ -242,7 +242,7 @@ def test_a_run_that_the_disk_has_no_room_for_does_not_begin(
 
 
 def test_the_time_limit_saves_and_stops(config: TrainConfig) -> None:
-    with pytest.raises(Stopped, match="the time is up"):
+    with pytest.raises(Stopped, match="time limit reached"):
         train(replace(config, max_time="0s"))
     (directory,) = config.output.iterdir()
     assert [p.name for p in (directory / "checkpoints").iterdir()] == ["step-00000001"]
@@ -363,7 +363,7 @@ def test_damaged_checkpoints_are_told_about_and_not_skipped_to_zero(config: Trai
     content[len(content) // 2] ^= 1
     tensors.write_bytes(bytes(content))
     reporter = Interrupter()
-    with pytest.raises(ModelError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(ModelError, match=r"every checkpoint in .* is damaged"):
         train(config, reporter=reporter)
     assert any("tensors.safetensors is not what was written" in line for line in reporter.lines)
 
@@ -411,7 +411,7 @@ def test_the_command_line_saves_on_sigterm_and_goes_on(
     code, errors, _ = killed(config, signal.SIGTERM, has_logged(config, 3))
     assert code == 75, errors
     assert errors.splitlines()[-1] == (
-        "error: stopped (SIGTERM); run the same command again to go on"
+        "error: stopped (SIGTERM); run the same command again to resume"
     )
     assert "Traceback" not in errors
     result = train(config)
@@ -431,7 +431,7 @@ def test_sigterm_before_the_command_line_is_read(verb: str, code: int) -> None:
     )
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False)
     assert done.returncode == code
-    told = "error: stopped (SIGTERM); run the same command again to go on\n"
+    told = "error: stopped (SIGTERM); run the same command again to resume\n"
     assert done.stderr == (told if verb == "train" else "")
 
 

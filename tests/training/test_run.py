@@ -27,10 +27,10 @@ from remora.runtime import memory
 from remora.runtime.device import choose_precision
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter, Validation
-from remora.training import finish, micro_batches, run, session, setup
+from remora.training import feasibility, finish, micro_batches, run, session
 from remora.training.progress import Speed
 from remora.training.run import train
-from remora.training.setup import load_trainable
+from remora.training.trainable import load_trainable
 from remora.tree import scoring
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
@@ -152,7 +152,7 @@ def test_eval_chooses_its_threshold_on_validation_rows(
 ) -> None:
     _, directory = finished
     done = remora("eval", directory, table, "--abstain-at-accuracy", "0.9")
-    assert re.search(r"abstain    confidence 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
+    assert re.search(r"abstain    threshold 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
     assert re.search(r"at temperature \d+\.\d\d, fitted on 9 validation rows", done.stdout)
     (tmp_path / "oos.csv").write_text("text\nWhat a fine day\nbla bla\n", encoding="utf-8")
     only = tmp_path / "adapter"
@@ -284,7 +284,7 @@ def test_memory_that_holds_no_row_is_one_line_and_exit_five(config, monkeypatch)
 def test_a_processor_is_not_asked_for_memory_that_is_not_there(config, monkeypatch) -> None:
     listener = Listener()
     undisturbed = losses(train(replace(config, dropout=0.0, max_steps=3)))
-    planned = setup.plan_run
+    planned = feasibility.plan_run
 
     def plan_then_shrink(*arguments, **options):
         made, heaviest = planned(*arguments, **options)
@@ -292,7 +292,7 @@ def test_a_processor_is_not_asked_for_memory_that_is_not_there(config, monkeypat
         monkeypatch.setattr(memory, "free_bytes", lambda _: int(largest * 0.7))
         return made, heaviest
 
-    monkeypatch.setattr(setup, "plan_run", plan_then_shrink)
+    monkeypatch.setattr(feasibility, "plan_run", plan_then_shrink)
     settings = replace(config, dropout=0.0, max_steps=3)
     disturbed = losses(train(settings, reporter=listener))
     assert [line for line in listener.lines if "out of memory" in line]
@@ -315,7 +315,7 @@ def test_the_plan_is_kept_beside_what_was_measured(finished) -> None:
 
 
 def test_scoring_keeps_to_what_was_planned(config: TrainConfig, monkeypatch) -> None:
-    plan_run = setup.plan_run
+    plan_run = feasibility.plan_run
     made = []
 
     def plan_smaller(*arguments, **settings):
@@ -327,8 +327,8 @@ def test_scoring_keeps_to_what_was_planned(config: TrainConfig, monkeypatch) -> 
             made.append(settings)
             super().__init__(*arguments, **settings)
 
-    monkeypatch.setattr(setup, "plan_run", plan_smaller)
-    monkeypatch.setattr(session, "Scorer", Noted)
+    monkeypatch.setattr(feasibility, "plan_run", plan_smaller)
+    monkeypatch.setattr(saved, "Scorer", Noted)
     train(replace(config, epochs=1))
     assert len(made) >= 2  # for validation and for the test rows
     assert {settings["max_tokens"] for settings in made} == {70}

@@ -11,7 +11,7 @@ import torch
 from remora.config import TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ModelError, ResourceError
-from remora.training import loop, session, setup
+from remora.training import feasibility, loop, session
 from remora.training.session import open_session
 
 
@@ -43,13 +43,13 @@ def test_the_seed_decides_and_the_callers_random_numbers_stay(config: TrainConfi
 def test_a_full_disk_is_refused_where_a_run_needs_it(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan_run = setup.plan_run
+    plan_run = feasibility.plan_run
 
     def without_disk(*arguments, **settings):
         planned, heaviest = plan_run(*arguments, **settings)
         return replace(planned, free_disk_bytes=0), heaviest
 
-    monkeypatch.setattr(setup, "plan_run", without_disk)
+    monkeypatch.setattr(feasibility, "plan_run", without_disk)
     dataset = load_data(config)
     with (
         pytest.raises(ResourceError, match="of disk"),

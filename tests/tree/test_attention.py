@@ -1,7 +1,11 @@
-"""Attention in blocks: what it looks at, what it leaves out, and what it leaves alone."""
+"""Attention in blocks: what it looks at, what it leaves out, and what it leaves alone.
+
+Also covers remora.tree.kernels and check.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +33,7 @@ def many_rows(count: int = 40, length: int = 12) -> packing.TokenTree:
 
 def given(packed: packing.TokenTree, implementation: str = attention.NAME, **config: Any) -> Any:
     settings = SimpleNamespace(_attn_implementation=implementation, **config)
-    return attention.inputs(settings, packed.visible, torch.float32)
+    return attention.inputs(settings, partial(attention.tree_mask, packed), torch.float32)
 
 
 def test_blocks_look_at_every_visible_pair_once_and_at_few_others() -> None:
@@ -42,7 +46,7 @@ def test_blocks_look_at_every_visible_pair_once_and_at_few_others() -> None:
             query = group * blocks.size + place
             if query < packed.num_tokens:
                 found[query].index_add_(0, keys, mask[group, 0, place].long())
-    assert torch.equal(found, packed.visible().long())
+    assert torch.equal(found, attention.tree_mask(packed).long())
     assert mask.numel() < packed.num_tokens**2 / 4
 
 
@@ -58,7 +62,7 @@ def test_other_attention_gets_the_whole_mask() -> None:
     size = packed.num_tokens
     eager = given(packed, "eager")["attention_mask"]
     assert eager.shape == (1, 1, size, size)
-    assert torch.equal(eager[0, 0] == 0, packed.visible())
+    assert torch.equal(eager[0, 0] == 0, attention.tree_mask(packed))
     assert given(packed, "sdpa")["attention_mask"].dtype == torch.bool
 
 
@@ -67,7 +71,7 @@ def test_a_window_narrows_the_blocks_of_its_layers() -> None:
     kinds = ["sliding_attention", "full_attention"]
     masks = given(packed, layer_types=kinds, sliding_window=6)["attention_mask"]
     assert masks["sliding_attention"].shape == masks["full_attention"].shape
-    assert masks["sliding_attention"].sum() == packed.visible(6).sum()
+    assert masks["sliding_attention"].sum() == attention.tree_mask(packed, 6).sum()
 
 
 def test_an_ordinary_forward_is_that_of_the_stock_attention() -> None:
@@ -80,7 +84,9 @@ def test_an_ordinary_forward_is_that_of_the_stock_attention() -> None:
 
 
 def test_layers_that_carry_state_are_refused() -> None:
-    with pytest.raises(ModelError, match="linear_attention, which cannot branch; choose"):
+    with pytest.raises(
+        ModelError, match="linear_attention layers, which cannot follow a token tree; choose"
+    ):
         given(many_rows(), layer_types=["linear_attention", "full_attention"])
 
 

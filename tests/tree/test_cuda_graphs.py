@@ -131,7 +131,7 @@ def test_what_cannot_be_recorded_is_computed_all_the_same(
         device.check(NAME)
     assert device.recorded == 0
     reason = {"waits": "it waits for the device", "fails": "not while recording"}.get(trouble)
-    told = f"this model's kernels are launched one by one, which takes longer: {reason}"
+    told = f"slower: CUDA graphs cannot record this model ({reason})"
     assert device.said == ([told] if reason else [])
 
 

@@ -1,4 +1,7 @@
-"""Scoring equals the exhaustive computation with the stock model, and looks at fewer labels."""
+"""Scoring equals the exhaustive computation with the stock model, and explores fewer labels.
+
+Also covers remora.tree.label_search and packed_row.
+"""
 
 from __future__ import annotations
 

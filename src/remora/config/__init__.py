@@ -1,4 +1,4 @@
-"""The settings of each verb: the one place where a default and its help text stand.
+"""The settings of each verb: the only place of a default and its help text.
 
 The command line's flags and the keys of a TOML file are generated from these fields.
 """

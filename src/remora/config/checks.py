@@ -1,36 +1,87 @@
-"""Types and checks that the settings of several verbs share."""
+"""Types and constraints that the settings of several verbs share."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from remora.errors import ConfigError
 
-PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
+DEFAULT_MICRO_BATCH_TOKENS = 2048
+"""Larger micro-batches of a token tree are hardly faster, and need more memory."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Which values a setting may have; a setting that is None is not given, and always allowed."""
+
+    wanted: str
+    """The allowed values as an error names them, after "give"."""
+
+    holds: Callable[[Any], bool]
+
+
+def check(settings: object, *conflicts: tuple[bool, str]) -> None:
+    """Check the constraints in the types of a dataclass's fields, and conflicts between fields.
+
+    Args:
+        settings: The dataclass, whose fields may be of types such as `Count`.
+        conflicts: Whether each conflict is there, and the message that names it.
+
+    Raises:
+        ConfigError: Naming everything that is wrong.
+    """
+    hints = get_type_hints(type(settings), include_extras=True)
+    problems = [
+        f"{name} is {value!r}; give {constraint.wanted}"
+        for name, hint in hints.items()
+        for constraint in _constraints(hint)
+        if (value := getattr(settings, name)) is not None and not constraint.holds(value)
+    ]
+    problems += [message for is_there, message in conflicts if is_there]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _constraints(hint: Any) -> Iterator[Constraint]:
+    yield from (each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Constraint))
+    for part in get_args(hint):  # such as the Count in Count | None
+        yield from _constraints(part)
+
+
+def to_bytes(amount: str) -> int:
+    """Return an amount of memory in bytes, 0 if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", amount.strip(), re.I)
+    if not match:
+        return 0
+    power = "KMGT".index(match[2].upper()) + 1
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a name is one part of a path."""
+    return Path(name).name == name and name not in {"", ".", ".."}
+
+
+Count = Annotated[int, Constraint("a whole number from 1", lambda n: n >= 1)]
+CountOrZero = Annotated[int, Constraint("a whole number from 0", lambda n: n >= 0)]
+Positive = Annotated[float, Constraint("a number above 0", lambda x: 0 < x < math.inf)]
+PositiveOrZero = Annotated[float, Constraint("a number from 0", lambda x: 0 <= x < math.inf)]
+Fraction = Annotated[float, Constraint("a number from 0 to below 1", lambda x: 0 <= x < 1)]
+Share = Annotated[float, Constraint("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+Accuracy = Annotated[
+    float, Constraint("a share above 0 and at most 1, such as 0.98", lambda x: 0 < x <= 1)
+]
+FileSize = Annotated[str, Constraint("an amount such as 3MB or 500kB", lambda x: to_bytes(x) > 0)]
+MemorySize = Annotated[
+    str, Constraint("an amount such as 16GB or 15.5GiB", lambda x: to_bytes(x) > 0)
+]
+PlainName = Annotated[str, Constraint("a name without slashes", _is_plain_name)]
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-
 Method = Literal["lora", "qlora", "full"]
-
-
-def parse_bytes(name: str, amount: str | None, examples: str) -> int | None:
-    """Return an amount of memory in bytes; raises ConfigError if it is none."""
-    if amount is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", amount.strip(), re.I)
-    if not found or not float(found[1]):
-        raise ConfigError(f"{name} is {amount!r}; give an amount such as {examples}")
-    power = "KMGT".index(found[2].upper()) + 1
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-
-
-def is_from(least: int, value: int | None) -> bool:
-    """Whether a value is None or at least so much."""
-    return value is None or value >= least
-
-
-def is_plain_name(name: str | None) -> bool:
-    """Whether a name is None or one part of a path."""
-    return name is None or (Path(name).name == name and name not in {"", ".", ".."})
+PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]

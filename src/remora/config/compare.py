@@ -7,8 +7,7 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
-from remora.config.checks import is_from
-from remora.errors import ConfigError
+from remora.config.checks import Accuracy, Count, PositiveOrZero, check
 
 
 @Parameter(name="*")
@@ -17,42 +16,31 @@ class CompareConfig:
     """Settings of `remora compare`."""
 
     runs: tuple[Path, ...] = field(kw_only=False)
-    """Run directories that were measured on the same rows."""
+    """Run directories measured on the same rows."""
 
-    bar: float | None = None
-    """Accuracy that suffices, such as 0.93: names the smallest run that clears it."""
+    bar: Accuracy | None = None
+    """Accuracy that suffices, such as 0.93: names the smallest run that reaches it."""
 
-    volume: int | None = None
-    """Number of messages to say for what the difference comes to."""
+    volume: Count | None = None
+    """Number of messages: says how many more of them the best run classifies correctly."""
 
-    cost_per_error: float | None = None
-    """What one wrong answer costs, in any currency; with `volume` it gives the difference a
-    worth."""
+    cost_per_error: PositiveOrZero | None = None
+    """Cost of one wrong answer, in any currency; with `volume`, gives the value of the
+    difference."""
 
     report: Path | None = None
-    """Write the comparison to this HTML file too, which fetches nothing."""
+    """Also write the comparison to this HTML file, which loads nothing from elsewhere."""
 
     json: bool = False
     """Write the figures as JSON to standard output."""
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
-        problems = [
-            f"{name} is {getattr(self, name)}; give {wanted}"
-            for name, wanted, good in (
-                ("bar", "a share above 0, 1 at most", self.bar is None or 0 < self.bar <= 1),
-                ("volume", "a whole number from 1", is_from(1, self.volume)),
-                (
-                    "cost_per_error",
-                    "a number from 0",
-                    self.cost_per_error is None or 0 <= self.cost_per_error < float("inf"),
-                ),
-            )
-            if not good
-        ]
-        if not self.runs:
-            problems.append("no run is given; give one or more run directories")
-        if self.cost_per_error is not None and self.volume is None:
-            problems.append("cost_per_error is given without volume; give both")
-        if problems:
-            raise ConfigError("; ".join(problems))
+        check(
+            self,
+            (not self.runs, "no run is given; give one or more run directories"),
+            (
+                self.cost_per_error is not None and self.volume is None,
+                "cost_per_error is given without volume; give both",
+            ),
+        )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from remora.errors import ConfigError
+from remora.config.checks import Constraint, check
+
+Folds = Annotated[int, Constraint("a whole number from 2", lambda n: n >= 2)]
 
 
 @Parameter(name="*")
@@ -20,29 +22,34 @@ class DiagnoseConfig:
     """Directory of a finished run."""
 
     method: Literal["fast", "frozen", "tfidf", "adapters"] = "fast"
-    """Who judges rows that it was not trained on: regressions on frozen features of the base
-    model and on TF-IDF (fast), on either of them, or new adapters, which takes as long as training
-    once for each fold; stopped, the same command goes on."""
+    """Classifiers that judge each row without having trained on it: logistic regressions on frozen
+    features of the base model and on TF-IDF (fast), on one of the two (frozen, tfidf), or new
+    adapters (adapters), which take as long as one training run per fold; if stopped, the same
+    command resumes."""
 
-    folds: int | None = None
-    """In how many parts the rows are cut; each is judged by what was trained on the others. By
-    default 10 for regressions on up to 5,000 rows, else 5."""
+    folds: Folds | None = None
+    """Number of cross-validation folds; by default 10 for regressions on up to 5,000 rows, else
+    5."""
 
     apply: Path | None = None
-    """A relabel.csv with decisions: write the training table with them, and diagnose nothing."""
+    """A relabel.csv with decisions: write the training table with them applied, and diagnose
+    nothing."""
 
     output: Path | None = None
-    """Where to write the table that `apply` makes; by default cleaned.csv in the run directory."""
+    """File that `apply` writes; by default cleaned.csv in the run directory."""
 
     model: str | None = None
-    """Base model, where it no longer is where the run found it."""
+    """Base model, if it has moved since training."""
 
     json: bool = False
     """Write the figures as JSON to standard output."""
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
-        if self.folds is not None and self.folds < 2:
-            raise ConfigError(f"folds is {self.folds}; give a whole number from 2")
-        if self.output is not None and self.apply is None:
-            raise ConfigError("output is given without apply; give both")
+        check(
+            self,
+            (
+                self.output is not None and self.apply is None,
+                "output is given without apply; give both",
+            ),
+        )

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from cyclopts import Parameter
 
-from remora.config.checks import Method, PrecisionName, parse_bytes
+from remora.config.checks import MemorySize, to_bytes
 from remora.config.train import TrainConfig
-
-# cyclopts resolves the annotations of inherited fields by the names of this module.
-_ANNOTATIONS = (Method, Path, PrecisionName)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(TrainConfig):
-    """Settings of `remora plan`: those of `remora train`, and the machine to plan for."""
+    """Settings of `remora plan`: those of `remora train`, and the device to plan for."""
 
     device: Literal[
         "auto",
@@ -37,23 +33,14 @@ class PlanConfig(TrainConfig):
         "h100",
         "h200",
     ] = "auto"  # type: ignore[assignment]
-    """Where to compute: here, or on one of these devices that need not be here."""
+    """Device to plan for: one of this machine, or a GPU named here, which need not be in it."""
 
-    device_memory: str | None = None
-    """Memory of the device to plan for, such as 16GB; by default what is there."""
+    device_memory: MemorySize | None = None
+    """Memory of the device to plan for, such as 16GB; by default all of it."""
 
     json: bool = False
     """Write the plan as JSON to standard output."""
 
-    def __post_init__(self) -> None:
-        """Check every value; raises ConfigError."""
-        super().__post_init__()
-        self.memory_bytes()
-
     def memory_bytes(self) -> int | None:
-        """Return the memory to plan for in bytes, None where it was not given.
-
-        Raises:
-            ConfigError: If it is no amount of memory.
-        """
-        return parse_bytes("device_memory", self.device_memory, "16GB or 15.5GiB")
+        """Return the memory to plan for in bytes, None if it was not given."""
+        return None if self.device_memory is None else to_bytes(self.device_memory)

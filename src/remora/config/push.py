@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from remora.errors import ConfigError
+from remora.config.checks import Constraint, check
+
+RepositoryId = Annotated[
+    str, Constraint("it as owner/name", lambda x: bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", x)))
+]
 
 
 @Parameter(name="*")
@@ -19,16 +24,15 @@ class PushConfig:
     run: Path = field(kw_only=False)
     """Directory of a finished run."""
 
-    repo_id: str = field(kw_only=False)
-    """Repository on the Hugging Face hub, as owner/name; it is made if there is none."""
+    repo_id: RepositoryId = field(kw_only=False)
+    """Repository on the Hugging Face Hub, as owner/name; created if it does not exist."""
 
     public: bool = False
-    """Let everybody read it; by default it is private."""
+    """Make it public; by default it is private."""
 
     json: bool = False
     """Write what was published as JSON to standard output."""
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
-        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", self.repo_id):
-            raise ConfigError(f"repo_id is {self.repo_id!r}; give it as owner/name")
+        check(self)

@@ -1,4 +1,4 @@
-"""Reading tables and hub data sets into checked rows, splitting them, and prompting with them."""
+"""Tables and Hub datasets read into checked rows, splits of them, and prompts for them."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Which columns of a table hold the texts and the labels."""
+"""The choice of a table's text and label columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from remora.errors import ConfigError, DataError
 from remora.formatting import close_match, listed, quote
 
-# The usual names of the columns, in the order in which they are preferred.
+# The usual column names, the preferred first.
 TEXT_NAMES = (
     *("text", "message", "sentence", "utterance", "content", "query", "review", "question"),
     *("document", "body", "comment", "tweet", "sms", "request", "description", "input", "prompt"),
@@ -21,14 +21,14 @@ LABEL_NAMES = (
 def choose(
     name: str, text_column: str | None, label_column: str | None, columns: Sequence[str]
 ) -> list[int]:
-    """Return the places of the text column and of the label column."""
+    """Return the indices of the text column and of the label column."""
     text = None if text_column is None else _given(name, "text", text_column, columns)
     label = None if label_column is None else _given(name, "label", label_column, columns)
     if text is None:
         text = _usual(name, TEXT_NAMES, columns, label)
     if label is None:
         label = _usual(name, LABEL_NAMES, columns, text)
-    if len(columns) == 2:  # where one is known, the other is the other
+    if len(columns) == 2:  # if one is known, so is the other
         if text is None and label is not None:
             text = 1 - label
         elif label is None and text is not None:
@@ -39,14 +39,14 @@ def choose(
         raise _missing_column(name, "label", LABEL_NAMES, columns)
     if text == label:
         raise ConfigError(
-            f"column {quote(columns[text])} is named for the texts and for the labels;"
-            " give --text-column and --label-column different columns"
+            f"column {quote(columns[text])} is both text and label column;"
+            " give different columns with --text-column and --label-column"
         )
     return [text, label]
 
 
 def choose_text(name: str, text_column: str | None, columns: Sequence[str]) -> list[int]:
-    """Return the place of the text column, in a list."""
+    """Return the index of the text column, in a list."""
     if text_column is not None:
         return [_given(name, "text", text_column, columns)]
     text = _usual(name, TEXT_NAMES, columns, None)

@@ -1,7 +1,7 @@
-"""The splits of a source: which rows are trained on, which are held out, and what to know of them.
+"""A source as training, validation and test rows, with a summary.
 
-A source is a table, a folder of tables, a sample of this package or a dataset of the Hugging Face
-Hub. Reading and checking the rows is `remora.table`'s, whose names are also here.
+A source is a table, a folder of tables, a sample of this package or a dataset on the Hugging Face
+Hub.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from remora.formatting import quote
 
 @dataclass(frozen=True, kw_only=True)
 class DataSummary:
-    """What a run says about its data, and keeps in `data.json`.
+    """Counts of a dataset, as a run prints them and keeps them in `data.json`.
 
-    The counts of classes, duplicates and conflicts are of the training rows, after the split.
+    Classes, duplicates and conflicts are counted among the training rows, after the split.
     `sha256` is over split, text and label of every row in order, whatever the file format.
     """
 
@@ -42,9 +42,9 @@ class DataSummary:
     smallest_label_rows: int
     largest_label: str
     largest_label_rows: int
-    num_duplicates: int  # rows that repeat an earlier text with its label
-    num_conflicting: int  # rows whose text occurs with another label too
-    num_train_validation_shared: int  # validation rows whose text is also a training text
+    num_duplicates: int  # rows that repeat an earlier text and label
+    num_conflicting: int  # rows whose text also occurs with another label
+    num_train_validation_shared: int  # validation rows whose text is also in training
     num_train_test_shared: int
     longest_text_chars: int
     sha256: str
@@ -54,7 +54,7 @@ class DataSummary:
         return asdict(self) | {"labels": list(self.labels)}
 
     def lines(self) -> list[str]:
-        """Return what is worth telling a person, a sentence a line."""
+        """Return the counts worth reading, one sentence a line."""
         test = "no" if self.num_test is None else f"{self.num_test:,}"
         lines = [
             f"{self.num_train:,} training, {self.num_validation:,} validation and {test} test rows"
@@ -67,10 +67,13 @@ class DataSummary:
         remarks = (
             (self.num_duplicates, "in training repeat an earlier text and label"),
             (self.num_conflicting, "in training have a text that also occurs with another label"),
-            (self.num_train_validation_shared, "in validation have a text that is in training too"),
+            (
+                self.num_train_validation_shared,
+                "in validation have a text that is also in training",
+            ),
             (
                 self.num_train_test_shared,
-                "in test have a text that is in training too: the test score may flatter",
+                "in test have a text that is also in training: test accuracy may be optimistic",
             ),
         )
         return lines + [f"{_rows(count)} {remark}" for count, remark in remarks if count]
@@ -78,10 +81,10 @@ class DataSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The splits of a source, its labels in sorted order, and what there is to say about it."""
+    """The splits of a source, its sorted labels, and its summary."""
 
     train: Table
-    validation: Table  # empty when there is no file and `validation_fraction` is 0
+    validation: Table  # empty without a validation table if `validation_fraction` is 0
     test: Table | None
     labels: tuple[str, ...]
     summary: DataSummary
@@ -103,9 +106,9 @@ def load_data(settings: TrainConfig) -> Dataset:
 
 
 def limit_rows(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:
-    """Return the dataset with so many training rows of each class, or all that it has.
+    """Return the dataset with at most `per_class` training rows of each class.
 
-    The rows are drawn by `seed`; those of a smaller number are among those of a larger one.
+    The rows are sampled by `seed`; a smaller sample is part of a larger one.
     """
     import numpy as np
 
@@ -121,8 +124,8 @@ def limit_rows(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:
     if dataset.test is not None:
         tables["test"] = dataset.test
     old = dataset.summary
-    found = _summarize(old.source, [old.text_column, old.label_column], tables, dataset.labels)
-    return replace(dataset, train=train, summary=found)
+    summary = _summarize(old.source, [old.text_column, old.label_column], tables, dataset.labels)
+    return replace(dataset, train=train, summary=summary)
 
 
 def load_dataset(
@@ -136,7 +139,7 @@ def load_dataset(
     test_fraction: float = 0.1,
     seed: int = 0,
 ) -> Dataset:
-    """Read a source, check every row, and split off what it does not bring.
+    """Read a source, check every row, and hold out the splits that it does not have.
 
     Args:
         source: A table, a folder with a `train` file (and `validation`, `test`), `sample:support`,
@@ -146,20 +149,23 @@ def load_dataset(
         text_column: The column of the messages; by default found by its usual names.
         label_column: The column of the labels; by default found by its usual names.
         validation_fraction: The share of the source's training rows to hold out, stratified by
-            label, where there is no validation table. At most 2,000 rows.
+            label, if there is no validation table. At most 2,000 rows.
         test_fraction: The same for the test table. At most 10,000 rows.
-        seed: Decides which rows are held out.
+        seed: Selects the rows held out.
 
     Raises:
         ConfigError: A fraction is outside [0, 1), or the two leave nothing to train on.
         DataError: A table is missing, broken, or cannot be learned from.
-
     """
     check_fractions(validation_fraction, test_fraction)
+
+    # The tables of each split
     parts = source_parts(source)
     for split, path in (("validation", validation), ("test", test)):
         if path is not None:
             parts[split] = [file_part(Path(path))]
+
+    # Their rows, checked
     train, columns = read_parts(parts["train"], text_column, label_column)
     labels = _labels(source, train)
     given: dict[str, Table] = {
@@ -181,19 +187,18 @@ def load_dataset(
 def dataset_from_lists(
     texts: Sequence[str], labels: Sequence[str], *, validation_fraction: float, seed: int
 ) -> Dataset:
-    """Check texts and labels that are in memory, and split off a validation set, but no test set.
+    """Check texts and labels in memory, and hold out a validation set, but no test set.
 
     Args:
         texts: The messages, [N].
         labels: Their labels, [N], kept exactly as they are.
         validation_fraction: The share of the rows to hold out, stratified by label. At most 2,000.
-        seed: Decides which rows are held out.
+        seed: Selects the rows held out.
 
     Raises:
         ConfigError: The fraction is outside [0, 1).
-        DataError: The lists differ in length, a value is blank or no string, or there is but one
+        DataError: The lists differ in length, a value is blank or no string, or there is only one
             label.
-
     """
     check_fractions(validation_fraction, 0)
     if len(texts) != len(labels):
@@ -239,7 +244,7 @@ def _assemble(
     test_fraction: float,
     seed: int,
 ) -> Dataset:
-    """Hold out the splits that are not given, and count."""
+    """Hold out the splits that are not given, and summarize."""
     labels = _labels(source, train)
     sizes = {
         split: min(max(1, round(fraction * len(train))), limit)
@@ -263,6 +268,7 @@ def _assemble(
 def _summarize(
     source: str, columns: list[str], tables: dict[str, Table], labels: tuple[str, ...]
 ) -> DataSummary:
+    # Duplicates and conflicts
     train = tables["train"]
     first: dict[str, str] = {}  # text -> its first label
     others: dict[str, set[str]] = {}  # text -> its other labels
@@ -277,8 +283,10 @@ def _summarize(
             others[text].add(label)
 
     def num_shared(split: str) -> int:
+        """Return how many rows of another split have a text of the training rows."""
         return sum(text in first for text in tables[split].texts) if split in tables else 0
 
+    # The hash of all rows
     digest = hashlib.sha256()
     for split in sorted(tables):
         digest.update(f"{split}:{len(tables[split])}\n".encode())

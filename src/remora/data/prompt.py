@@ -1,9 +1,9 @@
-"""From messages to token sequences: the chat template, the answer, and what is cut to fit.
+"""Messages and labels as token sequences: chat template, answer, and truncation.
 
 The token ids are those of the whole rendered conversation, so that training, scoring and any other
 engine that renders the same conversation see the same ids. A sequence is a *stem* (the template,
 the instruction and the message, up to where the answer begins) and an *answer* (the label's text
-and the token that ends it). The loss covers the answer only.
+and the end token). The loss covers the answer only.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from remora.errors import ConfigError, ModelError
 MESSAGE_MARK = "REMORAMESSAGEMARK"
 ANSWER_MARK = "REMORAANSWERMARK"
 PROBES = ("where is it", "7 days ago?", "(no)", "Ünknown fee on my card!")
-"""Messages that begin and end in unlike ways: what their tokens share, every message shares."""
+"""Messages that begin and end differently: the tokens that they share, all messages share."""
 
 
 class TokenSequence(NamedTuple):
-    """One row for the model: `token_ids[answer_start:]` is what it learns to write."""
+    """One row for the model, which learns to write `token_ids[answer_start:]`."""
 
     token_ids: list[int]
     answer_start: int
 
 
 class Prompt:
-    """How a message is asked and how a label is answered, for one tokenizer and one set of labels.
+    """The prompt for a message and the answer for a label, for one tokenizer and label set.
 
     Attributes:
         tokenizer: The Hugging Face tokenizer.
-        labels: The closed label set, in the order that scores are reported in.
-        label_texts: What is written for a label that is not written as it is: what the user gave,
-            and labels that the tokenizer cannot write otherwise.
-        answers: For each label its token ids, the end token last.
+        labels: The closed label set, in the order of the scores.
+        label_texts: The text written for a label, if other than the label: given by the user, or
+            respelled because the tokenizer has no tokens for the label.
+        answers: The token ids of each label, the end token last.
         prefix: The token ids that every conversation begins with.
         max_length: The longest sequence, in tokens, answer included.
     """
@@ -50,19 +50,19 @@ class Prompt:
         label_texts: Mapping[str, str] | None = None,
         max_length: int,
     ) -> None:
-        """Render the template once and find where answers begin.
+        """Render the template and find where answers begin.
 
         Args:
             tokenizer: A Hugging Face tokenizer; its chat template is used where it has one.
             labels: The closed label set.
-            instruction: Said before the message; may be empty.
+            instruction: Text before the message; may be empty.
             list_labels: Whether the instruction ends with the list of labels.
-            label_texts: What the model writes for a label, where that is not the label itself.
-            max_length: The longest sequence in tokens; longer messages are cut.
+            label_texts: The text that the model writes for a label, if other than the label.
+            max_length: The longest sequence in tokens; longer messages are truncated.
 
         Raises:
             ConfigError: If `label_texts` names a label that does not exist.
-            ModelError: If the template cannot be used, two labels become the same tokens, or the
+            ModelError: If the template cannot be used, two labels have the same tokens, or the
                 longest label leaves no room for a message.
         """
         self.labels = tuple(labels)
@@ -74,10 +74,12 @@ class Prompt:
         self._control = _control_tokens(tokenizer)
         if unknown := [label for label in self.label_texts if label not in self.labels]:
             raise ConfigError(
-                f"a text is given for the label {unknown[0]!r}, which the data does not have; "
+                f"label_texts has the label {unknown[0]!r}, which is not in the data; "
                 "remove it or correct its name"
             )
         self.label_texts |= self._respell()
+
+        # The prompt around the message
         written = [self.label_texts.get(label, label) for label in self.labels]
         asked = instruction
         if list_labels:
@@ -85,10 +87,12 @@ class Prompt:
         content = f"{asked}\n\n{MESSAGE_MARK}" if asked else MESSAGE_MARK
         self._head, self._tail = _ask(tokenizer, content)
         opening, ending = _answer(tokenizer, content)
+
+        # Tokens of the answers and of the common prefix
         self.answers, self._num_dropped = self._find_answers(opening, ending, written)
-        self._refuse_twins()
+        self._refuse_equal_answers()
         self.prefix = self._find_prefix()
-        self._refuse_narrow_context()
+        self._refuse_short_context()
 
     @property
     def num_fixed_tokens(self) -> int:
@@ -96,7 +100,7 @@ class Prompt:
         return len(self._stem_ids([""])[0]) + max(map(len, self.answers))
 
     def stems(self, messages: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each conversation up to its answer, messages cut to fit."""
+        """Return the token ids of each conversation up to its answer, messages truncated to fit."""
         stems = self._stem_ids(messages)
         room = self.max_length - max(map(len, self.answers))
         for index, stem in enumerate(stems):
@@ -105,7 +109,7 @@ class Prompt:
         return stems
 
     def rows(self, messages: Sequence[str], labels: Sequence[str]) -> list[TokenSequence]:
-        """Return the sequences to learn from, one for each message and its label."""
+        """Return the sequences to train on, one for each message and its label."""
         place = {label: index for index, label in enumerate(self.labels)}
         return [
             TokenSequence([*stem, *self.answers[place[label]]], len(stem))
@@ -113,9 +117,9 @@ class Prompt:
         ]
 
     def count_cut(self, messages: Sequence[str], batch_size: int = 1024) -> int:
-        """Return how many messages are too long and will be cut."""
+        """Return how many messages are too long and will be truncated."""
         room = self.max_length - max(map(len, self.answers))
-        # A token stands for at least one byte, so short messages need not be tokenized to know.
+        # A token covers at least one byte, so short messages need not be tokenized.
         spare = room - len(self._stem_ids([""])[0])
         doubtful = [m for m in messages if 4 * len(m) > spare and len(m.encode()) > spare]
         return sum(
@@ -126,16 +130,17 @@ class Prompt:
 
     def _stem_ids(self, messages: Sequence[str]) -> list[list[int]]:
         texts = [
-            f"{self._head}{self._defused(message.strip())}{self._tail}" for message in messages
+            f"{self._head}{self._without_control_tokens(message.strip())}{self._tail}"
+            for message in messages
         ]
         stems = self._encode(texts)
         return [stem[: len(stem) - self._num_dropped] for stem in stems]
 
-    def _defused(self, message: str) -> str:
-        """Return a message in which nobody can end their turn: control tokens become text."""
+    def _without_control_tokens(self, message: str) -> str:
+        """Break control tokens in a message into text, so that none can end its turn."""
         if self._control is None:
             return message
-        return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", message)
+        return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", message)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self.tokenizer(
@@ -145,9 +150,9 @@ class Prompt:
         return ids
 
     def _cut(self, message: str, room: int) -> list[int]:
-        """Return the stem of the longest beginning of `message` that fits into `room` tokens."""
+        """Return the stem of the longest prefix of `message` that fits into `room` tokens."""
         message = message.strip()
-        low, high = 0, len(message)  # the longest beginning that fits is in [low, high]
+        low, high = 0, len(message)  # the longest prefix that fits is in [low, high]
         while low < high:
             middle = (low + high + 1) // 2
             if len(self._stem_ids([message[:middle]])[0]) <= room:
@@ -159,22 +164,22 @@ class Prompt:
     def _find_answers(
         self, opening: str, ending: str, written: Sequence[str]
     ) -> tuple[tuple[tuple[int, ...], ...], int]:
-        """Split whole conversations into stem and answer, the same way for every message."""
-        found: set[tuple[tuple[tuple[int, ...], ...], int]] = set()
+        """Return each label's tokens, and how many tokens of a stem belong to the answer."""
+        splits: set[tuple[tuple[tuple[int, ...], ...], int]] = set()
         for probe in PROBES:
             (stem,) = self._encode([f"{self._head}{probe}{self._tail}"])
             wholes = self._encode(
                 [f"{self._head}{probe}{opening}{text}{ending}" for text in written]
             )
-            # A tokenizer may join the end of the prompt and the label; the answer begins before.
+            # A tokenizer may merge the end of the prompt with the label; the answer begins before.
             start = min(common_prefix_length(stem, whole) for whole in wholes)
-            found.add((tuple(tuple(whole[start:]) for whole in wholes), len(stem) - start))
-        if len(found) > 1:
+            splits.add((tuple(tuple(whole[start:]) for whole in wholes), len(stem) - start))
+        if len(splits) > 1:
             raise ModelError(
-                "the tokenizer joins the message and the label into one token, so the label has no "
-                "beginning of its own; use a chat template with a mark or a new line between them"
+                "the tokenizer merges the message and the label into one token, so the answer has "
+                "no start of its own; use a chat template with a separator between them"
             )
-        return found.pop()
+        return splits.pop()
 
     def _find_prefix(self) -> tuple[int, ...]:
         prefix: Sequence[int]
@@ -184,10 +189,10 @@ class Prompt:
         return tuple(prefix)
 
     def _respell(self) -> dict[str, str]:
-        """Return texts for the labels that hold characters the tokenizer has no tokens for.
+        """Return texts for labels with characters that the tokenizer has no tokens for.
 
-        A small vocabulary may lack the underscore of `card_arrival`; such a label is written with
-        spaces, if that helps, rather than as the token for the unknown.
+        A small vocabulary may lack the underscore of `card_arrival`. Such a label is written with
+        spaces if that helps, since unknown tokens do not tell labels apart.
         """
         unknown = self.tokenizer.unk_token_id
         plain = [label for label in self.labels if label not in self.label_texts]
@@ -207,58 +212,58 @@ class Prompt:
                 )
         return respelled
 
-    def _refuse_twins(self) -> None:
+    def _refuse_equal_answers(self) -> None:
         seen: dict[tuple[int, ...], str] = {}
         for label, answer in zip(self.labels, self.answers, strict=True):
             if answer in seen:
                 raise ModelError(
-                    f"this model's tokenizer writes the labels {seen[answer]!r} and {label!r} with "
+                    f"this model's tokenizer encodes the labels {seen[answer]!r} and {label!r} as "
                     f"the same tokens; give one another text with --label-texts.{label} TEXT"
                 )
             seen[answer] = label
 
-    def _refuse_narrow_context(self) -> None:
+    def _refuse_short_context(self) -> None:
         if self.num_fixed_tokens < self.max_length:
             return
         longest = max(range(len(self.labels)), key=lambda i: len(self.answers[i]))
         raise ModelError(
             f"the template and the longest label ({self.labels[longest]!r}, "
             f"{len(self.answers[longest])} tokens) take {self.num_fixed_tokens} of the "
-            f"{self.max_length} tokens of the context, which leaves no room for a message; "
+            f"{self.max_length} tokens of the context, leaving no room for a message; "
             + (
-                "do not list the labels, or shorten them with --label-texts"
+                "leave out --list-labels, or shorten the labels with --label-texts"
                 if self.list_labels
-                else "shorten the instruction or the labels (--label-texts)"
+                else "shorten the instruction, or the labels with --label-texts"
             )
         )
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """Return a pattern of the texts that the tokenizer reads as control tokens, such as an end."""
+    """Return a pattern of the texts that the tokenizer reads as control tokens."""
     special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
     longest_first = sorted((t for t in special if len(t) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def _ask(tokenizer: Any, content: str) -> tuple[str, str]:
-    """Return what stands before and after the message when the answer is still to come."""
+    """Return the text before and after the message in a prompt without its answer."""
     if not tokenizer.chat_template:
         text = f"{tokenizer.bos_token or ''}{content}\n"
     else:
         text = _render(tokenizer, [{"role": "user", "content": content}], generate=True)
     if text.count(MESSAGE_MARK) != 1:
         raise ModelError(
-            f"the chat template shows the message {text.count(MESSAGE_MARK)} times; "
-            "it must show it once"
+            f"the chat template shows the message {text.count(MESSAGE_MARK)} times, not once; "
+            "use another model or template"
         )
     head, _, tail = text.partition(MESSAGE_MARK)
     return head, tail
 
 
 def _answer(tokenizer: Any, content: str) -> tuple[str, str]:
-    """Return what stands between message and label in a whole conversation, and what ends it."""
+    """Return the text between message and label in a whole conversation, and its end token."""
     if tokenizer.eos_token is None:
-        raise ModelError("the tokenizer has no end-of-text token; give it one (eos_token)")
+        raise ModelError("the tokenizer has no end-of-text token; set its eos_token")
     if not tokenizer.chat_template:
         return "\n", tokenizer.eos_token
     conversation = [
@@ -269,7 +274,9 @@ def _answer(tokenizer: Any, content: str) -> tuple[str, str]:
     _, _, rest = text.partition(MESSAGE_MARK)
     opening, mark, rest = rest.partition(ANSWER_MARK)
     if not mark:
-        raise ModelError("the chat template leaves the assistant's answer out; it must show it")
+        raise ModelError(
+            "the chat template leaves out the assistant's answer; use another model or template"
+        )
     added = [token for token in tokenizer.added_tokens_decoder.values() if str(token) in rest]
     added = [token for token in added if token.special] or added
     ends = [rest.index(str(token)) + len(str(token)) for token in added]
@@ -277,12 +284,12 @@ def _answer(tokenizer: Any, content: str) -> tuple[str, str]:
 
 
 def _render(tokenizer: Any, conversation: list[dict[str, str]], *, generate: bool) -> str:
-    """Render a conversation; models that can think aloud are told not to."""
+    """Render a conversation, with thinking switched off."""
     try:
         text: str = tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=generate, enable_thinking=False
         )
-    except Exception as error:  # a template is a program of the model's author: anything can come
+    except Exception as error:  # a template is a program and may raise anything
         raise ModelError(
             f"the tokenizer's chat template fails ({error}); use another model or template"
         ) from error

@@ -1,7 +1,7 @@
-"""Rows out of files and hub data sets: CSV, TSV, JSON lines, Parquet, plain text.
+"""Rows of files and Hub datasets: CSV, TSV, JSON lines, Parquet, plain text.
 
-Rows are counted from 1 without the header; the line is what an editor shows, and is given where it
-differs.
+Rows are counted from 1 without the header. The line is the one an editor shows; messages name it if
+it differs from the row.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remora.errors import DataError
+from remora.formatting import close_match, one_line, quote
 
 if TYPE_CHECKING:
     import datasets
-from remora.formatting import close_match, one_line, quote
 
 FORMATS = {
     ".csv": "csv",
@@ -30,13 +30,13 @@ FORMATS = {
     ".txt": "text",
 }
 
-Row = tuple[int, int, Sequence[object]]  # row, line, the values of the columns picked
-Pick = Callable[[Sequence[str]], list[int]]  # a table's columns -> the places of those wanted
+Row = tuple[int, int, Sequence[object]]  # row, line, the values of the picked columns
+Pick = Callable[[Sequence[str]], list[int]]  # a table's columns -> the indices of those wanted
 Part = tuple[str, Callable[[Pick], Iterator[Row]]]  # a name for messages, a reader
 
 
 def file_part(path: Path, file_format: str | None = None, *, allow_text: bool = False) -> Part:
-    """Return the part that a file is, after its name has been checked."""
+    """Return a file as a part, after checking its name."""
     if not path.exists():
         raise DataError(f"there is no file or folder {path}; {_missing_hint(path)}")
     if path.is_dir():
@@ -51,7 +51,7 @@ def file_part(path: Path, file_format: str | None = None, *, allow_text: bool = 
             ".xlsx": "save the sheet as 'CSV UTF-8'",
             ".xls": "save the sheet as 'CSV UTF-8'",
         }.get(suffix, "save the table as one of these")
-        raise DataError(f"{path} is not a table that can be read (those are {readable}); {hint}")
+        raise DataError(f"{path} is not a readable table (readable are {readable}); {hint}")
     return str(path), partial(_file_rows, path, file_format)
 
 
@@ -59,7 +59,7 @@ def _missing_hint(path: Path) -> str:
     if close := close_match(path.name, [p.name for p in path.parent.glob("*")]):
         return f"did you mean {quote(close)}?"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and path.suffix not in FORMATS:
-        return f"check the path, or write hf:{path} for a dataset of the Hugging Face Hub"
+        return f"check the path, or write hf:{path} for a dataset on the Hugging Face Hub"
     return "check the path"
 
 
@@ -89,7 +89,7 @@ def parse(stream: Iterable[bytes], name: str, file_format: str, pick: Pick) -> I
 
 
 def _decode(stream: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decode UTF-8 line by line, which is what lets an error tell the line."""
+    """Decode UTF-8 line by line, so that an error can name the line."""
     number = 0
     for number, line in enumerate(stream, 1):
         try:
@@ -108,7 +108,7 @@ def _decode(stream: Iterable[bytes], name: str) -> Iterator[str]:
             )
         yield text
     if number == 0:
-        raise DataError(f"{name} is empty; put a table into it")
+        raise DataError(f"{name} is empty; add a header and rows")
 
 
 def _csv_rows(lines: Iterator[str], name: str, delimiter: str | None, pick: Pick) -> Iterator[Row]:
@@ -116,7 +116,7 @@ def _csv_rows(lines: Iterator[str], name: str, delimiter: str | None, pick: Pick
     first = next(lines)
     row, line = 0, 1  # of the row being read; a row may span lines
     try:
-        if delimiter is None:  # what makes the most columns of the header, the comma on a tie
+        if delimiter is None:  # the one that splits the header most, the comma on a tie
             delimiter = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark))))
         reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
         header = [column.strip() for column in next(reader)]
@@ -136,18 +136,18 @@ def _csv_rows(lines: Iterator[str], name: str, delimiter: str | None, pick: Pick
                 yield row, line, [values[place] for place in places]
             line = reader.line_num + 1
     except csv.Error as error:
-        advice = "close it, and write a double quote inside a quoted text twice"
+        advice = "close it, and double every double quote inside a quoted text"
         if "unexpected end" in str(error):
-            found = "opens a double quote that is never closed"
+            fault = "opens a double quote that is never closed"
         elif "expected after" in str(error):
-            found = "has text after a closing double quote"
+            fault = "has text after a closing double quote"
         elif "new-line" in str(error):
-            found = "has a bare carriage return"
-            advice = "save the file with LF or CRLF at the end of lines"
+            fault = "has a bare carriage return"
+            advice = "save the file with LF or CRLF line endings"
         else:
-            found = f"is not CSV ({one_line(error)})"
+            fault = f"is not CSV ({one_line(error)})"
         place = row_place(row + 1, line) if line > 1 else "line 1"
-        raise DataError(f"{name}: {place} {found}; {advice}") from None
+        raise DataError(f"{name}: {place} {fault}; {advice}") from None
 
 
 def _json_rows(lines: Iterator[str], name: str, pick: Pick) -> Iterator[Row]:
@@ -165,7 +165,7 @@ def _json_rows(lines: Iterator[str], name: str, pick: Pick) -> Iterator[Row]:
             ) from None
         if not isinstance(record, dict):
             raise DataError(
-                f"{name}: {row_place(row, line)} is a JSON {type(record).__name__} and not an"
+                f"{name}: {row_place(row, line)} is a JSON {type(record).__name__}, not an"
                 ' object; write one object a line, such as {"text": "...", "label": "..."}'
             )
         if row == 1:
@@ -189,7 +189,7 @@ def _parquet_rows(path: Path, pick: Pick) -> Iterator[Row]:
             yield from _arrow_rows(file.iter_batches(columns=wanted), wanted, names)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is not a Parquet file that can be read ({one_line(error)});"
+            f"{path} is not a readable Parquet file ({one_line(error)});"
             " write it again, or save the table as CSV"
         ) from None
 
@@ -197,12 +197,12 @@ def _parquet_rows(path: Path, pick: Pick) -> Iterator[Row]:
 def _arrow_rows(
     batches: Iterable[Any], columns: list[str], names: list[list[str] | None]
 ) -> Iterator[Row]:
-    """Yield the rows of Arrow batches, with class numbers as their names where there are names."""
+    """Yield the rows of Arrow batches, class numbers replaced by their names if there are any."""
     row = 0
     for batch in batches:
         values = [batch.column(column).to_pylist() for column in columns]
         for place, classes in enumerate(names):
-            if classes:  # a hidden label is -1, and none of the classes
+            if classes:  # a hidden label is -1
                 by_number = dict(enumerate(classes))
                 values[place] = [by_number.get(number) for number in values[place]]
         for record in zip(*values, strict=True):
@@ -211,15 +211,15 @@ def _arrow_rows(
 
 
 def hub_splits(source: str) -> dict[str, Part]:
-    """Load `hf:owner/name[:config]` and return its splits by the names that the hub gives them."""
+    """Load `hf:owner/name[:config]` and return its splits by their names on the Hub."""
     import datasets
 
     name, _, config = source.removeprefix("hf:").partition(":")
     if not name:
-        raise DataError(f"{source} names no data set; write it as hf:owner/name")
+        raise DataError(f"{source} names no dataset; write it as hf:owner/name")
     try:
         splits = datasets.load_dataset(name, config or None)
-    except Exception as error:  # whatever the hub, the network or the files of the dataset raise
+    except Exception as error:  # the hub, the network and the files raise anything
         raise DataError(
             f"{source} cannot be loaded ({one_line(error)});"
             " check the name, the network and HF_ENDPOINT, or name a file"
@@ -237,5 +237,5 @@ def _hub_rows(rows: datasets.Dataset, pick: Pick) -> Iterator[Row]:
 
 
 def row_place(row: int, line: int) -> str:
-    """Return where a row is, with its line where that differs."""
+    """Return the row, with its line if that differs."""
     return f"row {row}" if row == line else f"row {row} (line {line})"

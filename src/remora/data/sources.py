@@ -1,4 +1,4 @@
-"""The tables of a source: a file, a folder, a sample of this package, a hub data set."""
+"""The tables of a source: a file, a folder, a sample of this package, or a Hub dataset."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHARD = re.compile(r"(?P<split>[a-z]+)(-\d+-of-(?P<num_shards>\d+))?")
 
 
 def source_parts(source: str) -> dict[str, list[Part]]:
-    """Map each split that the source has to its parts; `train` is always there."""
+    """Return the parts of each split that the source has; `train` is always among them."""
     if source.startswith("hf:"):
         return _hub_parts(source)
     if source.startswith("sample:"):
@@ -37,9 +37,9 @@ def _sample_folder(source: str) -> Path:
 
 
 def planted_errors(source: str) -> dict[int, str]:
-    """Return the right labels of a sample's training rows that are labelled wrong on purpose.
+    """Return the correct labels of a sample's deliberately mislabelled training rows.
 
-    Keys are row numbers from 1, without the header. Empty for any other source.
+    Keys are row numbers from 1, without the header. Empty for other sources.
     """
     if not source.startswith("sample:"):
         return {}
@@ -49,14 +49,14 @@ def planted_errors(source: str) -> dict[int, str]:
 
 
 def _hub_parts(source: str) -> dict[str, list[Part]]:
-    found = hub_splits(source)
+    splits = hub_splits(source)
     parts: dict[str, list[Part]] = {}
-    for split, part in found.items():
+    for split, part in splits.items():
         if split in _SPLITS:
             parts.setdefault(_SPLITS[split], [part])
     if "train" not in parts:
         raise DataError(
-            f"{source} has no train split (found {listed(list(found))});"
+            f"{source} has no train split (found {listed(list(splits))});"
             " choose another dataset or configuration"
         )
     return parts
@@ -74,15 +74,15 @@ def _folder_parts(folder: Path) -> dict[str, list[Part]]:
             for paths in files.values():
                 _check_shards(paths)
             return {split: [file_part(path) for path in paths] for split, paths in files.items()}
-    found = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
+    names = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise DataError(
-        f"the folder {folder} has no train file (found {found});"
-        " expected train.csv, .tsv, .jsonl or .parquet, or name a file"
+        f"the folder {folder} has no train file (found {names});"
+        " add train.csv, .tsv, .jsonl or .parquet, or name a file"
     )
 
 
 def _check_shards(paths: list[Path]) -> None:
-    """Refuse two files for one split, unless they are all the shards of one table."""
+    """Refuse several files for one split, unless they are all shards of one table."""
     matches = [match for match in (_SHARD.fullmatch(path.stem.lower()) for path in paths) if match]
     split, num_shards = matches[0]["split"], matches[0]["num_shards"]
     if any((match["split"], match["num_shards"]) != (split, num_shards) for match in matches) or (
@@ -92,10 +92,9 @@ def _check_shards(paths: list[Path]) -> None:
             f"{paths[0]} and {paths[-1].name} are both {_SPLITS[split]} tables;"
             " keep one, or name the file to use"
         )
-    if num_shards is not None and not len({match[0] for match in matches}) == len(paths) == int(
-        num_shards
-    ):
+    num_names = len({match[0] for match in matches})
+    if num_shards is not None and not num_names == len(paths) == int(num_shards):
         raise DataError(
-            f"{paths[0]} is one of {int(num_shards)} shards, and {len(paths)} are there;"
+            f"{paths[0]} is one of {int(num_shards)} shards, but the folder has {len(paths)};"
             " put all of them in the folder, once each"
         )

@@ -1,4 +1,4 @@
-"""Which rows are held out, and which form an effective batch."""
+"""Held-out rows, and the rows of each effective batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_TEST_ROWS = 10_000
 
 
 def batches(num_rows: int, batch_size: int, num_batches: int, seed: int) -> Iterator[list[int]]:
-    """Yield the rows of each effective batch, each epoch in an order of its own from the seed."""
+    """Yield the rows of each effective batch; each epoch has its own order from the seed."""
     import numpy as np
 
     done = 0
@@ -26,41 +26,43 @@ def batches(num_rows: int, batch_size: int, num_batches: int, seed: int) -> Iter
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Refuse fractions outside [0, 1) or that leave no training rows; raises ConfigError."""
+    """Refuse fractions outside [0, 1), or that leave no training rows; raises ConfigError."""
     for split, value in (("validation", validation_fraction), ("test", test_fraction)):
         if not 0 <= value < 1:
-            raise ConfigError(f"the {split} fraction is {value}; choose at least 0 and less than 1")
+            raise ConfigError(f"the {split} fraction is {value}; give a number from 0 to below 1")
     if validation_fraction + test_fraction >= 1:
         raise ConfigError(
             f"the validation and test fractions sum to {validation_fraction + test_fraction:g};"
-            " choose less than 1, so that rows are left to train on"
+            " give less than 1 in total, so that rows are left to train on"
         )
 
 
 def hold_out(table: Table, sizes: dict[str, int], seed: int) -> tuple[Table, dict[str, Table]]:
-    """Split rows off, each class by its share; every class keeps a training row.
+    """Hold rows out, stratified by class; every class keeps a training row.
 
-    scikit-learn's stratified splits refuse a class of one row and more classes than rows to hold
-    out, so the rows are dealt here: whole shares first, then the largest remainders.
+    scikit-learn's stratified splits refuse classes of one row, and more classes than rows to hold
+    out. So rows are allotted here by the largest remainder method.
 
     Args:
         table: The rows to split.
         sizes: The number of rows to hold out for each split; fewer where classes run out.
-        seed: Decides which rows go, and which of equal remainders count first.
+        seed: Selects the rows, and breaks ties between equal remainders.
 
     Returns:
-        What is left, and the splits; all of them in the order of `table`.
-
+        The remaining rows, and the splits; all of them in the order of `table`.
     """
     import numpy as np
 
+    # Rows by class, shuffled within each
     rng = np.random.default_rng(seed)
     place = {label: i for i, label in enumerate(sorted(set(table.labels)))}
     codes = np.fromiter((place[label] for label in table.labels), np.int64, len(table))  # [N]
     counts = np.bincount(codes)  # [L] rows of each class
     order = rng.permutation(len(table))
-    order = order[np.argsort(codes[order], kind="stable")]  # [N] by class, at random within each
-    begin = np.cumsum(counts) - counts  # [L] where the next free row of each class is
+    order = order[np.argsort(codes[order], kind="stable")]  # [N]
+
+    # Whole shares first, then the largest remainders
+    begin = np.cumsum(counts) - counts  # [L] the next free row of each class
     free = counts - 1
     owner = np.zeros(len(table), np.int8)  # [N] 0 is training
     for number, size in enumerate(sizes.values(), 1):

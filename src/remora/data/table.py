@@ -1,8 +1,7 @@
-"""Files in, checked rows out.
+"""Files read into checked rows.
 
-A file is CSV, TSV, JSON lines, Parquet or, for texts alone, one text a line. Whatever is wrong with
-it is a `DataError` that names the file and the row. Rows are counted from 1 without the header; the
-line is what an editor shows, and is told where it differs.
+A file is CSV, TSV, JSON lines, Parquet or, for texts alone, one text a line. Every fault is a
+`DataError` that names the file and the row.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def read_table(
 ) -> Table:
     """Read one file into memory.
 
-    Texts stay as they are; labels lose the white space around them and are interned.
+    Texts stay as they are; labels are stripped of surrounding white space and interned.
 
     Args:
         path: A file.
@@ -51,7 +50,6 @@ def read_table(
 
     Raises:
         DataError: The file is missing or broken, lacks a column, or has a blank or unknown value.
-
     """
     return read_parts([file_part(Path(path))], text_column, label_column, known=known)[0]
 
@@ -62,19 +60,19 @@ def stream_texts(
     text_column: str | None = None,
     format: str | None = None,  # noqa: A002
 ) -> Iterator[str]:
-    """Yield the texts of a file or of standard input (`-`) one by one, never holding the rest.
+    """Yield the texts of a file or of standard input (`-`) one by one, holding none in memory.
 
     Args:
         source: A path, or `-`.
         text_column: The column of the messages; by default found by its usual names.
-        format: `text` (one message a line), `csv`, `tsv`, `jsonl` or `parquet`. By default what the
-            file's name says, and `text` for standard input.
+        format: `text` (one message a line), `csv`, `tsv`, `jsonl` or `parquet`. By default taken
+            from the file's name, and `text` for standard input.
 
     Raises:
         ConfigError: There is no such format, or standard input cannot have it.
-        DataError: As in `read_table`: at once if the first row shows it, else when it is reached.
-
+        DataError: As in `read_table`: at once for the first row, else when the row is reached.
     """
+    # The source and its format
     formats = sorted(set(FORMATS.values()) - ({"parquet"} if source == "-" else set()))
     if format is not None and format not in formats:
         place = "standard input" if source == "-" else "a file"
@@ -100,8 +98,9 @@ def stream_texts(
             except DataError as error:
                 raise DataError(f"{name}: {row_place(row, line)} has {error}") from None
 
+    # The first row now, the others as they are asked for
     stream = texts()
-    first = next(stream, None)  # what is wrong with the file as a whole shows before any work
+    first = next(stream, None)  # a fault of the whole file shows before any work
     if first is None:
         raise DataError(f"{name} has no rows; add some")
     return chain([first], stream)
@@ -116,7 +115,7 @@ def read_parts(
 ) -> tuple[Table, list[str]]:
     """Read and check the parts of one split; return it with the names of its two columns.
 
-    Blank values are counted, so that one error tells how many there are.
+    Blank values are counted, so that one error reports all of them.
     """
     known = None if known is None else frozenset(known)
     texts: list[str] = []
@@ -151,7 +150,7 @@ def read_parts(
 
 
 def _is_blank(value: object) -> bool:
-    """Tell whether a value is white space, null or not a number."""
+    """Whether a value is white space, null or NaN."""
     if isinstance(value, str):
         return not value or value.isspace()
     return value is None or (isinstance(value, float) and math.isnan(value))
@@ -169,7 +168,7 @@ def _text(value: object) -> str:
 
 def _label(value: object, known: Collection[str] | None) -> str:
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # what pandas makes of whole numbers in a column that had a gap
+        value = int(value)  # pandas writes whole numbers so in a column with a gap
     if not isinstance(value, str | int):
         raise DataError(
             f"the label {quote(str(value))} of type {type(value).__name__}; make it a string"
@@ -181,8 +180,12 @@ def _label(value: object, known: Collection[str] | None) -> str:
     elif label not in known:
         close = close_match(label, known)
         raise DataError(
-            f"the label {quote(label)}, which is none of the {len(known):,} labels to learn; "
-            + (f"did you mean {quote(close)}?" if close else "correct it, or train on rows of it")
+            f"the label {quote(label)}, which is none of the {len(known):,} training labels; "
+            + (
+                f"did you mean {quote(close)}?"
+                if close
+                else "correct it, or add training rows of it"
+            )
         )
     return label
 

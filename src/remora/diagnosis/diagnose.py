@@ -24,8 +24,7 @@ from remora.diagnosis.rare_tokens import TiedToken
 from remora.diagnosis.relabel import Suspect
 from remora.diagnosis.verdicts import HeldOut, PairDiagnosis, confused
 from remora.errors import DataError
-from remora.evaluation import results
-from remora.evaluation.results import Results
+from remora.evaluation.predictions import PREDICTIONS, Predictions, read_predictions
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
 
@@ -104,9 +103,10 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
         Stopped: If a signal asked to stop while adapters were trained.
     """
     reporter = reporter or Reporter()
-    run = results.read(config.run)
+    _need_file(config.run, PREDICTIONS)
     settings, dataset, everything = load(config)
     labels, rows = dataset.labels, everything.train
+    run = read_predictions(config.run / PREDICTIONS, labels)
     place = {label: index for index, label in enumerate(labels)}
 
     # Every row, training and held out, judged out of sample
@@ -197,6 +197,7 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     Raises:
         DataError: If the rows are not those that the run was trained on.
     """
+    _need_file(config.run, "config.toml")
     settings = run_directory.read_settings(config.run)
     if config.model is not None:
         settings = replace(settings, model=config.model)
@@ -216,18 +217,28 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     return settings, dataset, load_data(whole)
 
 
-def _with_held_out(rows: Table, run: Results) -> tuple[Table, NDArray[np.int64]]:
+def _need_file(directory: Path, name: str) -> None:
+    advice = "give the directory of a finished run"
+    if not directory.is_dir():
+        raise DataError(f"there is no folder {directory}; {advice}")
+    if not (directory / name).is_file():
+        raise DataError(f"{directory} has no {name}; {advice}")
+
+
+def _with_held_out(rows: Table, run: Predictions) -> tuple[Table, NDArray[np.int64]]:
     """Return the rows with the run's held-out ones added, and the places of those.
 
     Held-out rows that were split from the table are there already.
     """
     waiting = defaultdict[tuple[str, str], deque[int]](deque)
-    for row, pair in enumerate(zip(rows.texts, rows.labels, strict=True)):
-        waiting[pair].append(row)
+    for row, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
+        waiting[files.escape_formula(text), label].append(row)
     texts, labels, places = list(rows.texts), list(rows.labels), []
     for text, label in zip(run.texts, run.true, strict=True):
-        if waiting[text, label]:
-            places.append(waiting[text, label].popleft())
+        # Escaped, since predictions.csv does not tell '=1 from an escaped =1
+        same = waiting[files.escape_formula(text), label]
+        if same:
+            places.append(same.popleft())
         else:
             places.append(len(texts))
             texts.append(text)

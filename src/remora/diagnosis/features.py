@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from remora.config import TrainConfig
-from remora.models import hub, loading
+from remora.models import loading
 from remora.runtime.device import choose_device, choose_precision
 from remora.runtime.reporter import Reporter
 
@@ -44,9 +44,7 @@ def frozen_features(
 
     device = choose_device(settings.device)
     precision = choose_precision(device, settings.precision)
-    folder = hub.find(settings.model)
-    prompt = loading.load_prompt(settings, labels, folder)
-    base = loading.load_base(folder, settings.method, precision.base, device)
+    base, prompt, _ = loading.load_base_and_prompt(settings, labels, precision.base, device)
     stems = prompt.stems(texts)
     order = sorted(range(len(stems)), key=lambda i: len(stems[i]))
     features: dict[int, NDArray[np.float32]] = {}

@@ -26,7 +26,7 @@ from remora.runtime.stop import Stop
 from remora.training import resume
 from remora.training.finish import TrainResult
 from remora.training.run import train_until
-from remora.training.setup import load_trainable
+from remora.training.trainable import load_trainable
 
 FILE = "learning_curve.json"
 FOLDER = "learning_curve"

@@ -66,7 +66,7 @@ def apply(path: Path, table: Table) -> tuple[Table, int, int]:
         DataError: If the file is no such table, its rows are not those of `table`, or a decision is
             no label.
     """
-    known = {files.defused(label): label for label in table.labels}
+    known = {files.escape_formula(label): label for label in table.labels}
     labels: list[str | None] = list(table.labels)
     num_corrected = 0
     for line, record in _records(path):
@@ -128,7 +128,7 @@ def _row(path: Path, line: int, record: dict[str, str], table: Table) -> int:
             f"{path}: line {line} is for row {quote(number)}, which is not in the data; "
             "use it with the table that was diagnosed"
         )
-    expected = files.defused(table.texts[row]), files.defused(table.labels[row])
+    expected = files.escape_formula(table.texts[row]), files.escape_formula(table.labels[row])
     if expected != (record["text"], record["label"]):
         raise DataError(
             f"{path}: line {line} no longer matches row {number} of the data; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,13 +32,9 @@ class HeldOut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairDiagnosis:
-    """Two labels that are confused, why, and the evidence."""
+class Evidence:
+    """Counts and p-values by which a pair of labels is judged."""
 
-    first: str
-    second: str
-    verdict: Verdict
-    reason: str
     num_first: int  # training rows
     num_second: int
     first_as_second: int  # training rows, judged out of sample
@@ -58,6 +54,16 @@ class PairDiagnosis:
     held_out_by_both: int
     held_out_by_judges: int
     held_out_by_judges_too: int  # of those that the run confuses
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairDiagnosis(Evidence):
+    """Two labels that are confused, why, and the evidence."""
+
+    first: str
+    second: str
+    verdict: Verdict
+    reason: str
     accuracy_if_merged: float  # of the run on the held-out rows, with the two labels merged
     accuracy_if_redefined: float  # with the boundary between the two drawn by the judges
 
@@ -153,7 +159,7 @@ def _pair(
         "held_out_by_judges_too": int((by_run & by_judges).sum()),
     }
     # The verdict, and what merging or redefining the labels would give
-    verdict, reason = judge(**evidence)
+    verdict, reason = judge(Evidence(**evidence))
     right = (held_out.true == held_out.by_run).sum() + by_run.sum()
     # No other boundary between the two gains more than merging them.
     anew = np.where(own & np.isin(held_out.by_judges, (first, second)), held_out.by_judges, "")
@@ -177,89 +183,98 @@ def confused(true: NDArray[Any], given: NDArray[Any], first: Any, second: Any) -
     return result
 
 
-def judge(  # noqa: PLR0911 - a verdict after the other
-    *,
-    num_first: int,
-    num_second: int,
-    first_as_second: int,
-    second_as_first: int,
-    num_suspects: int,
-    num_conflicting: int,
-    first_by_all: int,
-    second_by_all: int,
-    by_all_by_chance: float,
-    p_alike: float,
-    by_half: int,
-    by_most: int,
-    p_half: float,
-    held_out_rows: int,
-    held_out_by_run: int,
-    held_out_by_baseline: int,
-    held_out_by_both: int,
-    held_out_by_judges: int,
-    held_out_by_judges_too: int,
-) -> tuple[Verdict, str]:
-    """Say why two labels are confused, from evidence as in `PairDiagnosis`.
+def judge(evidence: Evidence) -> tuple[Verdict, str]:  # noqa: PLR0911 - one verdict after the other
+    """Say why two labels are confused.
 
     A verdict needs evidence that another cause would not leave; otherwise it is `undecided`. An
     undertrained model errs more often than cheap classifiers on the same rows. Overlapping labels
     make classifiers of different kinds err on the same rows, in both directions, the run among
     them, and more rows do not help.
     """
-    from scipy.stats import binomtest, fisher_exact
-
-    if min(num_first, num_second) < FEW_ROWS:
-        return "too few examples", f"a label has {min(num_first, num_second)} training rows"
-    num_confused, num_rows = first_as_second + second_as_first, num_first + num_second
-    others = (
-        ("the baseline", held_out_by_baseline, held_out_by_both),
-        ("the judges", held_out_by_judges, held_out_by_judges_too),
+    each = evidence
+    num_confused = each.first_as_second + each.second_as_first
+    num_rows = each.num_first + each.num_second
+    if min(each.num_first, each.num_second) < FEW_ROWS:
+        rows = min(each.num_first, each.num_second)
+        return "too few examples", f"a label has {rows} training rows"
+    if reason := _undertrained(each):
+        return "undertrained", reason
+    if each.num_conflicting >= max(4, 0.02 * num_rows):
+        return "labels overlap", (
+            f"{each.num_conflicting} rows have a near-duplicate under the other label"
+        )
+    if (
+        min(each.first_by_all, each.second_by_all) >= 2 and each.p_alike < SIGNIFICANT / NUM_PAIRS
+    ):  # all judges err on the same rows
+        if each.p_half < SIGNIFICANT:
+            return "too few examples", (
+                f"regressions trained on most rows confuse {each.by_most}, on half of them "
+                f"{each.by_half} (p = {each.p_half:.2g}); more rows would help"
+            )
+        if reason := _overlapping(each):
+            return "labels overlap", reason
+    if reason := _mislabelled(each, num_confused, num_rows):
+        return "rows mislabelled", reason
+    return "undecided", (
+        f"{num_confused} of {num_rows} training rows and {each.held_out_by_run} of "
+        f"{each.held_out_rows} held-out rows are confused; there is no evidence for one cause"
     )
-    for name, count, both in others:
-        only_run, only_other = held_out_by_run - both, count - both
+
+
+def _others(evidence: Evidence) -> Iterator[tuple[str, int, int]]:
+    """Yield the rivals on the held-out rows: name, rows confused, and confused by the run too."""
+    yield "baseline", evidence.held_out_by_baseline, evidence.held_out_by_both
+    yield "judges", evidence.held_out_by_judges, evidence.held_out_by_judges_too
+
+
+def _undertrained(evidence: Evidence) -> str | None:
+    """Say how a rival confuses fewer of the held-out rows than the run, if one does."""
+    from scipy.stats import binomtest
+
+    by_run = evidence.held_out_by_run
+    for name, count, both in _others(evidence):
+        only_run, only_other = by_run - both, count - both
         if only_run + only_other:
             test = binomtest(only_run, only_run + only_other, alternative="greater")
             if test.pvalue < SIGNIFICANT:
-                return "undertrained", (
-                    f"the run confuses {held_out_by_run} of {held_out_rows} held-out rows, "
-                    f"{name} {count} (p = {test.pvalue:.2g})"
+                return (
+                    f"the run confuses {by_run} of {evidence.held_out_rows} held-out rows, "
+                    f"the {name} {count} (p = {test.pvalue:.2g})"
                 )
-    if num_conflicting >= max(4, 0.02 * num_rows):
-        return "labels overlap", (
-            f"{num_conflicting} rows have a near-duplicate under the other label"
-        )
-    alike = min(first_by_all, second_by_all) >= 2 and p_alike < SIGNIFICANT / NUM_PAIRS
-    by_all = first_by_all + second_by_all
-    if alike and p_half < SIGNIFICANT:
-        return "too few examples", (
-            f"regressions trained on most rows confuse {by_most}, on half of them {by_half} "
-            f"(p = {p_half:.2g}); more rows would help"
-        )
-    for name, count, both in others:
-        table = [
-            [both, held_out_by_run - both],
-            [count - both, held_out_rows - held_out_by_run - count + both],
-        ]
+    return None
+
+
+def _overlapping(evidence: Evidence) -> str | None:
+    """Say how the run confuses the same held-out rows as a rival, if it does."""
+    from scipy.stats import fisher_exact
+
+    by_run, num_rows = evidence.held_out_by_run, evidence.held_out_rows
+    for name, count, both in _others(evidence):
+        table = [[both, by_run - both], [count - both, num_rows - by_run - count + both]]
         p_both = fisher_exact(table, alternative="greater").pvalue
-        if alike and both >= MIN_BOTH and p_both < SIGNIFICANT:
-            chance = held_out_by_run * count / held_out_rows
-            return "labels overlap", (
-                f"{by_all} training rows are confused by all judges, in both directions, where "
-                f"{by_all_by_chance:.1f} are expected by chance (p = {p_alike:.2g}); half of the "
-                f"rows would do as well; run and {name.removeprefix('the ')} confuse the same "
-                f"{both} of {held_out_rows} held-out rows, {chance:.1f} expected by chance "
-                f"(p = {p_both:.2g})"
+        if both >= MIN_BOTH and p_both < SIGNIFICANT:
+            return (
+                f"{evidence.first_by_all + evidence.second_by_all} training rows are confused by "
+                "all judges, in both directions, where "
+                f"{evidence.by_all_by_chance:.1f} are expected by chance "
+                f"(p = {evidence.p_alike:.2g}); half of the rows would do as well; run and {name} "
+                f"confuse the same {both} of {num_rows} held-out rows, "
+                f"{by_run * count / num_rows:.1f} expected by chance (p = {p_both:.2g})"
             )
-    most = max(held_out_by_run, held_out_by_baseline, held_out_by_judges)
-    table = [[num_confused, num_rows - num_confused], [most, held_out_rows - most]]
+    return None
+
+
+def _mislabelled(evidence: Evidence, num_confused: int, num_rows: int) -> str | None:
+    """Say how many confused rows are suspects, if held-out rows are confused less often."""
+    from scipy.stats import fisher_exact
+
+    most = max(evidence.held_out_by_run, evidence.held_out_by_baseline, evidence.held_out_by_judges)
+    table = [[num_confused, num_rows - num_confused], [most, evidence.held_out_rows - most]]
     rarer = fisher_exact(table, alternative="greater").pvalue
-    if num_suspects > num_confused / 2 and rarer < SIGNIFICANT:
-        return "rows mislabelled", (
-            f"{num_suspects} of the {num_confused} training rows confused out of sample are "
-            f"probably mislabelled, and held-out rows are confused less often ({most} of "
-            f"{held_out_rows}, p = {rarer:.2g})"
-        )
-    return "undecided", (
-        f"{num_confused} of {num_rows} training rows and {held_out_by_run} of {held_out_rows} "
-        "held-out rows are confused; there is no evidence for one cause"
+    if evidence.num_suspects <= num_confused / 2 or rarer >= SIGNIFICANT:
+        return None
+    return (
+        f"{evidence.num_suspects} of the {num_confused} training rows confused out of sample are "
+        f"probably mislabelled, and held-out rows are confused less often ({most} of "
+        f"{evidence.held_out_rows}, p = {rarer:.2g})"
     )

@@ -1,4 +1,4 @@
-"""The near-free baseline that every result is shown beside."""
+"""The cheap baseline shown beside every result."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import numpy as np
 from remora.evaluation.metrics import Metrics, measure
 
 BYTES_PER_CHARACTER = 150
-"""What the baseline takes of memory for each character that it trains on: 127 to 150 were measured
-on 10,003 and 5,000 rows of Banking77, 51 to 53 on messages of 1,000 characters."""
+"""Memory that the baseline needs per training character: 127 to 150 were measured on 10,003 and
+5,000 rows of Banking77, 51 to 53 on messages of 1,000 characters."""
+
 MIN_BASELINE_ROWS = 1_000
-"""So many rows it gets in any case; fewer would be no baseline."""
+"""Rows that it gets whatever the memory; fewer would be no baseline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """What a classifier that costs next to nothing gets on the same rows."""
+    """The metrics and predictions of a near-free classifier on the same rows."""
 
     metrics: Metrics
     predictions: list[str]
@@ -42,13 +43,12 @@ def train_baseline(
     max_rows: int = 50_000,
     max_bytes: int | None = None,
 ) -> Baseline:
-    """Train TF-IDF over character n-grams with a linear SVM, and measure it.
+    """Train a linear SVM on TF-IDF of character n-grams, and measure it.
 
     The recipe is fixed: n-grams of 2 to 5 characters within words did best in cross-validation on
-    Banking77's training rows. Of a larger table, `max_rows` rows stratified by label and chosen by
-    `seed` are used, and fewer where they would not fit into `max_bytes`, but at least
-    `MIN_BASELINE_ROWS`. Where all texts are blank or there is one class only, the most frequent
-    label is predicted.
+    Banking77's training rows. A larger table is sampled to `max_rows` rows, stratified by label,
+    and to fewer if they do not fit into `max_bytes`, but to no fewer than `MIN_BASELINE_ROWS`.
+    If all texts are blank or there is only one class, it predicts the most frequent label.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -58,6 +58,8 @@ def train_baseline(
     assert len(train_texts) == len(train_labels) > 0
     assert len(test_texts) == len(test_labels)
     began = time.perf_counter()
+
+    # Sample as many rows as the limits allow
     if max_bytes is not None:
         characters_each = max(1, sum(map(len, train_texts)) // len(train_texts))
         fitting = max_bytes // (BYTES_PER_CHARACTER * characters_each)
@@ -65,12 +67,14 @@ def train_baseline(
     rows = _stratified_rows(train_labels, max_rows, seed)
     texts = [train_texts[i] for i in rows]
     targets = [train_labels[i] for i in rows]
+
+    # Fit, or fall back to the most frequent label
     characters = TfidfVectorizer(
         analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, dtype=np.float32
     )
     pipeline = make_pipeline(characters, LinearSVC(C=1.0, random_state=seed, max_iter=5_000))
     if any(text.strip() for text in texts) and len(set(targets)) > 1:
-        with warnings.catch_warnings():  # a baseline that has not quite converged is still one
+        with warnings.catch_warnings():  # not quite converged is good enough for a baseline
             warnings.simplefilter("ignore", ConvergenceWarning)
             pipeline.fit(texts, targets)
         predictions = [str(label) for label in pipeline.predict(test_texts)]
@@ -87,7 +91,7 @@ def train_baseline(
 
 
 def _stratified_rows(labels: Sequence[str], max_rows: int, seed: int) -> list[int]:
-    """Choose at most `max_rows` rows; each label keeps its share of them, give or take one row."""
+    """Sample at most `max_rows` rows; each label keeps its share of them to within one row."""
     if len(labels) <= max_rows:
         return list(range(len(labels)))
     shuffled = np.random.default_rng(seed).permutation(len(labels)).tolist()

@@ -1,4 +1,4 @@
-"""How far the probabilities can be trusted, and when to hand a message to a person.
+"""How far probabilities can be trusted, and which messages to send to a person.
 
 The confidence of a prediction is the probability of the predicted label.
 """
@@ -20,7 +20,7 @@ NUM_COVERAGES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """One point of the reliability curve: rows of like confidence."""
+    """One point of the reliability curve: rows of similar confidence."""
 
     confidence: float  # mean
     accuracy: float
@@ -29,42 +29,44 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class CoveragePoint:
-    """What answering only the rows from a confidence on gives."""
+    """The result of answering only rows whose confidence reaches a threshold."""
 
     threshold: float
-    coverage: float  # share of the rows that are answered
-    accuracy: float  # of those
+    coverage: float  # share of rows answered
+    accuracy: float  # of the answered rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Abstention:
-    """A threshold for handing messages to a person, and what it gives on the measured rows."""
+    """A threshold below which messages go to a person, and its result on the measured rows."""
 
     wanted_accuracy: float
-    threshold: float | None  # None where no threshold reaches the accuracy
+    threshold: float | None  # None if no threshold reaches the accuracy
     chosen_on: str  # "validation", or "the measured rows"
     num_chosen_on: int
     coverage: float
-    accuracy: float | None  # of the answered rows; None where none is answered
-    accuracy_interval: tuple[float, float] | None  # 95 %, Wilson (1927)
+    accuracy: float | None  # of the answered rows; None if none is answered
+    accuracy_interval: tuple[float, float] | None  # 95%, Wilson (1927)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutOfScope:
-    """How well the confidence tells messages that none of the labels fits."""
+    """How well the confidence detects messages that no label fits."""
 
     num_rows: int
-    auroc: float  # probability that a message in scope has more confidence than one out of scope
-    refused: float | None  # share of them below the threshold of `Abstention`
+    auroc: (
+        float  # probability that an in-scope message has more confidence than an out-of-scope one
+    )
+    refused: float | None  # share of them below the threshold of `abstention`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """How far the probabilities of one set of rows can be trusted."""
+    """Calibration, coverage and abstention of the probabilities of one set of rows."""
 
     calibration_error: float  # expected calibration error, bins of equal mass
     bins: tuple[Bin, ...]
-    temperature: float | None  # fitted on validation rows; None without those
+    temperature: float | None  # fitted on validation rows; None without them
     num_validation: int
     scaled_calibration_error: float | None  # on the measured rows, at that temperature
     scaled_log_loss: float | None
@@ -85,23 +87,27 @@ def assess(
     abstain_at_accuracy: float | None = None,
     out_of_scope: NDArray[np.float64] | None = None,
 ) -> Reliability:
-    """Measure how far probabilities can be trusted.
+    """Measure calibration, coverage, and if asked abstention and out-of-scope detection.
 
     Args:
         measured: The rows to measure on.
         validation: Other rows, to fit the temperature and to choose the threshold on.
-        abstain_at_accuracy: Accuracy that the answered rows shall have.
-        out_of_scope: Probabilities [rows, labels] of messages that no label fits.
+        abstain_at_accuracy: Accuracy that the answered rows should reach.
+        out_of_scope: Probabilities of messages that no label fits, [rows, labels].
     """
+    # Calibration, before and after temperature scaling
     error, bins = calibration_error(measured.confidence, measured.correct)
     temperature = None if validation is None else fit_temperature(validation)
     scaled = None if temperature is None else measured.at(temperature)
+
+    # Abstention and out-of-scope messages, if asked for
     abstention = None
     if abstain_at_accuracy is not None:
         abstention = _abstain(measured, validation, abstain_at_accuracy)
     outside = None
     if out_of_scope is not None:
         outside = _out_of_scope(measured.confidence, out_of_scope.max(1), abstention)
+
     return Reliability(
         calibration_error=error,
         bins=bins,
@@ -130,7 +136,7 @@ def calibration_error(
     Args:
         confidence: [rows].
         correct: [rows].
-        num_bins: By default 15, or fewer, so that a bin has 20 rows.
+        num_bins: By default 15, or fewer so that each bin has 20 rows.
     """
     num_bins = num_bins or max(1, min(MAX_BINS, len(confidence) // MIN_BIN_ROWS))
     borders = np.quantile(confidence, np.linspace(0, 1, num_bins + 1)[1:-1])
@@ -148,26 +154,28 @@ def calibration_error(
 
 
 def fit_temperature(rows: Scored) -> float:
-    """Return the temperature with the least log-loss, from 0.05 to 20.
+    """Return the temperature that minimizes the log-loss, from 0.05 to 20.
 
     Guo et al. 2017, https://arxiv.org/abs/1706.04599. It changes no prediction.
     """
     from scipy.optimize import minimize_scalar
 
     limits = (np.log(0.05), np.log(20))
-    found = minimize_scalar(
+    result = minimize_scalar(
         lambda log: rows.at(float(np.exp(log))).log_loss, bounds=limits, method="bounded"
     )
-    return float(np.exp(found.x))
+    return float(np.exp(result.x))
 
 
 def _cumulative(
     confidence: NDArray[np.float64], correct: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-    """Return each possible threshold, falling, with the rows answered and their accuracy."""
+    """Return each possible threshold, highest first, with the rows answered and their accuracy."""
     order = np.argsort(-confidence, kind="stable")
     ordered = confidence[order]
-    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # rows that tie go together
+    last = np.flatnonzero(
+        np.append(ordered[1:] != ordered[:-1], True)
+    )  # ties are answered together
     answered = last + 1
     return ordered[last], answered, np.cumsum(correct[order])[last] / answered
 
@@ -175,7 +183,7 @@ def _cumulative(
 def coverage_points(
     confidence: NDArray[np.float64], correct: NDArray[np.bool_]
 ) -> tuple[CoveragePoint, ...]:
-    """Return accuracy against coverage, at every twentieth of the rows or so."""
+    """Return accuracy against coverage at about 20 points."""
     thresholds, answered, accuracy = _cumulative(confidence, correct)
     wanted = np.arange(1, NUM_COVERAGES + 1) * len(confidence) / NUM_COVERAGES
     places = np.unique(np.searchsorted(answered, wanted).clip(max=len(answered) - 1))
@@ -190,7 +198,7 @@ def coverage_points(
 
 
 def area_under_risk_coverage(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> float:
-    """Return the mean error rate over all coverages; less is better.
+    """Return the mean error rate over all coverages; lower is better.
 
     Geifman, Uziel and El-Yaniv 2019, https://arxiv.org/abs/1805.08206.
     """
@@ -200,7 +208,7 @@ def area_under_risk_coverage(confidence: NDArray[np.float64], correct: NDArray[n
 
 
 def choose_threshold(rows: Scored, accuracy: float) -> float | None:
-    """Return the lowest confidence from which on the answers are that accurate, if there is one."""
+    """Return the lowest threshold at which answers reach an accuracy, None if there is none."""
     thresholds, _, accuracies = _cumulative(rows.confidence, rows.correct)
     good = np.flatnonzero(accuracies >= accuracy)
     return float(thresholds[good[-1]]) if len(good) else None

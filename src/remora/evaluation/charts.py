@@ -1,4 +1,4 @@
-"""The charts of a report as geometry, for SVG that needs no script."""
+"""The charts of a report, laid out for SVG that needs no script."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 22, 12, 42
-
 MAX_POINTS = 150
 
 Point = tuple[float, float]
@@ -17,7 +16,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Tick:
-    """A mark on an axis: where, in SVG units, and what stands there."""
+    """A mark on an axis: its place in SVG units, and its text."""
 
     at: float
     text: str
@@ -25,29 +24,29 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True)
 class Dot:
-    """A point that is drawn as one."""
+    """A marked point."""
 
     x: float
     y: float
-    text: str  # shown where the pointer rests on it
+    text: str  # its tooltip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A polyline in SVG units, with dots on it if it has few points."""
+    """A polyline in SVG units, with dots if it has few points."""
 
-    kind: str  # its class in the style sheet
+    kind: str  # CSS class
     points: str
     dots: tuple[Dot, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What a template needs to draw a chart."""
+    """A chart as a template draws it."""
 
     name: str  # unique on a page
     title: str
-    description: str  # what the picture shows, for who does not see it
+    description: str  # of the picture, for screen readers
     x_label: str
     y_label: str
     x_ticks: tuple[Tick, ...]
@@ -65,7 +64,7 @@ class Chart:
 class Interval:
     """An interval around a value, in SVG units along the width."""
 
-    kind: str  # its class in the style sheet
+    kind: str  # CSS class
     name: str
     text: str
     low: float
@@ -83,9 +82,9 @@ class Intervals:
 
 
 def intervals(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Intervals:
-    """Lay out accuracies with their intervals, each given as its class, its name and its metrics.
+    """Lay out accuracies with their intervals, each given as its CSS class, name and metrics.
 
-    The axis covers whole steps.
+    The axis extends to whole steps.
     """
     bounds = [bound for _, _, metrics in rows for bound in metrics["accuracy_interval"]]
     places = ticks(min(bounds), max(bounds))
@@ -93,16 +92,16 @@ def intervals(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Intervals:
     def at(x: float) -> float:
         return round(20 + (x - places[0]) / (places[-1] - places[0]) * (WIDTH - 40), 1)
 
-    found = []
+    laid_out = []
     for kind, name, metrics in rows:
         low, high = metrics["accuracy_interval"]
         text = f"{metrics['accuracy']:.2%} ({low:.1%} to {high:.1%})"
         where = {"low": at(low), "value": at(metrics["accuracy"]), "high": at(high)}
-        found.append(Interval(kind=kind, name=name, text=text, **where))
+        laid_out.append(Interval(kind=kind, name=name, text=text, **where))
     return Intervals(
         width=WIDTH,
         ticks=tuple(Tick(at=at(x), text=_text(x, True)) for x in places),
-        rows=tuple(found),
+        rows=tuple(laid_out),
     )
 
 
@@ -120,11 +119,23 @@ def chart(
     y_percent: bool = False,
     x_places: Sequence[float] | None = None,
 ) -> Chart:
-    """Lay out a chart of lines, each given as its class, its points and whether they get dots.
+    """Lay out a line chart.
 
-    The height covers whole steps of the axis. The width does so too, unless it is given places
-    above 0 to mark, which are then laid out by their logarithm.
+    Args:
+        name: Its id, unique on a page.
+        title: Its title.
+        description: What it shows, for screen readers and the caption.
+        lines: The CSS class of each line, its points, and whether they are marked with dots.
+        x_label: The name of the horizontal axis.
+        y_label: The name of the vertical axis.
+        x_range: The values at the left and the right end.
+        y_range: The range of values, which the vertical axis extends to whole steps.
+        x_percent: Whether horizontal values are shown as percentages.
+        y_percent: Whether vertical values are.
+        x_places: Values above 0 to mark on a logarithmic horizontal axis, instead of whole steps
+            on a linear one.
     """
+    # Axes
     x_low, x_high = x_range if x_range[1] > x_range[0] else (x_range[0] - 1, x_range[0] + 1)
     scale = math.log if x_places else float
     if x_places is None:
@@ -139,6 +150,7 @@ def chart(
     def y_at(y: float) -> float:
         return round(TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
 
+    # Lines
     drawn = []
     for kind, points, dotted in lines:
         dots = [
@@ -161,7 +173,7 @@ def chart(
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Return round numbers over a range, about as many as wanted; the outer ones may lie outside.
+    """Return round numbers that cover a range, about as many as wanted.
 
     Steps are 1, 2 or 5 times a power of ten.
     """
@@ -175,7 +187,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def thinned(points: Sequence[Point], most: int) -> tuple[list[Point], int]:
-    """Return at most so many points, each the mean of some neighbours, and of how many."""
+    """Return at most `most` points, each the mean of neighbouring ones, and the number averaged."""
     size = math.ceil(len(points) / most) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     means = [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
@@ -183,9 +195,9 @@ def thinned(points: Sequence[Point], most: int) -> tuple[list[Point], int]:
 
 
 def training(records: Sequence[dict[str, Any]]) -> list[Chart]:
-    """Return the curves of the records in metrics.jsonl.
+    """Return the charts of training loss and validation accuracy from metrics.jsonl.
 
-    Steps whose loss is not finite were not taken and are left out.
+    Skipped steps, whose loss is not finite, are left out.
     """
     losses = [(r["step"], r["loss"]) for r in records if math.isfinite(r.get("loss", math.nan))]
     accuracies = [
@@ -194,14 +206,14 @@ def training(records: Sequence[dict[str, Any]]) -> list[Chart]:
     if not losses:
         return []
     points, size = thinned(losses, MAX_POINTS)
-    each = f"; each point is the mean of {size} steps" if size > 1 else ""
+    each = f"; each point averages {size} steps" if size > 1 else ""
     steps = (0, losses[-1][0])
-    found = [
+    drawn = [
         chart(
             "loss",
             "Training loss",
-            f"From {points[0][1]:.3g} at the beginning to {points[-1][1]:.3g} at the end, in nats "
-            f"for each answer token{each}.",
+            f"From {points[0][1]:.3g} at the start to {points[-1][1]:.3g} at the end, in nats "
+            f"per answer token{each}.",
             [("loss", points, len(points) == 1)],
             x_label="step",
             y_label="loss",
@@ -212,11 +224,11 @@ def training(records: Sequence[dict[str, Any]]) -> list[Chart]:
     if accuracies:
         best = max(accuracies, key=lambda point: point[1])
         values = [y for _, y in accuracies]
-        found.append(
+        drawn.append(
             chart(
                 "validation",
                 "Validation accuracy",
-                f"The best of {len(values)}, with {best[1]:.1%}, is that of step {best[0]:,}.",
+                f"Best of {len(values)} evaluations: {best[1]:.1%}, at step {best[0]:,}.",
                 [("accuracy", accuracies, True)],
                 x_label="step",
                 y_label="accuracy",
@@ -225,13 +237,11 @@ def training(records: Sequence[dict[str, Any]]) -> list[Chart]:
                 y_percent=True,
             )
         )
-    return found
+    return drawn
 
 
-def calibration(reliability: dict[str, Any] | None) -> list[Chart]:
-    """Return the reliability curve and accuracy against coverage, if they were measured."""
-    if not reliability:
-        return []
+def calibration(reliability: Mapping[str, Any]) -> list[Chart]:
+    """Return the charts of the reliability curve and of accuracy against coverage."""
     bins = [(b["confidence"], b["accuracy"]) for b in reliability["bins"]]
     coverage = [(c["coverage"], c["accuracy"]) for c in reliability["coverage"]]
     error = reliability["calibration_error"]
@@ -239,8 +249,8 @@ def calibration(reliability: dict[str, Any] | None) -> list[Chart]:
         chart(
             "reliability",
             "Reliability",
-            f"Accuracy against confidence in {len(bins)} groups of rows; the dashed line is where "
-            f"both are equal. They differ by {error:.3f} on average.",
+            f"Accuracy against confidence in {len(bins)} bins of rows; on the dashed line both are "
+            f"equal. They differ by {error:.3f} on average.",
             [("ideal", [(0.0, 0.0), (1.0, 1.0)], False), ("accuracy", bins, True)],
             x_label="confidence",
             y_label="accuracy",
@@ -251,10 +261,10 @@ def calibration(reliability: dict[str, Any] | None) -> list[Chart]:
         ),
         chart(
             "coverage",
-            "Accuracy of the surest answers",
-            "Accuracy where only the surest share of the messages is answered: from "
-            f"{coverage[0][1]:.1%} for the surest {coverage[0][0]:.0%} to {coverage[-1][1]:.1%} "
-            "for all.",
+            "Accuracy of the most confident answers",
+            f"Accuracy if only the most confident share of messages is answered: "
+            f"{coverage[0][1]:.1%} for the top {coverage[0][0]:.0%}, "
+            f"{coverage[-1][1]:.1%} for all.",
             [("accuracy", coverage, True)],
             x_label="share answered",
             y_label="accuracy",
@@ -266,11 +276,9 @@ def calibration(reliability: dict[str, Any] | None) -> list[Chart]:
     ]
 
 
-def learning_curve(found: dict[str, Any] | None) -> Chart | None:
-    """Return accuracy against training rows, as learning_curve.json has it."""
-    if not found:
-        return None
-    sizes, further = found["sizes"], found["extrapolation"]
+def learning_curve(figures: Mapping[str, Any]) -> Chart:
+    """Return the chart of accuracy against training rows from learning_curve.json."""
+    sizes, further = figures["sizes"], figures["extrapolation"]
     ours = [(s["num_rows"], s["accuracy"]) for s in sizes]
     theirs = [(s["num_rows"], s["baseline_accuracy"]) for s in sizes]
     intervals = [
@@ -285,8 +293,8 @@ def learning_curve(found: dict[str, Any] | None) -> Chart | None:
         "learning-curve",
         "Accuracy by training rows",
         f"From {ours[0][1]:.1%} with {ours[0][0]:,} rows to {ours[-1][1]:.1%} with "
-        f"{ours[-1][0]:,}; the bars are 95% intervals, the other line is the baseline"
-        + (", the dashed one the extrapolation." if further else "."),
+        f"{ours[-1][0]:,}; bars are 95% intervals, the second line is the baseline"
+        + (", the dashed line the extrapolation." if further else "."),
         [*intervals, ("baseline", theirs, True), *ahead, ("accuracy", ours, True)],
         x_label="training rows",
         y_label="accuracy",
@@ -298,28 +306,28 @@ def learning_curve(found: dict[str, Any] | None) -> Chart | None:
 
 
 def frontier(accuracies: Sequence[Point], cut_accuracies: Sequence[Point], least: float) -> Chart:
-    """Return accuracy against how many times smaller an adapter is than the whole one.
+    """Return the chart of accuracy against how many times smaller an adapter is than the full one.
 
     Args:
-        accuracies: How many times smaller and the accuracy, for the whole adapter and smaller ones.
-        cut_accuracies: The same before some learned again; empty if none did.
-        least: The accuracy that is good enough.
+        accuracies: Compression ratio and accuracy, for the full adapter and smaller ones.
+        cut_accuracies: The same before some were fine-tuned again; empty if none was.
+        least: The accuracy that suffices.
     """
     times = [x for x, _ in accuracies]
     values = [y for _, y in (*accuracies, *cut_accuracies)]
-    learned = ": learned again (upper line), only cut (lower)" if cut_accuracies else ""
+    lines = ": fine-tuned again (upper line), only truncated (lower)" if cut_accuracies else ""
     ends = (min(times), max(times))
     return chart(
         "frontier",
-        f"Accuracy by size of the adapter{learned}",
-        f"From {accuracies[0][1]:.1%} with the whole adapter to {accuracies[-1][1]:.1%} with one "
-        f"{times[-1]:.3g} times smaller. The dashed line is the least accuracy allowed.",
+        f"Accuracy by adapter size{lines}",
+        f"From {accuracies[0][1]:.1%} with the full adapter to {accuracies[-1][1]:.1%} with one "
+        f"{times[-1]:.3g} times smaller. The dashed line is the lowest accuracy allowed.",
         [
             ("ideal", [(ends[0], least), (ends[1], least)], False),
             *([("baseline", cut_accuracies, True)] if cut_accuracies else []),
             ("accuracy", accuracies, True),
         ],
-        x_label="times smaller than the whole adapter",
+        x_label="times smaller than the full adapter",
         y_label="accuracy",
         x_range=ends,
         y_range=(min(*values, least), max(values)),

@@ -25,22 +25,22 @@ NUM_SHARED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One run, or the baseline, with what it achieves and what it costs."""
+    """A run or the baseline, with its accuracy and its costs."""
 
     name: str
     accuracy: float
-    accuracy_interval: tuple[float, float]  # 95 %, Wilson (1927)
+    accuracy_interval: tuple[float, float]  # 95%, Wilson (1927)
     macro_f1: float
     train_seconds: float
-    num_bytes: int = 0  # weights that it takes to predict; 0 for the baseline
-    artifact_bytes: int | None = None  # what the run has added
+    num_bytes: int = 0  # of weights needed to predict; 0 for the baseline
+    artifact_bytes: int | None = None  # of the adapter or model that the run has saved
     trainable_share: float | None = None
     examples_per_second: float | None = None  # of training
     peak_memory_bytes: int | None = None
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is no run but the baseline."""
+        """Whether this is the baseline, not a run."""
         return self.artifact_bytes is None
 
 
@@ -51,20 +51,20 @@ class Pair:
     first: str
     second: str
     difference: float  # accuracy of the first minus that of the second
-    difference_interval: tuple[float, float]  # 95 %, Agresti and Min (2005)
+    difference_interval: tuple[float, float]  # 95%, Agresti and Min (2005)
     only_first_right: int
     only_second_right: int
     p_value: float  # exact McNemar test
     adjusted_p_value: float  # over all pairs, Holm (1979)
     both_wrong: int
-    both_wrong_by_chance: float  # expected, if they erred independently at their rates
-    error_consistency: float | None  # kappa of being right; None where one is always right or wrong
-    same_wrong_label: int  # rows, of those that both get wrong
+    both_wrong_by_chance: float  # expected if they erred independently
+    error_consistency: float | None  # kappa of being right; None if one is always right or wrong
+    same_wrong_label: int  # of the rows that both get wrong
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedMistake:
-    """Rows of one label that every run takes for the same other label."""
+    """Rows of one label for which every run predicts the same wrong label."""
 
     true: str
     predicted: str
@@ -73,7 +73,7 @@ class SharedMistake:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Contenders from the smallest to the biggest, and what follows."""
+    """Contenders from the smallest to the biggest, their differences, and the conclusion."""
 
     num_rows: int
     contenders: tuple[Contender, ...]
@@ -101,6 +101,8 @@ def compare_runs(config: CompareConfig) -> Comparison:
     runs = [_read(path) for path in config.runs]
     for other in runs[1:]:
         _refuse_other_rows(runs[0], other)
+
+    # Runs and the baseline, from the smallest to the biggest
     names = _names(config.runs)
     contenders = {
         name: (_contender(name, each.figures), each.predicted)
@@ -108,17 +110,19 @@ def compare_runs(config: CompareConfig) -> Comparison:
     }
     notes = []
     if runs[0].baseline is None:
-        notes.append(f"{runs[0].directory} keeps no predictions of the baseline, so it is left out")
+        notes.append(f"{runs[0].directory} has no predictions of the baseline, which is left out")
     else:
-        found = _baseline(runs[0].figures["baseline"])
-        contenders[found.name] = (found, runs[0].baseline)
+        baseline = _baseline(runs[0].figures["baseline"])
+        contenders[baseline.name] = (baseline, runs[0].baseline)
         if any(each.baseline not in (None, runs[0].baseline) for each in runs):
             notes.append(f"the baseline is that of {names[0]}; the training rows differ")
     if any(each.figures["measured_on"] != "test" for each in runs):
-        notes.append("the rows also chose the weights: all figures are a little too good")
+        notes.append("the rows also selected the weights: all figures are slightly optimistic")
     ordered = sorted(
         contenders.values(), key=lambda each: (each[0].num_bytes, each[0].train_seconds)
     )
+
+    # Differences, and what follows from them
     pairs = _pairs(runs[0].true, ordered)
     ranked = [each for each, _ in ordered]
     best, rival = _best_and_rival(ranked, pairs)
@@ -135,15 +139,15 @@ def compare_runs(config: CompareConfig) -> Comparison:
 
 
 def _read(path: Path) -> Results:
-    found = results.read(path)
+    run = results.read(path)
     try:
-        _contender("", found.figures)
-        _baseline(found.figures["baseline"])
+        _contender("", run.figures)
+        _baseline(run.figures["baseline"])
     except (KeyError, TypeError) as error:
         raise DataError(
             f"the figures in {path} are broken ({one_line(error)}); train it again"
         ) from error
-    return found
+    return run
 
 
 def _refuse_other_rows(first: Results, other: Results) -> None:
@@ -163,7 +167,7 @@ def _refuse_other_rows(first: Results, other: Results) -> None:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return the runs' own names, or their paths where those are not enough."""
+    """Return the runs' names, or their paths if two names are the same."""
     names = [path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
@@ -171,7 +175,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _contender(name: str, figures: dict[str, Any]) -> Contender:
     metrics = figures["metrics"]
     parameters = figures["parameters"]
-    # An adapter needs its base model, a model that trained in all its weights does not.
+    # An adapter needs its base model, a fully fine-tuned model does not.
     base_bytes = 0 if figures.get("method") == "full" else figures["base_bytes"]
     return Contender(
         name=name,
@@ -201,14 +205,14 @@ def _baseline(figures: dict[str, Any]) -> Contender:
 def _pairs(
     true: Sequence[str], ordered: Sequence[tuple[Contender, Sequence[str]]]
 ) -> tuple[Pair, ...]:
-    """Compare each two contenders; of two, the later in the order is the first of the pair."""
-    found = list(combinations(ordered, 2))
-    p_values = [mcnemar(true, big[1], small[1]) for small, big in found]
+    """Compare every two contenders; the bigger one is the first of the pair."""
+    matches = list(combinations(ordered, 2))
+    p_values = [mcnemar(true, big[1], small[1]) for small, big in matches]
     adjusted = holm(p_values)
     answers = np.array(true)
     return tuple(
         _pair(answers, big, small, p, q)
-        for (small, big), p, q in zip(found, p_values, adjusted, strict=True)
+        for (small, big), p, q in zip(matches, p_values, adjusted, strict=True)
     )
 
 
@@ -222,10 +226,8 @@ def _pair(
     first, second = np.array(big[1]), np.array(small[1])
     wrong_first, wrong_second = first != true, second != true
     num_rows = len(true)
-    only_first, only_second = (
-        int((wrong_second & ~wrong_first).sum()),
-        int((wrong_first & ~wrong_second).sum()),
-    )
+    only_first = int((wrong_second & ~wrong_first).sum())
+    only_second = int((wrong_first & ~wrong_second).sum())
     both = wrong_first & wrong_second
     rates = float(wrong_first.mean()), float(wrong_second.mean())
     agreement = float((wrong_first == wrong_second).mean())
@@ -265,7 +267,7 @@ def _between(pairs: Sequence[Pair], first: Contender, second: Contender) -> Pair
 def _best_and_rival(
     ranked: Sequence[Contender], pairs: Sequence[Pair]
 ) -> tuple[Contender, Contender | None]:
-    """Return the most accurate, and the smaller contender that it must justify itself against.
+    """Return the most accurate contender, and the smaller one that it must justify itself against.
 
     That is the smallest one whose difference may be chance, else the most accurate smaller one.
     """
@@ -295,14 +297,14 @@ def _answer(
     bigger = ""
     if (biggest := ranked[-1]).num_bytes > best.num_bytes:
         behind = -100 * _between(pairs, biggest, best).difference
-        less = f"{behind:.1f} points less" if behind else "no more"
-        bigger = f" {biggest.name}, bigger still, gets {less}."
+        worse = f"{behind:.1f} points worse" if behind else "no better"
+        bigger = f" {biggest.name}, bigger still, is {worse}."
     if pair.adjusted_p_value >= SIGNIFICANT:
         keeps = "Neither is bigger" if alike else "The bigger model does not earn its keep"
         smaller = "" if alike else "the smaller "
         return (
-            f"{keeps}: what {best.name} has over {smaller}{rival.name} may be chance ({figures})."
-            f"{bigger}"
+            f"{keeps}: the lead of {best.name} over {smaller}{rival.name} may be chance "
+            f"({figures}).{bigger}"
         )
     keeps = "Neither is bigger, and one is better" if alike else "The bigger model earns its keep"
     return (
@@ -312,20 +314,20 @@ def _answer(
 
 
 def _clears(ranked: Sequence[Contender], bar: float) -> str:
-    """Say which is the smallest contender that clears the bar."""
+    """Name the smallest contender that reaches the bar."""
     for each in ranked:
         if each.accuracy >= bar:
             low = each.accuracy_interval[0]
-            sure = "" if low >= bar else f", though its interval begins below it, at {low:.1%}"
-            return f"{each.name} is the smallest that clears {bar:.1%}: {each.accuracy:.2%}{sure}."
+            sure = "" if low >= bar else f", but its 95% interval starts at {low:.1%}"
+            return f"{each.name} is the smallest that reaches {bar:.1%}: {each.accuracy:.2%}{sure}."
     best = max(ranked, key=lambda each: each.accuracy)
-    return f"None clears {bar:.1%}; {best.name} comes closest with {best.accuracy:.2%}."
+    return f"None reaches {bar:.1%}; {best.name} comes closest with {best.accuracy:.2%}."
 
 
 def _value(
     best: Contender, rival: Contender | None, pairs: Sequence[Pair], config: CompareConfig
 ) -> str | None:
-    """Say what the difference between the best and its smaller rival is worth."""
+    """Say how many more messages the best gets right than its smaller rival, and their value."""
     if config.volume is None or rival is None:
         return None
     pair = _between(pairs, best, rival)

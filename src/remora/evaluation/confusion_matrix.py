@@ -1,4 +1,4 @@
-"""The confusion matrix of a report: which labels, in what order, how shaded."""
+"""The confusion matrix of a report: its labels, their order, and the shades of its cells."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ from remora.evaluation.rendering import isolated
 from remora.evaluation.results import Results
 
 MAX_MATRIX_LABELS = 150
-
 NUM_SHADES = 9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A cell of the confusion matrix that is not empty."""
+    """A non-empty cell of the confusion matrix."""
 
     count: int
-    shade: str  # its class in the style sheet: d for right, e for wrong, then 1 to 9
+    shade: str  # CSS class: d for correct or e for wrong, then 1 to 9
     text: str
 
 
-def confusion_counts(found: Results) -> NDArray[np.int64]:
-    """Return the rows of each label and prediction, [true, predicted]."""
-    place = {label: index for index, label in enumerate(found.labels)}
+def confusion_counts(run: Results) -> NDArray[np.int64]:
+    """Return the number of rows for each label and prediction, [true, predicted]."""
+    place = {label: index for index, label in enumerate(run.labels)}
     counts = np.zeros((len(place), len(place)), dtype=np.int64)
-    for (true, predicted), count in Counter(zip(found.true, found.predicted, strict=True)).items():
+    for (true, predicted), count in Counter(zip(run.true, run.predicted, strict=True)).items():
         counts[place[true], place[predicted]] = count
     return counts
 
 
 def matrix_labels(counts: NDArray[np.int64]) -> list[int]:
-    """Choose the labels of the matrix, those with most mistakes, and put like beside like.
+    """Return the labels with most mistakes, confused labels next to each other.
 
-    Labels that are taken for each other become neighbours (average linkage, the leaves ordered so
-    that neighbours are as close as can be); those without mistakes come last.
+    The order is that of the leaves of a hierarchical clustering (average linkage, optimal leaf
+    ordering); labels without mistakes come last.
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
@@ -61,7 +60,7 @@ def matrix_labels(counts: NDArray[np.int64]) -> list[int]:
 def cells(
     counts: NDArray[np.int64], labels: Sequence[str], shown: Sequence[int]
 ) -> dict[tuple[int, int], Cell]:
-    """Return the cells that are not empty, by their places (true, predicted)."""
+    """Return the non-empty cells by their indices (true, predicted)."""
     cells = {}
     num_rows = counts.sum(1)
     for i in shown:
@@ -70,10 +69,10 @@ def cells(
                 continue
             share = count / num_rows[i]
             true, predicted = isolated(labels[i]), isolated(labels[j])
-            text = f"{count:,} of {true} taken for {predicted} ({share:.0%})"
-            shade = f"e{int(np.ceil(NUM_SHADES * np.sqrt(share)))}"  # a few rows shall be seen
+            text = f"{count:,} of {true} predicted as {predicted} ({share:.0%})"
+            shade = f"e{int(np.ceil(NUM_SHADES * np.sqrt(share)))}"  # so that few rows are visible
             if i == j:
-                text = f"{count:,} of {true} right ({share:.0%})"
+                text = f"{count:,} of {true} correct ({share:.0%})"
                 shade = f"d{int(np.ceil(NUM_SHADES * share))}"
             cells[i, j] = Cell(count=count, shade=shade, text=text)
     return cells

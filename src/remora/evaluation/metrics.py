@@ -1,4 +1,4 @@
-"""Metrics, and the near-free baseline that every result is shown beside."""
+"""Accuracy, precision, recall, F1, log-loss and confusions of a set of predictions."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMetrics:
-    """Figures of one class; 0 where a figure has no rows to be computed on."""
+    """Metrics of one class; 0 where one is undefined."""
 
     label: str
     precision: float
     recall: float
     f1: float
-    support: int  # rows that have the label in truth
+    support: int  # rows of the true label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """Rows of one label that were taken for another."""
+    """Rows of one label that were predicted as another."""
 
     true: str
     predicted: str
@@ -33,13 +33,13 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfusedPair:
-    """Two labels that are taken for each other, in both directions."""
+    """Two labels that are confused with each other, counted in both directions."""
 
     first: str
     second: str
     first_as_second: int  # rows
     second_as_first: int
-    num_rows: int  # rows that have one of the two labels in truth
+    num_rows: int  # rows of either true label
 
     @property
     def count(self) -> int:
@@ -49,20 +49,20 @@ class ConfusedPair:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Figures of one set of predictions."""
+    """Metrics of one set of predictions."""
 
     num_rows: int
     num_correct: int
     accuracy: float
-    accuracy_interval: tuple[float, float]  # 95 %, Wilson (1927)
-    macro_f1: float  # over the classes that occur in truth or among the predictions
+    accuracy_interval: tuple[float, float]  # 95%, Wilson (1927)
+    macro_f1: float  # over classes that occur as true or predicted labels
     log_loss: float | None  # mean, in nats
     per_class: tuple[ClassMetrics, ...]
     confusions: tuple[Confusion, ...]  # the largest first
     confused_pairs: tuple[ConfusedPair, ...]  # the largest first
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON holds them."""
+        """Return the metrics as JSON holds them."""
         return asdict(self)
 
 
@@ -72,7 +72,7 @@ def measure(
     predicted: Sequence[str],
     probabilities: NDArray[np.float64] | None = None,
 ) -> Metrics:
-    """Compare predictions with the truth.
+    """Measure predictions against the true labels.
 
     Args:
         labels: The closed label set.
@@ -86,6 +86,8 @@ def measure(
     assert len(true) == len(predicted) > 0
     assert len(labels) > 1
     assert set(labels) >= {*true, *predicted}
+
+    # Accuracy and figures of each class
     matrix = confusion_matrix(true, predicted, labels=list(labels))  # [true, predicted]
     num_correct = int(np.trace(matrix))
     interval = binomtest(num_correct, len(true)).proportion_ci(method="wilson")
@@ -97,12 +99,15 @@ def measure(
         for label, p, r, f, n in zip(labels, *figures, strict=True)
     )
     occurs = matrix.sum(0) + matrix.sum(1) > 0
+
+    # Log-loss
     log_loss = None
     if probabilities is not None:
         assert probabilities.shape == (len(true), len(labels))
         place = {label: index for index, label in enumerate(labels)}
         chosen = probabilities[np.arange(len(true)), [place[label] for label in true]]
         log_loss = float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
+
     return Metrics(
         num_rows=len(true),
         num_correct=num_correct,
@@ -117,7 +122,7 @@ def measure(
 
 
 def _confusions(labels: Sequence[str], matrix: NDArray[np.int64]) -> tuple[Confusion, ...]:
-    found = [
+    confusions = [
         Confusion(
             true=labels[i],
             predicted=labels[j],
@@ -127,11 +132,11 @@ def _confusions(labels: Sequence[str], matrix: NDArray[np.int64]) -> tuple[Confu
         for i, j in np.argwhere(matrix)
         if i != j
     ]
-    return tuple(sorted(found, key=lambda cell: (-cell.count, cell.true, cell.predicted)))
+    return tuple(sorted(confusions, key=lambda cell: (-cell.count, cell.true, cell.predicted)))
 
 
 def _confused_pairs(labels: Sequence[str], matrix: NDArray[np.int64]) -> tuple[ConfusedPair, ...]:
-    found = [
+    pairs = [
         ConfusedPair(
             first=labels[i],
             second=labels[j],
@@ -141,4 +146,4 @@ def _confused_pairs(labels: Sequence[str], matrix: NDArray[np.int64]) -> tuple[C
         )
         for i, j in np.argwhere(np.triu(matrix + matrix.T, 1))
     ]
-    return tuple(sorted(found, key=lambda pair: (-pair.count, pair.first, pair.second)))
+    return tuple(sorted(pairs, key=lambda pair: (-pair.count, pair.first, pair.second)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,77 +14,31 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from remora.errors import ModelError
+from remora.errors import DataError, ModelError
 from remora.formatting import one_line
-from remora.runtime.files import disk_errors, write_csv
+from remora.runtime import files
 
+PREDICTIONS = "predictions.csv"
 PROBABILITIES = "probabilities.safetensors"
 
 
-def write_predictions(
-    path: Path,
-    texts: Sequence[str],
-    true: Sequence[str],
-    predicted: Sequence[str],
-    probability: Sequence[float],
-    baseline: Sequence[str] | None = None,
-) -> None:
-    """Write one row per message, with the baseline's prediction last where there is one."""
-    header = ["text", "label", "predicted", "probability"]
-    columns = [texts, true, predicted, [f"{p:.6f}" for p in probability]]
-    if baseline is not None:
-        header, columns = [*header, "baseline"], [*columns, baseline]
-    write_csv(path, header, zip(*columns, strict=True))
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The rows of predictions.csv: texts and labels as they are, not as a spreadsheet sees them."""
 
-
-def write_probabilities(path: Path, labels: Sequence[str], splits: Mapping[str, Scored]) -> None:
-    """Write the probabilities of splits as safetensors, whole or not at all.
-
-    For each split there are `<split>.probabilities`, float32 [rows, labels], and `<split>.true`,
-    int64 [rows], places in the list of labels that is in the file's metadata.
-    """
-    from safetensors.numpy import save_file
-
-    arrays: dict[str, NDArray[Any]] = {}
-    for split, scored in splits.items():
-        arrays[f"{split}.probabilities"] = scored.probabilities.astype(np.float32)
-        arrays[f"{split}.true"] = scored.true
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        save_file(arrays, temporary, metadata={"labels": json.dumps(list(labels))})
-        os.replace(temporary, path)
-
-
-def read_probabilities(path: Path, labels: Sequence[str], split: str) -> Scored | None:
-    """Read what `write_probabilities` wrote of a split; None if there is no file or split.
-
-    Raises:
-        ModelError: If the file is broken or of other labels.
-    """
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="numpy") as file:
-            if json.loads(file.metadata()["labels"]) != list(labels):
-                raise ModelError(f"{path} is of other labels than the adapter; restore the run")
-            if f"{split}.true" not in file.keys():  # noqa: SIM118 - it is no mapping
-                return None
-            return Scored(
-                probabilities=file.get_tensor(f"{split}.probabilities").astype(np.float64),
-                true=file.get_tensor(f"{split}.true"),
-            )
-    except (SafetensorError, KeyError, TypeError, OSError) as error:
-        raise ModelError(
-            f"{path} is broken ({one_line(error)}); restore it, or delete it to go without"
-        ) from error
+    texts: list[str]
+    true: list[str]
+    predicted: list[str]
+    probability: list[float]  # of the predicted label
+    baseline: list[str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Probabilities of some rows beside their true labels."""
+    """Probabilities of some rows, with their true labels."""
 
     probabilities: NDArray[np.float64]  # [rows, labels]
-    true: NDArray[np.int64]  # [rows], places in the label set
+    true: NDArray[np.int64]  # [rows], indices into the label set
 
     @property
     def confidence(self) -> NDArray[np.float64]:
@@ -104,7 +59,94 @@ class Scored:
         return float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
 
     def at(self, temperature: float) -> Scored:
-        """Return the rows with softmax(log p / temperature) for their probabilities p."""
+        """Return the rows with their probabilities p scaled to softmax(log p / temperature)."""
         logs = np.log(np.maximum(self.probabilities, np.finfo(np.float64).tiny)) / temperature
         scaled = np.exp(logs - logs.max(1, keepdims=True))
         return Scored(probabilities=scaled / scaled.sum(1, keepdims=True), true=self.true)
+
+
+def write_predictions(
+    path: Path,
+    texts: Sequence[str],
+    true: Sequence[str],
+    predicted: Sequence[str],
+    probability: Sequence[float],
+    baseline: Sequence[str] | None = None,
+) -> None:
+    """Write predictions.csv: one row per message, the baseline's prediction last if there is one.
+
+    Cells that a spreadsheet would run as formulas are escaped.
+    """
+    header = ["text", "label", "predicted", "probability"]
+    columns = [texts, true, predicted, [f"{p:.6f}" for p in probability]]
+    if baseline is not None:
+        header, columns = [*header, "baseline"], [*columns, baseline]
+    files.write_csv(path, header, zip(*columns, strict=True))
+
+
+def read_predictions(path: Path, labels: Sequence[str]) -> Predictions:
+    """Read predictions.csv and undo its escaping.
+
+    A label is looked up among `labels`, so it comes back exactly. A text that itself begins with
+    an apostrophe before a formula loses the apostrophe: the file does not tell the two apart.
+
+    Raises:
+        DataError: If the file is broken, or has other labels.
+    """
+    originals = {files.escape_formula(label): label for label in labels}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("it has no rows")
+        return Predictions(
+            texts=[files.unescape_formula(row["text"]) for row in rows],
+            true=[originals[row["label"]] for row in rows],
+            predicted=[originals[row["predicted"]] for row in rows],
+            probability=[float(row["probability"]) for row in rows],
+            baseline=(
+                [originals[row["baseline"]] for row in rows] if "baseline" in rows[0] else None
+            ),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise DataError(f"{path} is broken ({one_line(error)}); train the run again") from error
+
+
+def write_probabilities(path: Path, labels: Sequence[str], splits: Mapping[str, Scored]) -> None:
+    """Write the probabilities of splits as safetensors, whole or not at all.
+
+    Each split has `<split>.probabilities`, float32 [rows, labels], and `<split>.true`, int64
+    [rows], indices into the list of labels in the file's metadata.
+    """
+    from safetensors.numpy import save_file
+
+    arrays: dict[str, NDArray[Any]] = {}
+    for split, scored in splits.items():
+        arrays[f"{split}.probabilities"] = scored.probabilities.astype(np.float32)
+        arrays[f"{split}.true"] = scored.true
+    temporary = path.with_name(path.name + ".tmp")
+    with files.disk_errors(path):
+        save_file(arrays, temporary, metadata={"labels": json.dumps(list(labels))})
+        os.replace(temporary, path)
+
+
+def read_probabilities(path: Path, labels: Sequence[str], split: str) -> Scored | None:
+    """Read one split of what `write_probabilities` wrote; None if the file or the split is missing.
+
+    Raises:
+        ModelError: If the file is broken or has other labels.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if json.loads(file.metadata()["labels"]) != list(labels):
+                raise ModelError(f"{path} has other labels than the model; restore the run")
+            if f"{split}.true" not in file.keys():  # noqa: SIM118 - it is no mapping
+                return None
+            return Scored(
+                probabilities=file.get_tensor(f"{split}.probabilities").astype(np.float64),
+                true=file.get_tensor(f"{split}.true"),
+            )
+    except (SafetensorError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{path} is broken ({one_line(error)}); restore or delete it") from error

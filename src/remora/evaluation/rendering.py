@@ -1,4 +1,4 @@
-"""Jinja templates to HTML that trusts no text."""
+"""Jinja templates rendered to HTML in which every text is escaped."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from remora.formatting import one_line, spoken_bytes, spoken_seconds
 
 @contextlib.contextmanager
 def of_this_version(directory: Path) -> Iterator[None]:
-    """Turn what a template or a figure lacks into one line."""
+    """Raise DataError if the files of a run lack what a template needs."""
     import jinja2
 
     try:
         yield
-    except DataError:  # of a file, which it names
+    except DataError:  # it names the file already
         raise
     except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -32,7 +32,7 @@ def of_this_version(directory: Path) -> Iterator[None]:
 
 
 def rendered(name: str, context: Mapping[str, Any], **code: str) -> str:
-    """Return a page of a template; everything in the context is escaped but what is `Markup`."""
+    """Return a page of a template; everything in the context is escaped except `Markup`."""
     import jinja2
     from markupsafe import Markup
 
@@ -63,23 +63,28 @@ def template_text(name: str) -> str:
 
 
 def csp_hash(code: str) -> str:
-    """Return the source expression of a Content-Security-Policy that allows this code alone."""
+    """Return the Content-Security-Policy source that allows exactly this code."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode('utf-8')).digest()).decode()}'"
 
 
 def json_for_html(value: Any) -> str:
-    """Return JSON that cannot end the element it stands in, whatever texts it holds."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """Return JSON that cannot end its HTML element, whatever texts it holds.
+
+    Dataclasses become objects with their fields' names.
+    """
+    text = json.dumps(
+        value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=vars
+    )
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """Return a share in percent."""
+    """Return a share as a percentage."""
     return f"{100 * share:.{digits}f}%"
 
 
 def isolated(text: str) -> str:
-    """Return a text whose direction of writing stays its own, for where there is no markup."""
+    """Return a text in Unicode isolates, so that its writing direction affects nothing else."""
     return f"\u2068{text}\u2069"

@@ -1,8 +1,7 @@
-"""What a finished run has left: figures, predictions and settings, read back."""
+"""A finished run, read back: its figures, predictions and settings."""
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from dataclasses import dataclass
@@ -10,27 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from remora.errors import DataError
+from remora.evaluation.predictions import PREDICTIONS, Predictions, read_predictions
 from remora.formatting import one_line
-from remora.runtime import files
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-from remora.runtime.files import as_it_was
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
-    """The figures of a run, and each row it was measured on with what was predicted."""
+class Results(Predictions):
+    """The figures of a run, and its prediction for each row that it was measured on."""
 
     directory: Path
     figures: dict[str, Any]  # evaluation.json
-    texts: list[str]
-    true: list[str]
-    predicted: list[str]
-    probability: list[float]  # of the predicted label
-    baseline: list[str] | None
 
     @property
     def labels(self) -> list[str]:
@@ -39,49 +32,39 @@ class Results:
 
 
 def read(directory: Path) -> Results:
-    """Read what a run has shown.
+    """Read the results of a finished run.
 
     Raises:
         DataError: If the run is not finished, or its files are broken.
     """
     if not directory.is_dir():
         raise DataError(f"there is no folder {directory}; give the directory of a finished run")
-    for name in ("evaluation.json", "predictions.csv"):
+    for name in ("evaluation.json", PREDICTIONS):
         if not (directory / name).is_file():
             raise DataError(f"{directory} has no {name}; give the directory of a finished run")
     try:
         figures = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
-        with (directory / "predictions.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        labels = {
-            files.defused(row["label"]): row["label"] for row in figures["metrics"]["per_class"]
-        }
-        found = Results(
-            directory=directory,
-            figures=figures,
-            texts=[as_it_was(row["text"]) for row in rows],
-            true=[labels[row["label"]] for row in rows],
-            predicted=[labels[row["predicted"]] for row in rows],
-            probability=[float(row["probability"]) for row in rows],
-            baseline=([labels[row["baseline"]] for row in rows] if "baseline" in rows[0] else None),
-        )
-        complete = figures["metrics"]["num_rows"] == len(rows) and "measured_on" in figures
-    except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
+        labels = [row["label"] for row in figures["metrics"]["per_class"]]
+        num_rows = figures["metrics"]["num_rows"] if "measured_on" in figures else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"the figures in {directory} are broken ({one_line(error)}); train it again"
         ) from error
-    if not complete:
+    predictions = read_predictions(directory / PREDICTIONS, labels)
+    if num_rows != len(predictions.texts):
         raise DataError(
             f"evaluation.json and predictions.csv in {directory} differ; train it again"
         )
-    return found
+    return Results(directory=directory, figures=figures, **vars(predictions))
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Return what config.toml says; unlike `run.read_settings` also that of other versions.
+    """Return the settings in config.toml, also those of other versions of Remora.
+
+    `runtime.run_directory.read_settings` takes this version's only.
 
     Raises:
-        DataError: If it is missing or broken.
+        DataError: If the file is missing or broken.
     """
     path = directory / "config.toml"
     try:
@@ -94,10 +77,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return what a JSON file of a run says, None if there is no such file.
+    """Return the object in a JSON file of a run, None if there is no such file.
 
     Raises:
-        DataError: If it is broken.
+        DataError: If the file is broken.
     """
     if not path.is_file():
         return None
@@ -106,7 +89,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} is broken ({one_line(error)}); restore it, or delete it to go without"
-        ) from error
+        raise DataError(f"{path} is broken ({one_line(error)}); restore or delete it") from error
     return dict(value)

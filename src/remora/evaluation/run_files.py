@@ -1,4 +1,4 @@
-"""What a report shows of the files of a run."""
+"""The files of a run as tables for a report."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from remora.formatting import spoken_bytes
 from remora.runtime import files
 
 MAX_MESSAGE_CHARS = 1_000  # of one message
-
 NUM_STATIC_MESSAGES = 20
 
 
 def cut(text: str) -> str:
-    """Return a message, cut where it is too long for a page."""
+    """Return a message, truncated if it is too long for a page."""
     return text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + " …"
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl, the last of each step; a torn line is left out."""
+    """Return the records of metrics.jsonl, the last of each step; incomplete lines are skipped."""
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     records = [record for record in map(_record, lines) if record]
-    found = {(record["step"], "loss" in record): record for record in records}
-    return sorted(found.values(), key=lambda record: record["step"])
+    last = {(record["step"], "loss" in record): record for record in records}
+    return sorted(last.values(), key=lambda record: record["step"])
 
 
 def _record(line: str) -> dict[str, Any] | None:
@@ -42,7 +41,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def read_suspects(path: Path) -> list[dict[str, str]]:
-    """Return the first rows of relabel.csv; a person may have changed or removed the file."""
+    """Return the first rows of relabel.csv, [] if someone has broken or removed the file."""
     if not path.is_file():
         return []
     try:
@@ -50,53 +49,51 @@ def read_suspects(path: Path) -> list[dict[str, str]]:
             rows = list(itertools.islice(csv.DictReader(file), NUM_STATIC_MESSAGES))
         return [
             {"row": row["row"]}
-            | {k: cut(files.as_it_was(row[k])) for k in ("text", "label", "suggested")}
+            | {k: cut(files.unescape_formula(row[k])) for k in ("text", "label", "suggested")}
             for row in rows
         ]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error):
         return []
 
 
-def memory_rows(planned: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Return the components of planned memory with their amounts."""
-    memory = planned["memory"] if planned else {}
+def memory_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the components of planned memory with their sizes."""
+    memory = planned["memory"]
     return [(name.replace("_", " "), spoken_bytes(count)) for name, count in memory.items()]
 
 
-def plan_rows(planned: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Return what a plan says of device, model, rows and tokens."""
-    if planned is None:
-        return []
+def plan_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the device, model, rows and tokens of a plan."""
     fewer = planned["padded_tokens"] / planned["tree_tokens"]
     return [
         ("device", planned["device"]),
         ("parameters", f"{planned['parameters']:,}"),
-        ("of which train", f"{planned['trainable']:,}"),
+        ("trainable", f"{planned['trainable']:,}"),
         ("training rows", f"{planned['num_rows']:,}"),
         ("steps", f"{planned['num_steps']:,} of {planned['batch_size']:,} rows"),
-        ("tokens a row, padded", f"{planned['padded_tokens']:.1f}"),
-        ("tokens a row, in trees", f"{planned['tree_tokens']:.1f} ({fewer:.1f} times fewer)"),
-        ("operations an example", f"{planned['operations_per_example'] / 1e9:,.1f} GFLOP"),
+        ("tokens per row, padded", f"{planned['padded_tokens']:.1f}"),
+        ("tokens per row, in trees", f"{planned['tree_tokens']:.1f} ({fewer:.1f} times fewer)"),
+        ("operations per example", f"{planned['operations_per_example'] / 1e9:,.1f} GFLOP"),
     ]
 
 
 def environment_rows(directory: Path) -> list[tuple[str, str]]:
-    """Return what environment.json says."""
-    found = results.read_json(directory / "environment.json") or {}
-    if found.get("command"):
-        found["command"] = shlex.join(found["command"])
-    return setting_rows(found)
+    """Return the entries of environment.json."""
+    environment = results.read_json(directory / "environment.json") or {}
+    if environment.get("command"):
+        environment["command"] = shlex.join(environment["command"])
+    return setting_rows(environment)
 
 
 def setting_rows(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """Return a file's keys and values as text; what is nested gets its place in the name."""
-    found = []
+    """Return a file's keys and values as text; nested keys are joined by colons."""
+    rows = []
     for name, value in values.items():
         if isinstance(value, dict) and value:
-            found += setting_rows(value, f"{above}{name}: ")
+            rows += setting_rows(value, f"{above}{name}: ")
         else:
-            found.append((above + name.replace("_", " "), _spoken(value)))
-    return found
+            rows.append((above + name.replace("_", " "), _spoken(value)))
+    return rows
 
 
 def _spoken(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Whether a difference between classifiers on the same rows may be chance."""
+"""Significance of differences between classifiers measured on the same rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 def mcnemar(true: Sequence[str], first: Sequence[str], second: Sequence[str]) -> float:
     """Return the two-sided p-value of the exact McNemar test for two sets of predictions.
 
-    The hypothesis is that both err equally often; only rows that one of them gets right and the
-    other wrong count (McNemar 1947, https://doi.org/10.1007/BF02295996).
+    The null hypothesis is that both err equally often; only rows that exactly one of them gets
+    right count (McNemar 1947, https://doi.org/10.1007/BF02295996).
     """
     from scipy.stats import binomtest
 
@@ -22,20 +22,20 @@ def mcnemar(true: Sequence[str], first: Sequence[str], second: Sequence[str]) ->
 
 
 def accuracy_verdict(accuracy: float, baseline: float, p_value: float) -> str:
-    """Say in a sentence whether a model is worth its cost, from its accuracy and the baseline's."""
+    """Return a sentence on whether a model's accuracy justifies its cost over the baseline's."""
     difference = 100 * (accuracy - baseline)
     p = f"p = {p_value:.2g}, exact McNemar test"
     if p_value >= 0.05:
         return f"the difference of {difference:+.1f} points may be chance ({p})"
     if difference > 0:
-        return f"the adapter is {difference:.1f} points better ({p})"
+        return f"the model is {difference:.1f} points better ({p})"
     return (
         f"the baseline is {-difference:.1f} points better: this model is not worth its cost ({p})"
     )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Holm 1979): reject those below the level."""
+    """Return p-values adjusted for multiple comparisons (Holm 1979)."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
@@ -45,7 +45,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def difference_interval(only_first: int, only_second: int, num_rows: int) -> tuple[float, float]:
-    """Return the 95 % interval of a difference of two accuracies on the same rows.
+    """Return the 95% confidence interval of the difference of two accuracies on the same rows.
 
     Wald's interval with half a row added to each cell: Agresti and Min 2005,
     https://doi.org/10.1002/sim.1781.

@@ -1,4 +1,4 @@
-"""Base models and adapters: found, loaded, made trainable, quantized, saved with their card."""
+"""Base models and adapters: find, load, make trainable, quantize, save with their card."""
 
 import lazy_loader
 

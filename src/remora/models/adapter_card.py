@@ -1,4 +1,4 @@
-"""remora.json: what the files of PEFT or transformers do not say of what was trained."""
+"""remora.json: what the files of PEFT or transformers do not say about a trained model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from remora.models import hub, untrusted
 
 SCHEMA = 1
 FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
-"""Where in a run directory lies what was trained, by the method."""
+"""Folder of the trained model in a run directory, by method."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCard:
-    """remora.json: what the files of PEFT or transformers do not say of what was trained."""
+    """The contents of remora.json: the base model, the prompt and the method."""
 
     base_model: str
-    base_sha256: str  # of a whole model, its own
+    base_sha256: str  # a whole model has the hash of its own weights
     labels: tuple[str, ...]
     instruction: str
     list_labels: bool
@@ -35,7 +35,7 @@ class AdapterCard:
     schema: int = SCHEMA
 
     def prompt(self, tokenizer: Any) -> Prompt:
-        """Return the prompt that the adapter was trained with."""
+        """Return the prompt that the model was trained with."""
         return Prompt(
             tokenizer,
             self.labels,
@@ -47,9 +47,9 @@ class AdapterCard:
 
 
 def adapter_folder(path: Path) -> Path:
-    """Return the folder of what a run directory's run trained, or the path itself if it is none.
+    """Return the folder of a run directory's trained model, or the path itself if it is no run.
 
-    What is no folder here and reads like an id of the hub is fetched from there.
+    A path that does not exist and reads like a hub id is fetched from the hub.
 
     Raises:
         ModelError: If it cannot be fetched.
@@ -61,10 +61,10 @@ def adapter_folder(path: Path) -> Path:
 
 
 def _is_hub_id(path: Path) -> bool:
-    """Return whether a path is an id of the hub, such as owner/name.
+    """Return whether a path is a hub id such as owner/name.
 
-    It is none where there is a folder `owner`, and in that of all runs: a run whose name is
-    misspelt must not become somebody else's adapter.
+    It is not if there is a folder `owner`, or if `owner` is the folder of all runs: a misspelt run
+    must not become somebody else's adapter.
     """
     return (
         hub.HUB_ID.fullmatch(path.as_posix()) is not None
@@ -74,18 +74,18 @@ def _is_hub_id(path: Path) -> bool:
 
 
 def _fetch(name: str) -> Path:
-    """Fetch a repository of the hub, its large files only if it is one of Remora."""
+    """Fetch a hub repository; its large files only if it was published by Remora."""
     folder = hub.fetch(name, ("*.json",))
     if not (folder / "remora.json").is_file():
         raise ModelError(
-            f"{name} on the hub is no adapter of Remora, it has no remora.json; "
-            "give one that `remora push` has published"
+            f"{name} on the hub was not trained by Remora, it has no remora.json; "
+            "give a model that `remora push` has published"
         )
     return hub.fetch(name, hub.HUB_FILES)
 
 
 def is_full(path: Path) -> bool:
-    """Return whether a run directory or a folder holds a model that trained in all its weights.
+    """Return whether a run directory or a folder holds a model trained with method full.
 
     Raises:
         ModelError: If its card is broken.
@@ -95,7 +95,7 @@ def is_full(path: Path) -> bool:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether a folder holds a model that needs no base, with its card."""
+    """Return whether a folder holds a whole model and its card, so that it needs no base."""
     return (folder / "remora.json").is_file() and (folder / "config.json").is_file()
 
 
@@ -103,30 +103,33 @@ def read_card(folder: Path) -> AdapterCard:
     """Return the card of an adapter's folder.
 
     Raises:
-        ModelError: If it or a file of PEFT's is missing, or it is broken.
+        ModelError: If the card or a file of PEFT's is missing or broken.
     """
     if is_whole(folder):
         raise ModelError(
-            f"{folder} holds a whole model and no adapter; give a run that trained an adapter"
+            f"{folder} holds a whole model, not an adapter; give a run that trained an adapter"
         )
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}; give a run directory or its adapter folder")
     if (folder / "checkpoints").is_dir():
         raise ModelError(
-            f"the run in {folder} is unfinished and has no adapter yet; "
-            "finish it with the command that began it"
+            f"the run in {folder} is not finished; resume it with the command that started it"
         )
     for name in ("remora.json", "adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(
-                f"{folder} is no adapter of Remora, it has no {name}; "
+                f"{folder} is not an adapter of Remora, it has no {name}; "
                 "give a run directory or its adapter folder"
             )
     return parse_card(folder)
 
 
 def parse_card(folder: Path) -> AdapterCard:
-    """Return the card in a folder, every value checked; raises ModelError."""
+    """Return the card in a folder, every value checked.
+
+    Raises:
+        ModelError: If it is missing or broken, or of another schema.
+    """
     path = folder / "remora.json"
     values = untrusted.read_json(path)
     if values.get("schema", SCHEMA) != SCHEMA:
@@ -149,12 +152,12 @@ def parse_card(folder: Path) -> AdapterCard:
         and isinstance(card.max_length, int)
         and 1 <= card.max_length <= untrusted.MAX_SIZE
     ):
-        raise ModelError(f"{path} is broken (a value is not of its kind); restore it")
+        raise ModelError(f"{path} is broken (a value has the wrong type); restore it")
     return card
 
 
 def is_text(value: Any) -> bool:
-    """Return whether a value is a text that UTF-8 can write: JSON also has half characters."""
+    """Return whether a value is text that UTF-8 can encode; JSON may hold lone surrogates."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:

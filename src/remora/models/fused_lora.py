@@ -1,4 +1,4 @@
-"""LoRA layers computed in one fused operation that keeps less for the backward pass."""
+"""LoRA layers computed in one fused operation that saves less for the backward pass."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from remora.models import quantize
 
 
 def make_fast(model: Any) -> None:
-    """Let a PEFT model compute its plain LoRA layers fused, and keep less for the backward pass.
+    """Let a PEFT model compute its plain LoRA layers fused, and save less for the backward pass.
 
     PEFT's own forward copies each layer's input to float32, and autocast copies it back; the copies
-    stay alive until the backward pass. The fused operation keeps the input once, in the precision
-    that it arrives in. What costs little to compute is not kept at all: what happens inside a
-    normalization, and the product of the two halves of a gated MLP, are computed again. Layers
-    that are not plain LoRA on a plain linear layer keep PEFT's forward.
+    stay alive until the backward pass. The fused operation saves the input once, in the precision
+    that it arrives in. Cheap intermediates are recomputed instead of saved: those inside a
+    normalization, and the product of the two halves of a gated MLP. Layers that are not plain LoRA
+    on a plain linear layer keep PEFT's forward.
     """
     for _, layer in lora_layers(model):
         layer.forward = types.MethodType(_forward, layer)
@@ -37,7 +37,7 @@ def make_fast(model: Any) -> None:
 
 
 def _recomputed(module: Any, x: Tensor) -> Tensor:
-    """Compute a cheap module; only its input is kept for the backward pass."""
+    """Compute a cheap module, saving only its input for the backward pass."""
     from torch.utils.checkpoint import checkpoint
 
     stock = functools.partial(type(module).forward, module)
@@ -47,7 +47,7 @@ def _recomputed(module: Any, x: Tensor) -> Tensor:
 
 
 def _is_gated_mlp(module: Any) -> bool:
-    """Whether a module computes down(act(gate(x)) * up(x)) to the bit, found by trying it small."""
+    """Whether a module computes down(act(gate(x)) * up(x)) to the bit, by a small trial."""
     small = copy.copy(module)
     small._modules = dict(module._modules)
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def _is_gated_mlp(module: Any) -> bool:
 
 
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:
-    """Compute a gated MLP; the product that goes into its last layer is not kept."""
+    """Compute a gated MLP without saving the product that goes into its last layer."""
     gate, up = module.gate_proj(x), module.up_proj(x)
     down = module.down_proj
     adapter = _fusable_adapter(down, (), {}) if hasattr(down, "get_base_layer") else None
@@ -84,10 +84,10 @@ aten: Any = torch.ops.aten
 class LoraLinear(torch.autograd.Function):
     """`x W' + bias + scaling * (mask * x A') B'`, saving the input once.
 
-    The input is x [..., in], or what is computed from two as activation(gate) * up. Shapes: what
-    weight returns [out, in], a [r, in], b [out, r]. Dropout is a mask as x of booleans, True where
-    kept, or a probability: then torch's kernel makes the mask, and scales what is kept. The weight
-    is asked for again in the backward pass, so that what comes back from 4 bits need not be kept.
+    The input is x [..., in], or activation(gate) * up of two inputs. Shapes: weight() [out, in], a
+    [r, in], b [out, r]. Dropout is a boolean mask of the shape of x, True where kept, or a
+    probability: then torch's kernel makes the mask and scales the kept values. weight() is called
+    again in the backward pass, so that dequantized weights need not be saved.
     """
 
     @staticmethod
@@ -207,8 +207,8 @@ def _base_weight(base: Any, dtype: torch.dtype) -> Tensor:
 def _keep_mask(shape: Sequence[int], rate: float) -> tuple[Tensor, float]:
     """Return a dropout mask, True where kept, and the probability of that.
 
-    torch's generator for processors makes a number a time, and takes longer over a mask than the
-    matrix product that it is for. Here it makes 64 bits a time, for four decisions.
+    torch's CPU generator draws one number at a time, which takes longer than the matrix product
+    that the mask is for. Here each draw of 64 bits decides four elements.
     """
     size = math.prod(shape)
     bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(1 << 63), None)
@@ -218,7 +218,7 @@ def _keep_mask(shape: Sequence[int], rate: float) -> tuple[Tensor, float]:
 
 
 def _fusable_adapter(layer: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
-    """Return the one plain adapter that is active on a layer, if that is all there is."""
+    """Return the active adapter of a layer, None unless it is one plain LoRA on a frozen layer."""
     if args or kwargs or layer.disable_adapters or layer.merged:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]

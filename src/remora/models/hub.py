@@ -1,4 +1,4 @@
-"""Where a base model lies: a folder, the package, or the Hugging Face hub."""
+"""Finds base models: in a folder, in this package, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from remora.formatting import first_line
 from remora.runtime.files import sha256
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-"""What is fetched from the hub: never pickled weights, never code."""
+"""Files that are fetched from the hub: never pickled weights, never code."""
 
 HUB_FILES_BUT_WEIGHTS = tuple(pattern for pattern in HUB_FILES if "safetensors" not in pattern)
 
 OTHER_FORMATS = ("consolidated*", "*/*")
-"""The same weights again in the form of another library, which some repositories hold too."""
+"""The same weights in another library's format, which some repositories hold too."""
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
@@ -60,7 +60,7 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
     """Return the folder with a hub repository's files of these patterns, fetched if need be.
 
     Raises:
-        ModelError: If it cannot be fetched, or a file is not the one that the hub has.
+        ModelError: If it cannot be fetched, or a file's checksum differs from the hub's.
     """
     from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
@@ -84,15 +84,15 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
             f"there is neither a folder nor a hub model {name}; check the name, or log in with "
             "`hf auth login` if it is private"
         ) from error
-    except Exception as error:  # of the connection, the disk or the hub: all end here
+    except Exception as error:  # of the connection, the disk or the hub
         if is_offline_mode():
             raise ModelError(
-                f"{name} is neither a folder here nor whole in the hub's cache, and HF_HUB_OFFLINE "
-                "is set; unset it to fetch what is missing, or give a folder"
+                f"{name} is neither a folder nor complete in the hub's cache, and HF_HUB_OFFLINE "
+                "is set; unset it to fetch the missing files, or give a folder"
             ) from error
         reason = first_line(error)
         raise ModelError(
-            f"{name} is no folder here and could not be fetched from the hub ({reason}); "
+            f"{name} is not a folder and could not be fetched from the hub ({reason}); "
             "check the name and the connection, or give a folder"
         ) from error
     for path in sorted(folder.glob("*")):
@@ -102,27 +102,28 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
 
 
 def _check_download(path: Path) -> None:
-    """Refuse a file that is not the one that the hub has; its client looks at the size only.
+    """Refuse a file whose checksum differs from the hub's; the hub's client checks its size only.
 
     In the client's cache a file is a link to a blob. The blob's name is the SHA-256 of the file, or
-    git's SHA-1 of it if it is small.
+    git's SHA-1 of it if it is small. Without symbolic links, as on Windows by default, the client
+    stores files without that name, and no checksum is compared.
 
     Raises:
-        ModelError: If it is another one.
+        ModelError: If it differs.
     """
-    if not path.is_symlink():  # on a system without links the client keeps no checksums
+    if not path.is_symlink():
         return
     expected = Path(os.readlink(path)).name
     if len(expected) == 64:
-        found = sha256([path])
+        actual = sha256([path])
     elif len(expected) == 40:
         content = path.read_bytes()
         blob = b"blob %d\0%b" % (len(content), content)
-        found = hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+        actual = hashlib.sha1(blob, usedforsecurity=False).hexdigest()
     else:
         return
-    if found != expected:
+    if actual != expected:
         raise ModelError(
-            f"{path} is not the file that the hub has, its checksum differs; "
+            f"{path} differs from the hub's file, by its checksum; "
             f"remove {path.resolve()} and run the command again"
         )

@@ -1,4 +1,4 @@
-"""Base models: where they lie, their tokenizer, configuration and weights."""
+"""Loads base models: their tokenizer, configuration, weights and prompt."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
 from remora.models import hub, quantize, untrusted
+from remora.runtime import memory
 from remora.tree import attention
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -24,14 +25,14 @@ def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer in a model's folder.
 
     Raises:
-        ModelError: If there is none that can be read.
+        ModelError: If there is none or it cannot be read.
     """
     from transformers import AutoTokenizer
 
-    # Without a vocabulary transformers makes an empty tokenizer, and says nothing.
+    # Without a vocabulary transformers makes an empty tokenizer silently.
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise ModelError(f"{folder} has no tokenizer; copy the base model's tokenizer.json into it")
-    untrusted.configuration(folder)  # which transformers looks into
+    untrusted.configuration(folder)  # transformers reads it too
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -50,7 +51,7 @@ def load_config(folder: Path) -> Any:
     """Return the configuration in a model's folder.
 
     Raises:
-        ModelError: If it cannot be read or is of an unknown architecture.
+        ModelError: If it cannot be read or its architecture is unknown.
     """
     from transformers import AutoConfig
 
@@ -68,17 +69,18 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
     """Return the causal language model in a folder, its weights in `dtype`.
 
     Args:
-        folder: Where it lies.
-        dtype: What to store it in.
-        quantize_on: Device to bring the linear layers to 4 bits on; None to leave them as they are.
+        folder: The model's folder.
+        dtype: Storage type.
+        quantize_on: Device to quantize the linear layers to 4 bits on; None to leave them plain.
 
     Raises:
-        ConfigError: If nothing can be quantized here.
-        ModelError: If it is no causal language model or its weights cannot be read.
+        ConfigError: If 4-bit weights are not supported here.
+        ModelError: If it is not a causal language model or its weights cannot be read.
     """
     quantize.import_quietly()
     from transformers import AutoModelForCausalLM
 
+    # Check the files before anything is allocated.
     config = load_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
@@ -88,13 +90,14 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
     parameters = {id(p): p.numel() for p in load_empty(config, dtype).parameters()}
     quantized = getattr(config, "quantization_config", None) is not None
     untrusted.weights(folder, sum(parameters.values()), quantized=quantized)
+    # Quantize while loading.
     how: dict[str, Any] = {}
     if quantize_on is not None:
         quantize.require(quantize_on)
         if quantized:
             raise ModelError(
-                f"the weights in {folder} are quantized already; give the model that they were "
-                "made from, or use --method lora"
+                f"the weights in {folder} are quantized already; give the original model, or use "
+                "--method lora"
             )
         how = {"quantization_config": quantize.settings(dtype), "device_map": {"": quantize_on}}
     try:
@@ -116,10 +119,11 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
             "give the folder of a Hugging Face causal language model"
         ) from error
     loaded, info = result
+    # transformers only warns of missing weights and leaves random ones in their place.
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more; "
-            "the folder is incomplete, fetch it again"
+            "download the model again"
         )
     attention.install(loaded)
     quantize.install(loaded)
@@ -143,11 +147,13 @@ def without_progress_bar() -> Iterator[None]:
 def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> Any:
     """Return the causal language model of a configuration without weights, on the device `meta`.
 
-    With `quantized` its linear layers take as much memory as those in 4 bits.
+    With `quantized` its linear layers have the size of 4-bit ones.
 
     Raises:
-        ModelError: If there is none for it.
+        ModelError: If no causal language model has such a configuration.
     """
+    # All models pass here before they compute: `load` counts its parameters by this.
+    memory.limit_kernel_caches()
     quantize.import_quietly()
     from transformers import AutoModelForCausalLM
 
@@ -157,9 +163,9 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
         with torch.device("meta"):
             make: Any = AutoModelForCausalLM.from_config
             empty = make(config, dtype=dtype)
-    except Exception as error:  # of a configuration whose values do not go together
+    except Exception as error:  # its values contradict each other
         raise ModelError(
-            f"there is no causal language model for this configuration ({first_line(error)}); "
+            f"this configuration is of no causal language model ({first_line(error)}); "
             "give the folder of a Hugging Face causal language model"
         ) from error
     attention.install(empty)
@@ -169,10 +175,10 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
 
 
 def set_checkpointing(model: Any, on: bool) -> None:
-    """Let the layers be computed again in the backward pass, or keep what they need for it.
+    """Switch gradient checkpointing on or off.
 
     Raises:
-        ModelError: If the model cannot.
+        ModelError: If the model does not support it.
     """
     verb = "enable" if on else "disable"
     try:
@@ -184,12 +190,12 @@ def set_checkpointing(model: Any, on: bool) -> None:
     except ValueError as error:
         if on:
             raise ModelError(
-                "this model cannot compute its layers again; use --checkpointing off"
+                "this model does not support gradient checkpointing; use --checkpointing off"
             ) from error
 
 
 def _attention(config: Any) -> str:
-    """Choose the attention that transformers computes; not all of them can cap the scores."""
+    """Return the attention implementation of transformers; only eager caps the scores."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return "eager" if capped else "sdpa"
 
@@ -202,10 +208,10 @@ def context_length(config: Any, tokenizer: Any) -> int:
 
 
 def load_base(folder: Path, method: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return the base model in a folder, in evaluation mode, as a method trains an adapter on it.
+    """Return the base model in a folder, in evaluation mode, quantized if the method is qlora.
 
     Raises:
-        ConfigError: If it would be in 4 bits, and that is not possible here.
+        ConfigError: If it has to be quantized, and that is not supported here.
         ModelError: If it cannot be loaded.
     """
     on = device if method == "qlora" else None
@@ -213,10 +219,10 @@ def load_base(folder: Path, method: str, dtype: torch.dtype, device: torch.devic
 
 
 def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> Prompt:
-    """Return how messages are asked and labels are answered with a model's tokenizer.
+    """Return the prompt of some settings, with a model's tokenizer.
 
     Raises:
-        ModelError: If the tokenizer cannot be used for this.
+        ModelError: If the tokenizer cannot be used.
     """
     tokenizer = load_tokenizer(folder)
     context = context_length(load_config(folder), tokenizer)
@@ -242,7 +248,7 @@ def load_base_and_prompt(
         device: Where to put it.
 
     Raises:
-        ConfigError: If it would be in 4 bits, and that is not possible here.
+        ConfigError: If it has to be quantized, and that is not supported here.
         ModelError: If there is no such model, or it cannot be loaded.
     """
     folder = hub.find(settings.model)

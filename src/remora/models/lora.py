@@ -1,4 +1,4 @@
-"""LoRA adapters: PEFT injects and stores them; here is what makes them fast.
+"""LoRA adapters: which layers get one, and how a base model is made trainable.
 
 `output = W x + scaling * B (A x)`, with W frozen, B zero at the start, scaling alpha / r
 (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
@@ -31,7 +31,7 @@ SEED_RECIPE_MODULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """How many parameters there are, and how many of them train."""
+    """The number of parameters, and of those that train."""
 
     trainable: int
     total: int
@@ -48,8 +48,8 @@ def target_modules(model: Any, requested: Sequence[str] = ()) -> list[str]:
 
     Args:
         model: The base model.
-        requested: Names that the user wants; empty for the default: q, k, v, o, gate, up, down
-            where the model has them all, otherwise every linear layer but the head.
+        requested: Names from the user; empty for the default: q, k, v, o, gate, up, down if the
+            model has them all, otherwise every linear layer but the head.
 
     Raises:
         ConfigError: If the model has no linear layer of a requested name.
@@ -86,10 +86,10 @@ def add_adapter(
     """Freeze `model` and add a new LoRA adapter; return PEFT's model around it.
 
     The adapter's weights are float32 whatever the base is stored in. Until the first optimizer step
-    the outputs are the base model's, bit for bit; with DoRA but for rounding.
+    the outputs are the base model's, bit for bit; with DoRA up to rounding.
 
-    The variants are PEFT's own: rsLoRA (https://arxiv.org/abs/2312.03732) and DoRA
-    (https://arxiv.org/abs/2402.09353), which PEFT computes too.
+    PEFT implements the variants: rsLoRA (https://arxiv.org/abs/2312.03732) and DoRA
+    (https://arxiv.org/abs/2402.09353).
 
     Raises:
         ConfigError: If the model has no linear layer of a requested name.
@@ -109,7 +109,7 @@ def add_adapter(
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        # PEFT still reads an attribute that transformers has renamed; nothing a user could act on.
+        # PEFT still reads an attribute that transformers has renamed; users cannot act on it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():
@@ -120,7 +120,7 @@ def add_adapter(
 
 
 def adapt(base: Any, config: TrainConfig) -> Any:
-    """Make a base model trainable as the settings say: with an adapter, or in all its weights.
+    """Make a base model trainable as the settings say: with an adapter, or all its weights.
 
     Raises:
         ConfigError: If the model has no linear layer of a requested name.
@@ -154,11 +154,11 @@ def count_parameters(model: Any) -> ParameterCount:
         name = path.rsplit(".", 1)[-1]
         for adapter, rank in layer.r.items():
             expected = rank * (layer.in_features + layer.out_features)
-            found = layer.lora_A[adapter].weight.numel() + layer.lora_B[adapter].weight.numel()
-            assert found == expected, f"{path}: {found} parameters, r * (in + out) is {expected}"
+            count = layer.lora_A[adapter].weight.numel() + layer.lora_B[adapter].weight.numel()
+            assert count == expected, f"{path}: {count} parameters, r * (in + out) is {expected}"
             if adapter in layer.lora_magnitude_vector:  # DoRA's
-                found += layer.lora_magnitude_vector[adapter].weight.numel()
-            modules[name] = modules.get(name, 0) + found
+                count += layer.lora_magnitude_vector[adapter].weight.numel()
+            modules[name] = modules.get(name, 0) + count
     parameters = list(model.parameters())
     packed = sum(
         quantize.num_weights(layer) - layer.weight.numel() for _, layer in quantize.layers(model)

@@ -1,4 +1,4 @@
-"""README.md of a run directory: a model card for the Hugging Face hub."""
+"""The model card of a run, README.md, as the Hugging Face hub shows it."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ def write(directory: Path) -> None:
 
 
 def card(directory: Path) -> str:
-    """Return a model card with what was measured.
+    """Return a model card with the run's results.
 
-    https://huggingface.co/docs/hub/model-cards. The card is meant to be published: a file or folder
-    of this machine is called by its last name, and the metadata name no base model and no data set
-    but those of the hub.
+    https://huggingface.co/docs/hub/model-cards. The card is meant to be published: local files and
+    folders appear by their last name only, and the metadata name a base model or a data set only if
+    it is on the hub.
 
     Raises:
         DataError: If the run is not finished, or its files are broken.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    found = results.read(directory)
-    metrics = found.figures["metrics"]
+    run = results.read(directory)
+    metrics = run.figures["metrics"]
     trained = results.read_json(adapter_card.adapter_folder(directory) / "remora.json")
     if trained is None:
-        raise DataError(f"{directory} has no adapter; give the directory of a finished run")
+        raise DataError(f"{directory} has no trained model; give the directory of a finished run")
     is_full = trained.get("method") == "full"
-    base = trained["base_model"]  # an absolute path, or an id of the hub
+    # What may be named in public.
+    base = trained["base_model"]  # an absolute path or a hub id
     source = results.read_settings(directory)["data"]
     hub_data = source.removeprefix("hf:").split(":")[0] if source.startswith("hf:") else None
     data_name = hub_data or Path(source).name
@@ -52,8 +53,9 @@ def card(directory: Path) -> str:
         "task_type": "text-classification",
         "dataset_type": data_name,
         "dataset_name": data_name,
-        "dataset_split": found.figures["measured_on"],
+        "dataset_split": run.figures["measured_on"],
     }
+    # The metadata, then the text.
     about = ModelCardData(
         base_model=base if hub.HUB_ID.fullmatch(base) else None,
         datasets=hub_data,
@@ -80,22 +82,23 @@ def card(directory: Path) -> str:
     base_name = Path(base).name if Path(base).is_absolute() else base
     named = {"full": "All weights of", "qlora": "A LoRA adapter (PEFT) on 4-bit weights of"}
     what = named.get(trained.get("method", ""), "A LoRA adapter (PEFT) for")
-    text = _text(found, f"{what} {_code(base_name)}", data_name)
+    text = _text(run, f"{what} {_code(base_name)}", data_name)
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
 
 
-def _text(found: Results, trained: str, data: str) -> str:
-    """Say in a few lines what lies in the run directory and how good it is."""
-    figures, metrics = found.figures, found.figures["metrics"]
+def _text(run: Results, trained: str, data: str) -> str:
+    """Return the card's text: model, accuracy beside the baseline's, usage and labels."""
+    figures, metrics = run.figures, run.figures["metrics"]
     baseline, (low, high) = figures["baseline"], metrics["accuracy_interval"]
     theirs = baseline["metrics"]["accuracy"]
     verdict = accuracy_verdict(metrics["accuracy"], theirs, figures["p_value"])
     confusions = [
-        f"- {c['count']} of {_code(c['true'])} taken for {_code(c['predicted'])} ({c['share']:.0%})"
+        f"- {c['count']} of {_code(c['true'])} predicted as {_code(c['predicted'])} "
+        f"({c['share']:.0%})"
         for c in metrics["confusions"][:NUM_CONFUSIONS]
     ]
     lines = [
-        f"# {_code(found.directory.resolve().name)}",
+        f"# {_code(run.directory.resolve().name)}",
         "",
         f"{trained}, trained by Remora on {_code(data)}.",
         "",
@@ -105,17 +108,17 @@ def _text(found: Results, trained: str, data: str) -> str:
         "",
         *(["Largest confusions:", "", *confusions, ""] if confusions else []),
         "```sh",
-        "remora predict . < messages.txt    # in this folder, or give its id on the hub",
+        "remora predict . < messages.txt    # in this folder, or give its hub id",
         "```",
         "",
-        f"Whatever the message is, the answer is one of these {len(found.labels)} labels: "
-        f"{', '.join(_code(label) for label in found.labels)}.",
+        f"Every message gets one of these {len(run.labels)} labels: "
+        f"{', '.join(_code(label) for label in run.labels)}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _code(text: str) -> str:
-    """Return a text as Markdown code on one line, in which nothing has a meaning."""
+    """Return a text as one line of Markdown code, in which no character is markup."""
     line = " ".join(text.split())
     longest = max((len(ticks) for ticks in re.findall("`+", line)), default=0)
     space = " " if longest else ""

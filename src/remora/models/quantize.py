@@ -1,8 +1,8 @@
 """Base weights in 4 bits, by bitsandbytes: NF4 with double quantization.
 
 Each weight is one of 16 values times the scale of its block, and the scales are kept in 8 bits
-(Dettmers et al. 2023, QLoRA, https://arxiv.org/abs/2305.14314). What is computed with are the
-weights as they come back from that; nothing is multiplied in 4 bits.
+(Dettmers et al. 2023, QLoRA, https://arxiv.org/abs/2305.14314). Layers compute with the dequantized
+weights; nothing is multiplied in 4 bits.
 """
 
 from __future__ import annotations
@@ -23,48 +23,48 @@ from torch.nn import functional
 from remora.errors import ConfigError
 
 BLOCK, SCALE_BLOCK = 64, 256
-"""Weights that share a scale, and scales that share one of their own."""
+"""Weights that share a scale, and scales that share a scale of their own."""
 
 DEVICES = ("cuda", "cpu")
-"""Where this is computed. bitsandbytes fetches its kernels for Apple GPUs from the hub as it runs,
-which is for nobody to do unasked."""
+"""Supported types of devices. bitsandbytes downloads its kernels for Apple GPUs from the hub at run
+time, which nobody asked for."""
 
 
 def require(device: torch.device) -> None:
-    """Refuse what cannot be computed with 4-bit weights.
+    """Make sure that 4-bit weights are supported on a device.
 
     Raises:
-        ConfigError: If bitsandbytes is not installed, or is not for this device.
+        ConfigError: If bitsandbytes is not installed, or does not support the device.
     """
     if not is_installed():
         raise ConfigError(
-            "qlora needs bitsandbytes, which is not installed; pip install 'remora[qlora]'"
+            "qlora needs bitsandbytes, which is not installed; run pip install 'remora[qlora]'"
         )
     if device.type not in DEVICES:
         raise ConfigError(
-            f"qlora does not compute on {device.type}; use --device cpu, or --method lora"
+            f"qlora does not support {device.type}; use --device cpu, or --method lora"
         )
 
 
 def is_installed() -> bool:
-    """Whether bitsandbytes is here."""
+    """Whether bitsandbytes is installed."""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def import_quietly() -> None:
-    """Import bitsandbytes, if it is here, without a download; PEFT imports it by itself otherwise.
+    """Import bitsandbytes, if it is installed, without a download; otherwise PEFT imports it.
 
-    On processors with bfloat16 instructions its import asks the hub for code by the package
-    `kernels`, and without that package it writes a warning.
+    On CPUs with bfloat16 instructions its import downloads code from the hub by the package
+    `kernels`, and warns if that package is missing.
     """
     if "bitsandbytes" in sys.modules or not is_installed():
         return
     logger = logging.getLogger("bitsandbytes")
     level, kernels = logger.level, sys.modules.get("kernels")
     logger.setLevel(logging.ERROR)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it fails, and is caught
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # its import fails, and bitsandbytes catches that
     try:
-        with contextlib.suppress(ImportError):  # broken, or for another torch: as if not here
+        with contextlib.suppress(ImportError):  # broken, or for another torch: as if not installed
             importlib.import_module("bitsandbytes")
     finally:
         logger.setLevel(level)
@@ -74,7 +74,7 @@ def import_quietly() -> None:
 
 
 def settings(dtype: torch.dtype) -> Any:
-    """Return what transformers loads a model by; all but the head is quantized."""
+    """Return the quantization settings for transformers; it quantizes all but the head."""
     from transformers import BitsAndBytesConfig
 
     make: Any = BitsAndBytesConfig
@@ -87,15 +87,15 @@ def settings(dtype: torch.dtype) -> Any:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a linear layer with 4-bit weights, or stands for one in a plan."""
+    """Whether a module is a linear layer with 4-bit weights, or its stand-in for planning."""
     return isinstance(module, nn.Linear) and type(module).__name__ in {"Linear4bit", "Planned"}
 
 
 def weight(linear: Any, dtype: torch.dtype) -> Tensor:
-    """Return the weights of a layer as they come back from 4 bits, [out, in].
+    """Return the dequantized weights of a layer, [out, in].
 
-    bitsandbytes' kernel for processors takes each row to begin a block, which is wrong where the
-    rows are no multiple of a block. So it is given the weights as one row.
+    bitsandbytes' CPU kernel assumes that each row begins a block, which is wrong if the row length
+    is not a multiple of the block size. So it gets the weights as one row.
     """
     if isinstance(linear, Planned):
         return linear.unpacked(dtype)
@@ -103,17 +103,17 @@ def weight(linear: Any, dtype: torch.dtype) -> Tensor:
 
     state = copy.copy(linear.weight.quant_state)
     shape, state.shape, state.dtype = state.shape, torch.Size((1, state.shape.numel())), dtype
-    found: Tensor = dequantize_4bit(linear.weight.data.view(-1, 1), state)
-    return found.view(shape)
+    unpacked: Tensor = dequantize_4bit(linear.weight.data.view(-1, 1), state)
+    return unpacked.view(shape)
 
 
 def num_weights(linear: Any) -> int:
-    """Return how many weights a quantized layer stands for."""
+    """Return the number of weights of a quantized layer, before packing."""
     return int(linear.in_features * linear.out_features)
 
 
 class _Linear(torch.autograd.Function):
-    """`x W' + bias` with frozen 4-bit weights, which are unpacked again in the backward pass."""
+    """`x W' + bias` with frozen 4-bit weights, dequantized again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, linear: Any, x: Tensor) -> Tensor:
@@ -135,10 +135,10 @@ def _forward(linear: Any, x: Tensor) -> Tensor:
 
 
 def install(model: nn.Module) -> None:
-    """Let all quantized layers of a model compute with the weights that `weight` gives.
+    """Let all quantized layers of a model compute with the weights that `weight` returns.
 
-    In place of bitsandbytes' own ways, which are several: in evaluation, on processors with
-    bfloat16 instructions, it would pack the weights anew and round what it multiplies.
+    bitsandbytes itself has several ways: in evaluation, on CPUs with bfloat16 instructions, it
+    would repack the weights and round the factors of its products.
     """
     for _, linear in layers(model):
         linear.forward = types.MethodType(_forward, linear)
@@ -150,7 +150,7 @@ def layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def dequantize(model: Any) -> None:
-    """Replace all quantized layers by plain ones in float32 that compute the same."""
+    """Replace all quantized layers by plain float32 ones that compute the same."""
     for path, linear in layers(model):
         unpacked = weight(linear, torch.float32)
         if was_conv1d(linear):
@@ -169,12 +169,12 @@ def dequantize(model: Any) -> None:
 
 
 def was_conv1d(module: nn.Module) -> bool:
-    """Whether a quantized layer stands in the place of GPT-2's, whose weight is [in, out]."""
+    """Whether a quantized layer replaces GPT-2's Conv1D, whose weight is [in, out]."""
     return getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
 
 
 def quantize(model: Any) -> None:
-    """Replace the linear layers of a model in memory, all but its head, by quantized ones."""
+    """Quantize the linear layers of a model in memory, all but its head."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for path, linear, (out, into) in _unquantized(model):
@@ -193,7 +193,7 @@ def quantize(model: Any) -> None:
 
 
 def plan(model: Any) -> None:
-    """Replace the linear layers of a model without weights by some as large as quantized ones."""
+    """Replace the linear layers of a model without weights by stand-ins of the quantized size."""
     for path, linear, (out, into) in _unquantized(model):
         model.set_submodule(path, Planned(into, out, linear.bias))
     install(model)
@@ -211,7 +211,7 @@ def _unquantized(model: Any) -> Iterator[tuple[str, Any, tuple[int, int]]]:
 
 
 class Planned(nn.Linear):
-    """A linear layer that takes as much memory as one of bitsandbytes', without being one."""
+    """A linear layer without weights, with the memory of one quantized by bitsandbytes."""
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None) -> None:
         super().__init__(1, 1, bias=False, device="meta")
@@ -232,7 +232,7 @@ class Planned(nn.Linear):
         self.register_buffer("codes", empty(16 + 256, torch.float32))
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """Return arbitrary weights, [out, in]; what is needed beside them is allocated too."""
+        """Return arbitrary weights, [out, in], allocating what real dequantization would."""
         scales: Tensor = self.scales.float()  # type: ignore[assignment]
         shape = (self.out_features, self.in_features)
         return torch.empty(shape, dtype=dtype, device=scales.device)

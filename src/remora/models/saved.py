@@ -1,4 +1,4 @@
-"""What was trained, on the disk and back: an adapter or a whole model, with its card."""
+"""Saves and loads trained models: an adapter or a whole model, with its card."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from remora.runtime.files import disk_errors, folder_bytes, sync, write_json
 from remora.tree.scoring import Scorer
 
 NUM_BEAMS = 4
-"""Labels that stock `generate()` goes on with; docs/export.md has what was measured."""
+"""Beams of stock `generate()`; docs/concepts/exports.md has the measurements."""
 
 
 def save(
@@ -43,14 +43,14 @@ def save(
     path: Path,
     weights: dict[str, Tensor] | None = None,
 ) -> int:
-    """Save what was trained beside its card, whole or not at all; return its weights' bytes.
+    """Save a trained model with its card, whole or not at all; return the bytes of its weights.
 
     Args:
         trained: PEFT's model, or a whole one.
-        prompt: How it is asked.
-        card: What goes with it.
+        prompt: Its prompt.
+        card: Its card.
         path: The folder to write.
-        weights: Those of a whole model by their names; by default its own.
+        weights: Weights of a whole model by their names; by default its own.
 
     Raises:
         ResourceError: If the disk fails.
@@ -65,7 +65,7 @@ def save(
 
 
 def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
-    """Save an adapter in PEFT's format beside its card, whole or not at all; return its bytes.
+    """Save an adapter in PEFT's format with its card, whole or not at all; return its bytes.
 
     Raises:
         ResourceError: If the disk fails.
@@ -73,7 +73,7 @@ def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
     with _replacing(path) as folder:
         for config in adapted.peft_config.values():
             config.base_model_name_or_path = card.base_model
-        # Embeddings are never trained; looking whether they are would ask the hub.
+        # Embeddings are never trained; to check that, PEFT would ask the hub.
         adapted.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         write_json(folder / "remora.json", asdict(card))
@@ -87,7 +87,7 @@ def write_model(
     folder: Path,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a whole model with its tokenizer and card, which gets the hash of these weights."""
+    """Write a whole model with its tokenizer and card; the card gets the hash of these weights."""
     whole.generation_config = _writing_labels(whole.generation_config, prompt)
     with loading.without_progress_bar():
         whole.save_pretrained(folder, state_dict=weights)
@@ -97,11 +97,11 @@ def write_model(
 
 
 def _writing_labels(before: Any, prompt: Prompt) -> Any:
-    """Return settings by which stock `generate()` writes the likeliest label.
+    """Return settings by which stock `generate()` writes the most probable label.
 
-    A chat model's own ones draw tokens and make repeated ones less probable, such as those of a
-    label in the prompt. A greedy search may take the beginning of a less probable label; beams go
-    on with several, and a length penalty of 0 compares whole labels by their probability.
+    A chat model's own settings sample tokens and penalize repeated ones, such as those of a label
+    in the prompt. A greedy search may follow the beginning of a less probable label; a beam search
+    follows several, and a length penalty of 0 compares whole labels by their probability.
     """
     from transformers import GenerationConfig
 
@@ -122,11 +122,11 @@ def _writing_labels(before: Any, prompt: Prompt) -> Any:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a folder to make, which takes the place of another once it is whole."""
+    """Give the name of a folder to make, which replaces another once it is whole."""
     temporary = path.with_name(path.name + ".tmp")
     replaced = path.with_name(path.name + ".old")
     with disk_errors(path):
-        for left in (temporary, replaced):  # by a save that was interrupted
+        for left in (temporary, replaced):  # left by an interrupted save
             shutil.rmtree(left, ignore_errors=True)
         try:
             yield temporary
@@ -254,8 +254,8 @@ def _load_whole(
     card = parse_card(folder)
     if files.weights_sha256(folder) != card.base_sha256:
         raise ModelError(
-            f"the weights in {folder} are not those that were written; restore them, or export or "
-            "train again"
+            f"the weights in {folder} have changed since they were written; restore them, or "
+            "export or train again"
         )
     prompt = card.prompt(loading.load_tokenizer(folder))
     return loading.load(folder, dtype).to(device).eval(), prompt, card

@@ -1,8 +1,8 @@
-"""What files of strangers are let in: adapters and base models, before anything acts on them.
+"""Checks of untrusted files: adapters and base models, before anything acts on them.
 
-Only JSON and safetensors are read. Names are plain, since PEFT takes others for regular
-expressions; shapes are those of the configuration, so that it cannot ask for more memory than the
-files themselves hold; and no file lies outside of its folder.
+Only JSON and safetensors are read. Names must be plain, since PEFT reads others as regular
+expressions. Shapes must be those of the configuration, so that it cannot request more memory than
+the files themselves hold. No file may lie outside of its folder.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ AGAIN = "train it again or restore it"
 MAX_JSON_BYTES = 32_000_000
 MAX_LAYERS = 1_000
 MAX_SIZE = 10_000_000
-"""No width, vocabulary or context of a model is larger."""
+"""Upper limit of any width, vocabulary or context of a model."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.]{0,200}")
 
-# Of LoraConfig. Every other key must have its default, or say nothing.
+# Keys of LoraConfig. Every other key must be empty or have its default.
 _ADAPTER_KEYS = {
     *("alpha_pattern", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
     *("init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "peft_version", "r"),
@@ -37,10 +37,10 @@ _ADAPTER_KEYS = {
 
 
 def adapter(folder: Path, base: Any) -> None:
-    """Refuse an adapter whose files are not what Remora or PEFT would have written for this base.
+    """Refuse an adapter whose files Remora or PEFT would not have written for this base.
 
     Raises:
-        ModelError: If something is not; nothing was allocated then.
+        ModelError: If a file differs; nothing has been allocated then.
     """
     for name in ADAPTER_FILES:
         followed(folder / name)
@@ -51,7 +51,9 @@ def adapter(folder: Path, base: Any) -> None:
             continue
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 2:
-            raise ModelError(f"{folder} adapts {name}, which is no linear layer of its base")
+            raise ModelError(
+                f"{folder} adapts {name}, which is not a linear layer of its base; {AGAIN}"
+            )
         pattern = _ends_with(name, ranks)
         rank = ranks[pattern] if pattern else default
         # Conv1D keeps its weight as [in, out], and 4-bit weights have another shape.
@@ -70,10 +72,10 @@ def adapter(folder: Path, base: Any) -> None:
 
 
 def configuration(folder: Path) -> None:
-    """Refuse a base model's configuration that is no JSON object, or asks for absurd sizes.
+    """Refuse a base model's configuration that is not a JSON object or has absurd sizes.
 
     Raises:
-        ModelError: If it is so.
+        ModelError: If it is refused.
     """
     path = folder / "config.json"
     values = read_json(path)
@@ -84,43 +86,46 @@ def configuration(folder: Path) -> None:
 
 
 def weights(folder: Path, num_parameters: int, *, quantized: bool) -> None:
-    """Refuse a base model whose weights lie elsewhere, or are fewer than its configuration says.
+    """Refuse a base model whose files lie elsewhere, or hold fewer weights than configured.
 
     Args:
         folder: The model's folder.
-        num_parameters: What the configuration asks for, tied weights counted once.
+        num_parameters: Parameters of the configuration, tied weights counted once.
         quantized: Whether the files hold several weights in one number.
 
     Raises:
-        ModelError: If it is so; nothing was allocated then.
+        ModelError: If it is refused; nothing has been allocated then.
     """
     paths = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, Mapping):
-            raise ModelError(f"{index} has no weight_map; fetch the model again")
+            raise ModelError(f"{index} has no weight_map; download the model again")
         for name in set(map(str, names.values())):
             if Path(name).name != name or not (folder / name).is_file():
-                raise ModelError(f"{index} names {name!r}, which is no file beside it")
+                raise ModelError(
+                    f"{index} names {name!r}, which is not a file beside it; "
+                    "download the model again"
+                )
     for path in (*paths, folder / "config.json", folder / "tokenizer.json"):
         followed(path)
     held = sum(_size(shape) for shape in read_shapes(paths).values())
     if num_parameters > 1.1 * held * (8 if quantized else 1) + 1_000_000:
         raise ModelError(
-            f"the weights in {folder} are {held:,} numbers and its configuration asks for "
-            f"{num_parameters:,}; the folder is incomplete, fetch it again"
+            f"the files in {folder} hold {held:,} weights and its configuration needs "
+            f"{num_parameters:,}; download the model again"
         )
 
 
 def followed(path: Path) -> Path:
-    """Return the file itself where a path may be a link.
+    """Return the file that a path leads to, if it may be read.
 
     In the cache of the hub's client, files are links to blobs beside the snapshots. Those may be
     links to blobs that all repositories share.
 
     Raises:
-        ModelError: If it is a link to a file outside of its folder and of that cache.
+        ModelError: If it links to a file outside of its folder and of that cache.
     """
     if not path.is_symlink():
         return path
@@ -130,7 +135,7 @@ def followed(path: Path) -> Path:
         homes += [repository / "blobs", repository.parent / "blobs"]
     target = path.resolve()
     if not any(home in target.parents for home in homes):
-        raise ModelError(f"{path} is a link that leaves its folder; put the file itself there")
+        raise ModelError(f"{path} links to a file outside of its folder; put the file itself there")
     return target
 
 
@@ -138,19 +143,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object.
 
     Raises:
-        ModelError: If the file holds none, or is too large for one.
+        ModelError: If the file holds something else or is too large.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes; restore it")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path} cannot be read ({one_line(error)}); restore it") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} cannot be read (it holds no JSON object); restore it")
-    return found
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} cannot be read (it is not a JSON object); restore it")
+    return value
 
 
 def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
@@ -163,7 +168,7 @@ def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
     for path in paths:
         try:
             with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                for name in file.keys():  # noqa: SIM118 - not a mapping
                     shapes[name] = tuple(file.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be loaded ({one_line(error)}); restore it") from error
@@ -171,7 +176,7 @@ def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str], bool]:
-    """Return an adapter's ranks by layer, its rank elsewhere, its layers, and is it DoRA."""
+    """Return an adapter's ranks by layer, its default rank, its layers, and whether it is DoRA."""
     from peft import LoraConfig
 
     values = read_json(path)
@@ -189,16 +194,16 @@ def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str], bool]:
         and isinstance(scales, dict)
         and all(_is_plain(name) for name in (*targets, *ranks, *scales))
     ):
-        raise ModelError(
-            f"{path} names layers by something else than lists of plain names; {AGAIN}"
-        )
+        raise ModelError(f"{path} does not name its layers by plain names; {AGAIN}")
     if not all(_is_rank(number) for number in (rank, *ranks.values())):
-        raise ModelError(f"{path} has a rank that is no whole number from 1; {AGAIN}")
+        raise ModelError(f"{path} has a rank that is not a positive integer; {AGAIN}")
     if not all(isinstance(values.get(key, False), bool) for key in ("use_dora", "use_rslora")):
-        raise ModelError(f"{path} has a use_dora or use_rslora that is not true or false; {AGAIN}")
+        raise ModelError(f"{path} has a use_dora or use_rslora that is not a boolean; {AGAIN}")
     scalars = [values.get("lora_alpha", 1), values.get("lora_dropout", 0), *scales.values()]
     if not all(isinstance(n, int | float) and abs(n) < 1e6 for n in scalars):
-        raise ModelError(f"{path} has an alpha or dropout that is no number in reason; {AGAIN}")
+        raise ModelError(
+            f"{path} has an alpha or dropout that is not a number below 1,000,000; {AGAIN}"
+        )
     assert isinstance(rank, int)
     return ranks, rank, targets, values.get("use_dora") is True
 
@@ -218,7 +223,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _ends_with(name: str, ends: Any) -> str | None:
-    """Return which of some names of layers a full name ends with, as PEFT takes it."""
+    """Return the layer name that a full name ends with, as PEFT matches it; None if none."""
     return next((end for end in ends if name == end or name.endswith(f".{end}")), None)
 
 

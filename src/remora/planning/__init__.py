@@ -1,4 +1,4 @@
-"""What a run needs and takes before it begins: memory, time, and the settings that fit."""
+"""Plans a run before it begins: its memory, its time, and the settings that fit."""
 
 import lazy_loader
 

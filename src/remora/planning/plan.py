@@ -1,4 +1,4 @@
-"""What a run will need and take, and why its settings are what they are."""
+"""The plan of a run: its memory and time, its settings and why."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from remora.data.prompt import TokenSequence
 
 CUDA_CONTEXT_BYTES = 850_000_000
 CUDA_WORKSPACE_BYTES = 80_000_000
-"""A CUDA context with the kernels that a run loads, and what cuBLAS allocates by torch. Measured on
-an H100; docs/log.md has the figures."""
+"""A CUDA context with the kernels that a run loads, and cuBLAS's workspaces. Measured on an H100;
+docs/log.md has the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """Memory at the moment when most of it is used, in bytes."""
+    """Peak memory by component, in bytes."""
 
-    base: int  # the frozen model; its buffers too
-    adapter: int  # what trains, in float32
-    best: int  # a copy of it as it validated best
-    gradients: int  # those that are there at that moment
+    base: int  # the frozen model with its buffers
+    adapter: int  # the trainable parameters, in float32
+    best: int  # a copy of those that validated best
+    gradients: int  # those in memory at the peak
     optimizer: int  # two float32 moments of each trained weight
-    saved_activations: int  # what the forward pass keeps for the backward pass
+    saved_activations: int  # kept by the forward pass for the backward pass
     logits: int  # or their gradient
     workspace: int
-    graphs: int  # what recorded CUDA graphs compute in; 0 where none are recorded
-    fragments: int  # freed, and held by the allocator in pieces
+    graphs: int  # memory of recorded CUDA graphs; 0 if none are recorded
+    fragments: int  # freed, but held by the allocator in pieces
     runtime: int  # Python, its libraries and their kernels; on CUDA the context and workspaces
 
     @property
@@ -39,17 +39,17 @@ class Components:
 
 @dataclass(frozen=True, kw_only=True)
 class Heaviest:
-    """The effective batch with the micro-batch that needs most memory."""
+    """The effective batch whose micro-batch needs most memory."""
 
     rows: list[TokenSequence]
     bytes_per_token: float
-    limit_bytes: int  # of the process on a processor; what is more is given back
+    limit_bytes: int  # of the process on CPU; above it freed memory is given back
     run_tokens: float  # tokens that the whole run computes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will need and take, and why its settings are what they are."""
+    """The plan of a run: its memory and time, its settings and why."""
 
     model: str
     device: str
@@ -61,26 +61,26 @@ class Plan:
     adapter_bytes_16: int
     num_rows: int
     prefix_tokens: int  # that all rows share
-    message_tokens: float  # mean over rows, like what follows
+    message_tokens: float  # mean over rows, like the next ones
     answer_tokens: float
-    padded_tokens: float  # computed for each row where batches are padded to their longest
+    padded_tokens: float  # computed for each row if batches are padded to their longest
     tree_tokens: float  # computed for each row in trees of the chosen size
     operations_per_example: float
     num_steps: int
     batch_size: int
     micro_batch_tokens: int
-    largest_micro_batch: int  # tokens of the largest there is
+    largest_micro_batch: int  # tokens of the largest tree
     checkpointing: bool
-    shard: bool  # whether each of several processes holds a part of the weights
+    shard: bool  # whether the weights are sharded over several processes
     why: str
     memory: Components
     available_bytes: int | None
-    disk_bytes: int  # of the run directory
-    free_disk_bytes: int  # where it is made
-    download_bytes: int  # 0 where the base model is here
+    disk_bytes: int  # of the run directory, at most
+    free_disk_bytes: int  # where it will be
+    download_bytes: int  # 0 if the base model is on this machine
     seconds: float | None
     seconds_are: str
-    alternatives: tuple[str, ...]  # what would fit, the cheapest first; empty where it fits
+    alternatives: tuple[str, ...]  # that would fit, the cheapest first; empty if the run fits
 
     @property
     def peak_bytes(self) -> int:
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def measurable_bytes(self) -> int:
-        """What `memory.peak_bytes` measures of the peak: not CUDA's context."""
+        """The part of the peak that `memory.peak_bytes` measures: without CUDA's context."""
         return self.peak_bytes - (CUDA_CONTEXT_BYTES if self.is_cuda else 0)
 
     @property
@@ -99,11 +99,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within what is available, as far as that is known."""
+        """Whether the peak is within the available memory, as far as that is known."""
         return self.available_bytes is None or self.peak_bytes <= self.available_bytes
 
     def applied_to(self, settings: TrainConfig) -> TrainConfig:
-        """Return the settings with what the plan has chosen."""
+        """Return the settings with the plan's choices."""
         return dataclasses.replace(
             settings,
             micro_batch_tokens=self.micro_batch_tokens,
@@ -112,5 +112,5 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON holds it."""
+        """Return the plan as JSON."""
         return {**dataclasses.asdict(self), "peak_bytes": self.peak_bytes, "fits": self.fits}

@@ -1,4 +1,4 @@
-"""How long the training steps of a run take, before it begins."""
+"""The time of a run's training steps, estimated before it begins."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from remora.tree.loss import loss_sum
 from remora.tree.packing import TokenTree
 
 MAX_TOKENS = 512
-"""Tokens of the tree that a layer is timed with, at most."""
+"""Most tokens of the tree that a layer is timed with."""
 
 VOCABULARY = 4_096
-"""Words of the layer that is timed, at most."""
+"""Largest vocabulary of the layer that is timed."""
 
 
 def published(operations: float, hardware: Hardware, precision: Precision) -> dict[str, Any]:
-    """Return the seconds at a device's published rate, which no run reaches, and that they are so.
+    """Return the seconds at a device's published rate, by the names of `Plan`.
 
-    Empty where no rate is known for the arithmetic.
+    No run reaches it. Empty if no rate is known for the precision.
     """
     rate = hardware.teraflops
     if rate is None or precision.compute is not hardware.native:
         return {}
     return {
         "seconds": operations / (rate * 1e12),
-        "seconds_are": f"at least, at the published {rate:g} TFLOP/s, which no run reaches",
+        "seconds_are": f"lower bound, at the published {rate:g} TFLOP/s, which no run reaches",
     }
 
 
@@ -47,10 +47,10 @@ def measured(
     packed: TokenTree,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return the seconds at the rate that one layer is computed with here, and that they are so.
+    """Return the seconds at the measured rate of one layer, by the names of `Plan`.
 
-    The layer has random weights and a small vocabulary. Without bitsandbytes the time that it
-    takes to unpack 4-bit weights is left out.
+    The layer has random weights and a small vocabulary. Without bitsandbytes the time to dequantize
+    4-bit weights is left out.
 
     Args:
         operations: Floating-point operations of the run.
@@ -60,6 +60,7 @@ def measured(
         packed: A micro-batch of the run.
         device: Where it is computed.
     """
+    # One layer of the model, and the micro-batch in its vocabulary.
     cut = copy.deepcopy(model_config)
     text = cut.get_text_config()
     text.num_hidden_layers = 1
@@ -75,11 +76,13 @@ def measured(
     )
     is_quantized = settings.method == "qlora"
     with torch.random.fork_rng():
+        # Its operations, counted without weights.
         empty = lora.adapt(
             loading.load_empty(cut, precision.base, quantized=is_quantized), settings
         )
         skeleton = step_memory.Skeleton(empty, autocast=precision.autocast, device=device.type)
         share = skeleton.count(packed).operations
+        # Its time, with random weights.
         base = loading.load_empty(cut, precision.base).to_empty(device=device)
         for tensor in [*base.parameters(), *base.buffers()]:
             if tensor.is_floating_point():  # a norm of small weights would make denormals

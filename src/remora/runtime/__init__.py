@@ -1,4 +1,4 @@
-"""The machine a run is on: device and precision, memory, processes, files, signals, progress."""
+"""The machine under a run: device and precision, memory, processes, files, signals, progress."""
 
 import lazy_loader
 

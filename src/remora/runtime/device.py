@@ -1,4 +1,4 @@
-"""On what device, in which arithmetic, and why."""
+"""The device to compute on, and the precision that it computes in."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from remora.errors import ConfigError
 
 @dataclass(frozen=True)
 class Hardware:
-    """What is known of a device. `memory_bytes` is None where nobody says."""
+    """A device as far as it is known. `memory_bytes` is None if unknown."""
 
     type: str  # cpu, cuda or mps
     name: str
-    native: torch.dtype  # the fastest arithmetic that is safe to train in
+    native: torch.dtype  # the fastest precision that is safe to train in
     memory_bytes: int | None = None
-    teraflops: float | None = None  # published, dense, in the native arithmetic
+    teraflops: float | None = None  # published, dense, in the native precision
 
     @property
     def reason(self) -> str:
-        """Why the native arithmetic is that."""
+        """Why that is the native precision."""
         if self.type == "cpu":
             has = "has" if self.native is torch.bfloat16 else "has no"
             return f"{self.name} {has} bfloat16 instructions"
@@ -53,16 +53,16 @@ KNOWN_DEVICES = {
     "h100": _gpu("H100", torch.bfloat16, 80, 989),
     "h200": _gpu("H200", torch.bfloat16, 141, 989),
 }
-"""Devices that can be planned for from elsewhere: nominal memory, the vendor's peak rate."""
+"""Devices that a run can be planned for on another machine: nominal memory, published peak rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What numbers a run computes with. What trains is float32 in any case.
+    """The number formats of a run. Trainable weights are always float32.
 
     Attributes:
-        compute: Arithmetic of the forward and backward pass, under autocast where it is 16-bit.
-        base: What the frozen base model is stored in.
+        compute: Precision of the forward and backward pass; 16-bit runs under autocast.
+        base: Storage type of the base model.
         reason: Why, in a few words.
     """
 
@@ -72,13 +72,13 @@ class Precision:
 
     @property
     def mixed_precision(self) -> str:
-        """The decision in accelerate's words: no, bf16 or fp16."""
+        """The precision as accelerate names it: no, bf16 or fp16."""
         names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
         return names.get(self.compute, "no")
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The 16-bit arithmetic to compute in, or None."""
+        """The 16-bit type to compute in under autocast, or None."""
         return None if self.mixed_precision == "no" else self.compute
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ def choose_device(requested: DeviceName) -> torch.device:
     """Return the device to compute on.
 
     Raises:
-        ConfigError: If the requested device is not there.
+        ConfigError: If the requested device is not available.
     """
     present = {
         "cuda": torch.cuda.is_available(),
@@ -102,7 +102,7 @@ def choose_device(requested: DeviceName) -> torch.device:
         return torch.device(next(name for name, here in present.items() if here))
     if not present[requested]:
         here = ", ".join(name for name, is_here in present.items() if is_here)
-        raise ConfigError(f"there is no {requested} device here; choose from {here}, auto")
+        raise ConfigError(f"no {requested} device is available; choose from {here}, auto")
     return torch.device(requested)
 
 
@@ -113,36 +113,33 @@ def choose_precision(
     hardware: Hardware | None = None,
     trains_base: bool = False,
 ) -> Precision:
-    """Decide on the arithmetic from what the device does natively.
+    """Choose a precision that the device computes natively.
 
-    bfloat16 is used only where the hardware has it: a T4 says that it supports bfloat16 but
-    emulates it, and so does a processor without the AVX512-BF16, AMX or Arm BF16 instructions.
+    bfloat16 is chosen only if the hardware has it: a T4 reports that it supports bfloat16 but
+    emulates it, and so does a CPU without AVX512-BF16, AMX or Arm BF16 instructions.
 
     Args:
         device: Where to compute.
-        requested: What the user asks for.
-        hardware: What is known of the device; by default what it says itself.
+        requested: The user's choice.
+        hardware: The device's properties; by default those that it reports.
         trains_base: Whether the base model trains too, and so has to be stored in float32.
 
     Raises:
-        ConfigError: If the requested arithmetic does not exist on the device.
+        ConfigError: If the device cannot compute in the requested precision.
     """
     hardware = hardware or hardware_here(device)
     compute, reason = hardware.native, hardware.reason
     if requested != "auto":
-        compute, reason = getattr(torch, requested), "asked for"
+        compute, reason = getattr(torch, requested), "as requested"
         if compute is torch.float16 and hardware.type == "cpu":
-            raise ConfigError(
-                "float16 arithmetic is not for training on a processor; "
-                "use --precision bfloat16 or float32"
-            )
+            raise ConfigError("float16 cannot train on CPU; use --precision bfloat16 or float32")
         if compute is torch.bfloat16 and hardware.native is not torch.bfloat16:
-            reason = "asked for; this device emulates it, slowly"
+            reason = "as requested; this device emulates it, slowly"
     return Precision(compute=compute, base=torch.float32 if trains_base else compute, reason=reason)
 
 
 def hardware_here(device: torch.device) -> Hardware:
-    """Return what a device that is here says of itself."""
+    """Return the properties that a device of this machine reports."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         native = torch.float32
@@ -153,12 +150,12 @@ def hardware_here(device: torch.device) -> Hardware:
         return Hardware("cuda", torch.cuda.get_device_name(device), native)
     if device.type == "mps":
         return Hardware("mps", "Apple GPU", torch.float32)
-    native = torch.bfloat16 if _processor_has_bfloat16() else torch.float32
-    return Hardware("cpu", "this processor", native)
+    native = torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return Hardware("cpu", "this CPU", native)
 
 
-def _processor_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware, by the flags that Linux shows."""
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware, by its flags; False except on Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

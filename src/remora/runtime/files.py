@@ -21,7 +21,7 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failing disk into one line."""
+    """Raise errors of the disk as a ResourceError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
@@ -33,16 +33,16 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def optional(name: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Say why a file of a run cannot be written, and go on: the run is whole without it."""
+    """Report why an optional file of a run cannot be written, and continue without it."""
     try:
         yield
     except Exception as error:
-        say(f"{name} is not written ({one_line(error)}); all else of the run is there")
+        say(f"{name} could not be written ({one_line(error)}); the rest of the run is complete")
 
 
 def sync(path: Path) -> None:
-    """Have the kernel bring a file or a folder to the disk."""
-    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
+    """Flush a file, or a folder's entries, to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -51,17 +51,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_synced(path: Path, text: str) -> None:
+    """Write a text file and flush it to the disk, with the same bytes on every system."""
+    path.write_text(text, encoding="utf-8", newline="\n")
+    sync(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            sync(temporary)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+    with _replacing(path) as temporary:
+        write_synced(temporary, text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,29 +69,42 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table whole or not at all; what a spreadsheet would run as a formula is defused."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
+    """Write a table whole or not at all, its cells safe in a spreadsheet."""
+    with _replacing(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header)
-            writer.writerows([defused(cell) for cell in row] for row in rows)
-        os.replace(temporary, path)
+            writer.writerows([escape_formula(cell) for cell in row] for row in rows)
+        sync(temporary)
 
 
-def defused(cell: str) -> str:
-    """Return a cell that no spreadsheet takes for a formula."""
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which replaces another once it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def escape_formula(cell: str) -> str:
+    """Return a cell that no spreadsheet reads as a formula: with a quote in front."""
     return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
 
 
+def unescape_formula(cell: str) -> str:
+    """Undo `escape_formula`."""
+    return cell[1:] if cell.startswith("'") and escape_formula(cell[1:]) == cell else cell
+
+
 def folder_bytes(folder: Path, pattern: str = "*") -> int:
-    """Return the bytes of the files in a folder, those below it not counted."""
+    """Return the bytes of the files in a folder, without its subfolders."""
     return sum(path.stat().st_size for path in folder.glob(pattern) if path.is_file())
-
-
-def as_it_was(cell: str) -> str:
-    """Undo `run.defused`."""
-    return cell[1:] if cell.startswith("'") and defused(cell[1:]) == cell else cell
 
 
 def weights_sha256(folder: Path) -> str:

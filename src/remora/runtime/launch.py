@@ -15,13 +15,13 @@ from typing import NoReturn
 from remora.errors import DivergedError, PeerLostError, RemoraError, Stopped
 
 LAUNCHER = "REMORA_LAUNCHER"
-"""Environment variable with the process that started this one, and without which it ends."""
+"""Environment variable with the id of the launching process, without which this one ends."""
 
 LISTENER = "REMORA_LISTENER"
-"""Environment variable with the first process's open socket, at which the others find it."""
+"""Environment variable with the first process's open socket, where the others connect."""
 
 GRACE_SECONDS = 5.0
-"""So long the others have to end by themselves after the first has failed."""
+"""Time for the other processes to end by themselves after one has failed."""
 
 
 def world_size() -> int:
@@ -30,7 +30,7 @@ def world_size() -> int:
 
 
 def speaks(error: RemoraError) -> bool:
-    """Return whether this process is to print an error: the first one, or who alone has it."""
+    """Return whether this process prints an error: the first one, or the only one that has it."""
     if world_size() == 1:
         return True
     if isinstance(error, PeerLostError):
@@ -40,10 +40,10 @@ def speaks(error: RemoraError) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process, one of several, with an exit code, and at once.
+    """End this process, one of several, at once with an exit code.
 
-    Where another is gone, calls to it may be under way, and with them torch's threads do not let
-    Python shut down in order.
+    After another is gone, collective calls may hang in torch's threads, and Python cannot shut down
+    in order.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -53,43 +53,24 @@ def leave(code: int) -> NoReturn:
 def run(num_processes: int, arguments: Sequence[str]) -> int:
     """Run `remora` in several processes; return the exit code of the run.
 
-    That is the code of the process that failed first; 7 if it was killed. None is left behind.
+    That is the code of the process that failed first; 7 if it was killed. None is left running.
 
     Args:
         num_processes: How many, one for each device.
         arguments: The command line of each.
     """
-    host = "127.0.0.1"
-    listener = socket.create_server((host, 0))  # handed on open, so that nobody takes the port
-    common = {
-        "WORLD_SIZE": str(num_processes),
-        "LOCAL_WORLD_SIZE": str(num_processes),
-        "MASTER_ADDR": host,
-        "MASTER_PORT": str(listener.getsockname()[1]),
-        LISTENER: str(listener.fileno()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(num_processes))),
-        LAUNCHER: str(os.getpid()),
-    }
-    command = [sys.executable, "-m", "remora", *arguments]
     processes: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         del frame
-        for process in processes:
-            process.send_signal(number)
+        # Windows' console sends Ctrl-C to all of its processes by itself.
+        if not (os.name == "nt" and number == signal.SIGINT):
+            for process in processes:
+                process.send_signal(number)
 
     before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for rank in range(num_processes):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env={**os.environ, **common, **own},
-                    pass_fds=() if rank else (listener.fileno(),),
-                )
-            )
-        listener.close()
+        _start(processes, num_processes, arguments)
         return _wait(processes)
     finally:
         for process in processes:
@@ -100,8 +81,40 @@ def run(num_processes: int, arguments: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
+def _start(
+    processes: list[subprocess.Popen[bytes]], num_processes: int, arguments: Sequence[str]
+) -> None:
+    """Start the processes one after the other, each in the list as soon as it runs."""
+    host = "127.0.0.1"
+    common = {
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": host,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(num_processes))),
+        LAUNCHER: str(os.getpid()),
+    }
+    command = [sys.executable, "-m", "remora", *arguments]
+    with socket.create_server((host, 0)) as listener:
+        common["MASTER_PORT"] = str(listener.getsockname()[1])
+        inherited: tuple[int, ...] = ()
+        if os.name == "nt":  # a socket cannot be inherited there, so the first opens the port again
+            listener.close()
+        else:  # it is inherited open, so that nobody takes the port
+            inherited = (listener.fileno(),)
+            common[LISTENER] = str(listener.fileno())
+        for rank in range(num_processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, **common, **own},
+                    pass_fds=() if rank else inherited,
+                )
+            )
+
+
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; once one has failed, not for long. Return the code of the run."""
+    """Wait for all processes, at most GRACE_SECONDS after one failed; return the run's code."""
     codes: list[int] = []  # in the order in which they ended
     running, deadline = list(processes), None
     while running and (deadline is None or time.monotonic() < deadline):
@@ -112,30 +125,38 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
                 codes.append(code)
                 if code not in (0, Stopped.exit_code) and deadline is None:
                     deadline = time.monotonic() + GRACE_SECONDS
+    _report_killed(processes)
     lost = PeerLostError.exit_code
-    _tell_killed(processes)
-    if running:
-        return next((code for code in codes if code > 0 and code != lost), lost)
     failed = [code for code in codes if code != 0]
-    causes = [code for code in failed if code > 0 and code not in (lost, Stopped.exit_code)]
-    if causes:
+    own = [code for code in failed if code != lost and not _killer(code)]  # not by another's end
+    if running:
+        return own[0] if own else lost
+    if causes := [code for code in own if code != Stopped.exit_code]:
         return causes[0]
-    if any(code < 0 or code == lost for code in failed):
+    if len(own) < len(failed):
         return lost
     return failed[0] if failed else 0
 
 
-def _tell_killed(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _report_killed(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for rank, process in enumerate(processes):
-        if process.returncode is not None and process.returncode < 0:
-            how = signal.Signals(-process.returncode).name
+        if process.returncode is not None and (killer := _killer(process.returncode)):
             print(  # noqa: T201
-                f"error: process {rank} of {len(processes)} was ended by {how}; run the same "
-                "command again to go on",
+                f"error: process {rank} of {len(processes)} was ended by {killer}; run the same "
+                "command again to resume",
                 file=sys.stderr,
             )
 
 
+def _killer(code: int) -> str | None:
+    """Return what ended a process from outside, by its return code; None if it ended by itself."""
+    if code < 0:
+        return signal.Signals(-code).name
+    # Windows has no signals. A process that crashes there returns an NTSTATUS, an error from here.
+    return f"Windows ({code:#x})" if code >= 0xC0000000 else None
+
+
 def _threads(num_processes: int) -> int:
+    """Return how many threads each of several processes computes with."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (available or 1) // num_processes)

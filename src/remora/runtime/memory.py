@@ -10,50 +10,64 @@ import re
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 KEPT_KERNELS = 128
-"""Kernels that a processor's library keeps compiled, one for each shape of a product; see below."""
-
-_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+"""Compiled kernels that a CPU library keeps, one for each shape of a product."""
 
 ADDRESS_BYTES = 400_000_000
 """Addresses, not memory, that a run takes: glibc reserves 64 MiB for each of three threads, and
 the libraries of the baseline are mapped at the end. A limit on the address space counts them."""
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
-# torch's 16-bit products on processors compile a kernel for each shape and keep 1,024 of them, half
-# a megabyte each. Micro-batches are of ever new lengths, so none but those of the same length, in
-# other layers, are of use again. Both caches look here when the first product is computed.
-for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(_name, str(KEPT_KERNELS))
+_CPU = torch.device("cpu")
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+_WITHOUT_GLIBC = (AttributeError, OSError, TypeError)  # what ctypes raises on other systems
+
+
+def limit_kernel_caches() -> None:
+    """Limit the kernels that torch's CPU libraries keep compiled, before they compute anything.
+
+    For 16-bit products they compile a kernel for each shape and keep 1,024 of them, half a megabyte
+    each. Micro-batches keep changing length, so a kernel serves only the other layers of the same
+    micro-batch. Both caches read their variable when the first product is computed, so this is
+    called before; later it has no effect. Values that the user has set stay.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_KERNELS))
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory used so far: of the device, or of the process on a processor."""
+    """Return the most memory used so far: of the device, or on CPU of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
-    own = _proc_bytes("/proc/self/status", "VmHWM")  # the one below begins with the parent's
+    own = _status_bytes("VmHWM")  # the one from getrusage begins with the parent's
     if own is not None:
         return own
-    import resource
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def used_bytes() -> int:
-    """Return the memory that this process uses now; where that is not known, its peak."""
-    resident = _proc_bytes("/proc/self/status", "VmRSS")
-    return peak_bytes(torch.device("cpu")) if resident is None else resident
+    """Return the memory that this process uses now; its peak if that is unknown."""
+    try:
+        return int(psutil.Process().memory_info().rss)
+    except (psutil.Error, OSError):  # Linux without /proc
+        return peak_bytes(_CPU)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return how much more memory this process can take on a device, or None if nobody says.
+    """Return how much more memory this process can take on a device, or None if unknown.
 
-    On a processor the least of what the machine has available, what the container's control group
+    On CPU the least of: what the machine has available, what the container's control group
     (versions 1 and 2) leaves, and what the limit of the address space leaves.
     """
     if device.type == "cuda":
@@ -61,24 +75,25 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    limits = [_proc_bytes("/proc/meminfo", "MemAvailable"), _group_bytes(), _address_bytes()]
+    limits = [_available_bytes(), _group_bytes(), _address_bytes()]
     known = [limit for limit in limits if limit is not None]
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # they share it
     return max(0, min(known)) // processes if known else None
 
 
 def begin(device: torch.device) -> None:
-    """Set up torch's allocator for CUDA for a run, and measure its peak from here on.
+    """Set up a device's memory for a run, and on CUDA measure the peak from here on.
 
-    Its segments may grow, so that it holds less that is of no use: micro-batches are of ever new
-    lengths. What the user sets by torch's variables stays.
+    Segments of torch's CUDA allocator may grow, so that fewer unusable pieces are left when
+    micro-batches change length. Settings that the user made by torch's variables stay.
     """
+    limit_kernel_caches()
     if device.type != "cuda":
         return
     set_by_user = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     if sys.platform == "linux" and not set_by_user:
-        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # of newer versions
-        with contextlib.suppress(AttributeError, RuntimeError):  # not of this build of torch
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # newer versions
+        with contextlib.suppress(AttributeError, RuntimeError):  # not in this build of torch
             (change or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
     release(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -99,12 +114,12 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 def refuse_to_exhaust(device: torch.device, needed: int) -> None:
-    """Fail before memory is taken that is not there.
+    """Fail before more CPU memory is allocated than is free.
 
-    A processor has no error for it: the kernel kills the process. Devices report it themselves.
+    The kernel would kill the process without an error. GPUs report it themselves.
 
     Raises:
-        torch.OutOfMemoryError: If a processor's memory does not suffice for so many bytes.
+        torch.OutOfMemoryError: If less CPU memory is free than needed, in bytes.
     """
     if device.type == "cpu" and needed > (free_bytes(device) or needed):
         release(device)
@@ -114,7 +129,7 @@ def refuse_to_exhaust(device: torch.device, needed: int) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give cached memory back."""
+    """Give cached memory back to the device or the operating system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -125,39 +140,37 @@ def release(device: torch.device) -> None:
 
 
 def keep_within(device: torch.device, limit: int) -> None:
-    """Give back what a processor's allocator holds, where the process has more than a limit."""
+    """Give freed CPU memory back if the process uses more than a limit, in bytes."""
     if device.type == "cpu" and used_bytes() > limit:
         trim()
 
 
 def map_arrays(device: torch.device) -> None:
-    """Have a processor's arrays of a megabyte or more mapped each on its own, not in the heap.
+    """Map each CPU array of a megabyte or more on its own, outside the heap.
 
-    Then no pieces of them are held once they are freed. That takes time, since their pages are
-    mapped and cleared again and again. What the user has set stays.
+    Then freed arrays leave no fragments. It takes time, since their pages are mapped and cleared
+    again and again. Settings that the user made stay. Only glibc can.
     """
     set_by_user = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get(
         "GLIBC_TUNABLES", ""
     )
     if device.type == "cpu" and not set_by_user:
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        with contextlib.suppress(*_WITHOUT_GLIBC):
             ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def trim() -> None:
-    """Give back what the process has freed and its allocator holds on to, in pieces."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+    """Give back memory that the process has freed and its allocator keeps. Only glibc can."""
+    with contextlib.suppress(*_WITHOUT_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _proc_bytes(path: str, name: str) -> int | None:
-    """Return a line such as `MemAvailable:   123 kB`, in bytes."""
-    text = _read(Path(path)) or ""
-    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
-
-
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
+def _available_bytes() -> int | None:
+    """Return what the machine has available."""
+    try:
+        return int(psutil.virtual_memory().available)
+    except (psutil.Error, OSError):  # Linux without /proc
+        return None
 
 
 def _group_bytes() -> int | None:
@@ -165,14 +178,11 @@ def _group_bytes() -> int | None:
     free: list[int] = []
     for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
         _, controllers, own = line.split(":", 2)
-        if controllers == "":
+        if controllers == "":  # version 2
             root, limit, used = CONTROL_GROUPS, "memory.max", "memory.current"
-        elif controllers == "memory":
-            root, limit, used = (
-                CONTROL_GROUPS / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-            )
+        elif controllers == "memory":  # version 1
+            root = CONTROL_GROUPS / "memory"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
         folder = root / own.lstrip("/")
@@ -190,14 +200,23 @@ def _group_bytes() -> int | None:
 
 
 def _address_bytes() -> int | None:
-    """Return what the limit of the address space (ulimit -v) leaves."""
-    import resource
+    """Return what the limit of the address space (ulimit -v) leaves; only Linux enforces one."""
+    if sys.platform != "linux":
+        return None
+    import resource  # not on Windows
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    used = _proc_bytes("/proc/self/status", "VmSize")
+    used = _status_bytes("VmSize")
     if limit == resource.RLIM_INFINITY or used is None:
         return None
     return max(0, limit - used - ADDRESS_BYTES)
+
+
+def _status_bytes(name: str) -> int | None:
+    """Return a line of Linux's status of this process, such as `VmHWM:   123 kB`, in bytes."""
+    text = _read(Path("/proc/self/status")) or ""
+    line = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(line[1]) * 1024 if line else None
 
 
 def _read(path: Path) -> str | None:

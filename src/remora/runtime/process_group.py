@@ -1,8 +1,8 @@
-"""One process for each device: what they tell each other, and what becomes of a lost one.
+"""The processes of a run, one for each device: their collective calls, and a lost process.
 
-Every process has all rows and computes its part of each effective batch; gradients are added up.
-So an optimizer step averages over what it would average over in one process. The order of the
-collective calls below must be the same in every process: a call waits until all have made it.
+Every process has all rows and computes its part of each effective batch; gradients are summed. So
+an optimizer step averages over the same rows as in one process. The order of the collective calls
+below must be the same in every process: a call waits until all have made it.
 """
 
 from __future__ import annotations
@@ -19,26 +19,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from remora.errors import ConfigError, PeerLostError, RemoraError
+from remora.runtime.heartbeat import BEAT_SECONDS, Heartbeat
 from remora.runtime.launch import LAUNCHER, LISTENER, leave, speaks, world_size
 
 Result = TypeVar("Result")
 
 JOIN_SECONDS = 120
-BEAT_SECONDS = 1.0
-LOST_BEATS = 12
-"""A process that gives no sign of life while another gives so many is lost.
-
-They are counted, not timed: processes that all slept, with the machine or by Ctrl-Z, go on.
-"""
 
 
 class ProcessGroup:
-    """The processes of a run. One alone is the first of one, and sends nothing."""
+    """The processes of a run. A process alone is the first of one, and communicates nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -65,7 +61,7 @@ class ProcessGroup:
         return self.total(float(value)) > 0
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Give every process the sum of all gradients. A process that has none adds zeros."""
+        """Sum the gradients over all processes. A process without gradients adds zeros."""
         if self.size == 1 or not parameters:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -76,13 +72,13 @@ class ProcessGroup:
             parameter.grad = part.view_as(parameter)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what each process gave, of anything that JSON holds."""
+        """Return the value of each process, in their order; it must be JSON."""
         if self.size == 1:
             return [value]
         return [json.loads(part) for part in self._gather(json.dumps(value).encode())]
 
     def gather_arrays(self, array: NDArray[Any]) -> list[NDArray[Any]]:
-        """Return the array of each process; their shapes may differ."""
+        """Return the array of each process, in their order; shapes may differ."""
         if self.size == 1:
             return [array]
         written = io.BytesIO()
@@ -91,15 +87,15 @@ class ProcessGroup:
         return [np.load(io.BytesIO(part), allow_pickle=False) for part in parts]
 
     def share(self, value: Any) -> Any:
-        """Return what the first process gave, of anything that JSON holds."""
+        """Return the first process's value; it must be JSON."""
         return self.gather(value if self.is_first else None)[0]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """End in every process with the error of any.
+        """Raise an error of one process in every process.
 
         Raises:
-            RemoraError: The one of the first process that has one; it names the process, unless
+            RemoraError: The error of the first process that has one; it names the process, unless
                 all have the same.
         """
         own: RemoraError | None = None
@@ -109,12 +105,13 @@ class ProcessGroup:
             if self.size == 1 or isinstance(error, PeerLostError):
                 raise
             own = error
-        found = self.gather(None if own is None else [type(own).__name__, str(own)])
-        told = [(rank, error) for rank, error in enumerate(found) if error]
-        if not told:
+        errors = self.gather(None if own is None else [type(own).__name__, str(own)])
+        failed = [rank for rank, error in enumerate(errors) if error]
+        if not failed:
             return
-        rank, (name, message) = told[0]
-        if any(error != found[rank] for error in found):
+        rank = failed[0]
+        name, message = errors[rank]
+        if any(error != errors[rank] for error in errors):
             message = f"process {rank} of {self.size}: {message}"
         kinds = {kind.__name__: kind for kind in RemoraError.__subclasses__()}
         shared = kinds.get(name, RemoraError)(message)
@@ -122,10 +119,10 @@ class ProcessGroup:
         raise shared from own
 
     def refuse_differences(self, values: Mapping[str, Any]) -> None:
-        """Make sure that every process has the same values, of anything that JSON holds.
+        """Make sure that every process has the same values; they must be JSON.
 
         Raises:
-            ConfigError: If one has another; it names the value and the process.
+            ConfigError: If one differs; it names the value and the process.
         """
         first, *others = self.gather(dict(values))
         for rank, other in enumerate(others, 1):
@@ -168,12 +165,12 @@ class ProcessGroup:
 def _lost(size: int, error: RuntimeError) -> PeerLostError:
     return PeerLostError(
         f"a process of the {size} is gone ({str(error).splitlines()[0][:100]}); run the same "
-        "command again to go on"
+        "command again to resume"
     )
 
 
 def _is_of_a_peer(error: RuntimeError) -> bool:
-    """Whether an error is of a collective call, such as those of sharded weights."""
+    """Whether an error comes from a collective call, such as those of sharded weights."""
     from torch import distributed
 
     return isinstance(error, distributed.DistError) or "gloo" in str(error)
@@ -185,7 +182,7 @@ def join() -> Iterator[ProcessGroup]:
 
     Raises:
         ConfigError: If there are more processes than GPUs.
-        PeerLostError: If they do not all come, or one is gone later.
+        PeerLostError: If one does not join, or is lost later.
     """
     size = world_size()
     if size == 1:
@@ -194,41 +191,44 @@ def join() -> Iterator[ProcessGroup]:
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
 
+    # One GPU for each process.
     _watch_launcher()
     if torch.cuda.is_available():
         device, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if device >= count:
             raise ConfigError(
-                f"there is no GPU for process {device} of this machine's; give {count}"
+                f"process {device} has no GPU, this machine has {count}; start {count} processes"
             )
         torch.cuda.set_device(device)
+    # Connect, and check that all are here.
     try:
         waiting = datetime.timedelta(seconds=JOIN_SECONDS)
         store, rank, size = _meet(waiting)
-        pulse = _Pulse(store.clone(), rank, size)
+        pulse = Heartbeat(store.clone(), rank, size)
         store.set_timeout(waiting)
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            _backend(),
             store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
-            timeout=datetime.timedelta(days=1),  # who waits for a lost process learns it elsewhere
+            timeout=datetime.timedelta(days=1),  # the pulse ends who waits for a lost process
         )
         group = ProcessGroup(rank, size)
         group.gather(rank)
     except (RuntimeError, ValueError, KeyError) as error:
         raise PeerLostError(
-            f"the {size} processes of this run did not find each other "
-            f"({str(error).splitlines()[0][:100]}); see that all were started"
+            f"the {size} processes of this run could not connect "
+            f"({str(error).splitlines()[0][:100]}); start all of them"
         ) from error
+    # Run, and leave together.
     pulse.start()
     try:
         yield group
-        group.gather(rank)  # so that nobody is taken for lost who is only ready before the others
+        group.gather(rank)  # a process that has ended before the others would look lost
     except RuntimeError as error:
         if isinstance(error, RemoraError) or not _is_of_a_peer(error):
             raise
-        # Of sharded weights calls are under way, without which Python cannot shut down in order.
+        # Collective calls of sharded weights may hang, and Python could not shut down in order.
         lost = _lost(size, error)
         if speaks(lost):
             print(f"error: {lost}", file=sys.stderr)  # noqa: T201
@@ -239,8 +239,19 @@ def join() -> Iterator[ProcessGroup]:
             distributed.destroy_process_group()
 
 
+def _backend() -> str:
+    """Return the libraries that communicate; NCCL is not built for Windows."""
+    from torch import distributed
+
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+
+
 def _meet(waiting: datetime.timedelta) -> tuple[Any, int, int]:
-    """Return the store that all processes write to, this one's rank and their number."""
+    """Return the store that all processes write to, this one's rank and their number.
+
+    The launcher hands the first process an open socket where it can, see `launch.run`.
+    """
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 
@@ -260,74 +271,31 @@ def _meet(waiting: datetime.timedelta) -> tuple[Any, int, int]:
     return store, rank, size
 
 
-class _Pulse(threading.Thread):
-    """Gives signs of life, and ends this process once another gives none."""
-
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        super().__init__(daemon=True)
-        self._store, self._rank, self._size = store, rank, size
-        self._stopped = threading.Event()
-        self._num_answers = 0
-        store.set_timeout(datetime.timedelta(seconds=BEAT_SECONDS * LOST_BEATS))
-        store.set(f"beat/{rank}", "0")
-
-    def run(self) -> None:
-        names = [f"beat/{rank}" for rank in range(self._size)]
-        seen, changed = [b""] * self._size, [0] * self._size
-        count = 0
-        while not self._stopped.wait(BEAT_SECONDS):
-            count += 1
-            try:
-                self._store.set(names[self._rank], str(count))
-                beats = self._store.multi_get(names)
-            except RuntimeError:  # the process that keeps the store is gone
-                self._end(0)
-                return
-            self._num_answers = count
-            for rank, beat in enumerate(beats):
-                if beat != seen[rank]:
-                    seen[rank], changed[rank] = beat, count
-                elif count - changed[rank] > LOST_BEATS:
-                    self._end(rank)
-                    return
-
-    def start(self) -> None:
-        """Begin, and watch that the store answers: where its process hangs, no timeout ends it."""
-        threading.Thread(target=self._watch, daemon=True).start()
-        super().start()
-
-    def _watch(self) -> None:
-        answered, silent = 0, 0
-        while not self._stopped.wait(BEAT_SECONDS):
-            silent = 0 if self._num_answers != answered else silent + 1
-            answered = self._num_answers
-            if silent > LOST_BEATS:
-                self._end(0)
-
-    def stop(self) -> None:
-        """Give no more signs of life, and expect none."""
-        self._stopped.set()
-        if self.is_alive():
-            self.join(BEAT_SECONDS)  # a thread in the store's code must not see Python shut down
-
-    def _end(self, lost: int) -> None:
-        if self._stopped.wait(2 * BEAT_SECONDS):  # the others have left, and so does this one
-            return
-        if self._rank == (0 if lost else 1):
-            what = f"process {lost} of {self._size} is gone or hangs"
-            print(f"error: {what}; run the same command again to go on", file=sys.stderr)  # noqa: T201
-        os._exit(PeerLostError.exit_code)
-
-
 def _watch_launcher() -> None:
-    """End this process when the one that started it is gone."""
+    """End this process when the one that launched it is gone."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None:
         return
 
     def watch() -> None:
-        while os.getppid() == int(launcher):
-            time.sleep(BEAT_SECONDS)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it is gone already
+            process = psutil.Process(int(launcher))
+            while _is_running(process):
+                time.sleep(BEAT_SECONDS)
         os._exit(PeerLostError.exit_code)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_running(launcher: psutil.Process) -> bool:
+    """Whether the launcher runs; another process with its id, which began later, is not it.
+
+    Its id is not compared with that of the parent: in a virtual environment on Windows another
+    python.exe stands between the two.
+    """
+    try:
+        is_older = launcher.create_time() <= psutil.Process().create_time()
+        is_alive = launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE
+    except psutil.AccessDenied:
+        return True
+    return bool(is_older and is_alive)

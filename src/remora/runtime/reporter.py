@@ -1,4 +1,4 @@
-"""What a run tells as it goes: sentences, steps, evaluations."""
+"""Progress of a run as it is reported: sentences, steps, evaluations."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ class Validation:
 
 
 class Reporter:
-    """Is told how a run goes. This one is silent; a subclass may show it."""
+    """Receives a run's progress. This one is silent; a subclass may show it."""
 
     def say(self, line: str) -> None:
-        """Take a sentence for the user."""
+        """Receive a sentence for the user."""
 
     def stepped(self, step: Step) -> None:
-        """Take an optimizer step."""
+        """Receive an optimizer step."""
 
     def validated(self, validation: Validation) -> None:
-        """Take an evaluation on the validation rows."""
+        """Receive an evaluation on the validation rows."""
 
     def scoring(self, what: str, done: int, total: int) -> None:
-        """Take the progress of an evaluation, in rows."""
+        """Receive the progress of an evaluation, in rows."""
 
 
 class SayOnce(Reporter):
-    """Passes everything on, but no sentence twice: several sessions in a row say much the same."""
+    """Passes everything on, each sentence once: several sessions in a row repeat theirs."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter

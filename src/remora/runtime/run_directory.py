@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
+import os
 import platform
 import re
 import sys
@@ -16,22 +18,22 @@ import remora
 from remora.config import TrainConfig
 from remora.errors import ConfigError
 from remora.formatting import one_line
+from remora.runtime.files import disk_errors
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-from remora.runtime.files import disk_errors
 
 
 def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Path]:
-    """Yield where a run may lie, the first choice first.
+    """Yield the paths that a run may take, the first choice first.
 
     Args:
         parent: Folder of all runs.
-        wanted: Its name; None to make one from the data's and the model's names.
-        data: Where the rows come from.
-        base: Which base model is adapted.
+        wanted: The run's name; None to make one from the names of data and model.
+        data: Source of the rows.
+        base: The base model.
     """
     stem = wanted or "-".join(_slug(source) for source in (data, base))
     yield parent / stem
@@ -47,6 +49,7 @@ def create(parent: Path, wanted: str | None, data: str, base: str) -> Path:
         ResourceError: If it cannot be made.
     """
     with disk_errors(parent):
+        _refuse_file(parent)
         for path in paths(parent, wanted, data, base):
             try:
                 path.mkdir(parents=True)
@@ -60,7 +63,7 @@ def create(parent: Path, wanted: str | None, data: str, base: str) -> Path:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what a repetition of the run would have to match."""
+    """Return what it takes to repeat a run: versions, device, threads, command."""
     packages = (
         "torch",
         "transformers",
@@ -102,6 +105,16 @@ def read_settings(directory: Path) -> TrainConfig:
         ) from error
 
 
+def _refuse_file(parent: Path) -> None:
+    """Raise the same error on all systems if a file stands where a parent folder is needed."""
+    present = next(p for p in (parent, *parent.absolute().parents) if os.path.lexists(p))
+    if not present.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(present))
+
+
 def _slug(source: str) -> str:
+    """Return the last part of a path or a hub id as a part of a run's name."""
+    if os.name == "nt":
+        source = source.replace("\\", "/")
     name = re.sub(r"\.(csv|tsv|jsonl|ndjson|parquet)$", "", source.rstrip("/").split("/")[-1])
     return re.sub(r"[^\w.-]+", "-", name.removeprefix("hf:")).strip("-.").lower() or "run"

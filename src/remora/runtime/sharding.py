@@ -1,9 +1,9 @@
 """Sharded weights: each process holds a part of every tensor (FSDP2).
 
-Before a layer is computed, all gather its weights; after it they are freed. Gradients are added up
-on the way to the process that holds their part (Zhao et al. 2023,
+Before a layer is computed, all processes gather its weights; after it they are freed. Gradients are
+summed on the way to the process that holds their part (Zhao et al. 2023,
 https://arxiv.org/abs/2304.11277). So each layer is a collective call, and all processes must
-compute the model equally often: who has nothing to compute computes along.
+compute the model equally often: one without rows computes a dummy token.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ class Sizes:
     """Bytes of the weights that would be sharded."""
 
     total: int
-    rest: int  # what is in no layer: gathered as long as the model computes
+    rest: int  # outside of layers: gathered as long as the model computes
     largest_layer: int
 
 
 def apply(model: Any, device: torch.device, group: ProcessGroup) -> None:
-    """Leave each process its part of the weights, on its device.
+    """Shard a model: leave each process its part of the weights, on its device.
 
-    An adapter's weights stay whole in each process, and so do their gradients. The model may lie
-    elsewhere and be larger than the device: it is moved a layer at a time.
+    An adapter's weights and gradients stay whole in each process. The model may lie on another
+    device and be larger than this one: it is moved a layer at a time.
 
     Args:
-        model: The same in each process: PEFT's, or a plain one of which every weight trains.
+        model: The same in each process: PEFT's, or a plain one whose weights all train.
         device: Where to compute.
         group: The processes.
 
     Raises:
-        ConfigError: If it is not known which of its parts are layers.
+        ConfigError: If the architecture does not name its layers.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -54,35 +54,35 @@ def apply(model: Any, device: torch.device, group: ProcessGroup) -> None:
         fully_shard(part, mesh=mesh, ignored_params=set(whole), reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # a sum, as of the parts of one batch
+            module.set_gradient_divide_factor(1.0)  # a sum, as of parts of one batch
             module.set_force_sum_reduction_for_comms(True)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
 
 
 def layers(model: Any) -> list[nn.Module]:
-    """Return the parts of a model that are gathered one after the other.
+    """Return the layers of a model, which are gathered one after the other.
 
     Raises:
         ConfigError: If the architecture does not name them.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if not found:
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
         raise ConfigError(
-            "this architecture does not say what its layers are, so its weights cannot be "
-            "sharded; use --shard off"
+            "this architecture does not name its layers, so its weights cannot be sharded; "
+            "use --shard off"
         )
-    return found
+    return layers
 
 
 def sizes(model: Any) -> Sizes:
-    """Return how large the parts would be; tied weights count once."""
+    """Return the bytes of the weights that would be sharded; tied weights count once."""
     whole = {id(p) for p in _adapter(model)}
 
     def size(module: nn.Module) -> int:
         parameters = (p for p in module.parameters() if id(p) not in whole)
-        return sum(p.numel() * p.element_size() for p in parameters)
+        return sum(p.nbytes for p in parameters)
 
     by_layer = [size(layer) for layer in layers(model)]
     total = size(model)
@@ -90,7 +90,7 @@ def sizes(model: Any) -> Sizes:
 
 
 def _adapter(model: nn.Module) -> list[nn.Parameter]:
-    """Return what trains beside frozen weights; nothing where all weights train."""
+    """Return the trainable parameters beside frozen ones; none if all parameters train."""
     parameters = list(model.parameters())
     if all(p.requires_grad for p in parameters):
         return []
@@ -98,7 +98,7 @@ def _adapter(model: nn.Module) -> list[nn.Parameter]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of a tensor."""
+    """Whether this process holds only a part of a tensor."""
     loaded = sys.modules.get("torch.distributed.tensor")  # not every torch has it
     return loaded is not None and isinstance(tensor, loaded.DTensor)
 
@@ -114,7 +114,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return of a whole tensor what this process holds of another of its shape, beside that."""
+    """Return the part of a whole tensor that this process holds of `like`, on the same device."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     tensor = tensor.to(like.device)
@@ -125,44 +125,44 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor], group: ProcessGroup) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors whole, one at a time, in the first process's memory.
+    """Yield whole tensors, one at a time, in the first process's memory.
 
-    All processes go through it together; the others get empty ones.
+    All processes iterate together; the others get empty tensors.
     """
     for name, tensor in tensors.items():
-        found = whole(tensor.detach())
-        yield name, found.cpu() if group.is_first else found.new_empty(0, device="cpu")
+        full = whole(tensor.detach())
+        yield name, full.cpu() if group.is_first else full.new_empty(0, device="cpu")
 
 
 def weights(model: nn.Module, group: ProcessGroup) -> dict[str, Tensor] | None:
-    """Return all weights in the first process, by their names; None where none is sharded.
+    """Return all weights by their names, whole in the first process; None if none is sharded.
 
-    Tied weights are one tensor there as here.
+    Tied weights stay one tensor.
     """
     if not has_shards(model):
         return None
     state = model.state_dict(keep_vars=True)
     once = {id(tensor): tensor for tensor in state.values()}
-    found = dict(gathered({str(key): tensor for key, tensor in once.items()}, group))
-    return {name: found[str(id(tensor))] for name, tensor in state.items()}
+    full = dict(gathered({str(key): tensor for key, tensor in once.items()}, group))
+    return {name: full[str(id(tensor))] for name, tensor in state.items()}
 
 
 @contextlib.contextmanager
 def in_step(model: Any, group: ProcessGroup) -> Iterator[None]:
-    """Let processes compute a sharded model as often as each needs to, without gradients.
+    """Let each process compute a sharded model as often as it needs to, without gradients.
 
-    Before each forward pass they tell each other that they compute. Who has left computes along,
-    one token, until all have.
+    Before each forward pass the processes agree whether any computes. One that is done computes
+    single tokens until all are done.
     """
     parameter = next(model.parameters())
     if not has_shards(model):
         yield
         return
 
-    def tell(*_: Any) -> None:
+    def announce(*_: Any) -> None:
         group.any(True)
 
-    hook = model.register_forward_pre_hook(tell, prepend=True)
+    hook = model.register_forward_pre_hook(announce, prepend=True)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Asked to stop: by a signal or by the clock."""
+"""Requests to stop a run: by a signal or a time limit."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:  # a request may come before torch is imported
 
 
 class _StopNow(BaseException):
-    """Raised in the middle of anything; no `except Exception` of a library takes it."""
+    """Raised anywhere by a signal; no `except Exception` of a library catches it."""
 
 
 class Stop:
-    """Knows whether a run was asked to stop; the run looks where its state can be saved.
+    """Whether a run was asked to stop; the run checks this wherever its state can be saved.
 
     Args:
-        max_seconds: The time after which it is asked to; None for no limit.
+        max_seconds: Time limit of the run; None for no limit.
 
     Attributes:
-        group: The processes that stop together once one of them was asked to, if there are several.
+        group: The processes that stop together when one of them is asked to, if there are several.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
@@ -38,10 +38,10 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT as requests to stop; elsewhere than in the main thread, don't.
+        """Treat SIGTERM and SIGINT as requests to stop; only the main thread can.
 
         Raises:
-            Stopped: If one came when nothing was to be saved.
+            Stopped: If one came while there was nothing to save.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -57,7 +57,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note requests, for `check`; outside of this they stop the run at once."""
+        """Keep requests until `check`; outside of this they stop the run at once."""
         self._deferred = True
         try:
             yield
@@ -65,20 +65,20 @@ class Stop:
             self._deferred = False
 
     def check(self) -> None:
-        """Stop if that was asked for; all processes ask this together.
+        """Stop the run if that was requested; all processes call this together.
 
         Raises:
-            Stopped: If it was.
+            Stopped: If it was requested.
         """
         if self._deadline is not None and time.monotonic() > self._deadline:
-            self._reason = self._reason or "the time is up"
+            self._reason = self._reason or "time limit reached"
         asked = self._reason is not None
         if self.group.any(asked) if self.group else asked:
             raise self._stopped()
 
     def _stopped(self) -> Stopped:
-        reason = self._reason or "another process was"
-        return Stopped(f"stopped ({reason}); run the same command again to go on")
+        reason = self._reason or "another process stopped"
+        return Stopped(f"stopped ({reason}); run the same command again to resume")
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -62,8 +62,10 @@ def write_predictions(config: PredictConfig, output: TextIO) -> None:
             ranked = [{"label": label, "probability": round(p, 6)} for label, p in best]
             output.write(json.dumps({"text": message, "labels": ranked}, ensure_ascii=False) + "\n")
         else:
-            figures = [cell for label, p in best for cell in (files.defused(label), f"{p:.6f}")]
-            writer.writerow([files.defused(message), *figures])
+            figures = [
+                cell for label, p in best for cell in (files.escape_formula(label), f"{p:.6f}")
+            ]
+            writer.writerow([files.escape_formula(message), *figures])
         output.flush()
 
 

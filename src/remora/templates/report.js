@@ -1,17 +1,15 @@
 "use strict";
-// Sorting, filtering and the way from a number to its messages. Everything else works without.
-// Texts come into the page as text contents only.
+// Sorting, filtering, and links from numbers to their messages. The page reads without them.
+// Texts enter the page as text contents only.
 
 const byId = (id) => document.getElementById(id);
 const byName = new Intl.Collator("en").compare;
 const data = JSON.parse(byId("data").textContent);
-const messages = data.messages.map(([row, text, label, predicted, probability, baseline]) =>
-  ({row, text, label, predicted, probability, baseline}));
 
 // Messages
 
 const PAGE = 50;
-let found = [];
+let matches = [];
 
 function fillSlots(node, values) {
   for (const [slot, value] of Object.entries(values)) {
@@ -21,7 +19,7 @@ function fillSlots(node, values) {
 
 function showMore() {
   const list = byId("message-list");
-  for (const each of found.slice(list.children.length, list.children.length + PAGE)) {
+  for (const each of matches.slice(list.children.length, list.children.length + PAGE)) {
     const item = document.createElement("li");
     item.append(byId("message").content.cloneNode(true));
     fillSlots(item, {
@@ -34,7 +32,7 @@ function showMore() {
     });
     list.append(item);
   }
-  byId("message-more").hidden = list.children.length >= found.length;
+  byId("message-more").hidden = list.children.length >= matches.length;
 }
 
 function showMessages() {
@@ -42,20 +40,20 @@ function showMessages() {
   const label = byId("message-true").value;
   const predicted = byId("message-predicted").value;
   const wrong = byId("message-wrong").checked;
-  found = messages.filter((each) =>
+  matches = data.messages.filter((each) =>
     (label === "" || each.label === Number(label)) &&
     (predicted === "" || each.predicted === Number(predicted)) &&
     (!wrong || each.label !== each.predicted) &&
     (part === "" || each.text.toLowerCase().includes(part)));
   const order = byId("message-order").value;
   const sign = order === "surest" ? -1 : 1;
-  found.sort(order === "row"
+  matches.sort(order === "row"
     ? (a, b) => a.row - b.row
     : (a, b) => sign * (a.probability - b.probability) || a.row - b.row);
   byId("message-list").replaceChildren();
   showMore();
   const what = wrong ? "mistakes" : "messages";
-  byId("message-status").textContent = `${found.length.toLocaleString("en")} ${what}`;
+  byId("message-status").textContent = `${matches.length.toLocaleString("en")} ${what}`;
 }
 
 function goToMessages(label, predicted, from) {
@@ -87,7 +85,7 @@ byId("message-clear").addEventListener("click", () => {
   showMessages();
 });
 
-// The confusion matrix: rows and columns of the table are moved and hidden
+// The confusion matrix: the table's rows and columns are sorted and hidden
 
 const matrix = byId("matrix");
 const head = matrix.tHead.rows[0];
@@ -136,16 +134,16 @@ function showMatrix() {
   }
   const partners = part && kept.some((label) => !matches.has(label));
   byId("matrix-status").textContent = `${kept.length} of ${data.labels.length} labels` +
-    (partners ? ", with those that they are confused with" : "");
+    (partners ? ", including those they are confused with" : "");
   makeReachable(matrix.querySelector("td:not(.right-hidden) button"));
 }
 
-function makeReachable(button) {  // by the tab key; one number of the matrix is
+function makeReachable(button) {  // by the tab key, which stops at one number of the matrix
   for (const other of matrix.querySelectorAll('button[tabindex="0"]')) other.tabIndex = -1;
   if (button) button.tabIndex = 0;
 }
 
-// Left and right go through all numbers as one reads, up and down through those of a column.
+// Left and right move through all numbers in reading order, up and down within a column.
 const STEPS = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1};
 matrix.addEventListener("keydown", (event) => {
   const step = STEPS[event.key];
@@ -162,7 +160,7 @@ for (const id of ["matrix-order", "matrix-filter", "matrix-wrong"]) {
   byId(id).addEventListener("input", showMatrix);
 }
 
-// Tables that lead to messages, and tables that can be sorted
+// Tables that link to messages, and sortable tables
 
 function addButton(cell, name, act) {
   const button = document.createElement("button");

@@ -23,7 +23,7 @@ from torch import Tensor
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.runtime import sharding
-from remora.runtime.files import disk_errors, sha256, sync
+from remora.runtime.files import disk_errors, sha256, sync, write_synced
 from remora.runtime.process_group import ProcessGroup
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -186,9 +186,7 @@ def _write_tensors(
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
-    sync(path)
+    write_synced(path, json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def capture(

@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset, load_data
 from remora.errors import ConfigError
 from remora.models import adapter_card, saved
-from remora.runtime import launch, memory, run_directory, sharding
+from remora.planning import plan
+from remora.runtime import files, launch, memory, run_directory, sharding
 from remora.runtime.process_group import join
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
-from remora.training import resume, setup, tracking
+from remora.training import resume, tracking
 from remora.training.checkpoint import Checkpoint
 from remora.training.finish import TrainResult, conclude, report_peak, tables_to_measure_on
 from remora.training.loop import fit
 from remora.training.progress import Progress
 from remora.training.session import ModelLoader, Session, open_session
+from remora.training.trainable import load_trainable
 from remora.tree import scoring
 
 
@@ -46,7 +49,7 @@ def train_until(
     reporter: Reporter,
     *,
     load_rows: Callable[[TrainConfig], Dataset] = load_data,
-    load_model: ModelLoader = setup.load_trainable,
+    load_model: ModelLoader = load_trainable,
     concluded: Callable[[TrainResult], None] = lambda result: None,
 ) -> TrainResult:
     """Train as `train` does, as a part of something larger that listens to requests to stop.
@@ -120,7 +123,7 @@ def _prepare_directory(
         if directory and group.is_first:
             session.reporter.say(f"run directory: {directory}")
             environment = run_directory.environment(session.device) | {"base_sha256": sha256}
-            setup.write_settings(directory, environment, session.dataset, session.plan, config)
+            _write_settings(directory, environment, session.dataset, session.plan, config)
     return Path(group.share(str(directory)))
 
 
@@ -147,3 +150,17 @@ def _fit(session: Session, directory: Path, resumed: Checkpoint | None) -> Progr
     if group.is_first:
         report_peak(directory, session.plan, progress.peak_bytes, session.reporter)
     return progress
+
+
+def _write_settings(
+    directory: Path,
+    environment: dict[str, Any],
+    dataset: Dataset,
+    planned: plan.Plan,
+    config: TrainConfig,
+) -> None:
+    """Write everything needed to repeat the run, and its plan."""
+    files.write_json(directory / "environment.json", environment)
+    files.write_json(directory / "data.json", dataset.summary.to_dict())
+    files.write_json(directory / "plan.json", planned.to_dict())
+    files.write_text(directory / "config.toml", config.to_toml())

@@ -16,21 +16,22 @@ import torch
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt
-from remora.models import loading, lora
+from remora.models import lora
 from remora.models.adapter_card import AdapterCard
+from remora.models.saved import Trained
 from remora.planning.plan import Heaviest, Plan
 from remora.runtime import memory, sharding
 from remora.runtime.device import Precision
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
-from remora.training import resume, setup
+from remora.training import feasibility, resume, trainable
 from remora.training.checkpoint import Checkpoint
 from remora.tree.check import check_tree
 from remora.tree.scoring import Scorer
 
 ModelLoader = Callable[..., tuple[Any, Prompt, AdapterCard, Path]]
-"""Takes settings, labels, precision and device, as `setup.load_trainable` does."""
+"""Takes settings, labels, precision and device, as `trainable.load_trainable` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +55,26 @@ class Session:
     reporter: Reporter
 
     @property
+    def trained(self) -> Trained:
+        """The model as one that has been trained, which needs no session."""
+        return Trained(
+            model=self.model,
+            prompt=self.prompt,
+            card=self.card,
+            precision=self.precision,
+            device=self.device,
+        )
+
+    @property
     def settings(self) -> TrainConfig:
         """The settings with the micro-batch, checkpointing and sharding that the plan chose."""
         return self.plan.applied_to(self.config)
 
     def scorer(self, *, tolerance: float = 1e-2) -> Scorer:
         """Return a scorer of the model as it is now, within the planned memory."""
-        return Scorer(
-            self.model,
-            self.prompt,
+        return self.trained.scorer(
             max_tokens=self.plan.micro_batch_tokens,
             tolerance=tolerance,
-            autocast=self.precision.autocast,
             limit_bytes=self.heaviest.limit_bytes,
         )
 
@@ -77,14 +86,14 @@ def open_session(
     *,
     resumed: Checkpoint | None = None,
     needs_disk: bool = False,
-    load: ModelLoader = setup.load_trainable,
+    load: ModelLoader = trainable.load_trainable,
     group: ProcessGroup | None = None,
     stop: Stop | None = None,
     reporter: Reporter | None = None,
 ) -> Iterator[Session]:
     """Plan, load and check everything that training needs; all processes call it together.
 
-    The caller's random numbers are as before once the session ends.
+    The caller's random state is restored when the session ends.
 
     Args:
         config: The settings.
@@ -94,7 +103,7 @@ def open_session(
         load: Loads the model and makes it trainable.
         group: The processes that train together.
         stop: Asked whether to stop.
-        reporter: Told what is chosen, and why.
+        reporter: Told each choice and its reason.
 
     Raises:
         ConfigError: If the device is missing, or the processes differ.
@@ -104,38 +113,32 @@ def open_session(
     group, stop, reporter = group or ProcessGroup(), stop or Stop(), reporter or Reporter()
     with contextlib.ExitStack() as stack:
         with group.together():
-            device, precision = setup.choose_arithmetic(config, group.size, reporter)
-            planned, heaviest = setup.plan_run(
-                resume.as_before(config, resumed),
-                dataset,
-                precision,
-                device,
-                reporter,
-                num_processes=group.size,
+            device, precision = feasibility.choose_arithmetic(config, group.size, reporter)
+            before = resume.as_before(config, resumed)
+            planned, heaviest = feasibility.plan_run(
+                before, dataset, precision, device, reporter, num_processes=group.size
             )
             if needs_disk:
-                setup.refuse_full_disk(planned, config)
+                feasibility.refuse_full_disk(planned, config)
             # Weights and adapter
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(config.seed)
             if planned.shard:
                 memory.map_arrays(device)
-            where = torch.device("cpu") if planned.shard else device
-            model, prompt, card, folder = load(config, dataset.labels, precision, where)
+            on = torch.device("cpu") if planned.shard else device
+            model, prompt, card, folder = load(config, dataset.labels, precision, on)
             parameters = lora.count_parameters(model)
-            for line in setup.introduce(config, dataset, prompt, model, parameters):
+            for line in trainable.introduce(config, dataset, prompt, model, parameters):
                 reporter.say(line)
-            accelerator = stack.enter_context(setup.accelerator_for(precision, device))
+            accelerator = stack.enter_context(trainable.accelerator_for(precision, device))
         # The same in every process
         group.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
         if planned.shard:
             sharding.apply(model, device, group)
         with group.together():
             with accelerator.autocast():
-                check_tree(model, setup.short_rows(dataset.train, prompt))
-            if planned.shard:
-                model.reset_iter_state()  # of a pass in blocks that the model may have refused
-            loading.set_checkpointing(model, planned.checkpointing)
+                check_tree(model, trainable.short_rows(dataset.train, prompt))
+            trainable.set_up_layers(model, planned)
         if not group.is_first:
             torch.manual_seed(config.seed + group.rank)  # for dropout of its own
         yield Session(

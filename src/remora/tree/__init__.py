@@ -1,4 +1,4 @@
-"""The token tree: a batch as one trie, every shared token computed once; training and scoring."""
+"""The token tree: a batch as one trie that computes every shared token once."""
 
 import lazy_loader
 

@@ -1,13 +1,13 @@
-"""Attention over a token tree, computed only near where there is something to see.
+"""Attention over a token tree, computed in blocks that skip most masked pairs.
 
-A packed row of N tokens has N * N pairs of a query and a key, and almost all of them are hidden:
+A packed row of N tokens has N * N pairs of a query and a key, and almost all of them are masked:
 a message does not see another message. So the queries are cut into blocks of neighbours, and each
-block attends to the keys that one of its queries sees: in a preorder, its own tokens and the
-ancestors of the first. What a block leaves out was hidden from all of its queries, so nothing
-changes but the work.
+block attends only to keys that one of its queries sees: in a preorder, its own tokens and the
+ancestors of the first. Keys that a block skips are masked for all of its queries, so the result is
+the same.
 
-transformers lets a model take its attention from a registered function; ours gathers the keys of
-each block and calls transformers' own scaled-dot-product attention on the blocks as a batch.
+transformers calls an attention function that is registered by name; ours gathers the keys of each
+block and calls transformers' own scaled-dot-product attention on the blocks as a batch.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from remora.tree.kernels import (
     attend_by_products,
     has_slow_kernel,
 )
+from remora.tree.packing import TokenTree
 
 NAME = "remora"
-"""What the attention is registered as in transformers."""
+"""Name of the attention in transformers."""
 
 BLOCK_SIZES = (32, 64, 128)
-"""Queries to a block; the size that computes fewest pairs is taken."""
+"""Queries in a block; the size with the lowest cost is chosen."""
 
 BLOCK_COST = 2_048
-"""What a block costs beside its pairs, in pairs: its keys are copied together."""
+"""Fixed cost of a block, in pairs: its keys are gathered."""
 
 GPU_PAIRS = 1 << 24
-"""Pairs that a CUDA device computes whole. With 762 tokens that was faster than blocks, which take
-many small kernels (docs/log.md); the limit itself was not measured."""
+"""Up to this many pairs CUDA devices compute the whole mask. With 762 tokens that was faster than
+blocks, which take many small kernels (docs/log.md); the limit itself was not measured."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ class Blocks:
     """Which keys each block of queries attends to. G blocks of up to B queries, L keys each."""
 
     size: int  # B
-    keys: Tensor  # [G, L] int64, positions in the row; a block that sees fewer is filled up with 0
-    filled: Tensor  # [G, L] bool, False where filled up
+    keys: Tensor  # [G, L] int64, positions in the row; a block that sees fewer is padded with 0
+    filled: Tensor  # [G, L] bool, False where padded
     by_kernel: bool = True  # by torch's fused kernel, or by matrix products
 
 
 def install(model: Any) -> None:
-    """Let a model that uses scaled-dot-product attention compute it in blocks where it is told to.
+    """Let a model with scaled-dot-product attention compute it in blocks if it is given blocks.
 
-    Without blocks its attention is what it was.
+    Without blocks its attention stays the same.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -69,9 +70,26 @@ def install(model: Any) -> None:
 
 
 def uninstall(model: Any) -> None:
-    """Give a model its scaled-dot-product attention over whole masks back."""
+    """Restore a model's scaled-dot-product attention over whole masks."""
     if model.config.get_text_config()._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
+
+
+def tree_mask(tree: TokenTree, window: int | None = None) -> Tensor:
+    """Return which key each query of a tree sees, a boolean mask [N, N], rows are queries.
+
+    Query q sees key k if k is q or one of its ancestors: k <= q < subtree_end[k].
+
+    Args:
+        tree: The tree.
+        window: Width of a sliding window: a key is seen from at most `window - 1` positions on.
+            Measured in positions, since neighbours in the packed row may be far apart in depth.
+    """
+    index = torch.arange(tree.num_tokens, device=tree.token_ids.device)
+    mask = (index[None, :] <= index[:, None]) & (index[:, None] < tree.subtree_end[None, :])
+    if window is not None:
+        mask &= tree.position_ids[:, None] - tree.position_ids[None, :] < window
+    return mask
 
 
 def inputs(
@@ -81,37 +99,40 @@ def inputs(
     *,
     in_blocks: bool | None = None,
 ) -> dict[str, Any]:
-    """Return the arguments of a Hugging Face model's forward that make a packed row's attention.
+    """Return the arguments of a Hugging Face model's forward for a packed row's attention.
 
     Args:
         config: The model's (text) configuration; it names the attention of each layer.
-        visible: Gives the boolean mask [queries, keys] for a sliding window, or None for no window.
-        dtype: Of the additive mask that models without scaled-dot-product attention need.
-        in_blocks: Whether to compute in blocks; None where that costs less.
+        visible: Returns the boolean mask [queries, keys] for a sliding window; None is no window.
+        dtype: Type of the additive mask that models without scaled-dot-product attention need.
+        in_blocks: Whether to compute in blocks; None to do so if it costs less.
 
     Returns:
-        `attention_mask`, one or, where layers differ, one for each layer type; and the blocks.
+        `attention_mask`, one, or one for each layer type if they differ; and `tree_blocks`.
 
     Raises:
         ModelError: If a layer's attention cannot follow the tree.
     """
+    # The window of each type of layer.
     layer_types = set(getattr(config, "layer_types", None) or ())
     if unknown := layer_types - {"full_attention", "sliding_attention"}:
         raise ModelError(
-            f"the model has layers of type {', '.join(sorted(unknown))}, which cannot branch; "
-            "choose a model whose layers are all full or sliding-window attention"
+            f"the model has {', '.join(sorted(unknown))} layers, which cannot follow a token tree; "
+            "choose a model with full or sliding-window attention only"
         )
     window = getattr(config, "sliding_window", None)
-    # Where the layers are of one unnamed type, a window holds for all of them.
+    # Layers without named types all have the same window.
     every = {"every layer": window}
     named = {"full_attention": None, "sliding_attention": window}
     windows = {kind: named[kind] for kind in layer_types} or every
+    # The blocks, if they cost less than whole masks.
     dense = visible(None)
     if in_blocks is None and prefers_whole(dense.device.type, *dense.shape):
         in_blocks = False
     blocks = None
     if config._attn_implementation == NAME and in_blocks is not False:
         blocks = _choose_blocks(dense, forced=bool(in_blocks))
+    # A mask for each type of layer.
     masks = {}
     for kind, width in windows.items():
         mask = dense if width is None else visible(width)
@@ -130,12 +151,12 @@ def inputs(
 
 
 def prefers_whole(device: str, num_queries: int, num_keys: int) -> bool:
-    """Whether a type of device computes so many pairs at once, hidden ones too."""
+    """Whether a type of device computes all pairs at once, masked ones too."""
     return device == "cuda" and num_queries * num_keys <= GPU_PAIRS
 
 
 def _choose_blocks(visible: Tensor, *, forced: bool) -> Blocks | None:
-    """Cut the queries of a mask [queries, keys] into blocks, or return None where it costs more."""
+    """Cut the queries of a mask [queries, keys] into blocks; None if that costs more."""
     num_queries, num_keys = visible.shape
     best, cost = None, math.inf if forced else num_queries * num_keys
     for size in BLOCK_SIZES:
@@ -154,7 +175,7 @@ def _choose_blocks(visible: Tensor, *, forced: bool) -> Blocks | None:
 
 
 def _block_mask(visible: Tensor, blocks: Blocks) -> Tensor:
-    """Return the part [G, 1, B, L] of a mask [queries, keys] that the blocks look at."""
+    """Return the part [G, 1, B, L] of a mask [queries, keys] that belongs to the blocks."""
     rows = functional.pad(visible, (0, 0, 0, -len(visible) % blocks.size))
     rows = rows.view(len(blocks.keys), blocks.size, -1)
     index = blocks.keys[:, None, :].expand(-1, blocks.size, -1)

@@ -1,4 +1,4 @@
-"""Whether a model follows the tree, tried at the start of a run."""
+"""The start-up check: whether a model's attention and positions follow the token tree."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ def check_tree(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
     """Make sure that a model's attention and positions follow the tree.
 
     Compares the summed loss of some rows, packed, with that of each row alone in the model's own
-    ordinary forward pass. A model that does not pass the blocks on to its attention computes it
-    over whole masks from then on.
+    ordinary forward pass. A model that does not pass blocks to its attention uses whole masks from
+    then on.
 
     Raises:
-        ModelError: If they differ by more than rounding explains.
+        ModelError: If they differ by more than rounding.
     """
     was_training = model.training
     model.eval()
     packed = build(rows).to(next(model.parameters()).device)
     logits = answer_logits(model, packed)
-    found = float(loss_sum(logits, packed))
+    in_tree = float(loss_sum(logits, packed))
     tolerance = 1e-3 if logits.dtype in {torch.float32, torch.float64} else 3e-2
+    # Each row alone.
     expected = 0.0
     for row in rows:
         ids = torch.tensor([list(row.token_ids)], device=logits.device)
         alone = model(input_ids=ids, use_cache=False).logits[0, row.answer_start - 1 : -1]
         targets = ids[0, row.answer_start :]
         expected += float(functional.cross_entropy(alone.float(), targets, reduction="sum"))
+    # The tree again, in blocks.
     try:
         blocked = model(**model_inputs(model, packed, in_blocks=True)).logits[0]
         follows = abs(float(loss_sum(blocked, packed)) - expected) <= tolerance * abs(expected)
@@ -47,8 +49,8 @@ def check_tree(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
     if not follows:
         attention.uninstall(model)
     model.train(was_training)
-    if not abs(found - expected) <= tolerance * abs(expected):
+    if not abs(in_tree - expected) <= tolerance * abs(expected):
         raise ModelError(
-            f"the token tree gives a loss of {found:.4f} where this model gives {expected:.4f}, so "
+            f"this model's loss is {in_tree:.4f} in a token tree and {expected:.4f} row by row, so "
             "its attention or positions do not follow the tree; choose another architecture"
         )

@@ -1,9 +1,9 @@
 """The gradients of micro-batches, recorded as CUDA graphs.
 
-A micro-batch is thousands of kernels of a few microseconds each, and it takes Python several times
+A micro-batch runs thousands of kernels of a few microseconds each, and Python takes several times
 as long to launch them. A CUDA graph launches all of them at once
 (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/). Its shapes and addresses are
-fixed: trees are filled up to shapes that many of them have, and copied to where the graph reads.
+fixed: trees are padded to shapes that many of them share, and copied to the graph's inputs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from remora.tree.loss import loss_sum
 from remora.tree.packing import TokenTree
 
 MAX_GRAPHS = 16
-"""Shapes that are recorded, one after the other; the rest are launched kernel by kernel."""
+"""Shapes that are recorded, in the order of their arrival; others launch kernel by kernel."""
 
 
 @dataclass
 class _Shape:
-    """Where the micro-batches of a shape lie on the device, and what their gradients take."""
+    """The inputs of all micro-batches of a shape, on the device, and their graph."""
 
     packed: TokenTree
     num_supervised: Tensor  # [] float32
@@ -39,11 +39,11 @@ class _Shape:
 
 
 class Graphs:
-    """Computes gradients of micro-batches by CUDA graphs, those that the kernels alone would give.
+    """Computes gradients of micro-batches by CUDA graphs, the same that single kernels give.
 
-    The first micro-batch of a shape is computed kernel by kernel, which sets up the libraries for
-    it, the second one is recorded. Both need memory of their own. The very first one shows whether
-    the model waits for the device, which cannot be recorded.
+    The first micro-batch of a shape is computed kernel by kernel, which sets up the libraries; the
+    second one is recorded. Both need memory of their own. The very first one shows whether the
+    model waits for the device, which cannot be recorded.
     """
 
     def __init__(self, adapted: Any, accelerator: Any, say: Callable[[str], None]) -> None:
@@ -52,7 +52,7 @@ class Graphs:
         Args:
             adapted: The model.
             accelerator: accelerate's Accelerator for the device and the precision.
-            say: Told if the model cannot be recorded.
+            say: Takes a sentence if the model cannot be recorded.
         """
         self._adapted, self._accelerator, self._say = adapted, accelerator, say
         self._is_tried, self._records = False, True
@@ -62,7 +62,7 @@ class Graphs:
         self._pool: Any = None
 
     def begin(self) -> None:
-        """Let gradients be zero, where the graphs add to them."""
+        """Set the gradients that the graphs add to to zero."""
         if not self._gradients:
             self._gradients = [torch.zeros_like(p) for p in self._parameters]
         else:
@@ -71,7 +71,7 @@ class Graphs:
             parameter.grad = gradient
 
     def add_gradients(self, packed: TokenTree, num_supervised: int) -> Tensor:
-        """Add the gradients of a micro-batch on the processor; return its part of the mean loss."""
+        """Add the gradients of a micro-batch in CPU memory; return its part of the mean loss."""
         packed = packing.filled(packed)
         arrays = {name: x for name, x in vars(packed).items() if isinstance(x, Tensor)}
         sizes = tuple(map(len, arrays.values()))
@@ -83,7 +83,7 @@ class Graphs:
         for name, array in arrays.items():
             getattr(shape.packed, name).copy_(array)
         shape.num_supervised.fill_(num_supervised)
-        # What is larger attends in blocks, which are chosen by a look at the mask.
+        # Larger trees attend in blocks, and choosing those reads the mask.
         is_whole = attention.prefers_whole("cuda", packed.num_tokens, packed.num_tokens)
         recorded = sum(shape.graph is not None for shape in self._shapes.values())
         if shape.graph:
@@ -98,7 +98,7 @@ class Graphs:
         return shape.loss.clone()
 
     def clear(self) -> None:
-        """Give the memory of all graphs back; they are recorded again when they are needed."""
+        """Free the memory of all graphs; they are recorded again when they are needed."""
         self._shapes.clear()
         self._pool = None
 
@@ -133,7 +133,7 @@ class Graphs:
             torch.cuda.set_stream(stream)
             if memory.is_exhausted(error.__context__ or error):
                 raise torch.OutOfMemoryError("CUDA out of memory, in a recording") from error
-            with contextlib.suppress(AttributeError, RuntimeError):  # what the end has left undone
+            with contextlib.suppress(AttributeError, RuntimeError):  # left undone
                 torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
                 torch._C._cuda_releasePool(stream.device_index, self._pool)
             self._give_up(str(error.__context__ or error).strip().split("\n")[0])
@@ -144,7 +144,7 @@ class Graphs:
 
     def _give_up(self, reason: str) -> None:
         self._records = False
-        self._say(f"this model's kernels are launched one by one, which takes longer: {reason}")
+        self._say(f"slower: CUDA graphs cannot record this model ({reason})")
 
     def _compute(self, shape: _Shape) -> None:
         with self._accelerator.autocast():

@@ -1,7 +1,8 @@
-"""A token tree through a Hugging Face model."""
+"""Runs a token tree through a Hugging Face model."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ def model_inputs(
 ) -> dict[str, Any]:
     """Return the arguments of a Hugging Face model's forward that compute a tree's logits.
 
-    With `in_blocks` or without it attention is computed in blocks or not, whichever costs less.
+    `in_blocks` says whether attention is computed in blocks; None to do so if it costs less.
     """
+    visible = functools.partial(attention.tree_mask, tree)
     return {
         "input_ids": tree.token_ids[None],
         "position_ids": tree.position_ids[None],
-        **attention.inputs(text_config(model), tree.visible, _dtype(model), in_blocks=in_blocks),
+        **attention.inputs(text_config(model), visible, _dtype(model), in_blocks=in_blocks),
         "logits_to_keep": tree.predictors,
         "use_cache": False,
     }

@@ -43,9 +43,9 @@ def attend_by_kernel(
 
 
 def allowed_kernels(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Choose among torch's kernels for a device: on CUDA not cuDNN's.
+    """Choose among torch's kernels for a device: all but cuDNN's on CUDA.
 
-    Its backward pass gives other bits each time, and under a mask NaN at some lengths
+    The backward pass of cuDNN's is not deterministic, and gives NaN under a mask at some lengths
     (https://github.com/pytorch/pytorch/issues/196678).
     """
     if device.type != "cuda":
@@ -84,7 +84,7 @@ class _Gather(torch.autograd.Function):
 
 
 def has_slow_kernel(device: torch.device) -> bool:
-    """Whether matrix products beat torch's fused kernel on small blocks; on processors they do."""
+    """Whether matrix products beat torch's fused kernel on small blocks; on CPU they do."""
     return device.type == "cpu"
 
 
@@ -112,7 +112,7 @@ class BlockAttention(torch.autograd.Function):
     [G, H', R, D], key and value [1, H', K, D], mask [G, 1, B, L], index [G, L].
     """
 
-    CHUNK_ELEMENTS = 1 << 21  # attention weights at a time, which stay in a processor's cache
+    CHUNK_ELEMENTS = 1 << 21  # attention weights at a time, which stay in a CPU's cache
 
     @staticmethod
     def forward(
@@ -154,7 +154,7 @@ class BlockAttention(torch.autograd.Function):
             gradient = grad_outputs[0][part]
             weights = BlockAttention.weights(query[part], keys, mask[part], ctx.scale)
             grad_weights = torch.matmul(gradient, values.transpose(-1, -2))
-            # In one operation, since what is subtracted in it cancels in 16 bits.
+            # In one operation, since its subtraction cancels in 16 bits.
             grad_scores = torch.ops.aten._softmax_backward_data(
                 grad_weights, weights, -1, weights.dtype
             ).mul_(ctx.scale)
@@ -170,7 +170,7 @@ class BlockAttention(torch.autograd.Function):
 
 
 def _parts(query: Tensor, index: Tensor) -> Iterator[slice]:
-    """Yield slices of the blocks whose attention weights fit a processor's cache."""
+    """Yield slices of the blocks whose attention weights fit a CPU's cache."""
     elements = query.shape[1] * query.shape[2] * index.shape[1]
     step = max(1, BlockAttention.CHUNK_ELEMENTS // elements)
     for start in range(0, len(index), step):

@@ -24,7 +24,7 @@ class Node:
 
 @dataclass(slots=True)
 class Open:
-    """A node that one message's search has reached and not yet looked below."""
+    """A node that one message's search has reached but not expanded."""
 
     node: Node
     token: int
@@ -34,13 +34,13 @@ class Open:
 
 @dataclass(slots=True)
 class Search:
-    """What is known of one message: complete labels, and the open nodes that bound the others."""
+    """The search of one message: complete labels, and open nodes that bound the others."""
 
     log_probabilities: NDArray[np.float64]  # [labels], -inf where not complete
     frontier: list[Open] = field(default_factory=list)
 
     def choose(self, tolerance: float) -> list[Open]:
-        """Take from the frontier what must be looked below before the result is good enough."""
+        """Take from the frontier the nodes to expand before the result is within tolerance."""
         best = float(self.log_probabilities.max())
         self.frontier.sort(key=lambda opened: opened.log_probability)
         bounds = np.array([opened.log_probability for opened in self.frontier])
@@ -69,13 +69,13 @@ class Search:
 
 
 Chosen: TypeAlias = tuple[Search, Open, list[Node]]
-"""A search, an open node of it, and the path below that is computed with it."""
+"""A search, one of its open nodes, and the path below that is computed with it."""
 
 
 def look_below(
     chains: Sequence[tuple[Search, list[Node], float, list[int]]], logits: Tensor
 ) -> None:
-    """Score the children of the nodes of each chain; complete labels and open nodes are noted.
+    """Score the children of the nodes of each chain; record complete labels and open nodes.
 
     Args:
         chains: A message's search, the nodes of a path in it, the log-probability of the first and
@@ -115,7 +115,7 @@ def _log_probabilities(logits: Tensor, rows: Sequence[int], targets: Sequence[in
 
 
 def chain(node: Node) -> list[Node]:
-    """Return the path from a node on, for as long as it does not branch or complete a label."""
+    """Return the path from a node to the next branch or complete label."""
     nodes = [node]
     while len(node.children) == 1:
         (node,) = node.children.values()

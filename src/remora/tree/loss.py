@@ -17,7 +17,7 @@ def loss_sum(logits: Tensor, tree: TokenTree) -> Tensor:
 
     Args:
         logits: [P, vocabulary], from `answer_logits`.
-        tree: The tree that they belong to.
+        tree: The tree of these logits.
     """
     loss: Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
         logits, tree.edge_predictors, tree.edge_targets, tree.edge_weights
@@ -26,13 +26,13 @@ def loss_sum(logits: Tensor, tree: TokenTree) -> Tensor:
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """Cross entropy of several weighted targets a row, without float32 copies of all the logits.
+    """Cross entropy of several weighted targets per row, without float32 copies of all logits.
 
-    The gradient is made beside the loss, a few rows at a time, so that of the large [P, vocabulary]
-    arrays only the logits and their gradient exist.
+    The gradient is computed beside the loss, a few rows at a time, so that the logits and their
+    gradient are the only [P, vocabulary] arrays.
     """
 
-    CHUNK_ELEMENTS = 1 << 21  # stays in a processor's cache as float32
+    CHUNK_ELEMENTS = 1 << 21  # stays in a CPU's cache as float32
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class _CrossEntropySum(torch.autograd.Function):
         chosen = logits[rows, targets].to(wide)  # [E]
         log_probabilities = chosen - log_normalizer[rows]
         if gradient is not None:
-            # In wide arithmetic, since probability - 1 cancels where the model is sure.
+            # In float32 at least, since probability - 1 cancels where the model is confident.
             difference = log_probabilities.exp() * row_weights[rows] - weights
             gradient[rows, targets] = difference.to(narrow)
         ctx.save_for_backward(gradient)

@@ -1,4 +1,4 @@
-"""One packed row of tokens that grows, its keys and values cached."""
+"""A packed row of tokens that can be extended, with a key-value cache."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from remora.tree.label_search import Search
 
 
 class PackedRow:
-    """One packed row of tokens that grows, its keys and values cached.
+    """A packed row of tokens that can be extended, with a key-value cache.
 
-    A token sees what its parent sees, and itself.
+    A token sees itself and all tokens that its parent sees.
     """
 
     def __init__(self, model: Any, autocast: torch.dtype | None) -> None:
@@ -39,7 +39,7 @@ class PackedRow:
         return len(self._depths)
 
     def fork(self) -> PackedRow:
-        """Return a copy that grows on its own."""
+        """Return a copy that is extended independently."""
         other = PackedRow(self._model, None)
         other._dtype = self._dtype
         for index, layer in enumerate(self._cache.layers):
@@ -49,9 +49,9 @@ class PackedRow:
         return other
 
     def keep_only(self, searches: Sequence[Search]) -> PackedRow:
-        """Return a copy with only the tokens that some searches may still look at.
+        """Return a copy with only the tokens that some searches still need.
 
-        The positions that their open nodes hold are made those of the copy.
+        The positions in their open nodes become those of the copy.
         """
         seen = np.zeros(self.length, dtype=bool)
         frontier = [opened for search in searches for opened in search.frontier]
@@ -75,7 +75,7 @@ class PackedRow:
 
         Args:
             new: Pairs of a token and the position of its parent in the row, -1 for none.
-            keep: Positions of new tokens to return logits for.
+            keep: Positions in the row of the new tokens to return logits for.
 
         Returns:
             Logits [len(keep), vocabulary].

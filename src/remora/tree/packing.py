@@ -1,20 +1,18 @@
 """The token tree: a batch of token sequences as one trie, every shared token computed once.
 
-The rows of a classification batch begin alike: the same chat template, the same instruction, often
-the same list of labels. The trie of a batch, laid out in depth-first preorder, is ONE row of N
-tokens:
+The rows of a classification batch share their beginning: the chat template, the instruction, often
+the list of labels. The trie of a batch, laid out in depth-first preorder, is ONE row of N tokens:
 
     token_ids     [N]
-    position_ids  [N]  depth in the trie, so that rotary and learned positions see what they would
-                       see in the unpacked row
+    position_ids  [N]  depth in the trie: rotary and learned positions are those of the unpacked row
     subtree_end   [N]  exclusive end of the node's subtree, in preorder
 
     query q may see key k  iff  k <= q < subtree_end[k]     (k is an ancestor of q, or q itself)
 
 The head is computed only at `predictors`, the nodes below which an answer token is predicted. The
 loss is sum(weight * cross entropy) / sum(weight) over the edges of the trie, where the weight of an
-edge counts the rows that are supervised on it. Gradients flow through the shared nodes, so they are
-those of the padded computation, up to rounding.
+edge counts the rows that are supervised on it. Gradients flow through the shared nodes, so they
+equal those of padded rows, up to rounding.
 """
 
 from __future__ import annotations
@@ -58,19 +56,6 @@ class TokenTree:
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]
 
-    def visible(self, window: int | None = None) -> Tensor:
-        """Return the attention rule as a mask [N, N] of booleans, rows are queries.
-
-        Args:
-            window: Width of a sliding window: a key is seen from at most `window - 1` positions on.
-                Measured in positions, since neighbours in the packed row may be far apart in depth.
-        """
-        index = torch.arange(self.num_tokens, device=self.token_ids.device)
-        mask = (index[None, :] <= index[:, None]) & (index[:, None] < self.subtree_end[None, :])
-        if window is not None:
-            mask &= self.position_ids[:, None] - self.position_ids[None, :] < window
-        return mask
-
 
 def build(rows: Sequence[TokenSequence]) -> TokenTree:
     """Pack rows into one token tree.
@@ -85,6 +70,7 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
     weights: list[int] = []
     path: list[int] = []  # nodes of the row before, from the root down
     before: list[int] = []
+    # The trie in preorder: each sorted row adds its tokens below those that it shares.
     for row in sorted(rows, key=lambda row: row.token_ids):
         assert 0 < row.answer_start < len(row.token_ids), "a row needs a prompt and an answer"
         shared = common_prefix_length(before, row.token_ids)
@@ -104,6 +90,7 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
     for node in path:
         subtree_end[node] = len(token_ids)
 
+    # The supervised edges, each from its predictor.
     edges = [node for node, weight in enumerate(weights) if weight]
     predictors = sorted({parents[node] for node in edges})
     place = {node: index for index, node in enumerate(predictors)}
@@ -121,10 +108,10 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
 
 
 def split(rows: Sequence[TokenSequence], max_tokens: int) -> list[TokenTree]:
-    """Cut rows into trees of at most `max_tokens` computed tokens each; a longer row stands alone.
+    """Cut rows into trees of at most `max_tokens` computed tokens; a longer row is alone.
 
-    Rows are ordered by their tokens first, so that those which share most fall into one tree. The
-    order inside an effective batch changes no sum over it.
+    Rows are sorted by their tokens first, so that rows which share most are in one tree. The order
+    within an effective batch does not change sums over it.
     """
     trees: list[TokenTree] = []
     group: list[TokenSequence] = []
@@ -144,13 +131,13 @@ def split(rows: Sequence[TokenSequence], max_tokens: int) -> list[TokenTree]:
 
 
 def filled(tree: TokenTree) -> TokenTree:
-    """Return a tree filled up to sizes that many have, with what counts nothing.
+    """Return a tree padded to sizes that many trees share; the loss stays the same.
 
-    Each size becomes a multiple of an eighth of the power of two below it. An added token sees
-    itself alone, an added predictor has no edge but added ones, and those weigh nothing.
+    Each size becomes a multiple of an eighth of the power of two below it. An added token sees only
+    itself, an added predictor has only added edges, and those have weight 0.
     """
     num_tokens = _full_size(tree.num_tokens)
-    # One predictor at least is an added one, for the added edges to leave from.
+    # At least one predictor is added, for the added edges to start from.
     size = _full_size(1 + max(len(tree.predictors), len(tree.edge_weights)))
     own = torch.arange(tree.num_tokens, num_tokens)
 

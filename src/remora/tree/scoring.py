@@ -1,13 +1,12 @@
-"""Closed-set scoring: how probable each label is as the answer to a message.
+"""Closed-set scoring: the probability of each label as the answer to a message.
 
 A label's probability is that of its whole token sequence, end token included. All messages of a
-batch, and below each of them the trie of the labels, form one packed row; what all messages begin
-with is computed once and kept as a key-value cache.
+batch, and below each of them the trie of the labels, form one packed row; the prefix that all
+messages share is computed once and kept as a key-value cache.
 
-Most labels need not be looked at. Probabilities only fall along a path, so the probability of a
-node bounds every label below it, and also their sum. Best-first search with this bound finds the
-exact argmax; it goes on until the labels not looked at hold less than `tolerance` of the
-probability.
+Most labels need not be explored. Probabilities only fall along a path, so the probability of a node
+bounds every label below it, and also their sum. Best-first search with this bound finds the exact
+argmax; it continues until unexplored labels hold less than `tolerance` of the probability.
 """
 
 from __future__ import annotations
@@ -32,16 +31,15 @@ from remora.tree.label_search import Chosen, Search, chain, look_below, trie
 from remora.tree.packed_row import PackedRow
 
 LOGIT_ELEMENTS = 1 << 25
-"""Most logits that a pass of scoring computes: 220 positions of a 151,936-word vocabulary."""
-
-
-def most_kept(vocabulary: int) -> int:
-    """Return at how many positions a pass of scoring computes logits, at most."""
-    return max(1, LOGIT_ELEMENTS // vocabulary)
-
+"""Most logits that a scoring pass computes: 220 positions of a 151,936-word vocabulary."""
 
 BATCH_ROWS = 256
 """Messages that are scored at a time."""
+
+
+def most_kept(vocabulary: int) -> int:
+    """Return the most positions at which a scoring pass computes logits."""
+    return max(1, LOGIT_ELEMENTS // vocabulary)
 
 
 class Scorer:
@@ -60,14 +58,13 @@ class Scorer:
         """Prepare the trie of labels; the prefix is computed with the first batch.
 
         Args:
-            model: A causal language model, adapted or not; its weights must not change any more.
+            model: A causal language model, with an adapter or without; its weights must not change.
             prompt: How messages are asked and labels are answered.
             max_tokens: Most tokens in one packed row, unless one message needs more.
-            tolerance: Most probability that the labels not looked at may hold together. 0 looks at
-                every label; 1 stops as soon as the likeliest label is certain.
-            autocast: 16-bit arithmetic to compute in.
-            limit_bytes: Of the process on a processor; what it holds above and has freed is given
-                back.
+            tolerance: Maximum total probability left on unexplored labels. 0 explores every label;
+                1 stops as soon as the most probable label is certain.
+            autocast: 16-bit type to compute in.
+            limit_bytes: Memory of the process above which freed CPU memory is given back.
         """
         self.model = model
         self.prompt = prompt
@@ -82,7 +79,7 @@ class Scorer:
     def probabilities(self, messages: Sequence[str]) -> NDArray[np.float64]:
         """Return the probability of each label for each message, [messages, labels], rows sum to 1.
 
-        Each is within `tolerance` of what looking at every label gives, and the largest is the
+        Each is within `tolerance` of its value with every label explored, and the largest is the
         exact argmax.
         """
         parts = [part for _, part in self.stream(messages)]
@@ -106,13 +103,13 @@ class Scorer:
         was_training = self.model.training
         self.model.eval()
         stems = [tuple(stem) for stem in self.prompt.stems(messages)]
-        found: dict[tuple[int, ...], NDArray[np.float64]] = {}
+        scored: dict[tuple[int, ...], NDArray[np.float64]] = {}
         with self._arithmetic():
             for group in self._groups(sorted(set(stems))):
                 for stem, search in zip(group, self._search(group), strict=True):
-                    found[stem] = search.probabilities()
+                    scored[stem] = search.probabilities()
         self.model.train(was_training)
-        return np.stack([found[stem] for stem in stems])
+        return np.stack([scored[stem] for stem in stems])
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
@@ -122,7 +119,7 @@ class Scorer:
     def _groups(self, stems: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         """Cut sorted stems into groups of at most `max_tokens` computed tokens.
 
-        After each stem logits are computed, so their number is limited too.
+        Logits are computed after each stem, so the number of stems is limited too.
         """
         group: list[tuple[int, ...]] = []
         num_tokens = 0
@@ -140,7 +137,7 @@ class Scorer:
             yield group
 
     def _search(self, stems: Sequence[tuple[int, ...]]) -> list[Search]:
-        """Search the label trie below each of some sorted stems, one forward pass a round."""
+        """Search the label trie below each of some sorted stems, one forward pass per round."""
         prefix, row = self._start(stems)
         searches = [Search(np.full(len(self.prompt.labels), -np.inf)) for _ in stems]
         new: list[tuple[int, int]] = []
@@ -164,9 +161,9 @@ class Scorer:
         return searches
 
     def _descend(self, waiting: list[tuple[PackedRow, Sequence[Search]]]) -> None:
-        """Carry searches on, a forward pass or few a round, until all are good enough.
+        """Continue searches, one forward pass or a few per round, until all are within tolerance.
 
-        Each row is taken off the list before it is parted, so that it is freed and its parts stay.
+        Each row leaves the list before it is split, so that it is freed while its parts stay.
         """
         while waiting:
             row, searches = waiting.pop()
@@ -177,7 +174,7 @@ class Scorer:
             ]
             num_new = sum(len(nodes) for _, _, nodes in chosen)
             if row.length + num_new > self.max_tokens and len(searches) > 1:
-                # Messages do not see each other: part them, so that no row grows too long.
+                # Messages do not see each other: split them, so that no row grows too long.
                 for search, opened, _ in chosen:
                     search.frontier.append(opened)
                 halves = (searches[1::2], searches[::2])
@@ -188,15 +185,15 @@ class Scorer:
                 waiting.append((row, searches))
 
     def _passes(self, chosen: Sequence[Chosen]) -> Iterator[list[Chosen]]:
-        """Part the paths to compute so that no pass has too many logits."""
+        """Split the paths to compute so that no pass has too many logits."""
         part: list[Chosen] = []
         num_kept = 0
-        for found in chosen:
-            num_new = len(found[2])
+        for path in chosen:
+            num_new = len(path[2])
             if part and num_kept + num_new > self._most_kept:
                 yield part
                 part, num_kept = [], 0
-            part.append(found)
+            part.append(path)
             num_kept += num_new
         yield part
 
@@ -217,7 +214,7 @@ class Scorer:
         look_below(chains, logits)
 
     def _start(self, stems: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], PackedRow]:
-        """Return what the stems all begin with, of the prompt's prefix, and its packed row."""
+        """Return the part of the prompt's prefix that all stems share, and its packed row."""
         prefix = self.prompt.prefix
         for stem in stems:  # a message may, rarely, be tokenized together with the prefix's end
             prefix = prefix[: min(common_prefix_length(prefix, stem), len(stem) - 1)]
@@ -237,7 +234,11 @@ def score_rows(
     stop: Stop | None = None,
     group: ProcessGroup | None = None,
 ) -> Scored:
-    """Return the probabilities of a table's rows beside their labels; raises Stopped."""
+    """Return the probabilities of a table's rows beside their labels.
+
+    Raises:
+        Stopped: If the run was asked to stop.
+    """
     place = {label: index for index, label in enumerate(scorer.prompt.labels)}
     return Scored(
         probabilities=score_table(scorer, table.texts, what, reporter, stop, group),
@@ -253,15 +254,18 @@ def score_table(
     stop: Stop | None = None,
     group: ProcessGroup | None = None,
 ) -> NDArray[np.float64]:
-    """Return probabilities [texts, labels] and report the progress; raises Stopped.
+    """Return probabilities [texts, labels] and report the progress.
 
-    With several processes each scores a part, and all get all. Where their weights are sharded, who
-    needs fewer passes computes along until all have done theirs.
+    Of several processes each scores a part, and all get the whole result. With sharded weights a
+    process that needs fewer passes joins those of the others, see `sharding.in_step`.
+
+    Raises:
+        Stopped: If the run was asked to stop.
     """
     group = group or ProcessGroup()
     parts = []
     for start in range(0, len(texts), BATCH_ROWS * group.size):
-        memory.trim()  # training and scoring, taking turns, leave free memory in pieces
+        memory.trim()  # training and scoring in turns fragment the heap
         batch = texts[start : start + BATCH_ROWS * group.size]
         with sharding.in_step(scorer.model, group):
             own = scorer.probabilities(group.part(batch))

@@ -1,0 +1,21 @@
+from .console import show_line
+from .diagnosis_results import show_diagnosis
+from .evaluation_results import show_comparison, show_metrics, show_reliability
+from .export_results import show_export, show_push
+from .plan_results import show_plan
+from .progress import TerminalReporter
+from .training_results import show_learning_curve, show_result
+
+__all__ = [
+    "TerminalReporter",
+    "show_comparison",
+    "show_diagnosis",
+    "show_export",
+    "show_learning_curve",
+    "show_line",
+    "show_metrics",
+    "show_plan",
+    "show_push",
+    "show_reliability",
+    "show_result",
+]

@@ -1,0 +1,153 @@
+"""Metrics, reliability and comparisons on standard output."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from remora.display.console import (
+    escaped,
+    figures_table,
+    print_line,
+    spoken_file_bytes,
+    standard_output,
+)
+from remora.evaluation.calibration import Abstention, Reliability
+from remora.evaluation.compare import Comparison, Contender, Pair
+from remora.evaluation.metrics import Metrics
+
+NUM_CONFUSIONS = 5
+
+
+def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = None) -> None:
+    """Print the metrics of one evaluation: per class, most confused pairs, and the summary."""
+    console = console or standard_output()
+    table = figures_table("label", "precision", "recall", "F1", "rows")
+    for row in metrics.per_class:
+        figures = (f"{row.precision:.2f}", f"{row.recall:.2f}", f"{row.f1:.2f}", f"{row.support:,}")
+        table.add_row(escaped(row.label), *figures)
+    console.print(table)
+    if metrics.confused_pairs:
+        console.print("\nmost confused label pairs")
+    for pair in metrics.confused_pairs[:NUM_CONFUSIONS]:
+        share = pair.count / pair.num_rows
+        print_line(
+            console,
+            f"  {pair.count:>4}  {pair.first} / {pair.second}: {pair.first_as_second} rows of the "
+            f"first predicted as the second, {pair.second_as_first} of the second as the first "
+            f"({share:.0%} of their rows)",
+        )
+    low, high = metrics.accuracy_interval
+    note = "" if measured_on == "test" else ", which also selected the weights: slightly optimistic"
+    print_line(
+        console,
+        f"\naccuracy   {metrics.accuracy:.2%}  (95% interval {low:.1%} to {high:.1%})  "
+        f"on {metrics.num_rows:,} {measured_on} rows{note}",
+    )
+    log_loss = "" if metrics.log_loss is None else f", log-loss {metrics.log_loss:.3f}"
+    print_line(console, f"macro-F1   {metrics.macro_f1:.2%}{log_loss}")
+
+
+def show_reliability(reliability: Reliability, console: Console | None = None) -> None:
+    """Print the calibration of one evaluation, and abstention and out-of-scope detection if any."""
+    console = console or standard_output()
+    scaled = ""
+    if reliability.temperature is not None:
+        scaled = (
+            f"; {reliability.scaled_calibration_error:.3f} at temperature "
+            f"{reliability.temperature:.2f}, fitted on {reliability.num_validation:,} validation "
+            "rows"
+        )
+    print_line(
+        console,
+        f"confidence expected calibration error {reliability.calibration_error:.3f} "
+        f"({len(reliability.bins)} bins of equal mass){scaled}",
+    )
+    if reliability.abstention is not None:
+        print_line(console, f"abstain    {_abstention(reliability.abstention)}")
+    if reliability.out_of_scope is not None:
+        outside = reliability.out_of_scope
+        refused = "" if outside.refused is None else f"; {outside.refused:.1%} below the threshold"
+        print_line(
+            console,
+            f"scope      AUROC {outside.auroc:.3f} of the confidence on {outside.num_rows:,} "
+            f"out-of-scope messages{refused}",
+        )
+
+
+def _abstention(abstention: Abstention) -> str:
+    """Return a sentence on the result of a threshold."""
+    wanted = f"{abstention.wanted_accuracy:.1%} accuracy"
+    if abstention.threshold is None:
+        return (
+            f"no threshold reaches {wanted} on {abstention.chosen_on}; train longer or ask for less"
+        )
+    chosen = f"threshold {abstention.threshold:.4f} for {wanted}, chosen on "
+    chosen += (
+        f"{abstention.num_chosen_on:,} validation rows"
+        if abstention.chosen_on == "validation"
+        else "these same rows, so the accuracy is slightly optimistic"
+    )
+    if abstention.accuracy is None or abstention.accuracy_interval is None:
+        return f"{chosen}: no row reaches it"
+    low, high = abstention.accuracy_interval
+    return (
+        f"{chosen}: answers {abstention.coverage:.1%} of the rows, {abstention.accuracy:.2%} of "
+        f"them correctly (95% interval {low:.1%} to {high:.1%})"
+    )
+
+
+def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print runs side by side, their pairwise differences, and the answer last."""
+    console = console or standard_output()
+
+    # Accuracies and costs
+    gains = figures_table("run", "accuracy", "95% interval", "macro-F1")
+    costs = figures_table("run", "trained", "artifact", "examples/s", "memory", "time")
+    for each in comparison.contenders:
+        low, high = each.accuracy_interval
+        figures = f"{each.accuracy:.2%}", f"{low:.1%} to {high:.1%}", f"{each.macro_f1:.2%}"
+        gains.add_row(escaped(each.name), *figures)
+        costs.add_row(escaped(each.name), *_costs(each))
+    console.print(gains)
+    console.print()
+    console.print(costs)
+
+    # Differences
+    print_line(console, f"\non {comparison.num_rows:,} rows, smallest first")
+    for pair in comparison.pairs:
+        print_line(console, f"  {_difference(pair)}")
+    repeated = [each for each in comparison.shared_mistakes if each.count > 1]
+    if repeated:
+        print_line(console, "\nmistakes that every run makes; check these labels first")
+    for mistake in repeated:
+        print_line(
+            console, f"  {mistake.count:>4}  {mistake.true} predicted as {mistake.predicted}"
+        )
+
+    # The answer
+    print_line(console, "")
+    for text in (*comparison.notes, comparison.bar, comparison.value, comparison.answer):
+        if text is not None:
+            print_line(console, text)
+
+
+def _costs(contender: Contender) -> tuple[str, ...]:
+    share, artifact = contender.trainable_share, contender.artifact_bytes
+    speed, memory = contender.examples_per_second, contender.peak_memory_bytes
+    return (
+        "" if share is None else f"{share:.2%}",
+        "" if artifact is None else spoken_file_bytes(artifact),
+        "" if speed is None else f"{speed:.1f}",
+        "" if memory is None else spoken_file_bytes(memory),
+        f"{contender.train_seconds:.0f} s",
+    )
+
+
+def _difference(pair: Pair) -> str:
+    return (
+        f"{pair.first} over {pair.second}: {100 * pair.difference:+.2f} points; only the first is "
+        f"right on {pair.only_first_right} rows, only the second on {pair.only_second_right}, "
+        f"p = {pair.p_value:.2g} (exact McNemar test; {pair.adjusted_p_value:.2g} adjusted for all "
+        f"pairs, Holm); both wrong on {pair.both_wrong} rows ({pair.both_wrong_by_chance:.1f} "
+        f"expected by chance), {pair.same_wrong_label} of them with the same label"
+    )

@@ -1,0 +1,74 @@
+"""A run's progress on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from remora.display.console import print_line, spoken_file_bytes
+from remora.runtime.reporter import Reporter, Step, Validation
+
+
+class TerminalReporter(Reporter):
+    """Shows a run on standard error: sentences, and one progress bar."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._progress: Progress | None = None
+        self._training: TaskID | None = None
+        self._scoring: TaskID | None = None
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[TerminalReporter]:
+        """Show the progress bar while the context lasts."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[figures]}"),
+        )
+        with Progress(*columns, console=self._console, transient=True) as self._progress:
+            yield self
+        self._progress = None
+
+    def say(self, line: str) -> None:
+        """Print a sentence."""
+        print_line(self._console, line)
+
+    def stepped(self, step: Step) -> None:
+        """Advance the training bar."""
+        if self._progress is None:
+            return
+        if self._training is None:
+            self._training = self._progress.add_task("train", total=step.num_steps, figures="")
+        speed = f"{step.examples_per_second:.1f} examples/s  " if step.examples_per_second else ""
+        memory = spoken_file_bytes(step.peak_memory_bytes)
+        self._progress.update(
+            self._training,
+            completed=step.step,
+            total=step.num_steps,
+            figures=f"{speed}loss {step.loss:.3f}  {memory} peak",
+        )
+
+    def validated(self, validation: Validation) -> None:
+        """Print a line for an evaluation."""
+        mark = ", best so far" if validation.best else ""
+        self.say(
+            f"step {validation.step}: validation accuracy {validation.accuracy:.1%}, "
+            f"log-loss {validation.log_loss:.3f}{mark}"
+        )
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """Advance the bar of an evaluation, and remove it when done."""
+        if self._progress is None:
+            return
+        if self._scoring is None:
+            self._scoring = self._progress.add_task(what, total=total, figures="")
+        self._progress.update(self._scoring, completed=done)
+        if done >= total:
+            self._progress.remove_task(self._scoring)
+            self._scoring = None

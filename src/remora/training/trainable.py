@@ -1,0 +1,109 @@
+"""The base model made trainable, and the last preparations before its first step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remora.config import TrainConfig
+from remora.data.dataset import Dataset
+from remora.data.prompt import Prompt, TokenSequence
+from remora.data.table import Table
+from remora.models import adapter_card, loading, lora
+from remora.planning import plan
+from remora.runtime import files
+from remora.runtime.device import Precision
+from remora.training.optimizer import default_learning_rate
+from remora.tree.forward import text_config
+
+
+@contextlib.contextmanager
+def accelerator_for(precision: Precision, device: torch.device) -> Iterator[Any]:
+    """Give accelerate's Accelerator, and leave the process free for another with other settings."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    accelerator = Accelerator(mixed_precision=precision.mixed_precision, cpu=device.type == "cpu")
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def load_trainable(
+    config: TrainConfig, labels: Sequence[str], precision: Precision, device: torch.device
+) -> tuple[Any, Prompt, adapter_card.AdapterCard, Path]:
+    """Load the base model and make it trainable: a new adapter, or all weights.
+
+    Returns:
+        The trainable model, its prompt, its card, and the folder of its base.
+
+    Raises:
+        ModelError: If the model cannot be used.
+    """
+    base, prompt, folder = loading.load_base_and_prompt(config, labels, precision.base, device)
+    adapted = lora.adapt(base, config).to(device)
+    card = adapter_card.AdapterCard(
+        base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,
+        base_sha256=files.weights_sha256(folder),
+        labels=tuple(labels),
+        instruction=config.instruction,
+        list_labels=config.list_labels,
+        label_texts=prompt.label_texts,
+        max_length=prompt.max_length,
+        method=config.method,
+    )
+    return adapted, prompt, card, folder
+
+
+def set_up_layers(model: Any, planned: plan.Plan) -> None:
+    """Make a checked model ready for its first step: checkpointing and sharding as planned."""
+    if planned.shard:
+        model.reset_iter_state()  # of a pass in blocks that the model may have refused
+    loading.set_checkpointing(model, planned.checkpointing)
+
+
+def short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequence]:
+    """Return the shortest of the first rows, to check a model with."""
+    first = sorted(range(min(len(table), 256)), key=lambda i: len(table.texts[i]))[:count]
+    return prompt.rows([table.texts[i] for i in first], [table.labels[i] for i in first])
+
+
+def introduce(
+    config: TrainConfig,
+    dataset: Dataset,
+    prompt: Prompt,
+    adapted: Any,
+    parameters: lora.ParameterCount,
+) -> Iterator[str]:
+    """Yield what will be trained, each derived setting with its origin."""
+    layers = ", ".join(f"{name} {count:,}" for name, count in parameters.modules.items())
+    trained = "all weights" if config.method == "full" else f"r={config.rank}: {layers}"
+    if config.method == "qlora":
+        trained += "; the base model is quantized to 4 bits"
+    yield (
+        f"training {parameters.trainable:,} of {parameters.total:,} parameters "
+        f"({parameters.share:.2%}), {trained}"
+    )
+    width = text_config(adapted).hidden_size
+    if config.learning_rate is None:
+        rate = default_learning_rate(width, config.method)
+        yield f"learning rate {rate:.1e}, the default for a hidden size of {width}"
+    if prompt.label_texts.keys() - config.label_texts.keys():
+        label, text = next(iter(prompt.label_texts.items()))
+        yield (
+            "this tokenizer cannot encode all labels as they are; they are written with spaces, "
+            f"{label} as {text!r}"
+        )
+    for what, table in (("training", dataset.train), ("test", dataset.test)):
+        if table is not None and (cut := prompt.count_cut(table.texts)):
+            yield (
+                f"{cut:,} of {len(table):,} {what} messages are longer than "
+                f"{prompt.max_length} tokens and are truncated at the end"
+            )

@@ -1,0 +1,192 @@
+"""Tables of every format read as the rows that were written; a fault is reported with its row."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data.test_table import LABELS, ROWS, TEXTS, write, write_csv, write_parquet
+from remora.data.table import Table, read_table
+from remora.errors import DataError
+
+CSV_FAULTS = {
+    "no text column": (
+        "txt,label,n\na,b,1\n",
+        "has no text column: found 'txt', 'label', 'n'",
+        "did you mean --text-column txt?",
+    ),
+    "no label column": (
+        "text,lable,n\na,b,1\n",
+        "has no label column",
+        "did you mean --label-column lable?",
+    ),
+    "no header": ("hello there,x,1\na,b,1\n", "has no text column: found 'hello there'"),
+    "two text columns": ("text,text,label\na,b,c\n", "has 2 columns called 'text'; rename all but"),
+    "empty": ("", "is empty"),
+    "blank first line": ("\ntext,label\na,b\n", "line 1 is blank"),
+    "header only": ("text,label\n", "has no rows"),
+    "blank text": ("text,label\na,x\n  ,y\n", "row 2 (line 3) has a blank text;"),
+    "blank label": ("text,label\na,\nb,x\n", "row 1 (line 2) has a blank label;"),
+    "blanks": ("text,label\na,\nb,x\n,x\n", "row 1 (line 2) has a blank label, and it is one of 2"),
+    "after a quoted newline": (
+        'text,label\n"a\n\nb",x\n ,x\n',
+        "row 2 (line 5) has a blank text",
+    ),
+    "unquoted comma": (
+        "text,label\na,x\nwell, no,x\n",
+        "row 2 (line 3) has 3 fields where the header has 2; put a text that holds ','",
+    ),
+    "too few fields": ("text,label\na\n", "row 1 (line 2) has 1 fields"),
+    "open quote in the header": ('text,"label\na,x\n', "line 1 opens a double quote"),
+    "open quote": (
+        'text,label\na,x\n"b,x\nc,x\n',
+        "row 2 (line 3) opens a double quote that is never closed",
+    ),
+    "text after a quote": (
+        'text,label\n"a" b,x\n',
+        "row 1 (line 2) has text after a closing double quote",
+    ),
+    "old Macintosh line ends": (
+        "text,label\ra,x\r",
+        "line 1 has a bare carriage return; save the file with LF",
+    ),
+    "Latin-1": (
+        "text,label\na,x\ncaf\xe9,x\n".encode("latin-1"),
+        "line 3 has the byte 0xe9 at position 4, which is not UTF-8",
+        "Windows-1252 or Latin-1",
+    ),
+    "UTF-16": ("text,label\na,x\n".encode("utf-16"), "line 1 has the byte 0xff", "may be UTF-16)"),
+    "NUL": ("text,label\na,x\nb\0,x\n", "line 3 has a NUL byte"),
+}
+JSON_FAULTS = {
+    "broken line": (
+        '{"text": "a", "label": "x"}\n\n{"text": "b", "label": \n',
+        "row 2 (line 3) is not valid JSON",
+    ),
+    "an array": ('["a", "b"]\n', "row 1 is a JSON list, not an object"),
+    "a missing key": (
+        '{"text": "a", "label": "x"}\n{"text": "b"}\n',
+        "row 2 has a blank label",
+    ),
+    "a number as text": ('{"text": 5, "label": "x"}\n', "row 1 has a text of type int"),
+    "a list as label": (
+        '{"text": "a", "label": ["x", "y"]}\n',
+        "row 1 has the label \"['x', 'y']\" of type list",
+    ),
+    "half a character": (
+        '{"text": "a \\ud83d", "label": "x"}\n',
+        "row 1 has half of a surrogate pair, \\ud83d",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.csv", {}),
+        ("a.CSV", {"encoding": "utf-8-sig"}),
+        ("a.csv", {"lineterminator": "\r\n", "quoting": csv.QUOTE_ALL}),
+        ("a.csv", {"lineterminator": "\n"}),
+        ("a.csv", {"delimiter": ";"}),
+        ("a.csv", {"delimiter": "\t"}),
+        ("a.tsv", {"delimiter": "\t"}),
+    ],
+)
+def test_csv_dialects(tmp_path, name, options):
+    assert read_table(write_csv(tmp_path / name, **options)) == Table(TEXTS, LABELS)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
+def test_json_lines(tmp_path, name):
+    lines = [json.dumps({"id": i, "text": t, "label": c}) for i, (t, c) in enumerate(ROWS)]
+    path = write(tmp_path / name, "\n\n".join(lines))
+    assert read_table(path) == Table(TEXTS, LABELS)
+
+
+def test_parquet(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"id": [1, 2, 3], "label": LABELS, "text": TEXTS})
+    assert read_table(path) == Table(TEXTS, LABELS)
+
+
+def test_parquet_class_numbers_become_their_names(tmp_path):
+    features = {"text": {"_type": "Value"}, "label": {"names": ["card", "refund"]}, "tags": [{}]}
+    columns = {"text": TEXTS, "label": [0, 1, 0], "tags": [["x"], [], []]}
+    assert read_table(write_parquet(tmp_path / "a.parquet", columns, features)).labels == LABELS
+    columns["label"] = [0, -1, 0]
+    path = write_parquet(tmp_path / "hidden.parquet", columns, features)
+    with pytest.raises(DataError, match="row 2 has a blank label"):
+        read_table(path)
+
+
+def test_a_parquet_file_of_many_row_groups_counts_rows_through(tmp_path):
+    texts = [f"message {i}" for i in range(10)]
+    table = pyarrow.table({"text": [*texts, " "], "label": ["a"] * 11})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    with pytest.raises(DataError, match="row 11 has a blank text"):
+        read_table(tmp_path / "a.parquet")
+
+
+def test_a_field_longer_than_the_csv_module_allows_by_default(tmp_path):
+    long = "x" * 300_000  # the module's own limit is 131,072
+    table = read_table(write_csv(tmp_path / "a.csv", [(long, "a"), ("short", "b")]))
+    assert table.texts == [long, "short"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        *(pytest.param("bad.csv", fault, id=key) for key, fault in CSV_FAULTS.items()),
+        *(pytest.param("bad.jsonl", fault, id=f"JSON {k}") for k, fault in JSON_FAULTS.items()),
+    ],
+)
+def test_faults_are_told_in_a_line_with_the_row(tmp_path, name, fault):
+    content, *expected = fault
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        read_table(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(str(path))
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize("content", [b"not parquet", b"PAR1" + bytes(40) + b"PAR1", b""])
+def test_a_file_that_is_no_parquet(tmp_path, content):
+    path = write(tmp_path / "a.parquet", content)
+    with pytest.raises(
+        DataError, match=r"a\.parquet (is not a readable Parquet file|cannot be read) "
+    ) as caught:
+        read_table(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_tables(tmp_path):
+    write(tmp_path / "train.csv", "text,label\na,b\n")
+    for name, expected in (
+        ("trian.csv", "there is no file or folder .*; did you mean 'train.csv'"),
+        ("nowhere/zz.csv", "there is no file or folder .*; check the path"),
+        (".", "is a folder; name a file in it"),
+    ):
+        with pytest.raises(DataError, match=expected):
+            read_table(tmp_path / name)
+    for name, hint in (
+        ("a.xlsx", "save the sheet as 'CSV UTF-8'"),
+        ("a.json", "write one JSON object a line and call it .jsonl"),
+        ("a.csv.gz", "unpack it"),
+        ("a.dat", "save the table as one of these"),
+        ("a.txt", "save the table as one of these"),  # texts alone have no labels
+    ):
+        path = write(tmp_path / name, "text,label\na,b\n")
+        with pytest.raises(DataError, match=rf"readable are \.csv, .*; {hint}"):
+            read_table(path)
+
+
+def test_the_name_of_a_hub_dataset_is_recognized(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="write hf:owner/name for a dataset on"):
+        read_table("owner/name")

@@ -1,0 +1,129 @@
+"""A file, a folder, shards, a sample and a Hub dataset as sources."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data.test_dataset import many, rows
+from data.test_table import write, write_csv, write_parquet
+from hub_server import running
+from remora.data.dataset import load_dataset
+from remora.errors import DataError
+
+
+def test_a_folder_of_splits(tmp_path):
+    write_csv(tmp_path / "train.csv", many({"a": 2, "b": 2}))
+    write_csv(tmp_path / "dev.tsv", [("v", "a")], delimiter="\t")
+    write_parquet(tmp_path / "Test.parquet", {"text": ["t"], "label": ["b"]})
+    write(tmp_path / "train_notes.csv", "none of your business\n")
+    write(tmp_path / "README.md", "# Data\n")
+    dataset = load_dataset(str(tmp_path))
+    assert rows(dataset.train) == many({"a": 2, "b": 2})
+    assert rows(dataset.validation) == [("v", "a")]
+    assert rows(dataset.test) == [("t", "b")]
+
+
+def test_named_tables_replace_those_of_the_folder(tmp_path):
+    write_csv(tmp_path / "train.csv", many({"a": 2, "b": 2}))
+    write_csv(tmp_path / "test.csv", [("mine", "a")])
+    other = write_csv(tmp_path / "other.csv", [("yours", "b")])
+    dataset = load_dataset(str(tmp_path), test=str(other), validation=str(other))
+    assert dataset.test.texts == dataset.validation.texts == ["yours"]
+
+
+def shard(folder, number, texts, num_shards=2):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"train-{number:05}-of-{num_shards:05}.parquet"
+    write_parquet(path, {"text": texts, "label": list("ab")})
+
+
+def test_a_folder_of_shards(tmp_path):
+    shard(tmp_path / "data", 1, ["three", "four"])
+    shard(tmp_path / "data", 0, ["one", "two"])
+    dataset = load_dataset(str(tmp_path), validation_fraction=0, test_fraction=0)
+    assert dataset.train.texts == ["one", "two", "three", "four"]
+
+
+def test_a_missing_shard_and_a_second_table(tmp_path):
+    shard(tmp_path / "data", 0, ["one", "two"])
+    with pytest.raises(DataError, match="is one of 2 shards, but the folder has 1;"):
+        load_dataset(str(tmp_path))
+    write_csv(tmp_path / "train.csv", many({"a": 1, "b": 1}))
+    for name in ("train.tsv", "training.csv"):
+        write_csv(tmp_path / name, many({"a": 1, "b": 1}))
+        with pytest.raises(DataError, match=rf"train\.csv and {name} are both train tables"):
+            load_dataset(str(tmp_path))
+        (tmp_path / name).unlink()
+
+
+def test_a_folder_without_a_train_file(tmp_path):
+    with pytest.raises(DataError, match=r"has no train file \(found nothing\)"):
+        load_dataset(str(tmp_path))
+    write_csv(tmp_path / "test.csv", many({"a": 1, "b": 1}))
+    with pytest.raises(DataError, match=r"has no train file \(found 'test.csv'\)"):
+        load_dataset(str(tmp_path))
+
+
+def test_the_sample():
+    summary = load_dataset("sample:support", validation_fraction=0).summary
+    # Counts of samples/support/README.md
+    assert (summary.num_train, summary.num_test, summary.num_labels) == (1736, 580, 24)
+    assert (summary.text_column, summary.label_column) == ("text", "category")
+    for name in ("sample:suport", "sample:", "sample:../samples/support"):
+        with pytest.raises(DataError, match=r"there is no sample .*; choose one of 'support'"):
+            load_dataset(name)
+
+
+def test_a_source_that_is_not_there(tmp_path):
+    write(tmp_path / "train.csv", "")
+    with pytest.raises(DataError, match=r"there is no file or folder .*did you mean 'train\.csv'"):
+        load_dataset(str(tmp_path / "tran.csv"))
+    with pytest.raises(DataError, match=r"there is no file or folder .*none\.csv"):
+        load_dataset(str(tmp_path / "train.csv"), test=str(tmp_path / "none.csv"))
+
+
+def test_a_dataset_of_the_hub(tmp_path):
+    features = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"names": ["card", "refund"], "_type": "ClassLabel"},
+    }
+    columns = {"text": ["one", "two", "three"], "label": [1, 0, 1]}
+    train = write_parquet(tmp_path / "train.parquet", columns, features).read_bytes()
+    columns = {"text": ["four"], "label": [0]}
+    test = write_parquet(tmp_path / "test.parquet", columns, features).read_bytes()
+    code = """
+import json
+from remora.data import load_dataset
+from remora.errors import DataError
+dataset = load_dataset("hf:owner/name", validation_fraction=0)
+answer = [dataset.train.texts, dataset.train.labels, dataset.test.texts, dataset.test.labels]
+for source in ("hf:owner/nowhere", "hf:owner/name:english"):
+    try:
+        load_dataset(source)
+    except DataError as error:
+        answer.append(str(error))
+print(json.dumps(answer))
+"""
+    with running() as hub:
+        hub.publish("datasets/owner/name", {"train.parquet": train, "test.parquet": test})
+        outside = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=outside | hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+    assert done.returncode == 0, done.stderr
+    *found, message, no_config = json.loads(done.stdout)
+    assert found == [["one", "two", "three"], ["refund", "card", "refund"], ["four"], ["card"]]
+    assert message.startswith("hf:owner/nowhere cannot be loaded (Dataset 'owner/nowhere' doesn't")
+    assert "\n" not in message
+    assert no_config.startswith("hf:owner/name:english cannot be loaded (")
+    assert "'english' not found" in no_config

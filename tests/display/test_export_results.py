@@ -1,0 +1,70 @@
+"""Exports and published models as they are printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from display.test_evaluation_results import printed
+from remora.display.export_results import show_export
+from remora.export.compress import Compressed, Point
+from remora.export.export import Exported
+from remora.export.merge import Parity
+
+
+def exported(result: Parity | Compressed) -> Exported:
+    return Exported(
+        directory=Path("out"), num_bytes=1_500_000, measured_on="test", result=result, plot=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_flips", "expected"),
+    [
+        (0, "the same label on all 300 test rows"),
+        (2, "another label on 2 of 300 test rows, all of"),
+    ],
+)
+def test_parity_is_printed_with_its_flips(num_flips: int, expected: str) -> None:
+    parity = Parity(
+        dtype="float16",
+        num_rows=300,
+        num_flips=num_flips,
+        num_near_ties=num_flips,
+        largest_difference=0.01,
+        allowed=0.05,
+    )
+    shown = printed(show_export, exported(parity))
+    assert f"parity     {expected}" in shown
+    assert "differ by at most 0.01, 0.05 allowed" in shown
+    assert shown.rstrip().endswith("written    out, 1.5 MB")
+
+
+@pytest.mark.parametrize("cut_accuracy", [None, 0.8])
+def test_the_frontier_says_what_truncation_alone_costs(cut_accuracy: float | None) -> None:
+    points = [
+        Point(
+            num_bytes=size,
+            ratio=ratio,
+            mean_rank=rank,
+            accuracy=0.9,
+            num_flips=3,
+            cut_accuracy=cut,
+        )
+        for size, ratio, rank, cut in ((1_000_000, 10, 16, None), (100_000, 100, 2, cut_accuracy))
+    ]
+    compressed = Compressed(
+        dtype="float8",
+        adapter_bytes=1_000_000,
+        frontier=tuple(points),
+        least_accuracy=0.89,
+        chosen=points[1],
+        num_rows=300,
+        full_accuracy=0.91,
+    )
+    shown = printed(show_export, exported(compressed))
+    (chosen,) = (line for line in shown.splitlines() if line.rstrip().endswith("chosen"))
+    assert "100 kB" in chosen
+    assert ("truncated" in shown) == ("80.00%" in chosen) == (cut_accuracy is not None)
+    assert "90.00% on 300 test rows, the full adapter 91.00%; 3 labels differ" in shown

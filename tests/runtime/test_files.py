@@ -1,0 +1,115 @@
+"""Files: whole or not at all, the same bytes on every system."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from remora.errors import ResourceError
+from remora.evaluation.predictions import write_predictions
+from remora.runtime import files
+
+
+def test_json_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "x.json"
+    for value in ({"a": "é"}, {"a": [1, None]}):
+        files.write_json(path, value)
+        assert json.loads(path.read_text(encoding="utf-8")) == value
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == value
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_cells_that_would_run_as_formulas_are_escaped(tmp_path):
+    texts = ["=1+1", "+49", "-1", "@SUM(A1)", "\t=1", "\r=1", "a=1", 'say "hi",\nthen', ""]
+    path = tmp_path / "p.csv"
+    write_predictions(path, texts, ["=a"] * 9, ["@b"] * 9, [0.25] * 9)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["text"] for row in rows] == [*(f"'{t}" for t in texts[:6]), *texts[6:]]
+    assert {(r["label"], r["predicted"], r["probability"]) for r in rows} == {
+        ("'=a", "'@b", "0.250000")
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["p.csv"]
+
+
+def test_escaped_cells_come_back():
+    for cell in ("=1+1", "'quoted", "plain", "", "'"):
+        assert files.unescape_formula(files.escape_formula(cell)) == cell
+
+
+def test_text_has_the_same_bytes_on_windows(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    opened = []
+    real = io.open
+    monkeypatch.setattr(io, "open", lambda *args: opened.append(args) or real(*args))
+    files.write_text(tmp_path / "x", "a\nb\n")
+    assert (tmp_path / "x").read_bytes() == b"a\nb\n"
+    files.write_synced(tmp_path / "y", "é\n")
+    assert (tmp_path / "y").read_bytes() == "é\n".encode()
+    newlines = [args[5] for args in opened if "w" in args[1]]
+    assert newlines == ["\n", "\n"]  # None would write os.linesep
+
+
+def test_a_failed_write_leaves_the_old_file_alone(monkeypatch, tmp_path):
+    path = tmp_path / "x.csv"
+    files.write_csv(path, ["a"], [["1"]])
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    for write in (
+        lambda: files.write_csv(path, ["a"], [["2"]]),
+        lambda: files.write_text(path, "2"),
+    ):
+        with pytest.raises(ResourceError, match=r"cannot write to .*No space left on device"):
+            write()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_folders_are_not_opened_on_windows(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    files.sync(tmp_path)
+    monkeypatch.setattr(files, "os", FakeOs())
+    files.sync(tmp_path)
+    assert FakeOs.opened == []
+    files.sync(tmp_path / "file")
+    assert FakeOs.opened == [(tmp_path / "file", os.O_RDWR)]  # it syncs only what may be written
+
+
+class FakeOs:
+    """The module os of Windows."""
+
+    name, O_RDWR, O_RDONLY, fsync, close = "nt", os.O_RDWR, os.O_RDONLY, os.fsync, os.close
+    opened: list[tuple[Path, int]] = []  # noqa: RUF012
+
+    def open(self, path: Path, flags: int) -> int:
+        self.opened.append((path, flags))
+        return os.open(path, flags)
+
+
+def test_one_hash_goes_over_files_in_their_order(tmp_path):
+    (tmp_path / "b.safetensors").write_bytes(b"second")
+    (tmp_path / "a.safetensors").write_bytes(b"first")
+    assert files.weights_sha256(tmp_path) == hashlib.sha256(b"firstsecond").hexdigest()
+    assert files.sha256([tmp_path / "a.safetensors"]) == hashlib.sha256(b"first").hexdigest()
+    assert files.folder_bytes(tmp_path, "a*") == 5
+
+
+def test_an_optional_file_that_fails_is_reported():
+    said = []
+    with files.optional("report.html", said.append):
+        raise ValueError("no chart\nfor this")
+    assert said == [
+        "report.html could not be written (no chart for this); the rest of the run is complete"
+    ]
