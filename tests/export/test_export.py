@@ -137,5 +137,5 @@ def test_files_are_on_the_disk_before_they_take_their_place(place: Path, monkeyp
 
 
 def test_several_problems_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"merge and compress .*; ratio is -1"):
+    with pytest.raises(ConfigError, match=r"neither merge nor compress is given; .*; ratio is -1"):
         ExportConfig(Path("run"), ratio=-1)
