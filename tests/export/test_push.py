@@ -395,7 +395,9 @@ def test_an_adapter_is_used_without_the_hub_once_it_was_fetched(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert answers(Path("me/fetched"), tmp_path) == expected
-    with pytest.raises(ModelError, match="me/none is neither a folder nor complete in the hub's cache"):
+    with pytest.raises(
+        ModelError, match="me/none is neither a folder nor complete in the hub's cache"
+    ):
         answers(Path("me/none"), tmp_path)
     assert hub.requests == []
 
