@@ -137,5 +137,6 @@ def test_files_are_on_the_disk_before_they_take_their_place(place: Path, monkeyp
 
 
 def test_several_problems_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"ratio is -1; .*neither merge nor compress is given"):
+    both = r"ratio is -1; .*; neither merge nor compress is given"
+    with pytest.raises(ConfigError, match=both):
         ExportConfig(Path("run"), ratio=-1)

@@ -340,7 +340,7 @@ def test_weights_go_and_come_by_the_protocol_of_large_files(
     hub.storage.xorbs[name] = xorb[:1_000] + bytes([xorb[1_000] ^ 1]) + xorb[1_001:]
     altered = remora("other", "predict", "me/large")
     assert altered.returncode == ModelError.exit_code, altered.stderr
-    assert "differs from the hub's file" in altered.stderr.splitlines()[-1]
+    assert "differs from the hub's file, by its checksum" in altered.stderr.splitlines()[-1]
 
 
 # Adapters by their id
@@ -392,7 +392,9 @@ def test_an_adapter_is_used_without_the_hub_once_it_was_fetched(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert answers(Path("me/fetched"), tmp_path) == expected
-    with pytest.raises(ModelError, match="me/none is neither a folder nor"):
+    with pytest.raises(
+        ModelError, match="me/none is neither a folder nor complete in the hub's cache"
+    ):
         answers(Path("me/none"), tmp_path)
     assert hub.requests == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import signal
@@ -199,6 +200,13 @@ def test_signals_that_the_system_lacks_are_left_out(
     assert {number: signal.getsignal(number) for number in before} == before
     service._socket.close()
     service._engine.stop()
+
+
+def test_loaded_objects_are_left_out_of_collections_while_it_serves() -> None:
+    before = gc.get_freeze_count()
+    with module._without_long_collections():
+        assert gc.get_freeze_count() > before + 100_000  # torch alone has more
+    assert gc.get_freeze_count() == 0
 
 
 class OpenFiles:
