@@ -58,7 +58,7 @@ bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	for name in exactness scoring parity speed growth serving injections same_answers; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-# The planned peak of memory against the measured one, for models of three shapes on a processor.
+# The planned peak of memory against the measured one, for models of three shapes on a CPU.
 bench-memory: install
 	$(BIN)/python benchmarks/memory.py
 

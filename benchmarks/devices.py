@@ -1,6 +1,6 @@
 """Two processes against one: examples per second, and the memory of each.
 
-Each row of the table is a whole `remora train` on a processor, one thread to a process, so two
+Each row of the table is a whole `remora train` on a CPU, one thread to a process, so two
 processes have two cores where one has one. Efficiency is the speed-up over the processes; beside
 it stands what the run itself tells, an estimate from the time that each process computes. The
 models have the shapes of `memory.py`, with fewer layers and words, and random weights.

@@ -1,7 +1,7 @@
-"""The planned peak of memory against the measured one, on a processor or a CUDA device.
+"""The planned peak of memory against the measured one, on a CPU or a CUDA device.
 
 Each row of the table is a whole `remora train` in a fresh process: plan, training, evaluation,
-baseline and report. Measured is on a processor the most memory that the process ever had (VmHWM),
+baseline and report. Measured is, on a CPU, the most memory that the process ever had (VmHWM),
 on a CUDA device the most that torch had reserved, and the context beside it. The models have the
 shapes of Qwen2, Llama and Gemma 3 with fewer layers, and random weights; the rows are those of the
 sample in the package.
