@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from remora.data.table import Table
 from remora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_VALIDATION_ROWS = 2_000
 MAX_TEST_ROWS = 10_000
@@ -80,3 +85,27 @@ def hold_out(table: Table, sizes: dict[str, int], seed: int) -> tuple[Table, dic
         return Table([table.texts[i] for i in places], [table.labels[i] for i in places])
 
     return rows(0), {split: rows(number) for number, split in enumerate(sizes, 1)}
+
+
+def sample(labels: Sequence[str], max_rows: int, seed: int) -> list[int]:
+    """Sample at most `max_rows` rows; each label keeps its share of them to within one row."""
+    import numpy as np
+
+    if len(labels) <= max_rows:
+        return list(range(len(labels)))
+    shuffled = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    by_label = sorted(shuffled, key=lambda row: labels[row])
+    return sorted(by_label[i * len(labels) // max_rows] for i in range(max_rows))
+
+
+def deal_folds(
+    true: NDArray[np.int64], num_folds: int, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return stratified folds as pairs of other and own rows."""
+    import numpy as np
+
+    shuffled = np.random.default_rng(seed).permutation(len(true))
+    by_label = shuffled[np.argsort(true[shuffled], kind="stable")]
+    fold = np.empty(len(true), dtype=np.int64)
+    fold[by_label] = np.arange(len(true)) % num_folds
+    return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(num_folds)]

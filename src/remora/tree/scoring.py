@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora.data.prompt import Prompt, common_prefix_length
+from remora.data.prompt import Prompt
 from remora.data.table import Table
 from remora.evaluation.predictions import Scored
 from remora.runtime import memory, sharding
@@ -29,6 +29,7 @@ from remora.runtime.stop import Stop
 from remora.tree.forward import text_config
 from remora.tree.label_search import Chosen, Search, chain, look_below, trie
 from remora.tree.packed_row import PackedRow
+from remora.tree.stems import Stem, StemPacker
 
 LOGIT_ELEMENTS = 1 << 25
 """Most logits that a scoring pass computes: 220 positions of a 151,936-word vocabulary."""
@@ -74,7 +75,7 @@ class Scorer:
         self.limit_bytes = limit_bytes
         self._root = trie(prompt.answers)
         self._most_kept = most_kept(text_config(model).vocab_size)
-        self._prefix: tuple[tuple[int, ...], PackedRow] | None = None
+        self._packer = StemPacker(model, prompt, max_tokens=max_tokens, autocast=autocast)
 
     def probabilities(self, messages: Sequence[str]) -> NDArray[np.float64]:
         """Return the probability of each label for each message, [messages, labels], rows sum to 1.
@@ -103,9 +104,9 @@ class Scorer:
         was_training = self.model.training
         self.model.eval()
         stems = [tuple(stem) for stem in self.prompt.stems(messages)]
-        scored: dict[tuple[int, ...], NDArray[np.float64]] = {}
+        scored: dict[Stem, NDArray[np.float64]] = {}
         with self._arithmetic():
-            for group in self._groups(sorted(set(stems))):
+            for group in self._packer.groups(sorted(set(stems)), self._most_kept):
                 for stem, search in zip(group, self._search(group), strict=True):
                     scored[stem] = search.probabilities()
         self.model.train(was_training)
@@ -116,40 +117,11 @@ class Scorer:
             return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
 
-    def _groups(self, stems: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Cut sorted stems into groups of at most `max_tokens` computed tokens.
-
-        Logits are computed after each stem, so the number of stems is limited too.
-        """
-        group: list[tuple[int, ...]] = []
-        num_tokens = 0
-        for stem in stems:
-            added = len(stem) - common_prefix_length(
-                group[-1] if group else self.prompt.prefix, stem
-            )
-            if group and (num_tokens + added > self.max_tokens or len(group) == self._most_kept):
-                yield group
-                group, num_tokens = [], 0
-                added = len(stem) - common_prefix_length(self.prompt.prefix, stem)
-            group.append(stem)
-            num_tokens += added
-        if group:
-            yield group
-
-    def _search(self, stems: Sequence[tuple[int, ...]]) -> list[Search]:
+    def _search(self, stems: Sequence[Stem]) -> list[Search]:
         """Search the label trie below each of some sorted stems, one forward pass per round."""
-        prefix, row = self._start(stems)
+        row, new, paths = self._packer.pack(stems)
         searches = [Search(np.full(len(self.prompt.labels), -np.inf)) for _ in stems]
-        new: list[tuple[int, int]] = []
-        ends: list[int] = []
-        path, before = list(range(len(prefix))), prefix
-        for stem in stems:
-            del path[common_prefix_length(before, stem) :]
-            for token in stem[len(path) :]:
-                new.append((token, path[-1] if path else -1))
-                path.append(row.length + len(new) - 1)
-            ends.append(path[-1])
-            before = stem
+        ends = [path[-1] for path in paths]
         logits = row.extend(new, ends)
         chains = [
             (search, [self._root], 0.0, [end]) for search, end in zip(searches, ends, strict=True)
@@ -212,18 +184,6 @@ class Scorer:
             chains.append((search, nodes, opened.log_probability, positions))
         logits = row.extend(new, [position for chain in chains for position in chain[3]])
         look_below(chains, logits)
-
-    def _start(self, stems: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], PackedRow]:
-        """Return the part of the prompt's prefix that all stems share, and its packed row."""
-        prefix = self.prompt.prefix
-        for stem in stems:  # a message may, rarely, be tokenized together with the prefix's end
-            prefix = prefix[: min(common_prefix_length(prefix, stem), len(stem) - 1)]
-        if self._prefix is None or self._prefix[0] != prefix:
-            row = PackedRow(self.model, self.autocast)
-            if prefix:
-                row.extend([(token, i - 1) for i, token in enumerate(prefix)], [len(prefix) - 1])
-            self._prefix = prefix, row
-        return prefix, self._prefix[1].fork()
 
 
 def score_rows(

@@ -1,0 +1,82 @@
+"""Messages packed into one row, below the prefix of the prompt that they all share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from remora.data.prompt import Prompt, common_prefix_length
+from remora.tree.packed_row import PackedRow
+
+Stem: TypeAlias = tuple[int, ...]
+"""Token ids of a conversation up to its answer."""
+
+
+class PackedStems(NamedTuple):
+    """Stems laid out below a prefix that is computed already."""
+
+    row: PackedRow  # of the prefix; to extend by the new tokens
+    new: list[tuple[int, int]]  # a token and the position of its parent in the row, -1 for none
+    paths: list[list[int]]  # of each stem: the positions of its tokens in the extended row
+
+
+class StemPacker:
+    """Packs stems for one model; the prefix that they share is computed once and kept."""
+
+    def __init__(
+        self, model: Any, prompt: Prompt, *, max_tokens: int, autocast: torch.dtype | None
+    ) -> None:
+        self._model, self._autocast = model, autocast
+        self._prompt, self._max_tokens = prompt, max_tokens
+        self._prefix: tuple[Stem, PackedRow] | None = None
+
+    def groups(self, stems: Sequence[Stem], max_rows: int) -> Iterator[list[Stem]]:
+        """Cut sorted stems into groups of at most `max_tokens` computed tokens.
+
+        Args:
+            stems: Sorted, so that those which share most are neighbours.
+            max_rows: Most stems in a group.
+        """
+        group: list[Stem] = []
+        num_tokens = 0
+        for stem in stems:
+            added = len(stem) - common_prefix_length(
+                group[-1] if group else self._prompt.prefix, stem
+            )
+            if group and (num_tokens + added > self._max_tokens or len(group) == max_rows):
+                yield group
+                group, num_tokens = [], 0
+                added = len(stem) - common_prefix_length(self._prompt.prefix, stem)
+            group.append(stem)
+            num_tokens += added
+        if group:
+            yield group
+
+    def pack(self, stems: Sequence[Stem]) -> PackedStems:
+        """Lay out sorted stems below the part of the prompt's prefix that they all share."""
+        prefix, row = self._start(stems)
+        new: list[tuple[int, int]] = []
+        paths = []
+        path, before = list(range(len(prefix))), prefix
+        for stem in stems:
+            del path[common_prefix_length(before, stem) :]
+            for token in stem[len(path) :]:
+                new.append((token, path[-1] if path else -1))
+                path.append(row.length + len(new) - 1)
+            paths.append(list(path))
+            before = stem
+        return PackedStems(row, new, paths)
+
+    def _start(self, stems: Sequence[Stem]) -> tuple[Stem, PackedRow]:
+        """Return the prefix that all stems share, and its packed row."""
+        prefix = self._prompt.prefix
+        for stem in stems:  # a message may, rarely, be tokenized together with the prefix's end
+            prefix = prefix[: min(common_prefix_length(prefix, stem), len(stem) - 1)]
+        if self._prefix is None or self._prefix[0] != prefix:
+            row = PackedRow(self._model, self._autocast)
+            if prefix:
+                row.extend([(token, i - 1) for i, token in enumerate(prefix)], [len(prefix) - 1])
+            self._prefix = prefix, row
+        return prefix, self._prefix[1].fork()
