@@ -74,6 +74,7 @@ Initialization = Annotated[
 ]
 
 
+Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())]
 BASELINES = ("svm", "zero-shot", "probe", "embeddings")
 
 
@@ -220,7 +221,7 @@ class TrainConfig:
     seed: CountOrZero = 0
     """Seed of the splits, the order of rows, the adapter's initialization and the dropout."""
 
-    baselines: tuple[str, ...] = ("auto",)
+    baselines: Names = ("auto",)
     """What to measure beside the trained model, on the same rows: svm (TF-IDF and a linear SVM),
     zero-shot (the base model before training), probe (logistic regression on the base model's
     frozen features), embeddings (logistic regression on sentence embeddings; needs
