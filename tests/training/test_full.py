@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ARCHITECTURES, WORDS, build_tokenizer, tiny_model
-from remora import TextClassifier, cli
+from conftest import ARCHITECTURES, WORDS, build_tokenizer, call, tiny_model
+from remora import TextClassifier
 from remora.config import TrainConfig
 from remora.data.prompt import Prompt, TokenSequence
 from remora.errors import ModelError, Stopped
@@ -233,13 +233,6 @@ def test_the_classifier_comes_back_the_same(base: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(
         expected, probabilities(stock(tmp_path / "saved"), prompt, texts[:2]), atol=0.011
     )
-
-
-def call(*arguments: str | Path) -> int:
-    try:
-        return cli.main([*map(str, arguments)])
-    except SystemExit as done:
-        return int(done.code or 0)
 
 
 def test_the_command_line_trains_measures_and_reports(
