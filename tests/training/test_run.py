@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import WORDS
+from conftest import WORDS, call
 from remora.config import TrainConfig
 from remora.data.dataset import load_dataset
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
@@ -54,6 +54,21 @@ def config(base: Path, table: Path, tmp_path: Path) -> TrainConfig:
 def remora(*arguments: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "remora", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def remora_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the command line in this process, which has torch imported, and return its output."""
+
+    def run_here(*arguments: str | Path, stdin: str = "") -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+            code = call(*arguments)
+        shown = capsys.readouterr()
+        assert code == 0, shown.err
+        return shown.out
+
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -124,44 +139,45 @@ def test_the_same_settings_give_the_same_adapter_again(finished, tmp_path: Path)
     assert (directory / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_predict_streams_labels_in_order(finished) -> None:
+def test_predict_streams_labels_in_order(finished, remora_here) -> None:
     _, directory = finished
     done = remora("predict", directory, "--device", "cpu", stdin="my card\nmy refund\n")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(done.stdout.splitlines()))
     assert [row["text"] for row in rows] == ["my card", "my refund"]
     assert [row["label"] for row in rows] == ["card arrival", "refund"]
-    done = remora("predict", directory, "--json", "--top-k", "2", stdin="top up please\n")
-    (line,) = done.stdout.splitlines()
+    shown = remora_here("predict", directory, "--json", "--top-k", "2", stdin="top up please\n")
+    (line,) = shown.splitlines()
     ranked = json.loads(line)["labels"]
     assert ranked[0]["label"] == "top up failed"
     assert ranked[0]["probability"] >= ranked[1]["probability"]
 
 
-def test_eval_measures_what_train_measured(finished, table: Path, tmp_path: Path) -> None:
+def test_eval_measures_what_train_measured(
+    finished, remora_here, table: Path, tmp_path: Path
+) -> None:
     _, directory = finished
     kept = tmp_path / "kept.csv"
-    done = remora("eval", directory, table, "--json", "--predictions", kept)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["accuracy"] > 0.95
+    shown = remora_here("eval", directory, table, "--json", "--predictions", kept)
+    assert json.loads(shown)["accuracy"] > 0.95
     assert len(kept.read_text(encoding="utf-8").splitlines()) == 91
 
 
 def test_eval_chooses_its_threshold_on_validation_rows(
-    finished, table: Path, tmp_path: Path
+    finished, remora_here, table: Path, tmp_path: Path
 ) -> None:
     _, directory = finished
-    done = remora("eval", directory, table, "--abstain-at-accuracy", "0.9")
-    assert re.search(r"abstain    threshold 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
-    assert re.search(r"at temperature \d+\.\d\d, fitted on 9 validation rows", done.stdout)
+    shown = remora_here("eval", directory, table, "--abstain-at-accuracy", "0.9")
+    assert re.search(r"abstain    threshold 0\.\d+ for 90.0% accuracy, chosen on 9", shown)
+    assert re.search(r"at temperature \d+\.\d\d, fitted on 9 validation rows", shown)
     (tmp_path / "oos.csv").write_text("text\nWhat a fine day\nbla bla\n", encoding="utf-8")
     only = tmp_path / "adapter"
     shutil.copytree(directory / "adapter", only)
-    done = remora(
+    shown = remora_here(
         *("eval", only, table, "--json", "--abstain-at-accuracy", "0.9"),
         *("--out-of-scope", tmp_path / "oos.csv"),
     )
-    found = json.loads(done.stdout)["reliability"]
+    found = json.loads(shown)["reliability"]
     assert found["abstention"]["chosen_on"] == "the measured rows"
     assert found["temperature"] is None
     assert found["out_of_scope"]["num_rows"] == 2
@@ -456,12 +472,11 @@ def test_a_run_is_timed_without_what_sets_up_the_libraries(
     assert len(sizes) == (2 if first < micro_batches.LONG_SECONDS else 1)
 
 
-def test_a_tracker_gets_every_record(base: Path, table: Path, tmp_path: Path) -> None:
-    done = remora(
+def test_a_tracker_gets_every_record(remora_here, base: Path, table: Path, tmp_path: Path) -> None:
+    remora_here(
         *("train", table, "--model", base, "--output", tmp_path, "--name", "run"),
         *("--max-steps", 3, "--trackers", "tensorboard"),
     )
-    assert done.returncode == 0, done.stderr
     (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
     written = events.read_bytes()
     assert b"validation_accuracy" in written

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from remora.config import TrainConfig
+from remora.config.train import default_learning_rate
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
@@ -17,7 +18,6 @@ from remora.models import loading, lora, metadata
 from remora.planning import plan
 from remora.runtime import files, sharding
 from remora.runtime.device import Precision
-from remora.training.optimizer import default_learning_rate
 from remora.tree.forward import text_config
 
 
