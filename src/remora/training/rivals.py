@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from remora.config import TrainConfig
 from remora.data import splits
 from remora.data.prompt import Prompt
 from remora.data.table import Table
@@ -86,13 +87,18 @@ class OfBase:
     seconds: float = 0.0  # that the features took
 
 
-def choose(session: Session, held_out: Table) -> Chosen:
-    """Choose the baselines of a run; all processes call it together.
+def find_encoder(config: TrainConfig) -> Path | None:
+    """Return the folder of the sentence encoder, if the settings ask for embeddings.
 
     Raises:
-        ConfigError: If sentence-transformers is asked for and not installed.
-        ModelError: If the sentence encoder cannot be used.
+        ConfigError: If sentence-transformers is not installed.
+        ModelError: If the encoder cannot be used.
     """
+    return encoder.find(config.embedding_model) if "embeddings" in config.baselines else None
+
+
+def choose(session: Session, held_out: Table, encoder_folder: Path | None) -> Chosen:
+    """Choose the baselines of a run; all processes call it together."""
     config, group = session.config, session.group
     names = set(config.baselines)
     num_train, num_held_out = len(session.dataset.train), len(held_out)
@@ -111,15 +117,11 @@ def choose(session: Session, held_out: Table) -> Chosen:
     if "probe" in names:
         probe_rows = most
     rows = {"zero-shot": zero_shot_rows, "probe": probe_rows}
-    folder = None
-    with group.together():
-        if "embeddings" in names and group.is_first:
-            folder = encoder.find(config.embedding_model)
     return Chosen(
         svm=bool(names & {"auto", "svm"}),
         zero_shot_rows=zero_shot_rows,
         probe_rows=probe_rows,
-        embeddings=folder,
+        embeddings=encoder_folder,
         left_out=tuple(each for each in rows if "auto" in names and not rows[each]),
     )
 

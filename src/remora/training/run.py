@@ -76,6 +76,7 @@ def train_until(
         # Rows, the same in every process
         with group.together():
             tracking.check(config.trackers)
+            encoder = rivals.find_encoder(config)
             dataset = load_rows(config)
             tables_to_measure_on(dataset)
             for line in dataset.summary.lines():
@@ -98,7 +99,7 @@ def train_until(
         )
         directory = _prepare_directory(session, directory, stack)
         _, held_out = held_out_rows(dataset)
-        chosen = rivals.choose(session, held_out)
+        chosen = rivals.choose(session, held_out, encoder)
         if config.baselines != ("none",):
             session.reporter.say(chosen.line(len(dataset.train), len(held_out)))
         # Train and score
