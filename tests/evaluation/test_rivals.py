@@ -110,7 +110,7 @@ def test_a_better_rival_is_preferred() -> None:
 
 def test_one_that_cannot_be_told_apart_is_as_good_and_cheaper() -> None:
     assert verdict([rival(-0.01, 0.4)], "model", 600) == (
-        "the probe is as good within noise (-1.0 points to the model, 95% interval -3.0 to +1.0, "
+        "the probe is as good within noise (-1.0 points over the model, 95% interval -3.0 to +1.0, "
         "p = 0.4, exact McNemar test), and 15 times cheaper"
     )
     assert "cheaper" not in verdict([rival(-0.01, 0.4, seconds=500.0)], "model", 600)

@@ -206,6 +206,8 @@ def collect(run: Results) -> Report:
 def _result(figures: Mapping[str, Any], trained: str) -> ResultSection:
     rivals = of_figures(figures)
     said = verdict(rivals, trained, figures["train_seconds"]) if rivals else None
+    if said and said.startswith("the "):  # other sentences begin with a name
+        said = said[0].upper() + said[1:]
     return ResultSection(
         verdict=said,
         rivals=rivals,

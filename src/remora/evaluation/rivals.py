@@ -183,6 +183,6 @@ def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
         interval = f", 95% interval {low:+.1f} to {high:+.1f}"
     cost = f", and {cheaper:.0f} times cheaper" if cheaper >= 2 else ""
     return (
-        f"{best.description} is as good within noise ({points:+.1f} points to the {trained}"
+        f"{best.description} is as good within noise ({points:+.1f} points over the {trained}"
         f"{interval}, {p}){cost}"
     )
