@@ -211,7 +211,12 @@ def test_processes_that_train_together_do_not_share_its_memory(
 @pytest.mark.parametrize(
     ("body", "kind", "told"),
     [
-        ("import os; os.kill(os.getpid(), 9)", ResourceError, "ended by signal 9, probably"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            ResourceError,
+            "ended by SIGKILL, probably as memory",
+        ),
+        ("import os; os.kill(os.getpid(), 6)", ModelError, r"cannot be converted \(signal 6\)"),
         ("raise SystemExit('sorry')", ModelError, r"cannot be converted \(sorry\)"),
         ("raise SystemExit(3)", ModelError, r"cannot be converted \(exit code 3\)"),
         ("pass", ModelError, r"cannot be converted \(exit code 0\)"),

@@ -167,9 +167,8 @@ def _state(path: Path) -> tuple[int, int]:
 
 def _is_whole(folder: Path) -> bool:
     """Return whether a folder is converted, and nobody has cleaned it up since."""
-    return all(
-        (folder / name).is_file() for name in (ORIGIN, "config.json", "tokenizer.json")
-    ) and any(folder.glob("*.safetensors"))
+    names = (ORIGIN, "config.json", "tokenizer.json")
+    return all((folder / name).is_file() for name in names) and any(folder.glob("*.safetensors"))
 
 
 @contextlib.contextmanager
@@ -195,9 +194,7 @@ def _refuse_too_large(header: Header, root: Path) -> None:
     Raises:
         ResourceError: If there is less than it needs.
     """
-    stored = _stored_bytes(header)
-    needed = stored + LIBRARIES_BYTES + ITEM_BYTES * header.num_items
-    needed += LARGEST_BYTES * max(tensor.num_weights for tensor in header.tensors.values())
+    needed, stored = needed_bytes(header), _stored_bytes(header)
     free = memory.free_bytes(torch.device("cpu"), is_shared=False)
     if free is not None and needed > free:
         raise ResourceError(
@@ -211,6 +208,17 @@ def _refuse_too_large(header: Header, root: Path) -> None:
             f"converting {header.path} needs {spoken_bytes(stored)} of disk, "
             f"{spoken_bytes(free)} are free in {root}; free space, or {ADVICE}"
         )
+
+
+def needed_bytes(header: Header) -> int:
+    """Return the peak of memory of a conversion."""
+    largest = max(tensor.num_weights for tensor in header.tensors.values())
+    return (
+        LIBRARIES_BYTES
+        + ITEM_BYTES * header.num_items
+        + _stored_bytes(header)
+        + LARGEST_BYTES * largest
+    )
 
 
 def _stored_bytes(header: Header) -> int:
@@ -285,14 +293,13 @@ def _convert_apart(path: Path, folder: Path) -> None:
             kinds = {kind.exit_code: kind for kind in (ConfigError, ModelError, ResourceError)}
             raise kinds.get(error["exit_code"], RemoraError)(error["message"])
         return
-    if code < 0:  # by a signal: the system does that where memory runs out
+    if code == -9:
         raise ResourceError(
-            f"converting {path} was ended by signal {-code}, probably as memory ran out; free some"
+            f"converting {path} was ended by SIGKILL, probably as memory ran out; free some"
         )
-    last = (printed.split("\n") or [""])[-1]
-    raise ModelError(
-        f"{path} cannot be converted ({last or f'exit code {code}'}); {gguf_header.FOLDER}"
-    )
+    ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+    reason = printed.splitlines()[-1] if printed else ended
+    raise ModelError(f"{path} cannot be converted ({reason}); {gguf_header.FOLDER}")
 
 
 def _follow(stream: IO[bytes]) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -90,7 +89,7 @@ def convert(path: Path, folder: Path) -> None:
 
 def _end_with_parent() -> None:
     """End this process when the one that started it closes the pipe, or is gone."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # not by sys.stdin, whose lock Python would wait for at its end
     os._exit(1)
 
 
