@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import gguf_files
 from conftest import tiny_config
 from remora.errors import ModelError, ResourceError
-from remora.models import gguf_conversion, loading
+from remora.models import gguf_conversion, gguf_header, loading
 
-IDS = torch.tensor([[5, 6, 7, 8, 9, 300, 11, 12, 13, 14]])
+IDS = torch.arange(200)[None] * 7 % 400
 TEXTS = ["Where is my card?", "7 days  ago", "Ünknown fee", "<|im_start|>user\n"]
 
 
@@ -27,7 +27,8 @@ def tiny(architecture: str, tokenizer: Any, **changes: Any) -> Any:
 
     torch.manual_seed(0)
     if architecture == "qwen3":
-        config = Qwen3Config(**tiny_config("qwen2", len(tokenizer)).to_dict() | {"head_dim": 8})
+        sizes = tiny_config("qwen2", len(tokenizer)).to_dict()
+        config = Qwen3Config(**{**sizes, "model_type": "qwen3", "head_dim": 16})
     else:
         config = tiny_config(architecture, len(tokenizer))
     for key, value in changes.items():
@@ -64,6 +65,8 @@ def test_it_is_the_model_that_was_written(
         changes["sliding_window"] = None
     if architecture.startswith("gemma"):  # as llama.cpp scales the scores of all but its 27B
         changes["query_pre_attn_scalar"] = 8
+    if architecture == "gpt2":  # transformers takes this number for granted
+        changes["n_positions"] = 1024
     if architecture == "gemma3":  # in llama.cpp every sixth layer is full
         changes |= {
             "num_hidden_layers": 6,
@@ -120,7 +123,7 @@ def test_tied_weights_are_stored_once(tokenizer: Any, tmp_path: Path) -> None:
     assert set(load_file(folder / "model.safetensors")) == set(dict(model.named_parameters()))
 
 
-def llama3_factors(factor: float, width: int = 8, theta: float = 10_000.0) -> np.ndarray:
+def llama3_factors(factor: float, width: int = 8, theta: float = 500_000.0) -> np.ndarray:
     """As llama.cpp's converter computes them from the configuration of Llama 3.1."""
     factors = []
     for i in range(0, width, 2):
@@ -137,7 +140,7 @@ def llama3_factors(factor: float, width: int = 8, theta: float = 10_000.0) -> np
 
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 10_000.0,
+    "rope_theta": 500_000.0,
     "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -155,7 +158,8 @@ def test_scaled_positions_are_those_of_the_file(tokenizer: Any, tmp_path: Path) 
         ),
     ):
         model = tiny("llama", tokenizer, rope_parameters=rope)
-        plain = tiny("llama", tokenizer)
+        theta = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        plain = tiny("llama", tokenizer, rope_parameters=theta)
         plain.load_state_dict(model.state_dict())
         assert (logits(plain) - logits(model)).abs().max() > 1e-3  # it matters
         path = gguf_files.write(tmp_path / f"{name}.gguf", model, tokenizer, **more)
@@ -173,10 +177,15 @@ def test_only_full_layers_of_gemma_3_are_scaled(tokenizer: Any, tmp_path: Path) 
     assert rope["sliding_attention"]["rope_type"] == "default"
 
 
-def test_gemmas_27b_scales_attention_by_another_width(tokenizer: Any, tmp_path: Path) -> None:
-    model = tiny("gemma2", tokenizer, num_hidden_layers=46, layer_types=["full_attention"] * 46)
-    folder = convert(gguf_files.write(tmp_path / "m.gguf", model, tokenizer))
-    assert loading.load_config(folder).query_pre_attn_scalar == 32 // 4
+@pytest.mark.parametrize(("num_layers", "width"), [(46, 32 // 4), (2, 16)])
+def test_gemmas_27b_scales_attention_by_another_width(
+    num_layers: int, width: int, tokenizer: Any, tmp_path: Path
+) -> None:
+    changes = {"head_dim": 16, "layer_types": ["full_attention"] * num_layers}
+    model = tiny("gemma2", tokenizer, num_hidden_layers=num_layers, **changes)
+    path = gguf_files.write(tmp_path / "m.gguf", model, tokenizer)
+    config = gguf_conversion._load_config((tmp_path, path.name), gguf_header.read(path))
+    assert config.query_pre_attn_scalar == width
 
 
 @pytest.mark.parametrize(

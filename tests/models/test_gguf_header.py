@@ -196,7 +196,7 @@ LYING: dict[str, tuple[bytes, str]] = {
     ),
     "a tensor twice": (header(2, rest=tensor(room=0) + tensor()), "a twice"),
     "a tensor with a path for a name": (header(1, rest=tensor("../../a")), "is no plain name"),
-    "nothing at all": (header(), "does not name its architecture"),
+    "nothing at all": (header(rest=bytes(8)), "does not name its architecture"),
 }
 
 

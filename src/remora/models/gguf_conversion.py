@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from remora.errors import ModelError, RemoraError, ResourceError
 from remora.formatting import one_line, quote
 from remora.models import gguf_header, loading, untrusted
+from remora.models.gguf import ADVICE
 from remora.models.gguf_header import FOLDER, Header
 from remora.runtime import files, memory
 
@@ -65,7 +66,7 @@ def convert(path: Path, folder: Path) -> None:
     """
     header = gguf_header.read(path)
     gguf_header.refuse_unknown(header)
-    with files.disk_errors(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with files.disk_errors(folder, ADVICE), tempfile.TemporaryDirectory(dir=folder) as scratch:
         # transformers reads other files beside a model too, so it gets a folder without any.
         source = _linked(path, Path(scratch))
         try:
@@ -78,9 +79,11 @@ def convert(path: Path, folder: Path) -> None:
                 weights = _weights(source, config, header)
             with loading.without_progress_bar():
                 empty.save_pretrained(folder, state_dict=weights)
-        except (RemoraError, OSError, SafetensorError):
+        except (RemoraError, SafetensorError):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno:  # transformers raises others of its own
+                raise
             if memory.is_exhausted(error):
                 raise ResourceError(f"converting {path} ran out of memory; free some") from error
             raise ModelError(f"{path} cannot be converted ({one_line(error)}); {FOLDER}") from error

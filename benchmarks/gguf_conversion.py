@@ -1,6 +1,6 @@
 """What it takes to convert a GGUF file: seconds, and the peak of memory beside what is asked for.
 
-    python benchmarks/gguf.py
+    python benchmarks/gguf_conversion.py
 
 Real models, which real_models.py fetches. Each is converted into a folder that is deleted after.
 """
