@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import finished
+import gguf_files
 from conftest import WAYS, WORDS, call
-from remora.models import quantize
+from remora.models import gguf, gguf_conversion, quantize
+from remora.runtime import memory
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = (
@@ -160,6 +163,36 @@ def without_bitsandbytes(shop: Workshop) -> list[str]:
     return train("good.csv", "--method", "qlora")
 
 
+def of_gguf(shop: Workshop, name: str = "small.gguf", **more: Any) -> list[str]:
+    """Train on a GGUF file that is the base with some keys changed, converted in this process."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(shop.base)
+    gguf_files.write(shop.folder / name, model, AutoTokenizer.from_pretrained(shop.base), **more)
+    shop.patch().setenv(gguf.CACHE, str(shop.folder / "cache"))
+    shop.patch().setattr(gguf, "_convert_apart", gguf_conversion.convert)
+    return train("good.csv", model=name)
+
+
+def cut_off_gguf(shop: Workshop) -> list[str]:
+    command = of_gguf(shop)
+    path = shop.folder / "small.gguf"
+    path.write_bytes(path.read_bytes()[:5_000])
+    return command
+
+
+def in_little_memory(shop: Workshop) -> list[str]:
+    command = of_gguf(shop)
+    shop.patch().setattr(memory, "free_bytes", lambda *_, **__: 400_000_000)
+    return command
+
+
+def several_gguf(shop: Workshop) -> list[str]:
+    for name in ("several/q4.gguf", "several/q8.gguf"):
+        shop.write(name, b"GGUF")
+    return train("good.csv", model="several")
+
+
 def measured(shop: Workshop, texts: list[str]) -> str:
     """Write a finished run of other test rows than those of runs/good."""
     labels, true = list(WORDS), [0] * len(texts)
@@ -226,6 +259,11 @@ CASES: list[Case] = [
         lambda s: train("good.csv", "--use-rslora", "--method", "full"),
     ),
     ("qlora without bitsandbytes", 2, without_bitsandbytes),
+    (
+        "a GGUF file without the package gguf",
+        2,
+        lambda s: without(s, "gguf", train("good.csv", model=s.write("small.gguf", b"GGUF"))),
+    ),
     ("a word for a number", 2, lambda s: train("good.csv", "--epochs", "many")),
     ("an unknown precision", 2, lambda s: train("good.csv", "--precision", "float8")),
     ("float16 on a CPU", 2, lambda s: train("good.csv", "--precision", "float16")),
@@ -462,6 +500,55 @@ CASES: list[Case] = [
     ),
     ("no such folder of a sentence encoder", 4, lambda s: embeddings(s, "nothing")),
     ("a language model for a sentence encoder", 4, lambda s: embeddings(s, "base")),
+    ("a GGUF file that is not there", 4, lambda s: train("good.csv", model="none.gguf")),
+    (
+        "a GGUF file that is another file",
+        4,
+        lambda s: train("good.csv", model=s.write("small.gguf", "text,label")),
+    ),
+    ("a GGUF file that is cut off", 4, cut_off_gguf),
+    (
+        "a GGUF file that counts too much",
+        4,
+        lambda s: train("good.csv", model=s.write("small.gguf", b"GGUF\3\0\0\0" + b"\xff" * 16)),
+    ),
+    (
+        "a GGUF file of a billion layers",
+        4,
+        lambda s: of_gguf(s, metadata={"qwen2.block_count": 10**9}),
+    ),
+    ("a part of a split GGUF file", 4, lambda s: of_gguf(s, "small-00001-of-00002.gguf")),
+    (
+        "a LoRA adapter as a GGUF file",
+        4,
+        lambda s: of_gguf(s, metadata={"general.type": "adapter"}),
+    ),
+    (
+        "an image encoder as a GGUF file",
+        4,
+        lambda s: of_gguf(s, metadata={"general.type": "mmproj"}),
+    ),
+    (
+        "a GGUF file without a tokenizer",
+        4,
+        lambda s: of_gguf(s, without=("tokenizer.ggml.tokens",)),
+    ),
+    (
+        "a GGUF file of an unknown architecture",
+        4,
+        lambda s: of_gguf(s, metadata={"general.architecture": "unheard-of"}),
+    ),
+    (
+        "a GGUF file with positions that transformers does not read",
+        4,
+        lambda s: of_gguf(s, metadata={"qwen2.rope.scaling.type": "yarn"}),
+    ),
+    (
+        "a GGUF file without some weights",
+        4,
+        lambda s: of_gguf(s, without=("blk.0.attn_q.weight",)),
+    ),
+    ("a folder of several GGUF files", 4, several_gguf),
     ("an adapter that was never fetched, offline", 4, lambda s: ["eval", "me/none", "good.csv"]),
     ("a folder that is not an adapter", 4, lambda s: ["eval", "base", "good.csv"]),
     (
@@ -513,7 +600,8 @@ CASES: list[Case] = [
         lambda s: full(s, "serve", "runs/good", "--port", "0"),
     ),
     ("a damaged checkpoint, and no other", 4, damaged_checkpoint),
-    # the disk
+    # memory and disk
+    ("a GGUF file that memory does not suffice to convert", 5, in_little_memory),
     (
         "an output folder that cannot be created",
         5,

@@ -19,11 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import WAYS, WORDS, tiny_config
+import gguf_files
+from conftest import WAYS, WORDS, tiny_config, tiny_model
 from remora.config import TrainConfig
 from remora.data.dataset import load_dataset
 from remora.errors import ModelError, RemoraError
-from remora.models import loading, lora, saved, untrusted
+from remora.models import gguf_conversion, gguf_header, loading, lora, saved, untrusted
 from remora.training.run import train
 
 CPU = torch.device("cpu")
@@ -338,6 +339,30 @@ def test_mutated_bases_end_in_a_documented_way(copied: Path, count: int, seed: i
         loading.load(folder, torch.float32)
 
     ends = fuzzed(lambda: copied, names, use, count, seed)
+    assert set(ends) <= {"0", "4"}
+    assert ends["4"] > count / 10
+
+
+@pytest.mark.parametrize(("count", "seed"), COUNTS)
+def test_mutated_gguf_files_end_in_a_documented_way(
+    tokenizer: Any, tmp_path: Path, count: int, seed: int
+) -> None:
+    model = tiny_model("llama", torch.float32, vocabulary=len(tokenizer))
+    path = gguf_files.write(tmp_path / "m.gguf", model, tokenizer)
+    header = path.read_bytes()[: gguf_header.read(path).weights_start]
+    weights = path.read_bytes()[len(header) :]
+
+    def use(folder: Path) -> None:
+        path.write_bytes((folder / "header").read_bytes() + weights)
+        gguf_header.read(path)  # by itself, it takes no time
+        converted = folder / "converted"
+        shutil.rmtree(converted, ignore_errors=True)
+        converted.mkdir()
+        gguf_conversion.convert(path, converted)
+        loading.load(converted, torch.float32)
+
+    (tmp_path / "header").write_bytes(header)
+    ends = fuzzed(lambda: tmp_path, ["header"], use, count, seed)
     assert set(ends) <= {"0", "4"}
     assert ends["4"] > count / 10
 

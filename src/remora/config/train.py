@@ -88,7 +88,7 @@ class TrainConfig:
     dataset on the Hugging Face Hub as hf:owner/name."""
 
     model: str
-    """Base model: a folder, or its id on the Hugging Face Hub."""
+    """Base model: a folder, a GGUF file, or its id on the Hugging Face Hub."""
 
     name: PlainName | None = None
     """Name of the run; by default made from the names of the data and the model."""

@@ -1,7 +1,8 @@
-"""Finds base models: in a folder, in this package, or on the Hugging Face hub."""
+"""Finds base models: in a folder, a GGUF file, this package, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import importlib.resources
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remora.errors import ModelError
-from remora.formatting import first_line
+from remora.formatting import first_line, listed
+from remora.models import gguf
 from remora.runtime.files import sha256
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -31,14 +33,19 @@ EMBEDDED = Path(str(importlib.resources.files("remora") / "bases"))
 def find(name: str, *, weights: bool = True) -> Path:
     """Return the folder of a base model, fetched from the hub if `name` is an id there.
 
-    `nano` is the model that comes with the package; a folder of that name is given as ./nano.
-    Without `weights` only a model's configuration and its tokenizer are fetched.
+    `nano` is the model that comes with the package; a folder of that name is given as ./nano. A
+    GGUF file is converted into a folder, once. Without `weights` only a model's configuration and
+    its tokenizer are fetched.
 
     Raises:
-        ModelError: If there is no such folder or id, or it cannot be fetched.
+        ConfigError: If it is a GGUF file and the package that reads those is not installed.
+        ModelError: If there is no such folder, file or id, or it cannot be fetched or converted.
+        ResourceError: If memory or disk do not suffice to convert it.
     """
-    if re.fullmatch(r"\w+", name) and (EMBEDDED / name).is_dir():
+    if _is_embedded(name):
         return EMBEDDED / name
+    if file := gguf.file_of(name):
+        return gguf.folder_of(file)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -48,13 +55,54 @@ def find(name: str, *, weights: bool = True) -> Path:
             )
         return folder.resolve()
     if folder.exists():
-        raise ModelError(f"{name} is a file; give the folder of a Hugging Face model")
+        raise ModelError(
+            f"{name} is a file; give the folder of a Hugging Face model, or a GGUF file"
+        )
     if not HUB_ID.fullmatch(name):
         raise ModelError(
             f"there is no folder {name}; give the folder of a Hugging Face model, a hub id such as "
             "Qwen/Qwen2.5-1.5B-Instruct, or nano, the small model in this package"
         )
-    return fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
+    folder = fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
+    if not (folder / "config.json").is_file():
+        _refuse_gguf_only(name)
+    return folder
+
+
+def lasting_name(name: str, folder: Path) -> str:
+    """Return what remora.json calls a base model: an absolute path, a hub id, or nano.
+
+    Args:
+        name: As the user gave it.
+        folder: Where `find` found it.
+    """
+    if not _is_embedded(name) and (file := gguf.file_of(name)):
+        return str(file)
+    return str(folder) if Path(name).expanduser().is_dir() else name
+
+
+def _is_embedded(name: str) -> bool:
+    """Return whether a base model of this name comes with the package."""
+    return re.fullmatch(r"\w+", name) is not None and (EMBEDDED / name).is_dir()
+
+
+def _refuse_gguf_only(name: str) -> None:
+    """Refuse a hub repository that holds a model as GGUF files and nothing else.
+
+    Raises:
+        ModelError: If it does.
+    """
+    from huggingface_hub import HfApi
+
+    found: list[str] = []
+    with contextlib.suppress(Exception):  # not there, or no connection now
+        files = HfApi().model_info(name).siblings or ()
+        found = sorted(f.rfilename for f in files if f.rfilename.lower().endswith(".gguf"))
+    if found:
+        raise ModelError(
+            f"{name} on the hub holds GGUF files only, {listed(found)}; download one with "
+            f"`hf download {name} FILE --local-dir .`, and give its path"
+        )
 
 
 def fetch(name: str, patterns: Sequence[str], ignored: Sequence[str] = OTHER_FORMATS) -> Path:

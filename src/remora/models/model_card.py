@@ -12,7 +12,7 @@ from remora.evaluation import results
 from remora.evaluation.results import Results
 from remora.evaluation.rivals import of_figures, verdict
 from remora.formatting import spoken_time
-from remora.models import hub, metadata
+from remora.models import gguf, hub, metadata
 from remora.runtime import files
 
 NUM_CONFUSIONS = 5
@@ -82,9 +82,11 @@ def card(directory: Path) -> str:
         ],
     )
     base_name = Path(base).name if Path(base).is_absolute() else base
+    stored = trained.get("gguf_quantization")
+    of = f"{_code(base_name)} ({gguf.described(stored)})" if stored else _code(base_name)
     named = {"full": "All weights of", "qlora": "A LoRA adapter (PEFT) on 4-bit weights of"}
     what = named.get(trained.get("method", ""), "A LoRA adapter (PEFT) for")
-    text = _text(run, f"{what} {_code(base_name)}", data_name)
+    text = _text(run, f"{what} {of}", data_name)
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
 
 

@@ -140,7 +140,7 @@ def open_session(
             on = torch.device("cpu") if planned.shard else device
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
             parameters = lora.count_parameters(model)
-            for line in trainable.introduce(config, dataset, prompt, model, parameters):
+            for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)
             accelerator = stack.enter_context(trainable.accelerator_for(precision, device))
         # The same in every process
