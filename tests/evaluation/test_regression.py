@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from remora.data.splits import deal_folds
 from remora.evaluation import regression
 
 
@@ -42,16 +43,24 @@ def test_it_predicts_as_a_grid_search_of_scikit_learn() -> None:
     assert found == regression.predict(train, labels, held_out)
 
 
-def test_strength_is_chosen_for_the_rows() -> None:
-    """Few noisy rows need more regularization than many clear ones."""
-    generator = np.random.default_rng(0)
-    noisy = generator.normal(size=(60, 200)).astype(np.float32)
-    noisy[:, 0] += np.arange(60) % 2
-    few = regression._strength(noisy, np.arange(60) % 2, ["ab"[i % 2] for i in range(60)], 0)
-    clear, labels = rows(2_000, noise=0.8)
-    clear = (clear - clear.mean(0)) / clear.std(0)
-    many = regression._strength(clear, np.arange(2_000) % 4, labels, 0)
-    assert few < many
+def test_the_strength_is_the_one_that_scikit_learn_finds_on_these_folds() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+
+    found = []
+    for noise, width in ((1.5, 0), (2.0, 0), (1.0, 300)):
+        features, labels = rows(240, noise=noise)
+        unrelated = np.random.default_rng(1).normal(size=(240, width)).astype(np.float32)
+        features = np.hstack([(features - features.mean(0)) / features.std(0), unrelated])
+        true = np.arange(240) % 4
+        folds = deal_folds(true, regression.NUM_FOLDS, 0)
+        scores = [
+            cross_val_score(LogisticRegression(C=c, tol=1e-3), features, true, cv=folds).mean()
+            for c in regression.STRENGTHS
+        ]
+        found.append(regression._strength(features, true, labels, 0))
+        assert found[-1] == regression.STRENGTHS[int(np.argmax(np.round(scores, 9)))]
+    assert len(set(found)) > 1
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (1, 1, 1, 1), (30, 1), (2, 1, 1)])
@@ -80,8 +89,19 @@ def test_the_largest_fit_is_bounded() -> None:
 def test_what_is_not_finite_is_an_error() -> None:
     """So the baseline is left out, not measured wrongly."""
     features = np.full((6, 3), np.nan, np.float16)
-    with pytest.raises(ValueError, match="NaN"):
-        regression.predict(features, [*"ababab"], features)
+    for train, held_out in ((features, features), (np.eye(6, 3), features)):
+        with pytest.raises(ValueError, match="features are not finite"):
+            regression.predict(train, [*"ababab"], held_out)
+
+
+def test_16_bit_features_are_scaled_in_32_bits() -> None:
+    """Near the largest number of 16 bits, a difference of two of them would be infinite."""
+    train, labels = rows(200)
+    train, held_out = (np.clip(part, -9, 9) for part in (train, rows(100, seed=1)[0]))
+    whole = regression.predict(train, labels, held_out)
+    large = [(part / 9 * 60_000).astype(np.float16) for part in (train, held_out)]
+    found = regression.predict(large[0], labels, large[1])
+    assert np.mean([a == b for a, b in zip(found, whole, strict=True)]) > 0.95
 
 
 def test_labels_stay_text() -> None:

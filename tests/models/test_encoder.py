@@ -75,6 +75,11 @@ def module(**changes: Any) -> list[dict[str, Any]]:
         ),
         ("modules.json", json.dumps(module(path="..")), "which is not loaded here"),
         ("modules.json", json.dumps(module(path="/tmp")), "which is not loaded here"),
+        (
+            "modules.json",
+            json.dumps([encoders.MODULES[0], {**encoders.MODULES[1], "path": ".."}]),
+            "in '..', which is not loaded here",
+        ),
         ("config.json", "[]", "not a JSON object"),
         ("config.json", '{"model_type": "bert", "num_hidden_layers": 9999}', "more than 1,000"),
         ("config.json", '{"model_type": "bert", "hidden_size": 12000}', "hold"),

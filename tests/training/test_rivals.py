@@ -284,7 +284,7 @@ def test_memory_bounds_the_rows_of_a_probe(config: TrainConfig, monkeypatch) -> 
             "zero-shot is left out: memor",
         ),
         ("_features", RuntimeError("odd\nthing"), "probe is left out: odd thing"),
-        ("_probe", ValueError("Input contains NaN"), "probe is left out: Input contains NaN"),
+        ("_probe", ValueError("features are not finite"), "probe is left out: features are not"),
     ],
 )
 def test_one_that_fails_costs_the_run_nothing(

@@ -42,17 +42,24 @@ def predict(
         labels: Their labels, [rows].
         held_out: Features of the rows to predict, [others, width].
         seed: Deals the rows into folds.
+
+    Raises:
+        ValueError: If a feature is not finite.
     """
     from sklearn.preprocessing import StandardScaler
 
     assert len(train) == len(labels) > 0
+    if not (np.isfinite(train).all() and np.isfinite(held_out).all()):
+        raise ValueError("features are not finite")
     classes, true = np.unique(np.asarray(labels), return_inverse=True)
     if len(classes) == 1:
         return [str(classes[0])] * len(held_out)
     scaler = StandardScaler()
     features = scaler.fit_transform(train.astype(np.float32))
     regression = _fitted(features, true, _strength(features, true, labels, seed))
-    return [str(classes[i]) for i in regression.predict(scaler.transform(held_out))]
+    return [
+        str(classes[i]) for i in regression.predict(scaler.transform(held_out.astype(np.float32)))
+    ]
 
 
 def _strength(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,8 @@ def _check(folder: Path) -> None:
     for kind, place in kinds:
         library, _, name = kind.partition(".")
         is_own = library == "sentence_transformers" and name.split(".")[-1] in MODULES
-        if not is_own or Path(place).name != place or (name.endswith("Transformer") and place):
+        is_here = re.fullmatch(r"[\w-]*", place) and not (place and name.endswith("Transformer"))
+        if not is_own or not is_here:
             raise ModelError(
                 f"{path} has the module {kind!r} in {place!r}, which is not loaded here; give "
                 "another encoder with --embedding-model"

@@ -110,12 +110,12 @@ def choose(session: Session, held_out: Table, encoder_folder: Path | None) -> Ch
         zero_shot_rows, probe_rows = affordable(
             budget, session.plan, label_tokens(session.prompt), most, num_held_out
         )
-        # Processes may plan with another micro-batch, and so count other tokens
-        zero_shot_rows, probe_rows = group.share([zero_shot_rows, probe_rows])
     if "zero-shot" in names:
         zero_shot_rows = num_held_out
     if "probe" in names:
         probe_rows = most
+    # The same in every process: one that had planned with other micro-batches counts other tokens
+    zero_shot_rows, probe_rows = group.share([zero_shot_rows, probe_rows])
     rows = {"zero-shot": zero_shot_rows, "probe": probe_rows}
     return Chosen(
         svm=bool(names & {"auto", "svm"}),
@@ -322,8 +322,8 @@ def _features(
 def _fitting_rows(session: Session, chosen: Chosen, held_out: Table) -> int:
     """Return the training rows whose features fit into half of the free memory."""
     width = text_config(session.model).hidden_size
-    # Five parts of 16 bits each until they are kept; one in 32 bits, with copies, for regression
-    row_bytes = width * (features.NUM_PARTS * 2 + 3 * 4)
+    # Five parts of 16 bits, twice while batches are joined; one in 32 bits, with copies, to fit
+    row_bytes = width * (features.NUM_PARTS * 2 * 2 + 3 * 4)
     free = memory.free_bytes(torch.device("cpu"))
     fitting = chosen.probe_rows
     if free is not None:
@@ -337,6 +337,7 @@ def _probe(session: Session, base: OfBase, states: NDArray[np.float16], held_out
     train = session.dataset.train
     labels = [train.labels[i] for i in base.train_rows]
     num_train = len(base.train_rows)
+    session.reporter.say(f"baseline probe: fitting it to {num_train:,} rows")
     predicted = regression.predict(
         states[:num_train], labels, states[num_train:], seed=session.config.seed
     )
@@ -367,6 +368,7 @@ def _embeddings(session: Session, folder: Path, held_out: Table) -> Answers:
     for start in range(0, len(texts), BATCH_ROWS):
         parts.append(encoder.embed(model, texts[start : start + BATCH_ROWS]))
         session.reporter.scoring("embeddings", start + len(parts[-1]), len(texts))
+    session.reporter.say(f"baseline embeddings: fitting a regression to {len(rows):,} rows")
     found, labels = np.concatenate(parts), [train.labels[i] for i in rows]
     predicted = regression.predict(
         found[: len(rows)], labels, found[len(rows) :], seed=session.config.seed

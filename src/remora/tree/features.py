@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 
 from remora.data.prompt import Prompt
 from remora.runtime import files, memory
-from remora.tree.forward import text_config
 from remora.tree.stems import Stem, StemPacker
 
 FEATURES = "features.safetensors"
@@ -37,11 +36,6 @@ Key = Mapping[str, str]
 def key(base_sha256: str, method: str) -> Key:
     """Return the key of a base: its hash, and whether it is quantized."""
     return {"base": base_sha256, "quantized": str(method == "qlora")}
-
-
-def width(model: Any) -> int:
-    """Return the number of features of a message."""
-    return NUM_PARTS * int(text_config(model).hidden_size)
 
 
 class Extractor:
