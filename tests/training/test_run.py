@@ -23,6 +23,7 @@ from remora.data.dataset import load_dataset
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 from remora.evaluation.predictions import PROBABILITIES, read_probabilities
 from remora.models import loading, saved
+from remora.planning.plan import Rates
 from remora.runtime import memory
 from remora.runtime.device import choose_precision
 from remora.runtime.process_group import ProcessGroup
@@ -180,7 +181,7 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     watcher = Watcher()
     spoiled = replace(config, learning_rate=0.3, schedule="constant", eval_steps=1, max_steps=8)
     result = train(spoiled, reporter=watcher)
-    best = max(watcher.seen, key=lambda v: (v.accuracy, -v.log_loss))
+    best = max(watcher.seen, key=lambda v: (v.accuracy, -v.loss))
     assert watcher.seen[-1] != best
     assert result.best_step == best.step
     assert [v for v in watcher.seen if v.best][-1] == best
@@ -188,10 +189,8 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     adapted, prompt, _ = saved.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = load_dataset(config.data, seed=config.seed)
     scorer = scoring.Scorer(adapted, prompt)
-    scored = scoring.score_rows(scorer, dataset.validation, "validation", Reporter())
-    assert (scored.correct.mean(), scored.log_loss) == pytest.approx(
-        (best.accuracy, best.log_loss), rel=1e-4
-    )
+    found = scoring.evaluate_rows(scorer, dataset.validation, "validation", Reporter())
+    assert found == pytest.approx((best.accuracy, best.loss), rel=1e-4)
 
 
 def test_early_stopping_stops_after_patience(config: TrainConfig) -> None:
@@ -258,7 +257,7 @@ def test_running_out_of_memory_changes_no_result(
 def test_a_run_that_ran_out_is_the_run_that_began_smaller(config: TrainConfig, monkeypatch) -> None:
     settings = replace(config, dropout=0.3, max_steps=4)
     # Untried, so that memory runs out in the first step itself, after its dropout has been drawn.
-    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", lambda _: 0.0)
+    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", lambda _: Rates(0.0, 0.0))
     sizes = []
     halve = micro_batches.MicroBatches._halve
 

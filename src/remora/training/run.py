@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,12 @@ def train_until(
         # Train and score
         with stop.deferred():
             progress = _fit(session, directory, resumed)
-            scorer = session.scorer()
+            began, scorer = time.perf_counter(), session.scorer()
             scores = {
                 name: scoring.score_rows(scorer, table, name, reporter, stop, group)
                 for name, table in tables_to_measure_on(dataset).items()
             }
+            progress.test_seconds = time.perf_counter() - began
         stop.check()
         # Measure and write
         result = None
@@ -144,6 +146,7 @@ def _fit(session: Session, directory: Path, resumed: Checkpoint | None) -> Progr
             save=save,
             checkpoints=directory / resume.CHECKPOINTS,
             resumed=resumed,
+            num_scored=session.plan.num_scored_rows,
         )
     peak = max(progress.peak_bytes, memory.peak_bytes(session.device))
     progress.peak_bytes = max(group.gather(peak))
