@@ -68,6 +68,14 @@ class Duration:
         """All of it."""
         return self.training + self.validation + self.test
 
+    def to_dict(self) -> dict[str, float]:
+        """Return the parts by the names that they have in a plan."""
+        return {
+            "seconds": self.training,
+            "validation_seconds": self.validation,
+            "test_seconds": self.test,
+        }
+
     def __str__(self) -> str:
         """Return it in words, without the parts that take no time."""
         parts = {

@@ -47,7 +47,7 @@ def published(
     training = operations / (rate * 1e12) / planned.run_tokens
     share = FORWARD_SHARE if method == "full" else FROZEN_FORWARD_SHARE
     return {
-        **_seconds_by_name(planned, Rates(training, share * training)),
+        **planned.duration(Rates(training, share * training)).to_dict(),
         "seconds_are": f"lower bound, at the published {rate:g} TFLOP/s, which no run reaches",
     }
 
@@ -113,17 +113,8 @@ def measured(
             forward = min(_seconds(layer, packed, device, precision) for _ in range(5))
     training = seconds / share * operations / planned.run_tokens
     return {
-        **_seconds_by_name(planned, Rates(training, forward / seconds * training)),
+        **planned.duration(Rates(training, forward / seconds * training)).to_dict(),
         "seconds_are": "estimated from one layer with random weights",
-    }
-
-
-def _seconds_by_name(planned: Plan, rates: Rates) -> dict[str, float]:
-    time = planned.duration(rates)
-    return {
-        "seconds": time.training,
-        "validation_seconds": time.validation,
-        "test_seconds": time.test,
     }
 
 

@@ -162,10 +162,13 @@ class _State:
         num_left = self.num_steps - self.progress.step
         if num_left > 0:
             self.rates = self.micro_batches.try_heaviest()
+            expected, source = self.time_left(), "estimated from the largest micro-batch"
             self._session.reporter.say(
-                f"about {self.time_left()} for {num_left:,} steps, estimated from the largest "
-                "micro-batch, which was computed first to see that it fits"
+                f"about {expected} for {num_left:,} steps, {source}, which was computed first to "
+                "see that it fits"
             )
+            if not self.progress.expected:
+                self.progress.expected = expected.to_dict() | {"seconds_are": source}
         self._began = time.perf_counter() - self.progress.seconds
         self.saved = time.monotonic()
 

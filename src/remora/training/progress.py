@@ -58,6 +58,7 @@ class Progress:
     seconds: float = 0.0  # of the loop, validation included
     validation_seconds: float = 0.0  # of the evaluations in it
     test_seconds: float = 0.0  # after it: of scoring test and validation rows
+    expected: dict[str, Any] = field(default_factory=dict)  # its time as told, in the plan's names
     speed: Speed = field(default_factory=Speed)
     speed_up: float | None = None  # of several processes over one, estimated
 

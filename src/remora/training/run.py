@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ def _fit(session: Session, directory: Path, resumed: Checkpoint | None) -> Progr
     peak = max(progress.peak_bytes, memory.peak_bytes(session.device))
     progress.peak_bytes = max(group.gather(peak))
     if group.is_first:
-        report_peak(directory, session.plan, progress.peak_bytes, session.reporter)
+        planned = replace(session.plan, **progress.expected)
+        report_peak(directory, planned, progress.peak_bytes, session.reporter)
     return progress
 
 

@@ -378,14 +378,17 @@ def _by_parts(
 ) -> NDArray[np.float64]:
     """Return what is computed for each row, of several processes each computing a part."""
     group = group or ProcessGroup()
-    parts, done = [], 0
+    parts, done, end = [], 0, 0
 
     def advance(num_done: int) -> None:
+        """Tell the progress, taking the other processes to be as far as this one."""
         nonlocal done
-        done = min(done + num_done * group.size, end)
-        reporter.scoring(what, done, len(rows))
+        num_done = min(num_done * group.size, end - done)
+        if num_done or not done:
+            done += num_done
+            reporter.scoring(what, done, len(rows))
 
-    reporter.scoring(what, 0, len(rows))
+    advance(0)
     for start in range(0, len(rows), BATCH_ROWS * group.size):
         memory.trim()  # training and scoring in turns fragment the heap
         batch = rows[start : start + BATCH_ROWS * group.size]
@@ -393,8 +396,7 @@ def _by_parts(
         with sharding.in_step(scorer.model, group):
             own = compute(group.part(batch), advance)
         parts += group.gather_arrays(own)
-        done = end
-        reporter.scoring(what, done, len(rows))
+        advance(len(batch))
         if stop:
             stop.check()
     memory.trim()
