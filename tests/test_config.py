@@ -64,11 +64,11 @@ WRONG = {
 @pytest.mark.parametrize(
     ("settings", "num_rows", "num_validation", "expected"),
     [
-        ({}, 9_003, 1_000, 1_000),  # 3,601 would be allowed
-        ({}, 770, 1_000, 308),  # an epoch of 770 rows
+        ({}, 9_003, 1_000, 1_000),  # 3,001 would be allowed
+        ({}, 770, 1_000, 256),  # an epoch of 770 rows
         ({}, 770, 200, 200),
-        ({"eval_steps": 10}, 9_003, 1_000, 127),  # 10 steps of 32 rows, but for the last batch
-        ({"max_steps": 10}, 9_003, 1_000, 127),  # the only evaluation is after these
+        ({"eval_steps": 10}, 9_003, 1_000, 106),  # 10 steps of 32 rows, but for the last batch
+        ({"max_steps": 10}, 9_003, 1_000, 106),  # the only evaluation is after these
         ({"eval_steps": 1}, 9_003, 1_000, 100),
         ({"eval_steps": 1}, 9_003, 40, 40),
         ({"eval_rows": 500}, 770, 1_000, 500),

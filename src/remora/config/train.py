@@ -28,7 +28,7 @@ from remora.config.checks import (
     check,
 )
 
-EVAL_SHARE = 0.4
+EVAL_SHARE = 1 / 3
 """Most validation rows in an evaluation, for each training row since the one before. A row is
 scored in about half the time that training on it takes: its backward pass is left out."""
 

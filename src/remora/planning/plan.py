@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,7 +83,7 @@ class Duration:
             "scoring held-out rows": self.test,
         }
         told = [f"{spoken_seconds(part)} {name}" for name, part in parts.items() if part >= 0.5]
-        return f"{spoken_seconds(self.total)} ({', '.join(told)})" if told else "less than 1 s"
+        return f"{spoken_seconds(self.total)} ({', '.join(told)})" if told else "1 s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +154,13 @@ class Plan:
             num_steps: Steps that are left; by default all.
             num_scored: Rows that are scored at the end; by default those of `remora train`.
         """
-        left = 1.0 if num_steps is None else num_steps / self.num_steps
+        steps = self.num_steps if num_steps is None else num_steps
         rows = self.num_scored_rows if num_scored is None else num_scored
-        evaluated = math.ceil(left * self.num_evaluations) * self.eval_rows
+        num_evaluations = -(-steps * self.num_evaluations // self.num_steps)  # rounded up
         training, scoring = (rate / num_processes for rate in seconds_per_token)
         return Duration(
-            training=left * self.run_tokens * training,
-            validation=evaluated * self.eval_tokens * scoring,
+            training=self.run_tokens * steps / self.num_steps * training,
+            validation=num_evaluations * self.eval_rows * self.eval_tokens * scoring,
             test=rows * self.scored_tokens * scoring,
         )
 
