@@ -19,7 +19,7 @@ import real_models
 import workload
 from remora import display
 from remora.config import TrainConfig
-from remora.evaluation.rivals import of_figures, verdict
+from remora.evaluation.rivals import of_figures, seconds_of, verdict
 from remora.training import resume
 from remora.training.run import train
 
@@ -51,20 +51,20 @@ def main() -> None:
                 f"{100 * each.difference:+.1f}",
                 f"{each.p_value:.2g}",
                 f"{each.seconds:.1f} s",
-                f"{each.seconds / figures['train_seconds']:.1%}",
+                f"{each.seconds / seconds_of(figures):.1%}",
             ]
             for each in rivals
         ]
         ours = figures["metrics"]
         interval = "{:.1%} to {:.1%}".format(*ours["accuracy_interval"])
-        seconds = f"{figures['train_seconds']:.1f} s"
+        seconds = f"{seconds_of(figures):.1f} s"
         rows.append(["adapter", "all rows", f"{ours['accuracy']:.2%}", interval, "", "", seconds])
         print(f"\n--baselines {','.join(chosen)}\n")
         workload.print_table(
-            ["", "rows", "accuracy", "95 % interval", "points", "p", "time", "of training"],
+            ["", "rows", "accuracy", "95 % interval", "points", "p", "time", "of the run"],
             [[*row, *[""] * (8 - len(row))] for row in rows],
         )
-        print(f"\n{verdict(rivals, 'adapter', figures['train_seconds'])}")
+        print(f"\n{verdict(rivals, 'adapter', seconds_of(figures))}")
     workload.write(f"baselines-{options.model}-{Path(options.data).name}", told)
 
 

@@ -216,6 +216,7 @@ def config(base: Path, tmp_path: Path) -> TrainConfig:
         batch_size=5,
         micro_batch_tokens=40,
         eval_steps=4,
+        eval_rows=4,  # of 6
         precision="float32",
         device="cpu",
         rank=4,

@@ -59,6 +59,7 @@ WRONG = {
     "max_steps": 0,
     "max_length": 0,
     "eval_steps": 0,
+    "eval_rows": 0,
     "batch_size": 0,
     "micro_batch_tokens": 0,
     "warmup_fraction": 1.1,
@@ -70,6 +71,26 @@ WRONG = {
     "test_fraction": -0.1,
     "name": "a/b",
 }
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_rows", "num_validation", "expected"),
+    [
+        ({}, 9_003, 1_000, 1_000),  # 3,001 would be allowed
+        ({}, 770, 1_000, 256),  # an epoch of 770 rows
+        ({}, 770, 200, 200),
+        ({"eval_steps": 10}, 9_003, 1_000, 106),  # 10 steps of 32 rows, but for the last batch
+        ({"max_steps": 10}, 9_003, 1_000, 106),  # the only evaluation is after these
+        ({"eval_steps": 1}, 9_003, 1_000, 100),
+        ({"eval_steps": 1}, 9_003, 40, 40),
+        ({"eval_rows": 500}, 770, 1_000, 500),
+        ({"eval_rows": 5_000}, 770, 1_000, 1_000),
+    ],
+)
+def test_an_evaluation_has_as_many_rows_as_its_training_pays_for(
+    settings, num_rows, num_validation, expected
+):
+    assert config(**settings).num_eval_rows(num_rows, num_validation) == expected
 
 
 def test_every_problem_is_reported_at_once():

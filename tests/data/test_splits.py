@@ -10,7 +10,8 @@ import pytest
 from data.test_dataset import many, rows
 from data.test_table import write_csv
 from remora.data.dataset import load_dataset
-from remora.data.splits import batches, deal_folds, sample
+from remora.data.splits import batches, deal_folds, sample, sample_rows
+from remora.data.table import Table
 from remora.errors import ConfigError
 
 
@@ -34,6 +35,21 @@ def test_a_split_is_stratified_and_loses_no_row(tmp_path):
         many({"a": 600, "b": 300, "c": 100})
     )
     assert dataset.train.texts == sorted(dataset.train.texts, key=lambda t: (t[0], int(t[2:])))
+
+
+def test_a_sample_is_stratified_and_drawn_by_the_seed():
+    labels = ["a"] * 60 + ["b"] * 30 + ["c"]
+    table = Table([f"t{i:02}" for i in range(91)], labels)
+    drawn = sample(table, 31, seed=1)
+    assert Counter(drawn.labels) in ({"a": 20, "b": 10, "c": 1}, {"a": 21, "b": 10})
+    assert drawn.texts == sorted(set(drawn.texts))  # in the order of the table, none twice
+    assert all(
+        table.labels[int(t[1:])] == c for t, c in zip(drawn.texts, drawn.labels, strict=True)
+    )
+    assert drawn == sample(table, 31, seed=1)
+    assert drawn != sample(table, 31, seed=2)
+    assert sample(table, 91, seed=1) is sample(table, 200, seed=1) is table
+    assert Counter(sample(table, 90, seed=1).labels).total() == 90
 
 
 def test_a_split_depends_on_the_seed_alone(tmp_path):
@@ -116,8 +132,8 @@ def test_folds_hold_each_row_out_once():
 
 def test_the_sample_keeps_the_shares_of_the_labels():
     labels = ["rare", *["common"] * 19] * 100  # 5 % and 95 %
-    rows = sample(labels, 200, seed=0)
+    rows = sample_rows(labels, 200, seed=0)
     assert len(set(rows)) == 200
     assert Counter(labels[row] for row in rows) == {"rare": 10, "common": 190}
-    assert rows == sample(labels, 200, seed=0)
-    assert rows != sample(labels, 200, seed=1)
+    assert rows == sample_rows(labels, 200, seed=0)
+    assert rows != sample_rows(labels, 200, seed=1)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ARCHITECTURES, WORDS, build_tokenizer, call, tiny_model
+from conftest import ARCHITECTURES, build_tokenizer, call, tiny_model
 from remora import TextClassifier
 from remora.config import TrainConfig
+from remora.data.dataset import load_data
 from remora.data.prompt import Prompt, TokenSequence
 from remora.errors import ModelError, Stopped
-from remora.evaluation.predictions import PROBABILITIES, read_probabilities
 from remora.models import lora, saved
 from remora.models.saved import open_trained
 from remora.runtime.reporter import Reporter, Validation
@@ -184,11 +184,13 @@ def test_the_best_weights_are_kept_not_the_last(base: Path, table: Path, tmp_pat
     config = settings(base, table, tmp_path, eval_steps=1, learning_rate=0.02, max_steps=8)
     config = replace(config, schedule="constant")
     result = train(config, reporter=watcher)
-    best = max(watcher.seen, key=lambda v: (v.accuracy, -v.log_loss))
+    best = max(watcher.seen, key=lambda v: (v.accuracy, -v.loss))
     assert [v.best for v in watcher.seen].count(True) > 1  # kept more than once
     assert watcher.seen[-1] != best
-    kept = read_probabilities(result.directory / PROBABILITIES, sorted(WORDS), "validation")
-    assert kept.log_loss == pytest.approx(best.log_loss, rel=1e-4)  # of what is in memory
+    scorer = open_trained(result.directory, precision="float32", device="cpu").scorer()
+    rows = load_data(config).validation
+    found = scoring.evaluate_rows(scorer, rows, "validation", Reporter())
+    assert found == pytest.approx((best.accuracy, best.loss), rel=1e-4)
     assert measured_again(result.directory, "float32") == measured(result.directory)
 
 

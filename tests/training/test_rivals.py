@@ -212,21 +212,45 @@ def test_compare_shows_the_baselines_of_all_rows(config: TrainConfig) -> None:
 PLAN = SimpleNamespace(message_tokens=10.0, prefix_tokens=20)
 
 
-def test_what_fits_a_tenth_is_counted_by_hand() -> None:
+def affordable(budget: float, num_train: int = 2_000, num_held_out: int = 1_500):
     """A message has 10 tokens, the labels 30 more, the prefix 20."""
-    # 500 of 600 rows zero-shot: 20 + 500 * 40; the probe of all rows: 20 + 10 * (1,000 + 600)
-    whole = 20 + 500 * 40 + 20 + 10 * 1_600
-    assert rivals.affordable(2 * whole, PLAN, 30, 1_000, 600) == (500, 1_000)
-    # Zero-shot takes at most half, the probe what it leaves
-    zero, probe = rivals.affordable(20_000, PLAN, 30, 1_000, 600)
-    assert zero == (10_000 - 20) // 40
-    assert probe == (20_000 - 20 - zero * 40 - 20) // 10 - 600 == 0 or probe >= 500
-    # A part of the training rows, at least half
-    assert rivals.affordable(20_040 + 20 + 10 * 1_300, PLAN, 30, 1_000, 600)[1] in range(500, 1_000)
-    assert rivals.affordable(1_000, PLAN, 30, 1_000, 600) == (0, 0)
-    assert rivals.affordable(-5, PLAN, 30, 1_000, 600) == (0, 0)
+    return rivals.affordable(budget, PLAN, 30, num_train, num_held_out)
+
+
+def test_what_a_tenth_pays_for_is_counted_by_hand() -> None:
+    zero_shot = 20 + 500 * 40
+    assert affordable(1e9) == (500, 2_000, 1_500)
+    # A third for zero-shot; the probe gets all training rows, then held-out rows
+    assert affordable(3 * zero_shot) == (500, 2_000, (2 * zero_shot - 20) // 10 - 2_000)
+    assert affordable(zero_shot + 20 + 10 * 3_000) == (417, 2_000, 1_332)
+    # A part of the training rows beside 1,000 held-out ones, at least half of them
+    found = affordable(36_000)
+    assert found == (299, (36_000 - 20 - 299 * 40 - 20) // 10 - 1_000, 1_000)
+    assert 1_000 < found[1] < 2_000
+    assert affordable(28_000) == (232, 0, 0)
+    # Too few rows to score zero-shot leave more to the probe
+    assert affordable(11_000, num_train=100, num_held_out=1_500) == (0, 100, 996)
+    assert affordable(1_000) == affordable(-5) == (0, 0, 0)
     # Fewer held-out rows than the least are enough if they are all
-    assert rivals.affordable(1e9, PLAN, 30, 10, 6) == (6, 10)
+    assert affordable(1e6, num_train=10, num_held_out=6) == (6, 10, 6)
+
+
+def test_a_run_is_counted_in_forward_passes() -> None:
+    """Of an adapter a forward pass is half of a step, of all weights a third; once more if layers
+    are recomputed."""
+    held_out = {"num_evaluations": 3, "eval_rows": 100, "eval_tokens": 15.0}
+    held_out |= {"num_scored_rows": 200, "scored_tokens": 20.0}
+    plan = SimpleNamespace(run_tokens=10_000.0, checkpointing=False, **held_out)
+    measuring = 3 * 100 * 15 + 200 * 20
+    assert rivals.forward_tokens(plan, "lora") == pytest.approx(20_000 + measuring)
+    assert rivals.forward_tokens(plan, "full") == pytest.approx(30_000 + measuring)
+    plan.checkpointing = True
+    assert rivals.forward_tokens(plan, "qlora") == pytest.approx(30_000 + measuring)
+
+
+def test_tokens_that_labels_share_count_once() -> None:
+    answers = ((1, 2, 9), (1, 2, 3, 9), (4, 9))
+    assert rivals.label_tokens(SimpleNamespace(answers=answers)) == 7
 
 
 def test_auto_says_what_it_leaves_out_and_how_to_ask(config: TrainConfig) -> None:
@@ -234,28 +258,30 @@ def test_auto_says_what_it_leaves_out_and_how_to_ask(config: TrainConfig) -> Non
     run = train(replace(config, max_steps=1), reporter=short).directory
     (line,) = [line for line in short.lines if line.startswith("baselines:")]
     assert line == (
-        "baselines: svm; zero-shot and probe would take more than a tenth of the training, for all "
-        "of them give --baselines auto,zero-shot,probe"
+        "baselines: svm; zero-shot and probe would take more than a tenth of the run's time, add "
+        "them by --baselines auto,zero-shot,probe"
     )
     assert not (run / features.FEATURES).exists()
-    run = train(replace(config, epochs=30, dropout=0.0), reporter=long).directory
+    run = train(replace(config, epochs=30, dropout=0.0, patience=0), reporter=long).directory
     assert "baselines: svm, zero-shot, probe" in long.lines
     assert (run / features.FEATURES).is_file()
 
 
 def test_a_part_of_the_rows_is_stratified_and_told(config: TrainConfig, monkeypatch) -> None:
-    monkeypatch.setattr(rivals, "affordable", lambda *_: (3, 30))
+    monkeypatch.setattr(rivals, "affordable", lambda *_: (3, 30, 4))
     listener = Listener()
     run = train(replace(config, max_steps=1), reporter=listener).directory
     given = columns(run)
     measured = [i for i, each in enumerate(given["zero-shot"]) if each]
     assert len(measured) == 3
     assert {given["label"][i] for i in measured} == set(WORDS)
-    assert all(given["probe"])
+    assert sum(map(bool, given["probe"])) == 4
     found = {each["name"]: each for each in results.read(run).figures["rivals"]}
     assert (found["zero-shot"]["num_rows"], found["zero-shot"]["num_all_rows"]) == (3, 6)
     assert (found["probe"]["num_train_rows"], found["probe"]["num_all_train_rows"]) == (30, 48)
-    assert any("zero-shot on 3 of 6 rows, probe trained on 30 of 48" in s for s in listener.lines)
+    assert (found["probe"]["num_rows"], found["probe"]["num_all_rows"]) == (4, 6)
+    told = "baselines: svm, zero-shot on 3 of 6 rows, probe trained on 30 of 48 rows and measured "
+    assert f"{told}on 4 of 6 rows" in listener.lines
     comparison = compare.compare_runs(CompareConfig((run,)))
     assert any("zero-shot is left out:" in note for note in comparison.notes)
 

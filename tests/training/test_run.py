@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from remora.data.dataset import load_dataset
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 from remora.evaluation.predictions import PROBABILITIES, read_probabilities
 from remora.models import loading, saved
+from remora.planning.plan import Rates
 from remora.runtime import memory
 from remora.runtime.device import choose_precision
 from remora.runtime.process_group import ProcessGroup
@@ -90,6 +92,10 @@ def test_train_learns_and_shows_what_a_user_wants_to_know(finished) -> None:
     assert result["metrics"]["accuracy"] == 1.0
     for wanted in ("accuracy   100.00%", "95% interval", "TF-IDF + linear SVM", "macro-F1"):
         assert wanted in done.stdout
+    assert re.search(
+        r"time +training \d+ s, validation \d+ s \(\d+%\), scoring held-out rows \d+ s \(\d+%\)\n",
+        done.stdout,
+    )
     for wanted in ("examples/s", "supervised tokens/s", "peak memory", "adapter    "):
         assert wanted in done.stdout
     assert "it/s" not in done.stdout + done.stderr
@@ -196,7 +202,7 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     watcher = Watcher()
     spoiled = replace(config, learning_rate=0.3, schedule="constant", eval_steps=1, max_steps=8)
     result = train(spoiled, reporter=watcher)
-    best = max(watcher.seen, key=lambda v: (v.accuracy, -v.log_loss))
+    best = max(watcher.seen, key=lambda v: (v.accuracy, -v.loss))
     assert watcher.seen[-1] != best
     assert result.best_step == best.step
     assert [v for v in watcher.seen if v.best][-1] == best
@@ -204,10 +210,58 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     adapted, prompt, _ = saved.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = load_dataset(config.data, seed=config.seed)
     scorer = scoring.Scorer(adapted, prompt)
-    scored = scoring.score_rows(scorer, dataset.validation, "validation", Reporter())
-    assert (scored.correct.mean(), scored.log_loss) == pytest.approx(
-        (best.accuracy, best.log_loss), rel=1e-4
+    found = scoring.evaluate_rows(scorer, dataset.validation, "validation", Reporter())
+    assert found == pytest.approx((best.accuracy, best.loss), rel=1e-4)
+
+
+def test_each_evaluation_scores_the_same_sample_and_the_end_all_rows(
+    config: TrainConfig, monkeypatch
+) -> None:
+    seen = []
+    evaluate = scoring.evaluate_rows
+
+    def noting(scorer, rows, *others):
+        seen.append(rows)
+        return evaluate(scorer, rows, *others)
+
+    monkeypatch.setattr(scoring, "evaluate_rows", noting)
+    watcher = Watcher()
+    result = train(replace(config, epochs=2, eval_rows=6), reporter=watcher)
+    assert [v.rows for v in watcher.seen] == [6, 6]
+    assert seen[0] == seen[1]
+    assert Counter(seen[0].labels) == dict.fromkeys(WORDS, 2)
+    validation = load_dataset(config.data, seed=config.seed).validation
+    assert len(validation) == 9
+    assert set(seen[0].texts) < set(validation.texts)
+    kept = read_probabilities(result.directory / PROBABILITIES, sorted(WORDS), "validation")
+    assert len(kept.true) == 9
+
+
+def test_a_run_tells_how_long_it_takes_and_what_measuring_took(
+    config: TrainConfig, monkeypatch
+) -> None:
+    """The rates at the start are given; those of the first evaluation are measured."""
+    rates = Rates(0.5, 0.25)
+    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", lambda _: rates)
+    listener = Listener()
+    result = train(replace(config, epochs=2), reporter=listener)
+    planned = json.loads((result.directory / "plan.json").read_text())
+    assert planned["num_evaluations"] == 2
+    assert planned["eval_rows"] == planned["num_scored_rows"] // 2 == 9  # 9 of the test
+    assert planned["seconds"] == pytest.approx(0.5 * planned["run_tokens"])
+    assert planned["validation_seconds"] == pytest.approx(0.25 * 18 * planned["eval_tokens"])
+    assert planned["test_seconds"] == pytest.approx(0.25 * 18 * planned["scored_tokens"])
+    assert planned["seconds_are"] == "estimated from the largest micro-batch"
+    (told,) = [line for line in listener.lines if line.startswith("about ") and "steps" in line]
+    assert re.match(
+        r"about [\d.]+ min \([\d.]+ min training, \d+ s validation, \d+ s scoring held-out rows\) "
+        r"for 18 steps, ",
+        told,
     )
+    assert listener.lines.count("about 1 s left") == 1  # once, after the first of two
+    figures = json.loads((result.directory / "evaluation.json").read_text())
+    assert 0 < figures["validation_seconds"] < figures["train_seconds"]
+    assert figures["test_seconds"] > 0
 
 
 def test_early_stopping_stops_after_patience(config: TrainConfig) -> None:
@@ -274,7 +328,7 @@ def test_running_out_of_memory_changes_no_result(
 def test_a_run_that_ran_out_is_the_run_that_began_smaller(config: TrainConfig, monkeypatch) -> None:
     settings = replace(config, dropout=0.3, max_steps=4)
     # Untried, so that memory runs out in the first step itself, after its dropout has been drawn.
-    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", lambda _: 0.0)
+    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", lambda _: Rates(0.0, 0.0))
     sizes = []
     halve = micro_batches.MicroBatches._halve
 

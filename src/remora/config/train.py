@@ -28,6 +28,13 @@ from remora.config.checks import (
     check,
 )
 
+EVAL_SHARE = 1 / 3
+"""Most validation rows in an evaluation, for each training row since the one before. A row is
+scored in about half the time that training on it takes: its backward pass is left out."""
+
+LEAST_EVAL_ROWS = 100
+"""Validation rows in an evaluation that are not too many, however few training rows there are."""
+
 
 def _curve_sizes(text: str) -> tuple[int | None, ...]:
     """Return the sizes of a text such as 5,10,all, None for all; () if it is none."""
@@ -201,6 +208,10 @@ class TrainConfig:
     eval_steps: Count | None = None
     """Steps between evaluations on the validation rows; by default once per epoch."""
 
+    eval_rows: Count | None = None
+    """Validation rows in each evaluation, a stratified sample. By default all, or as many as keep
+    evaluations within a quarter of the training's time; the final weights are measured on all."""
+
     patience: CountOrZero = 3
     """Early stopping: stop after this many evaluations in a row without improvement; 0 turns it
     off."""
@@ -226,7 +237,7 @@ class TrainConfig:
     zero-shot (the base model before training), probe (logistic regression on the base model's
     frozen features), embeddings (logistic regression on sentence embeddings; needs
     remora[embeddings]), or none. Several are separated by commas. auto takes svm, and zero-shot
-    and probe as far as they cost at most a tenth of the training."""
+    and probe as far as they take at most a tenth of the run's time."""
 
     embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Sentence encoder of the baseline embeddings: a folder, or its id on the Hugging Face Hub."""
@@ -320,6 +331,21 @@ class TrainConfig:
         """Return the number of optimizer steps to train on `num_rows` rows."""
         steps_per_epoch = math.ceil(num_rows / self.batch_size)
         return self.max_steps or max(1, math.ceil(self.epochs * steps_per_epoch))
+
+    def steps_between_evaluations(self, num_rows: int) -> int:
+        """Return the number of optimizer steps after which the validation rows are scored."""
+        return self.eval_steps or math.ceil(num_rows / self.batch_size)
+
+    def num_eval_rows(self, num_rows: int, num_validation: int) -> int:
+        """Return how many of `num_validation` rows are scored in each evaluation.
+
+        Counted in rows rather than measured in seconds, so that a run that is repeated or resumed
+        chooses its weights by the same rows.
+        """
+        steps = min(self.steps_between_evaluations(num_rows), self.num_steps(num_rows))
+        trained = steps * num_rows // math.ceil(num_rows / self.batch_size)
+        most = max(LEAST_EVAL_ROWS, int(EVAL_SHARE * trained))
+        return min(self.eval_rows or most, num_validation)
 
     def to_toml(self) -> str:
         """Return the settings as TOML for `--config`, without those that are None."""

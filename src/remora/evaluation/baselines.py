@@ -65,7 +65,7 @@ def train_baseline(
         characters_each = max(1, sum(map(len, train_texts)) // len(train_texts))
         fitting = max_bytes // (BYTES_PER_CHARACTER * characters_each)
         max_rows = min(max_rows, max(MIN_BASELINE_ROWS, fitting))
-    rows = splits.sample(train_labels, max_rows, seed)
+    rows = splits.sample_rows(train_labels, max_rows, seed)
     texts = [train_texts[i] for i in rows]
     targets = [train_labels[i] for i in rows]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.data.splits import deal_folds, sample
+from remora.data.splits import deal_folds, sample_rows
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 """Values of C, the inverse strength, that are tried; more regularization comes first."""
@@ -66,7 +66,7 @@ def _strength(
     features: NDArray[np.float32], true: NDArray[np.int64], labels: Sequence[str], seed: int
 ) -> float:
     """Return the C whose fits predict most rows of the other folds right."""
-    rows = np.array(sample(labels, MAX_FOLD_ROWS, seed))
+    rows = np.array(sample_rows(labels, MAX_FOLD_ROWS, seed))
     features, true = features[rows], true[rows]
     right = np.zeros(len(STRENGTHS), dtype=np.int64)
     for others, own in deal_folds(true, NUM_FOLDS, seed):

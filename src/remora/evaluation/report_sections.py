@@ -14,7 +14,7 @@ import remora
 from remora.evaluation import charts, results
 from remora.evaluation.confusion_matrix import Cell, cells, confusion_counts, matrix_labels
 from remora.evaluation.results import Results
-from remora.evaluation.rivals import Rival, of_figures, verdict
+from remora.evaluation.rivals import Rival, of_figures, seconds_of, verdict
 from remora.evaluation.run_files import (
     MAX_MESSAGE_CHARS,
     NUM_STATIC_MESSAGES,
@@ -205,7 +205,7 @@ def collect(run: Results) -> Report:
 
 def _result(figures: Mapping[str, Any], trained: str) -> ResultSection:
     rivals = of_figures(figures)
-    said = verdict(rivals, trained, figures["train_seconds"]) if rivals else None
+    said = verdict(rivals, trained, seconds_of(figures)) if rivals else None
     if said and said.startswith("the "):  # other sentences begin with a name
         said = said[0].upper() + said[1:]
     return ResultSection(
@@ -225,8 +225,19 @@ def _training(directory: Path) -> TrainingSection | None:
     drawn = charts.training(records)
     if not drawn:
         return None
-    validations = [record for record in records if "validation_accuracy" in record]
+    validations = [_evaluation(record) for record in records if "validation_accuracy" in record]
     return TrainingSection(charts=drawn, validations=validations)
+
+
+def _evaluation(record: Figures) -> Figures:
+    """Return an evaluation as it is shown; earlier versions logged the log-loss over the labels."""
+    loss = record.get("validation_loss", record.get("validation_log_loss"))
+    return {
+        "step": record["step"],
+        "accuracy": record["validation_accuracy"],
+        "loss": "" if loss is None else f"{loss:.4f}",
+        "best": record["validation_best"],
+    }
 
 
 def _learning_curve(directory: Path) -> LearningCurveSection | None:

@@ -149,6 +149,11 @@ def of_figures(figures: Mapping[str, Any]) -> list[Rival]:
     ]
 
 
+def seconds_of(figures: Mapping[str, Any]) -> float:
+    """Return the time that a run took to train and to score held-out rows."""
+    return float(figures["train_seconds"] + figures.get("test_seconds", 0.0))
+
+
 def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
     """Return a sentence on the best rival: whether it is the better choice, as good, or worse.
 
@@ -158,7 +163,7 @@ def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
     Args:
         rivals: At least one.
         trained: What was trained, "adapter" or "model".
-        seconds: The time of its training.
+        seconds: The time that it took to train and to score held-out rows.
     """
     adjusted = holm([each.p_value for each in rivals])
     best, p_value = max(zip(rivals, adjusted, strict=True), key=lambda each: each[0].difference)

@@ -10,7 +10,7 @@ from typing import Any
 from remora.errors import DataError
 from remora.evaluation import results
 from remora.evaluation.results import Results
-from remora.evaluation.rivals import of_figures, verdict
+from remora.evaluation.rivals import of_figures, seconds_of, verdict
 from remora.formatting import spoken_time
 from remora.models import gguf, hub, metadata
 from remora.runtime import files
@@ -138,7 +138,7 @@ def _baselines(figures: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        f"{verdict(rivals, trained, figures['train_seconds'])}.",
+        f"{verdict(rivals, trained, seconds_of(figures))}.",
         "",
     ]
 

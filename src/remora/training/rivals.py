@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora.config import TrainConfig
+from remora.config import Method, TrainConfig
 from remora.data import splits
 from remora.data.prompt import Prompt
 from remora.data.table import Table
@@ -23,6 +23,7 @@ from remora.evaluation import regression
 from remora.evaluation.rivals import Answers
 from remora.formatting import one_line
 from remora.models import encoder
+from remora.planning import timing
 from remora.planning.plan import Plan
 from remora.runtime import files, memory, sharding
 from remora.training.session import Session
@@ -38,6 +39,9 @@ MAX_TRAIN_ROWS = 50_000
 ZERO_SHOT_ROWS, MIN_ZERO_SHOT_ROWS = 500, 100
 """Held-out rows that `auto` scores zero-shot: so many if it can, and no fewer than these."""
 
+PROBE_ROWS = 1_000
+"""Held-out rows that a probe of `auto` is measured on, before it gets more."""
+
 MIN_MEMORY_ROWS = 1_000
 """Training rows that a probe gets whatever the memory; fewer would be no baseline."""
 
@@ -52,39 +56,50 @@ class Chosen:
     svm: bool = False
     zero_shot_rows: int = 0  # held-out rows to score
     probe_rows: int = 0  # training rows to compute features of
+    probe_held_out: int = 0  # held-out rows to compute features of
     embeddings: Path | None = None  # the sentence encoder's folder
     left_out: tuple[str, ...] = ()  # that `auto` cannot afford
 
     def line(self, num_train: int, num_held_out: int) -> str:
         """Return a sentence that names them."""
+
+        def few(verb: str, rows: int, of: int) -> str:
+            return f" {verb} {rows:,} of {of:,} rows" if rows < of else ""
+
         named = ["svm"] if self.svm else []
         if self.zero_shot_rows:
-            few = self.zero_shot_rows < num_held_out
-            rows = f" on {self.zero_shot_rows:,} of {num_held_out:,} rows" if few else ""
-            named.append(f"zero-shot{rows}")
+            named.append(f"zero-shot{few('on', self.zero_shot_rows, num_held_out)}")
         if self.probe_rows:
-            few = self.probe_rows < num_train
-            rows = f" trained on {self.probe_rows:,} of {num_train:,} rows" if few else ""
-            named.append(f"probe{rows}")
+            trained = few("trained on", self.probe_rows, num_train)
+            measured = few("measured on", self.probe_held_out, num_held_out)
+            named.append(f"probe{trained}{' and' if trained and measured else ''}{measured}")
         named += ["embeddings"] if self.embeddings else []
         text = f"baselines: {', '.join(named)}"
         if self.left_out:
-            more = ",".join(("auto", *self.left_out))
             text += (
-                f"; {' and '.join(self.left_out)} would take more than a tenth of the training, "
-                f"for all of them give --baselines {more}"
+                f"; {' and '.join(self.left_out)} would take more than a tenth of the run's time, "
+                f"add {'them' if len(self.left_out) > 1 else 'it'} by "
+                f"--baselines {','.join(('auto', *self.left_out))}"
             )
         return text
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeFeatures:
+    """The base model's features for a probe."""
+
+    train_rows: Sequence[int]
+    held_out_rows: Sequence[int]
+    states: NDArray[np.float16]  # [train_rows and held_out_rows, H]
+    seconds: float
+
+
 @dataclass(kw_only=True)
 class OfBase:
-    """What the base model gave in the first process: answers, and features."""
+    """What baselines need of the base model, in the first process; None where it failed."""
 
     zero_shot: Answers | None = None
-    train_rows: Sequence[int] = ()
-    features: NDArray[np.float16] | None = None  # [train_rows and held-out rows, H]
-    seconds: float = 0.0  # that the features took
+    features: ProbeFeatures | None = None
 
 
 def find_encoder(config: TrainConfig) -> Path | None:
@@ -104,26 +119,43 @@ def choose(session: Session, held_out: Table, encoder_folder: Path | None) -> Ch
     num_train, num_held_out = len(session.dataset.train), len(held_out)
     width, num_labels = text_config(session.model).hidden_size, len(session.dataset.labels)
     most = min(num_train, MAX_TRAIN_ROWS, regression.max_rows(width, num_labels))
-    zero_shot_rows = probe_rows = 0
+    rows = (0, 0, 0)
     if "auto" in names:
-        budget = SHARE * session.heaviest.run_tokens * (4 if session.plan.checkpointing else 3)
-        zero_shot_rows, probe_rows = affordable(
-            budget, session.plan, label_tokens(session.prompt), most, num_held_out
+        rows = affordable(
+            SHARE * forward_tokens(session.plan, config.method),
+            session.plan,
+            label_tokens(session.prompt),
+            most,
+            num_held_out,
         )
+    zero_shot_rows, probe_rows, probe_held_out = rows
     if "zero-shot" in names:
         zero_shot_rows = num_held_out
     if "probe" in names:
-        probe_rows = most
+        probe_rows, probe_held_out = most, num_held_out
     # The same in every process: one that had planned with other micro-batches counts other tokens
-    zero_shot_rows, probe_rows = group.share([zero_shot_rows, probe_rows])
-    rows = {"zero-shot": zero_shot_rows, "probe": probe_rows}
+    rows = group.share([zero_shot_rows, probe_rows, probe_held_out])
+    zero_shot_rows, probe_rows, probe_held_out = rows
+    found = {"zero-shot": zero_shot_rows, "probe": probe_rows}
     return Chosen(
         svm=bool(names & {"auto", "svm"}),
         zero_shot_rows=zero_shot_rows,
         probe_rows=probe_rows,
+        probe_held_out=probe_held_out,
         embeddings=encoder_folder,
-        left_out=tuple(each for each in rows if "auto" in names and not rows[each]),
+        left_out=tuple(each for each in found if "auto" in names and not found[each]),
     )
+
+
+def forward_tokens(plan: Plan, method: Method) -> float:
+    """Return the tokens of forward passes that would take as long as a run.
+
+    Counted, not measured, so that a run that is repeated or resumed chooses the same baselines.
+    """
+    share = timing.FORWARD_SHARE if method == "full" else timing.FROZEN_FORWARD_SHARE
+    training = plan.run_tokens * (1 / share + plan.checkpointing)
+    validation = plan.num_evaluations * plan.eval_rows * plan.eval_tokens
+    return training + validation + plan.num_scored_rows * plan.scored_tokens
 
 
 def label_tokens(prompt: Prompt) -> int:
@@ -133,31 +165,32 @@ def label_tokens(prompt: Prompt) -> int:
 
 def affordable(
     budget: float, plan: Plan, num_label_tokens: int, num_train: int, num_held_out: int
-) -> tuple[int, int]:
-    """Return the rows that `zero-shot` is measured and `probe` trained on; 0 to leave it out.
+) -> tuple[int, int, int]:
+    """Return the held-out rows of zero-shot, and the training and held-out rows of a probe.
 
-    Counted are the tokens of forward passes: of a message, those that it shares with no other; for
-    zero-shot those of all labels too, though few are explored.
+    0 of a kind if it is to be left out. Counted are the tokens of forward passes: of a message,
+    those that it shares with no other; for zero-shot those of all labels too.
 
     Args:
         budget: Tokens of forward passes that both may take together.
         plan: Counts the tokens of a message.
         num_label_tokens: Tokens of all labels.
         num_train: Most training rows of a probe.
-        num_held_out: Held-out rows; the probe predicts all of them.
+        num_held_out: Held-out rows there are.
     """
     per_message, prefix = max(1.0, plan.message_tokens), plan.prefix_tokens
-    # Zero-shot takes at most half
+    # Zero-shot takes at most a third
     per_row = per_message + num_label_tokens
     wanted = min(num_held_out, ZERO_SHOT_ROWS)
-    zero_shot_rows = min(wanted, max(0, int((budget / 2 - prefix) / per_row)))
-    if zero_shot_rows < min(wanted, MIN_ZERO_SHOT_ROWS):
-        zero_shot_rows = 0
-    if zero_shot_rows:
-        budget -= prefix + zero_shot_rows * per_row
+    zero_shot = min(wanted, int((budget / 3 - prefix) / per_row))
+    if zero_shot < min(wanted, MIN_ZERO_SHOT_ROWS):
+        zero_shot = 0
     # The probe takes the rest; one of fewer than half of the rows would be a weak rival
-    probe_rows = min(num_train, max(0, int((budget - prefix) / per_message) - num_held_out))
-    return zero_shot_rows, probe_rows if 2 * probe_rows >= num_train else 0
+    rows = int((budget - (prefix + zero_shot * per_row if zero_shot else 0) - prefix) / per_message)
+    train = min(num_train, rows - min(num_held_out, PROBE_ROWS))
+    if 2 * train < num_train:
+        return zero_shot, 0, 0
+    return zero_shot, train, min(num_held_out, rows - train)
 
 
 def of_base(session: Session, chosen: Chosen, held_out: Table, directory: Path) -> OfBase:
@@ -188,8 +221,7 @@ def of_base(session: Session, chosen: Chosen, held_out: Table, directory: Path) 
                     found.zero_shot = _zero_shot(session, chosen, held_out)
             if chosen.probe_rows:
                 with _attempt(session, "probe"):
-                    rows, states, seconds = _features(session, chosen, held_out, directory)
-                    found.train_rows, found.features, found.seconds = rows, states, seconds
+                    found.features = _features(session, chosen, held_out, directory)
     return found
 
 
@@ -198,7 +230,7 @@ def answers(session: Session, chosen: Chosen, base: OfBase, held_out: Table) -> 
     found = [base.zero_shot] if base.zero_shot else []
     if base.features is not None:
         with _attempt(session, "probe"):
-            found.append(_probe(session, base, base.features, held_out))
+            found.append(_probe(session, base.features, held_out))
     if chosen.embeddings:
         with _attempt(session, "embeddings"):
             found.append(_embeddings(session, chosen.embeddings, held_out))
@@ -269,7 +301,7 @@ def _in_batches(
 def _zero_shot(session: Session, chosen: Chosen, held_out: Table) -> Answers | None:
     """Score held-out rows with the base model; None in other processes than the first."""
     began = time.perf_counter()
-    rows = splits.sample(held_out.labels, chosen.zero_shot_rows, session.config.seed)
+    rows = splits.sample_rows(held_out.labels, chosen.zero_shot_rows, session.config.seed)
     scorer = session.scorer(tolerance=1)  # the likeliest label is all that is needed
     session.reporter.say(f"baseline zero-shot: scoring {len(rows):,} rows")
     parts = _in_batches(
@@ -292,52 +324,60 @@ def _zero_shot(session: Session, chosen: Chosen, held_out: Table) -> Answers | N
 
 def _features(
     session: Session, chosen: Chosen, held_out: Table, directory: Path
-) -> tuple[Sequence[int], NDArray[np.float16] | None, float]:
-    """Return training rows, features of those and of the held-out ones, and the seconds."""
+) -> ProbeFeatures | None:
+    """Return the features for a probe, those kept in the directory if they are all there.
+
+    None in other processes than the first.
+    """
     began = time.perf_counter()
-    config, train, group = session.config, session.dataset.train, session.group
-    rows = splits.sample(train.labels, _fitting_rows(session, chosen, held_out), config.seed)
-    texts = [*(train.texts[i] for i in rows), *held_out.texts]
+    seed, train, group = session.config.seed, session.dataset.train, session.group
+    measured = splits.sample_rows(held_out.labels, chosen.probe_held_out, seed)
+    most = _fitting_rows(session, chosen.probe_rows, len(measured))
+    rows = splits.sample_rows(train.labels, most, seed)
+    texts = [*(train.texts[i] for i in rows), *(held_out.texts[i] for i in measured)]
     stems = [tuple(stem) for stem in session.prompt.stems(texts)]
     path = directory / features.FEATURES
     key = features.key(session.card.base_sha256, session.card.method)
     kept = features.read(path, stems, key) if group.is_first else features.NONE
-    if group.share(len(kept.features) == len(set(stems))):
-        if not group.is_first:
-            return rows, None, 0.0
-        found = np.stack([kept.features[stem][0] for stem in stems])
-        return rows, found, kept.seconds
-    session.reporter.say(f"baseline probe: features of {len(stems):,} rows")
-    extractor = session.extractor()
-    parts = _in_batches(session, "features", stems, extractor.features)
+    are_kept = group.share(len(kept.features) == len(set(stems)))
+    if are_kept:
+        seconds = kept.seconds
+        found = [kept.features[stem][None] for stem in stems] if group.is_first else []
+    else:
+        session.reporter.say(f"baseline probe: features of {len(stems):,} rows")
+        found = _in_batches(session, "features", stems, session.extractor().features)
+        seconds = time.perf_counter() - began
     if not group.is_first:
-        return rows, None, 0.0
-    found = np.concatenate(parts)
-    seconds = time.perf_counter() - began
-    with files.optional(features.FEATURES, session.reporter.say):
-        features.write(path, stems, found, key, seconds)
-    return rows, found[:, 0].copy(), seconds
+        return None
+    states = np.concatenate(found)
+    if not are_kept:
+        with files.optional(features.FEATURES, session.reporter.say):
+            features.write(path, stems, states, key, seconds)
+    return ProbeFeatures(
+        train_rows=rows, held_out_rows=measured, states=states[:, 0].copy(), seconds=seconds
+    )
 
 
-def _fitting_rows(session: Session, chosen: Chosen, held_out: Table) -> int:
+def _fitting_rows(session: Session, num_train: int, num_held_out: int) -> int:
     """Return the training rows whose features fit into half of the free memory."""
     width = text_config(session.model).hidden_size
     # Five parts of 16 bits, twice while batches are joined; one in 32 bits, with copies, to fit
     row_bytes = width * (features.NUM_PARTS * 2 * 2 + 3 * 4)
     free = memory.free_bytes(torch.device("cpu"))
-    fitting = chosen.probe_rows
+    fitting = num_train
     if free is not None:
-        fitting = max(MIN_MEMORY_ROWS, free // 2 // row_bytes - len(held_out))
-    return int(session.group.share(min(chosen.probe_rows, fitting)))
+        fitting = max(MIN_MEMORY_ROWS, free // 2 // row_bytes - num_held_out)
+    return int(session.group.share(min(num_train, fitting)))
 
 
-def _probe(session: Session, base: OfBase, states: NDArray[np.float16], held_out: Table) -> Answers:
-    """Train a linear probe on the base's features, and let it predict the held-out rows."""
+def _probe(session: Session, given: ProbeFeatures, held_out: Table) -> Answers:
+    """Train a linear probe on the base's features, and let it predict held-out rows."""
     began = time.perf_counter()
     train = session.dataset.train
-    labels = [train.labels[i] for i in base.train_rows]
-    num_train = len(base.train_rows)
+    labels = [train.labels[i] for i in given.train_rows]
+    num_train = len(labels)
     session.reporter.say(f"baseline probe: fitting it to {num_train:,} rows")
+    states = given.states
     predicted = regression.predict(
         states[:num_train], labels, states[num_train:], seed=session.config.seed
     )
@@ -345,9 +385,9 @@ def _probe(session: Session, base: OfBase, states: NDArray[np.float16], held_out
     return Answers(
         name="probe",
         description=f"{_base_name(session)}, linear probe",
-        rows=range(len(held_out)),
+        rows=given.held_out_rows,
         predicted=predicted,
-        seconds=base.seconds + time.perf_counter() - began,
+        seconds=given.seconds + time.perf_counter() - began,
         num_bytes=files.folder_bytes(session.base_folder, "*.safetensors") + weights,
         num_train_rows=num_train,
         num_all_train_rows=len(train),
@@ -361,7 +401,7 @@ def _embeddings(session: Session, folder: Path, held_out: Table) -> Answers:
     model = encoder.load(folder, session.device)
     width = int(model.encode([""], show_progress_bar=False).shape[1])
     most = min(MAX_TRAIN_ROWS, regression.max_rows(width, len(session.dataset.labels)))
-    rows = splits.sample(train.labels, most, session.config.seed)
+    rows = splits.sample_rows(train.labels, most, session.config.seed)
     texts = [*(train.texts[i] for i in rows), *held_out.texts]
     session.reporter.say(f"baseline embeddings: encoding {len(texts):,} rows")
     parts = []

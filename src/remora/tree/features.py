@@ -75,7 +75,9 @@ class Extractor:
         self._model.eval()
         found: dict[Stem, NDArray[np.float16]] = {}
         with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-            for group in self._packer.groups(sorted(set(stems)), self._max_tokens):
+            for group in self._packer.groups(
+                sorted(set(stems)), lambda stem: (stem, 1), self._max_tokens
+            ):
                 if self._limit_bytes is not None:
                     memory.keep_within(self._device, self._limit_bytes)
                 found |= zip(group, self._of_group(group), strict=True)
@@ -84,7 +86,7 @@ class Extractor:
         return np.stack(rows) if rows else np.empty((0, NUM_PARTS, 0), np.float16)
 
     def _of_group(self, group: Sequence[Stem]) -> NDArray[np.float16]:
-        row, new, paths = self._packer.pack(group)
+        row, new, paths = self._packer.pack(group, group)
         begin = row.length  # the positions of new tokens follow those of the prefix
         states = row.extend_states(new)
         ends = torch.tensor([path[-1] - begin for path in paths], device=self._device)

@@ -11,9 +11,10 @@ argmax; it continues until unexplored labels hold less than `tolerance` of the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,7 +28,15 @@ from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
 from remora.tree.forward import text_config
-from remora.tree.label_search import Chosen, Search, chain, look_below, trie
+from remora.tree.label_search import (
+    Chosen,
+    Node,
+    Search,
+    TrueLabelSearch,
+    chain,
+    look_below,
+    trie,
+)
 from remora.tree.packed_row import PackedRow
 from remora.tree.stems import Stem, StemPacker
 
@@ -37,10 +46,23 @@ LOGIT_ELEMENTS = 1 << 25
 BATCH_ROWS = 256
 """Messages that are scored at a time."""
 
+Asked: TypeAlias = "tuple[Stem, int | None]"
+"""A stem, and its true label to evaluate it, None for the probabilities of all labels."""
+
+Advance: TypeAlias = Callable[[int], object]
+"""Takes the number of messages that are done now."""
+
+
+def ignore(num_done: int) -> None:
+    """Do nothing with the number of messages that are done."""
+
 
 def most_kept(vocabulary: int) -> int:
     """Return the most positions at which a scoring pass computes logits."""
     return max(1, LOGIT_ELEMENTS // vocabulary)
+
+
+Row = TypeVar("Row")
 
 
 class Scorer:
@@ -77,56 +99,112 @@ class Scorer:
         self._most_kept = most_kept(text_config(model).vocab_size)
         self._packer = StemPacker(model, prompt, max_tokens=max_tokens, autocast=autocast)
 
-    def probabilities(self, messages: Sequence[str]) -> NDArray[np.float64]:
+    def probabilities(
+        self, messages: Sequence[str], advance: Advance = ignore
+    ) -> NDArray[np.float64]:
         """Return the probability of each label for each message, [messages, labels], rows sum to 1.
 
         Each is within `tolerance` of its value with every label explored, and the largest is the
         exact argmax.
+
+        Args:
+            messages: The messages.
+            advance: Called with the number of messages that are done now.
         """
-        parts = [part for _, part in self.stream(messages)]
+        parts = [part for _, part in self.stream(messages, advance=advance)]
         return np.concatenate(parts) if parts else np.empty((0, len(self.prompt.labels)))
 
     def stream(
-        self, messages: Iterable[str], batch_rows: int = BATCH_ROWS
+        self,
+        messages: Iterable[str],
+        batch_rows: int = BATCH_ROWS,
+        advance: Advance = ignore,
     ) -> Iterator[tuple[list[str], NDArray[np.float64]]]:
         """Yield batches of messages with their probabilities, holding one batch at a time."""
         batch: list[str] = []
         for message in messages:
             batch.append(message)
             if len(batch) == batch_rows:
-                yield batch, self._score(batch)
+                yield batch, self._score(batch, advance)
                 batch = []
         if batch:
-            yield batch, self._score(batch)
+            yield batch, self._score(batch, advance)
+
+    def _score(self, messages: Sequence[str], advance: Advance) -> NDArray[np.float64]:
+        searches = self._searched([(stem, None) for stem in self._stems(messages)], advance)
+        return np.stack([search.probabilities() for search in searches])
+
+    def evaluate(
+        self, messages: Sequence[str], labels: Sequence[int], advance: Advance = ignore
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Return whether each message is classified correctly, and its loss in nats, [messages].
+
+        Exact, for about the tokens of the messages with their labels. The loss is the cross entropy
+        of the label's tokens, as in training, summed.
+
+        Args:
+            messages: The messages.
+            labels: The true labels, as indices into the label set.
+            advance: Called with the number of messages that are done now.
+        """
+        asked = list(zip(self._stems(messages), labels, strict=True))
+        searches = cast("list[TrueLabelSearch]", self._searched(asked, advance))
+        correct = np.array([search.is_correct for search in searches], dtype=np.bool_)
+        return correct, np.array([search.loss for search in searches])
+
+    def _stems(self, messages: Sequence[str]) -> list[Stem]:
+        return [tuple(stem) for stem in self.prompt.stems(messages)]
 
     @torch.inference_mode()
-    def _score(self, messages: Sequence[str]) -> NDArray[np.float64]:
+    def _searched(self, asked: Sequence[Asked], advance: Advance) -> list[Search]:
+        """Return the finished search of each message; equal ones are computed once."""
         was_training = self.model.training
         self.model.eval()
-        stems = [tuple(stem) for stem in self.prompt.stems(messages)]
-        scored: dict[Stem, NDArray[np.float64]] = {}
+        counts = Counter(asked)
+        found: dict[Asked, Search] = {}
         with self._arithmetic():
-            for group in self._packer.groups(sorted(set(stems)), self._most_kept):
-                for stem, search in zip(group, self._search(group), strict=True):
-                    scored[stem] = search.probabilities()
+            for group in self._packer.groups(sorted(counts), self._size, self._most_kept):
+                found |= zip(group, self._search(group), strict=True)
+                advance(sum(counts[each] for each in group))
         self.model.train(was_training)
-        return np.stack([scored[stem] for stem in stems])
+        return [found[each] for each in asked]
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
 
-    def _search(self, stems: Sequence[Stem]) -> list[Search]:
+    def _path(self, asked: Asked) -> tuple[tuple[int, ...], list[Node]]:
+        """Return the tokens to compute first, and the nodes of the label trie among them.
+
+        Those are the conversation up to its answer, and the true label where it is known.
+        """
+        stem, true = asked
+        answer = () if true is None else self.prompt.answers[true][:-1]
+        nodes = [self._root]
+        for token in answer:
+            nodes.append(nodes[-1].children[token])
+        return (*stem, *answer), nodes
+
+    def _size(self, asked: Asked) -> tuple[Stem, int]:
+        """Return the tokens to compute first, and at how many of them logits are."""
+        tokens, nodes = self._path(asked)
+        return tokens, len(nodes)
+
+    def _search(self, asked: Sequence[Asked]) -> list[Search]:
         """Search the label trie below each of some sorted stems, one forward pass per round."""
-        row, new, paths = self._packer.pack(stems)
-        searches = [Search(np.full(len(self.prompt.labels), -np.inf)) for _ in stems]
-        ends = [path[-1] for path in paths]
-        logits = row.extend(new, ends)
-        chains = [
-            (search, [self._root], 0.0, [end]) for search, end in zip(searches, ends, strict=True)
-        ]
+        paths = [self._path(each) for each in asked]
+        row, new, positions = self._packer.pack(
+            [stem for stem, _ in asked], [tokens for tokens, _ in paths]
+        )
+        chains: list[tuple[Search, list[Node], float, list[int]]] = []
+        for (stem, true), (_, nodes), places in zip(asked, paths, positions, strict=True):
+            unknown = np.full(len(self.prompt.labels), -np.inf)
+            search = Search(unknown) if true is None else TrueLabelSearch(unknown, true=true)
+            chains.append((search, nodes, 0.0, places[len(stem) - 1 :]))
+        logits = row.extend(new, [position for chain in chains for position in chain[3]])
         look_below(chains, logits)
+        searches = [chain[0] for chain in chains]
         waiting: list[tuple[PackedRow, Sequence[Search]]] = [(row, searches)]
         del row
         self._descend(waiting)
@@ -186,6 +264,34 @@ class Scorer:
         look_below(chains, logits)
 
 
+def evaluate_rows(
+    scorer: Scorer,
+    table: Table,
+    what: str,
+    reporter: Reporter,
+    stop: Stop | None = None,
+    group: ProcessGroup | None = None,
+) -> tuple[float, float]:
+    """Return the accuracy on a table, and the loss: the mean over answer tokens, in nats.
+
+    Both are exact, see `Scorer.evaluate`; processes share the work as in `score_table`.
+
+    Raises:
+        Stopped: If the run was asked to stop.
+    """
+    place = {label: index for index, label in enumerate(scorer.prompt.labels)}
+    true = [place[label] for label in table.labels]
+    rows = list(zip(table.texts, true, strict=True))
+
+    def evaluate(part: Sequence[tuple[str, int]], advance: Advance) -> NDArray[np.float64]:
+        correct, losses = scorer.evaluate([t for t, _ in part], [i for _, i in part], advance)
+        return np.stack([correct, losses], axis=1)
+
+    correct, losses = _by_parts(scorer, rows, evaluate, what, reporter, stop, group).T
+    num_tokens = sum(len(scorer.prompt.answers[index]) for index in true)
+    return float(correct.mean()), float(losses.sum()) / num_tokens
+
+
 def score_rows(
     scorer: Scorer,
     table: Table,
@@ -222,15 +328,39 @@ def score_table(
     Raises:
         Stopped: If the run was asked to stop.
     """
+    return _by_parts(scorer, texts, scorer.probabilities, what, reporter, stop, group)
+
+
+def _by_parts(
+    scorer: Scorer,
+    rows: Sequence[Row],
+    compute: Callable[[Sequence[Row], Advance], NDArray[np.float64]],
+    what: str,
+    reporter: Reporter,
+    stop: Stop | None,
+    group: ProcessGroup | None,
+) -> NDArray[np.float64]:
+    """Return what is computed for each row, of several processes each computing a part."""
     group = group or ProcessGroup()
-    parts = []
-    for start in range(0, len(texts), BATCH_ROWS * group.size):
+    parts, done, end = [], 0, 0
+
+    def advance(num_done: int) -> None:
+        """Tell the progress, taking the other processes to be as far as this one."""
+        nonlocal done
+        num_done = min(num_done * group.size, end - done)
+        if num_done or not done:
+            done += num_done
+            reporter.scoring(what, done, len(rows))
+
+    advance(0)
+    for start in range(0, len(rows), BATCH_ROWS * group.size):
         memory.trim()  # training and scoring in turns fragment the heap
-        batch = texts[start : start + BATCH_ROWS * group.size]
+        batch = rows[start : start + BATCH_ROWS * group.size]
+        end = start + len(batch)
         with sharding.in_step(scorer.model, group):
-            own = scorer.probabilities(group.part(batch))
+            own = compute(group.part(batch), advance)
         parts += group.gather_arrays(own)
-        reporter.scoring(what, start + len(batch), len(texts))
+        advance(len(batch))
         if stop:
             stop.check()
     memory.trim()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -13,13 +13,15 @@ from remora.tree.packed_row import PackedRow
 Stem: TypeAlias = tuple[int, ...]
 """Token ids of a conversation up to its answer."""
 
+Item = TypeVar("Item")
+
 
 class PackedStems(NamedTuple):
-    """Stems laid out below a prefix that is computed already."""
+    """Sequences laid out below a prefix that is computed already."""
 
     row: PackedRow  # of the prefix; to extend by the new tokens
     new: list[tuple[int, int]]  # a token and the position of its parent in the row, -1 for none
-    paths: list[list[int]]  # of each stem: the positions of its tokens in the extended row
+    paths: list[list[int]]  # of each sequence: the positions of its tokens in the extended row
 
 
 class StemPacker:
@@ -32,41 +34,49 @@ class StemPacker:
         self._prompt, self._max_tokens = prompt, max_tokens
         self._prefix: tuple[Stem, PackedRow] | None = None
 
-    def groups(self, stems: Sequence[Stem], max_rows: int) -> Iterator[list[Stem]]:
-        """Cut sorted stems into groups of at most `max_tokens` computed tokens.
+    def groups(
+        self, items: Sequence[Item], size: Callable[[Item], tuple[Stem, int]], most_kept: int
+    ) -> Iterator[list[Item]]:
+        """Cut items into groups of at most `max_tokens` computed tokens.
 
         Args:
-            stems: Sorted, so that those which share most are neighbours.
-            max_rows: Most stems in a group.
+            items: Sorted by their tokens, so that those which share most are neighbours.
+            size: Returns the tokens of an item, and at how many of them logits are computed.
+            most_kept: Most logits in a group.
         """
-        group: list[Stem] = []
-        num_tokens = 0
-        for stem in stems:
-            added = len(stem) - common_prefix_length(
-                group[-1] if group else self._prompt.prefix, stem
-            )
-            if group and (num_tokens + added > self._max_tokens or len(group) == max_rows):
+        group: list[Item] = []
+        num_tokens = num_kept = 0
+        before: Sequence[int] = self._prompt.prefix
+        for item in items:
+            path, kept = size(item)
+            added = len(path) - common_prefix_length(before, path)
+            if group and (num_tokens + added > self._max_tokens or num_kept + kept > most_kept):
                 yield group
-                group, num_tokens = [], 0
-                added = len(stem) - common_prefix_length(self._prompt.prefix, stem)
-            group.append(stem)
-            num_tokens += added
+                group, num_tokens, num_kept = [], 0, 0
+                added = len(path) - common_prefix_length(self._prompt.prefix, path)
+            group.append(item)
+            num_tokens, num_kept, before = num_tokens + added, num_kept + kept, path
         if group:
             yield group
 
-    def pack(self, stems: Sequence[Stem]) -> PackedStems:
-        """Lay out sorted stems below the part of the prompt's prefix that they all share."""
+    def pack(self, stems: Sequence[Stem], sequences: Sequence[Stem]) -> PackedStems:
+        """Lay out sorted sequences below the part of the prompt's prefix that all stems share.
+
+        Args:
+            stems: Each the beginning of its sequence, or all of it.
+            sequences: The tokens to lay out.
+        """
         prefix, row = self._start(stems)
         new: list[tuple[int, int]] = []
         paths = []
         path, before = list(range(len(prefix))), prefix
-        for stem in stems:
-            del path[common_prefix_length(before, stem) :]
-            for token in stem[len(path) :]:
+        for sequence in sequences:
+            del path[common_prefix_length(before, sequence) :]
+            for token in sequence[len(path) :]:
                 new.append((token, path[-1] if path else -1))
                 path.append(row.length + len(new) - 1)
             paths.append(list(path))
-            before = stem
+            before = sequence
         return PackedStems(row, new, paths)
 
     def _start(self, stems: Sequence[Stem]) -> tuple[Stem, PackedRow]:
