@@ -219,17 +219,16 @@ def affordable(budget: float, num_train: int = 2_000, num_held_out: int = 1_500)
 
 def test_what_a_tenth_pays_for_is_counted_by_hand() -> None:
     zero_shot = 20 + 500 * 40
-    assert affordable(1e9) == (500, 2_000, 1_500)
+    assert affordable(1e9) == affordable(3 * zero_shot) == (500, 2_000, 1_500)
     # A third for zero-shot; the probe gets all training rows, then held-out rows
-    assert affordable(3 * zero_shot) == (500, 2_000, (2 * zero_shot - 20) // 10 - 2_000)
-    assert affordable(zero_shot + 20 + 10 * 3_000) == (417, 2_000, 1_332)
+    assert affordable(50_040) == (416, 2_000, (50_040 - (20 + 416 * 40) - 20) // 10 - 2_000)
     # A part of the training rows beside 1,000 held-out ones, at least half of them
     found = affordable(36_000)
     assert found == (299, (36_000 - 20 - 299 * 40 - 20) // 10 - 1_000, 1_000)
     assert 1_000 < found[1] < 2_000
     assert affordable(28_000) == (232, 0, 0)
     # Too few rows to score zero-shot leave more to the probe
-    assert affordable(11_000, num_train=100, num_held_out=1_500) == (0, 100, 996)
+    assert affordable(11_000, num_train=90, num_held_out=1_500) == (0, 90, 1_008)
     assert affordable(1_000) == affordable(-5) == (0, 0, 0)
     # Fewer held-out rows than the least are enough if they are all
     assert affordable(1e6, num_train=10, num_held_out=6) == (6, 10, 6)
