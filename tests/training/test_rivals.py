@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import encoders
-from conftest import WORDS
-from remora.cli import main
+from conftest import WORDS, call
 from remora.config import CompareConfig, DiagnoseConfig, TrainConfig
 from remora.data.dataset import load_data
 from remora.diagnosis import diagnose
@@ -32,6 +31,7 @@ from remora.training.run import train
 from remora.training.trainable import as_base
 from remora.tree import features
 from remora.tree.scoring import Scorer
+from runtime.test_process_group import ended
 
 ALL = ("svm", "zero-shot", "probe")
 
@@ -67,7 +67,7 @@ def base_answers(config: TrainConfig, texts: list[str]) -> list[str]:
 def test_zero_shot_and_probe_are_of_the_base_not_of_what_trained(
     config: TrainConfig, method: str
 ) -> None:
-    config = replace(config, method=method, baselines=ALL, max_steps=6)
+    config = replace(config, method=method, baselines=ALL)
     run = train(config).directory
     given = columns(run)
     assert given["zero-shot"] == base_answers(config, given["text"])
@@ -152,7 +152,7 @@ def test_a_run_without_baselines_is_read_by_everything(config: TrainConfig, caps
     assert [each.name for each in found.contenders if each.is_baseline] == ["TF-IDF + linear SVM"]
     diagnose.diagnose_run(DiagnoseConfig(without, method="tfidf"))
     arguments = ["--model", config.model, "--output", str(config.output), "--max-steps", "1"]
-    assert main(["train", config.data, *arguments, "--baselines", "none"]) == 0
+    assert call("train", config.data, *arguments, "--baselines", "none") == 0
     shown = capsys.readouterr()
     assert "baseline" not in shown.out
     assert "baselines" not in shown.err
@@ -161,7 +161,7 @@ def test_a_run_without_baselines_is_read_by_everything(config: TrainConfig, caps
 def test_the_terminal_names_them_all_and_the_best(config: TrainConfig, capsys) -> None:
     arguments = ["--model", config.model, "--output", str(config.output), "--max-steps", "2"]
     arguments += ["--baselines", "svm,zero-shot", "--baselines", "probe", "--device", "cpu"]
-    assert main(["train", config.data, *arguments]) == 0
+    assert call("train", config.data, *arguments) == 0
     shown = capsys.readouterr()
     told = " ".join(shown.out.split())
     name = Path(config.model).name
@@ -252,7 +252,7 @@ def test_tokens_that_labels_share_count_once() -> None:
     assert rivals.label_tokens(SimpleNamespace(answers=answers)) == 7
 
 
-def test_auto_says_what_it_leaves_out_and_how_to_ask(config: TrainConfig) -> None:
+def test_auto_says_what_it_leaves_out_and_how_to_ask(config: TrainConfig, monkeypatch) -> None:
     short, long = Listener(), Listener()
     run = train(replace(config, max_steps=1), reporter=short).directory
     (line,) = [line for line in short.lines if line.startswith("baselines:")]
@@ -261,7 +261,8 @@ def test_auto_says_what_it_leaves_out_and_how_to_ask(config: TrainConfig) -> Non
         "them by --baselines auto,zero-shot,probe"
     )
     assert not (run / features.FEATURES).exists()
-    run = train(replace(config, epochs=30, dropout=0.0, patience=0), reporter=long).directory
+    monkeypatch.setattr(rivals, "SHARE", 100.0)
+    run = train(replace(config, max_steps=1), reporter=long).directory
     assert "baselines: svm, zero-shot, probe" in long.lines
     assert (run / features.FEATURES).is_file()
 
@@ -406,12 +407,41 @@ def test_a_diagnosis_takes_the_features_that_the_run_kept(config: TrainConfig, m
     assert len(more) == len(texts) + 1
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_have_the_baselines_of_one(
+    config: TrainConfig, tmp_path: Path, method: str
+) -> None:
+    """With method full the weights are sharded."""
+    config = replace(config, name="run", method=method, baselines=ALL, dropout=0.0, max_steps=2)
+    train(config)
+    together = replace(config, output=tmp_path / "two", devices=2)
+    code, said = ended(together)
+    assert code == 0, "\n".join(said)
+    assert sum("baseline zero-shot: scoring 6 rows" in line for line in said) == 1
+    alone, several = (columns(each.output / "run") for each in (config, together))
+    assert alone["zero-shot"] == several["zero-shot"]
+    same = [a == b for a, b in zip(alone["probe"], several["probe"], strict=True)]
+    assert sum(same) >= len(same) - 1  # features differ by rounding
+    assert set(several) == set(alone)
+
+
+def test_one_process_that_fails_is_a_failure_in_all() -> None:
+    """So none of them waits for results of one that has given up."""
+    gathered = [None, "odd"]
+    group = SimpleNamespace(gather=lambda _: gathered)
+    session = SimpleNamespace(group=group, model=torch.nn.Linear(1, 1))
+    with pytest.raises(rivals._Failed, match="odd"):
+        rivals._agreed(session, lambda: 7)
+    gathered[1] = None
+    assert rivals._agreed(session, lambda: 7) == 7
+
+
 def test_a_learning_curve_has_the_svm_beside_each_size(config: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="a learning curve shows the svm beside each size"):
         replace(config, learning_curve="5,all", baselines=("probe",))
     arguments = ["--model", config.model, "--output", str(config.output), "--max-steps", "2"]
     arguments += ["--learning-curve", "5,all", "--baselines", "svm,zero-shot"]
-    assert main(["train", config.data, *arguments]) == 0
+    assert call("train", config.data, *arguments) == 0
     (run,) = config.output.iterdir()
     names = {
         path.parent.name: [each["name"] for each in json.loads(path.read_text())["rivals"]]

@@ -399,7 +399,7 @@ def _embeddings(session: Session, folder: Path, held_out: Table) -> Answers:
     began = time.perf_counter()
     train = session.dataset.train
     model = encoder.load(folder, session.device)
-    width = int(model.encode([""], show_progress_bar=False).shape[1])
+    width = encoder.embed(model, train.texts[:1]).shape[1]
     most = min(MAX_TRAIN_ROWS, regression.max_rows(width, len(session.dataset.labels)))
     rows = splits.sample_rows(train.labels, most, session.config.seed)
     texts = [*(train.texts[i] for i in rows), *held_out.texts]
