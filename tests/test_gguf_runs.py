@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import gguf_files
-from conftest import WAYS, WORDS
-from remora import TextClassifier, cli
+from conftest import WAYS, WORDS, call
+from remora import TextClassifier
 from remora.export import push
 from remora.models import gguf, gguf_conversion, hub, metadata
 from remora.runtime.device import choose_precision
@@ -23,14 +23,6 @@ from remora.serving.adapters import AdapterSet
 
 MESSAGES = ["Where is my card?", "still no refund", "top up again"]
 CPU = torch.device("cpu")
-
-
-def call(*arguments: str) -> int:
-    """Run the command line in this process; return its exit code."""
-    try:
-        return cli.main(list(arguments))
-    except SystemExit as end:
-        return int(end.code or 0)
 
 
 def train(*more: str, model: str = "base.gguf", name: str = "run") -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 from data.test_dataset import many, rows
 from data.test_table import write_csv
 from remora.data.dataset import load_dataset
-from remora.data.splits import batches
+from remora.data.splits import batches, sample
+from remora.data.table import Table
 from remora.errors import ConfigError
 
 
@@ -33,6 +34,21 @@ def test_a_split_is_stratified_and_loses_no_row(tmp_path):
         many({"a": 600, "b": 300, "c": 100})
     )
     assert dataset.train.texts == sorted(dataset.train.texts, key=lambda t: (t[0], int(t[2:])))
+
+
+def test_a_sample_is_stratified_and_drawn_by_the_seed():
+    labels = ["a"] * 60 + ["b"] * 30 + ["c"]
+    table = Table([f"t{i:02}" for i in range(91)], labels)
+    drawn = sample(table, 31, seed=1)
+    assert Counter(drawn.labels) in ({"a": 20, "b": 10, "c": 1}, {"a": 21, "b": 10})
+    assert drawn.texts == sorted(set(drawn.texts))  # in the order of the table, none twice
+    assert all(
+        table.labels[int(t[1:])] == c for t, c in zip(drawn.texts, drawn.labels, strict=True)
+    )
+    assert drawn == sample(table, 31, seed=1)
+    assert drawn != sample(table, 31, seed=2)
+    assert sample(table, 91, seed=1) is sample(table, 200, seed=1) is table
+    assert Counter(sample(table, 90, seed=1).labels).total() == 90
 
 
 def test_a_split_depends_on_the_seed_alone(tmp_path):

@@ -29,6 +29,12 @@ def plan(available_bytes: int) -> Plan:
         operations_per_example=2e9,
         num_steps=6,
         batch_size=32,
+        run_tokens=1_920.0,
+        num_evaluations=3,
+        eval_rows=40,
+        eval_tokens=9.0,
+        num_scored_rows=200,
+        scored_tokens=15.0,
         micro_batch_tokens=2048,
         largest_micro_batch=1_500,
         checkpointing=False,
@@ -40,6 +46,8 @@ def plan(available_bytes: int) -> Plan:
         free_disk_bytes=500,
         download_bytes=0,
         seconds=300.0,
+        validation_seconds=60.0,
+        test_seconds=120.0,
         seconds_are="from a table",
         alternatives=("with --checkpointing on",),
     )
@@ -50,7 +58,8 @@ def test_a_plan_that_fits_says_where() -> None:
     assert "1.10 GB of 16.00 GB" in shown  # eleven components of 100 MB
     assert "1,000, of which 5 trainable (0.50%): 20 B in 32 bits, 10 B in 16 bits" in shown
     assert "30.0 padded, 10.0 in trees (3.0 times fewer)" in shown
-    assert "6 steps of 32 rows: 5.0 min, from a table" in shown
+    assert "6 steps of 32 rows, 3 evaluations of 40, 200 held-out rows: 8.0 min (5.0 min " in shown
+    assert "training, 60 s validation, 2.0 min scoring held-out rows), from a table" in shown
     assert "500 B free: TOO LITTLE" in shown
     assert shown.rstrip().endswith("fits on Tesla T4")
 

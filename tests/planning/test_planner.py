@@ -14,7 +14,7 @@ import pytest
 
 from remora.config import PlanConfig
 from remora.errors import ConfigError
-from remora.planning import planner
+from remora.planning import plan, planner
 
 TABLE = "text,label\n" + "".join(
     f"my card {i},card\nmy refund {i} is late,refund\n" for i in range(20)
@@ -132,7 +132,50 @@ def test_the_verb_prints_json_on_standard_output_only(weightless, capsys, monkey
         main([*arguments, "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] is True
-    assert told["seconds"] > 0
+    assert min(told[f"{part}seconds"] for part in ("", "validation_", "test_")) > 0
     with pytest.raises(SystemExit, match=r"^0$"):
         main([*arguments, "--checkpointing", "on"])
     assert "checkpointing on" in capsys.readouterr().out
+
+
+def test_the_plan_counts_evaluations_and_the_rows_scored_at_the_end(weightless):
+    """Of 40 rows 32 train, in 1 step for each of 3 epochs; 4 validate and 4 test."""
+    made = planned(weightless, device="t4")
+    assert (made.num_steps, made.num_evaluations) == (3, 3)
+    assert (made.eval_rows, made.num_scored_rows) == (4, 8)
+    assert made.run_tokens == pytest.approx(3 * 32 * made.tree_tokens)
+    assert made.message_tokens < made.eval_tokens < made.scored_tokens
+    few = planned(weightless, device="t4", eval_rows=2, eval_steps=2)
+    assert (few.num_evaluations, few.eval_rows) == (2, 2)
+    none = planned(weightless, device="t4", validation_fraction=0.0, test_fraction=0.5)
+    assert (none.num_evaluations, none.eval_rows, none.num_scored_rows) == (0, 0, 20)
+
+
+def test_the_time_of_a_run_is_that_of_its_tokens(weightless):
+    made = planned(weightless, device="t4")
+    rates = plan.Rates(training=0.003, scoring=0.001)
+    whole = made.duration(rates)
+    assert whole.training == pytest.approx(0.003 * made.run_tokens)
+    assert whole.validation == pytest.approx(0.001 * 3 * 4 * made.eval_tokens)
+    assert whole.test == pytest.approx(0.001 * 8 * made.scored_tokens)
+    assert whole.total == whole.training + whole.validation + whole.test
+    rest = made.duration(rates, num_steps=2, num_processes=2, num_scored=0)
+    assert rest.training == pytest.approx(whole.training / 3)
+    assert rest.validation == pytest.approx(whole.validation / 3)
+    assert rest.test == 0
+
+
+@pytest.mark.parametrize(("method", "share"), [("lora", 1 / 2), ("full", 1 / 3)])
+def test_a_published_rate_gives_the_time_of_scoring_too(weightless, method, share):
+    """A forward pass is half the operations of a step on a frozen base, else a third."""
+    made = planned(weightless, device="t4", method=method)
+    rate = made.seconds / made.run_tokens
+    assert made.validation_seconds == pytest.approx(share * rate * 12 * made.eval_tokens)
+    assert made.test_seconds == pytest.approx(share * rate * 8 * made.scored_tokens)
+    assert made.estimated.total > made.seconds
+
+
+def test_times_are_told_by_part():
+    time = plan.Duration(training=480.0, validation=125.0, test=0.2)
+    assert str(time) == "10 min (8.0 min training, 2.1 min validation)"
+    assert str(plan.Duration(training=0.1, validation=0.0, test=0.0)) == "1 s"

@@ -165,9 +165,7 @@ class Trained:
         """Return what trains with its gradients of a batch, the loss and the micro-batches."""
         precision = Precision(compute=torch.float32, base=torch.float32, reason="")
         with accelerator_for(precision, CPU) as accelerator:
-            heaviest = plan.Heaviest(
-                rows=rows, bytes_per_token=1.0, limit_bytes=10**12, run_tokens=1
-            )
+            heaviest = plan.Heaviest(rows=rows, bytes_per_token=1.0, limit_bytes=10**12)
             batches = MicroBatches(model, 40, accelerator, heaviest, group, Reporter())
             model.zero_grad()
             loss, _ = batches.add_gradients(rows)

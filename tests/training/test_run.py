@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import WORDS
+from conftest import WORDS, call
 from remora.config import TrainConfig
 from remora.data.dataset import load_dataset
 from remora.errors import ConfigError, DataError, DivergedError, ResourceError
 from remora.evaluation.predictions import PROBABILITIES, read_probabilities
 from remora.models import loading, saved
+from remora.planning.plan import Rates
 from remora.runtime import memory
 from remora.runtime.device import choose_precision
 from remora.runtime.process_group import ProcessGroup
@@ -56,6 +58,21 @@ def remora(*arguments: str | Path, stdin: str | None = None) -> subprocess.Compl
     return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture
+def remora_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the command line in this process, which has torch imported, and return its output."""
+
+    def run_here(*arguments: str | Path, stdin: str = "") -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+            code = call(*arguments)
+        shown = capsys.readouterr()
+        assert code == 0, shown.err
+        return shown.out
+
+    return run_here
+
+
 @pytest.fixture(scope="module")
 def finished(base: Path, table: Path, tmp_path_factory: pytest.TempPathFactory):
     output = tmp_path_factory.mktemp("cli")
@@ -75,6 +92,10 @@ def test_train_learns_and_shows_what_a_user_wants_to_know(finished) -> None:
     assert result["metrics"]["accuracy"] == 1.0
     for wanted in ("accuracy   100.00%", "95% interval", "TF-IDF + linear SVM", "macro-F1"):
         assert wanted in done.stdout
+    assert re.search(
+        r"time +training \d+ s, validation \d+ s \(\d+%\), scoring held-out rows \d+ s \(\d+%\)\n",
+        done.stdout,
+    )
     for wanted in ("examples/s", "supervised tokens/s", "peak memory", "adapter    "):
         assert wanted in done.stdout
     assert "it/s" not in done.stdout + done.stderr
@@ -124,44 +145,45 @@ def test_the_same_settings_give_the_same_adapter_again(finished, tmp_path: Path)
     assert (directory / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_predict_streams_labels_in_order(finished) -> None:
+def test_predict_streams_labels_in_order(finished, remora_here) -> None:
     _, directory = finished
     done = remora("predict", directory, "--device", "cpu", stdin="my card\nmy refund\n")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(done.stdout.splitlines()))
     assert [row["text"] for row in rows] == ["my card", "my refund"]
     assert [row["label"] for row in rows] == ["card arrival", "refund"]
-    done = remora("predict", directory, "--json", "--top-k", "2", stdin="top up please\n")
-    (line,) = done.stdout.splitlines()
+    shown = remora_here("predict", directory, "--json", "--top-k", "2", stdin="top up please\n")
+    (line,) = shown.splitlines()
     ranked = json.loads(line)["labels"]
     assert ranked[0]["label"] == "top up failed"
     assert ranked[0]["probability"] >= ranked[1]["probability"]
 
 
-def test_eval_measures_what_train_measured(finished, table: Path, tmp_path: Path) -> None:
+def test_eval_measures_what_train_measured(
+    finished, remora_here, table: Path, tmp_path: Path
+) -> None:
     _, directory = finished
     kept = tmp_path / "kept.csv"
-    done = remora("eval", directory, table, "--json", "--predictions", kept)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["accuracy"] > 0.95
+    shown = remora_here("eval", directory, table, "--json", "--predictions", kept)
+    assert json.loads(shown)["accuracy"] > 0.95
     assert len(kept.read_text(encoding="utf-8").splitlines()) == 91
 
 
 def test_eval_chooses_its_threshold_on_validation_rows(
-    finished, table: Path, tmp_path: Path
+    finished, remora_here, table: Path, tmp_path: Path
 ) -> None:
     _, directory = finished
-    done = remora("eval", directory, table, "--abstain-at-accuracy", "0.9")
-    assert re.search(r"abstain    threshold 0\.\d+ for 90.0% accuracy, chosen on 9", done.stdout)
-    assert re.search(r"at temperature \d+\.\d\d, fitted on 9 validation rows", done.stdout)
+    shown = remora_here("eval", directory, table, "--abstain-at-accuracy", "0.9")
+    assert re.search(r"abstain    threshold 0\.\d+ for 90.0% accuracy, chosen on 9", shown)
+    assert re.search(r"at temperature \d+\.\d\d, fitted on 9 validation rows", shown)
     (tmp_path / "oos.csv").write_text("text\nWhat a fine day\nbla bla\n", encoding="utf-8")
     only = tmp_path / "adapter"
     shutil.copytree(directory / "adapter", only)
-    done = remora(
+    shown = remora_here(
         *("eval", only, table, "--json", "--abstain-at-accuracy", "0.9"),
         *("--out-of-scope", tmp_path / "oos.csv"),
     )
-    found = json.loads(done.stdout)["reliability"]
+    found = json.loads(shown)["reliability"]
     assert found["abstention"]["chosen_on"] == "the measured rows"
     assert found["temperature"] is None
     assert found["out_of_scope"]["num_rows"] == 2
@@ -180,7 +202,7 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     watcher = Watcher()
     spoiled = replace(config, learning_rate=0.3, schedule="constant", eval_steps=1, max_steps=8)
     result = train(spoiled, reporter=watcher)
-    best = max(watcher.seen, key=lambda v: (v.accuracy, -v.log_loss))
+    best = max(watcher.seen, key=lambda v: (v.accuracy, -v.loss))
     assert watcher.seen[-1] != best
     assert result.best_step == best.step
     assert [v for v in watcher.seen if v.best][-1] == best
@@ -188,10 +210,58 @@ def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     adapted, prompt, _ = saved.load_adapter(result.directory, base=None, dtype=dtype, device=device)
     dataset = load_dataset(config.data, seed=config.seed)
     scorer = scoring.Scorer(adapted, prompt)
-    scored = scoring.score_rows(scorer, dataset.validation, "validation", Reporter())
-    assert (scored.correct.mean(), scored.log_loss) == pytest.approx(
-        (best.accuracy, best.log_loss), rel=1e-4
+    found = scoring.evaluate_rows(scorer, dataset.validation, "validation", Reporter())
+    assert found == pytest.approx((best.accuracy, best.loss), rel=1e-4)
+
+
+def test_each_evaluation_scores_the_same_sample_and_the_end_all_rows(
+    config: TrainConfig, monkeypatch
+) -> None:
+    seen = []
+    evaluate = scoring.evaluate_rows
+
+    def noting(scorer, rows, *others):
+        seen.append(rows)
+        return evaluate(scorer, rows, *others)
+
+    monkeypatch.setattr(scoring, "evaluate_rows", noting)
+    watcher = Watcher()
+    result = train(replace(config, epochs=2, eval_rows=6), reporter=watcher)
+    assert [v.rows for v in watcher.seen] == [6, 6]
+    assert seen[0] == seen[1]
+    assert Counter(seen[0].labels) == dict.fromkeys(WORDS, 2)
+    validation = load_dataset(config.data, seed=config.seed).validation
+    assert len(validation) == 9
+    assert set(seen[0].texts) < set(validation.texts)
+    kept = read_probabilities(result.directory / PROBABILITIES, sorted(WORDS), "validation")
+    assert len(kept.true) == 9
+
+
+def test_a_run_tells_how_long_it_takes_and_what_measuring_took(
+    config: TrainConfig, monkeypatch
+) -> None:
+    """The rates at the start are given; those of the first evaluation are measured."""
+    rates = Rates(0.5, 0.25)
+    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", lambda _: rates)
+    listener = Listener()
+    result = train(replace(config, epochs=2), reporter=listener)
+    planned = json.loads((result.directory / "plan.json").read_text())
+    assert planned["num_evaluations"] == 2
+    assert planned["eval_rows"] == planned["num_scored_rows"] // 2 == 9  # 9 of the test
+    assert planned["seconds"] == pytest.approx(0.5 * planned["run_tokens"])
+    assert planned["validation_seconds"] == pytest.approx(0.25 * 18 * planned["eval_tokens"])
+    assert planned["test_seconds"] == pytest.approx(0.25 * 18 * planned["scored_tokens"])
+    assert planned["seconds_are"] == "estimated from the largest micro-batch"
+    (told,) = [line for line in listener.lines if line.startswith("about ") and "steps" in line]
+    assert re.match(
+        r"about [\d.]+ min \([\d.]+ min training, \d+ s validation, \d+ s scoring held-out rows\) "
+        r"for 18 steps, ",
+        told,
     )
+    assert listener.lines.count("about 1 s left") == 1  # once, after the first of two
+    figures = json.loads((result.directory / "evaluation.json").read_text())
+    assert 0 < figures["validation_seconds"] < figures["train_seconds"]
+    assert figures["test_seconds"] > 0
 
 
 def test_early_stopping_stops_after_patience(config: TrainConfig) -> None:
@@ -258,7 +328,7 @@ def test_running_out_of_memory_changes_no_result(
 def test_a_run_that_ran_out_is_the_run_that_began_smaller(config: TrainConfig, monkeypatch) -> None:
     settings = replace(config, dropout=0.3, max_steps=4)
     # Untried, so that memory runs out in the first step itself, after its dropout has been drawn.
-    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", lambda _: 0.0)
+    monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", lambda _: Rates(0.0, 0.0))
     sizes = []
     halve = micro_batches.MicroBatches._halve
 
@@ -456,12 +526,11 @@ def test_a_run_is_timed_without_what_sets_up_the_libraries(
     assert len(sizes) == (2 if first < micro_batches.LONG_SECONDS else 1)
 
 
-def test_a_tracker_gets_every_record(base: Path, table: Path, tmp_path: Path) -> None:
-    done = remora(
+def test_a_tracker_gets_every_record(remora_here, base: Path, table: Path, tmp_path: Path) -> None:
+    remora_here(
         *("train", table, "--model", base, "--output", tmp_path, "--name", "run"),
         *("--max-steps", 3, "--trackers", "tensorboard"),
     )
-    assert done.returncode == 0, done.stderr
     (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
     written = events.read_bytes()
     assert b"validation_accuracy" in written

@@ -13,8 +13,12 @@ import torch
 
 from conftest import ARCHITECTURES, tiny_model
 from remora.data.prompt import Prompt
+from remora.data.table import Table
 from remora.runtime import memory
-from remora.tree import scoring
+from remora.runtime.reporter import Reporter
+from remora.tree import packing, scoring
+from remora.tree.forward import answer_logits
+from remora.tree.loss import loss_sum
 from remora.tree.packed_row import PackedRow
 from remora.tree.scoring import Scorer
 
@@ -55,13 +59,17 @@ def test_probabilities_equal_the_exhaustive_computation(architecture, tokenizer)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_tolerance_bounds_the_error_and_keeps_the_argmax(tokenizer):
+def many_labels():
     labels = [
         f"{a} {b}" for a in ("card", "refund", "top up") for b in ("late", "lost", "fee", "no")
     ]
+    return labels, [f"{m} {i}" for i in range(20) for m in MESSAGES]
+
+
+def test_tolerance_bounds_the_error_and_keeps_the_argmax(tokenizer):
+    labels, messages = many_labels()
     model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
     prompt = Prompt(tokenizer, labels, instruction="", max_length=200)
-    messages = [f"{m} {i}" for i in range(20) for m in MESSAGES]
     exact = Scorer(model, prompt, tolerance=0).probabilities(messages)
     looked_at = {}
     for tolerance in (1e-3, 0.1, 1.0):
@@ -163,3 +171,75 @@ def test_what_is_freed_above_the_limit_is_given_back(tokenizer, monkeypatch):
     for limit, gives in ((None, False), (1 << 60, False), (1, True)):
         Scorer(model, prompt, tolerance=0, limit_bytes=limit).probabilities(MESSAGES)
         assert bool(trimmed) is gives
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_evaluation_equals_the_exhaustive_computation(architecture, tokenizer):
+    model = tiny_model(architecture, torch.float64, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="Sort this.", max_length=200)
+    # Each message with each label, so that each label is the true one and the right one at times.
+    messages = [message for message in MESSAGES for _ in LABELS]
+    labels = [*range(len(LABELS))] * len(MESSAGES)
+    right = exhaustive(model, prompt, MESSAGES).argmax(1).repeat(len(LABELS)) == labels
+    rows = prompt.rows(messages, [LABELS[label] for label in labels])
+    expected = []
+    for ids, start in rows:
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
+        target = torch.tensor(ids[start:])
+        expected.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+    for max_tokens in (4096, 60, 12):
+        done = []
+        scorer = Scorer(model, prompt, max_tokens=max_tokens)
+        correct, losses = scorer.evaluate(messages, labels, done.append)
+        assert correct.tolist() == right.tolist()
+        np.testing.assert_allclose(losses, expected, atol=1e-6)
+        assert sum(done) == len(messages)
+        assert len(done) > 1 or max_tokens > 1000
+
+
+def test_an_evaluation_explores_less_than_probabilities(tokenizer):
+    labels, messages = many_labels()
+    model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, labels, instruction="", max_length=200)
+    calls = count_tokens(model)
+    best = Scorer(model, prompt).probabilities(messages).argmax(1)
+    of_all = calls()
+    for true, is_right in ((best, True), ((best + 1) % len(labels), False)):
+        calls = count_tokens(model)
+        correct, _ = Scorer(model, prompt).evaluate(messages, true.tolist())
+        assert (correct == is_right).all()
+        assert calls() < of_all
+
+
+def test_no_pass_of_an_evaluation_has_more_logits_than_it_may(tokenizer, monkeypatch):
+    model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="Sort this.", max_length=200)
+    kept = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: kept.append(len(kwargs["logits_to_keep"])), with_kwargs=True
+    )
+    monkeypatch.setattr(scoring, "LOGIT_ELEMENTS", 20 * len(tokenizer))
+    Scorer(model, prompt).evaluate(MESSAGES, [1, 4, 5, 0, 2, 3])
+    assert max(kept) <= 20
+    assert sum(kept) >= sum(len(prompt.answers[i]) for i in (1, 4, 5, 0, 2, 3))
+
+
+def test_the_loss_of_a_table_is_that_of_training(tokenizer):
+    """The mean over answer tokens, as of an effective batch of all rows; told as it goes on."""
+    model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)
+    rows = Table(MESSAGES, LABELS)
+    told = []
+    reporter = Reporter()
+    reporter.scoring = lambda *progress: told.append(progress)
+    accuracy, loss = scoring.evaluate_rows(Scorer(model, prompt), rows, "validation", reporter)
+    packed = packing.build(prompt.rows(MESSAGES, LABELS))
+    with torch.no_grad():
+        expected = loss_sum(answer_logits(model, packed), packed) / packed.num_supervised_tokens
+    assert loss == pytest.approx(float(expected), rel=1e-9)
+    scored = scoring.score_rows(Scorer(model, prompt, tolerance=0), rows, "test", Reporter())
+    assert accuracy == scored.correct.mean()
+    assert told[0] == ("validation", 0, len(MESSAGES))
+    assert told[-1] == ("validation", len(MESSAGES), len(MESSAGES))

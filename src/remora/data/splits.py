@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from remora.data.table import Table
 from remora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_VALIDATION_ROWS = 2_000
 MAX_TEST_ROWS = 10_000
@@ -53,24 +58,13 @@ def hold_out(table: Table, sizes: dict[str, int], seed: int) -> tuple[Table, dic
     """
     import numpy as np
 
-    # Rows by class, shuffled within each
     rng = np.random.default_rng(seed)
-    place = {label: i for i, label in enumerate(sorted(set(table.labels)))}
-    codes = np.fromiter((place[label] for label in table.labels), np.int64, len(table))  # [N]
-    counts = np.bincount(codes)  # [L] rows of each class
-    order = rng.permutation(len(table))
-    order = order[np.argsort(codes[order], kind="stable")]  # [N]
-
-    # Whole shares first, then the largest remainders
+    order, counts = _by_class(table, rng)
     begin = np.cumsum(counts) - counts  # [L] the next free row of each class
     free = counts - 1
     owner = np.zeros(len(table), np.int8)  # [N] 0 is training
     for number, size in enumerate(sizes.values(), 1):
-        share = size * counts / len(table)
-        take = np.minimum(share.astype(np.int64), free)
-        by_remainder = np.lexsort((rng.random(len(counts)), take - share))
-        while (missing := min(size, free.sum()) - take.sum()) > 0:
-            take[[i for i in by_remainder if take[i] < free[i]][:missing]] += 1
+        take = _allot(size, counts, free, rng)
         for first, num_rows in zip(begin, take, strict=True):
             owner[order[first : first + num_rows]] = number
         begin, free = begin + take, free - take
@@ -80,3 +74,44 @@ def hold_out(table: Table, sizes: dict[str, int], seed: int) -> tuple[Table, dic
         return Table([table.texts[i] for i in places], [table.labels[i] for i in places])
 
     return rows(0), {split: rows(number) for number, split in enumerate(sizes, 1)}
+
+
+def sample(table: Table, size: int, seed: int) -> Table:
+    """Return some rows of a table in their order, stratified by class; all if it has no more."""
+    import numpy as np
+
+    if size >= len(table):
+        return table
+    rng = np.random.default_rng(seed)
+    order, counts = _by_class(table, rng)
+    take = _allot(size, counts, counts, rng)
+    begin = np.cumsum(counts) - counts
+    parts = [order[first : first + n] for first, n in zip(begin, take, strict=True)]
+    places = np.sort(np.concatenate(parts)).tolist()
+    return Table([table.texts[i] for i in places], [table.labels[i] for i in places])
+
+
+def _by_class(
+    table: Table, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return rows by class, shuffled within each, [N], and the rows of each class, [L]."""
+    import numpy as np
+
+    place = {label: i for i, label in enumerate(sorted(set(table.labels)))}
+    codes = np.fromiter((place[label] for label in table.labels), np.int64, len(table))  # [N]
+    order = rng.permutation(len(table))
+    return order[np.argsort(codes[order], kind="stable")], np.bincount(codes)
+
+
+def _allot(
+    size: int, counts: NDArray[np.int64], free: NDArray[np.int64], rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return how many rows each class gives, [L]: whole shares, then the largest remainders."""
+    import numpy as np
+
+    share = size * counts / counts.sum()
+    take: NDArray[np.int64] = np.minimum(share.astype(np.int64), free)
+    by_remainder = np.lexsort((rng.random(len(counts)), take - share))
+    while (missing := min(size, free.sum()) - take.sum()) > 0:
+        take[[i for i in by_remainder if take[i] < free[i]][:missing]] += 1
+    return take

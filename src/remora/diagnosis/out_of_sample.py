@@ -187,7 +187,7 @@ def _fold(
         ) as session,
         stop.deferred(),
     ):
-        fit(session, checkpoints=checkpoints, resumed=resumed)
+        fit(session, checkpoints=checkpoints, resumed=resumed, num_scored=len(own))
         texts = [rows.texts[i] for i in own]
         scorer = session.scorer(tolerance=1e-3)
         return scoring.score_table(scorer, texts, "fold", reporter, stop)

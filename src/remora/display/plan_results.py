@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from remora.display.console import figures_table, print_line, standard_output
-from remora.formatting import spoken_bytes, spoken_seconds
+from remora.formatting import spoken_bytes
 from remora.planning.plan import Plan
 
 
@@ -32,7 +32,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
 def _lines(plan: Plan) -> tuple[str, ...]:
     """Return the settings with their reasons, a line each."""
     saved = plan.padded_tokens / plan.tree_tokens
-    time = "" if plan.seconds is None else f"{spoken_seconds(plan.seconds)}, "
+    time = "" if plan.estimated is None else f"{plan.estimated}, "
     return (
         f"\nparameters  {plan.parameters:,}, of which {plan.trainable:,} trainable "
         f"({plan.trainable / plan.parameters:.2%}): {spoken_bytes(plan.adapter_bytes_32)} in "
@@ -46,7 +46,9 @@ def _lines(plan: Plan) -> tuple[str, ...]:
         f"micro-batch at most {plan.micro_batch_tokens:,} tokens (the largest has "
         f"{plan.largest_micro_batch:,}), checkpointing {'on' if plan.checkpointing else 'off'}: "
         f"{plan.why}",
-        f"time        {plan.num_steps:,} steps of {plan.batch_size} rows: {time}{plan.seconds_are}",
+        f"time        {plan.num_steps:,} steps of {plan.batch_size} rows, {plan.num_evaluations:,} "
+        f"evaluations of {plan.eval_rows:,}, {plan.num_scored_rows:,} held-out rows: "
+        f"{time}{plan.seconds_are}",
         f"disk        {spoken_bytes(plan.disk_bytes)} for the run, "
         f"{spoken_bytes(plan.free_disk_bytes)} free{'' if plan.fits_disk else ': TOO LITTLE'}; "
         f"{spoken_bytes(plan.download_bytes)} to download",

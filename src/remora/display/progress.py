@@ -59,7 +59,7 @@ class TerminalReporter(Reporter):
         mark = ", best so far" if validation.best else ""
         self.say(
             f"step {validation.step}: validation accuracy {validation.accuracy:.1%}, "
-            f"log-loss {validation.log_loss:.3f}{mark}"
+            f"loss {validation.loss:.3f}, on {validation.rows:,} rows{mark}"
         )
 
     def scoring(self, what: str, done: int, total: int) -> None:

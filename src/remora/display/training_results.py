@@ -48,9 +48,9 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
         console,
         f"speed      {result.examples_per_second:.1f} examples/s, "
         f"{result.supervised_tokens_per_second:.0f} supervised tokens/s; "
-        f"{result.num_steps} steps in {result.train_seconds:.0f} s, "
-        f"{spoken_file_bytes(result.peak_memory_bytes)} peak memory",
+        f"{result.num_steps} steps, {spoken_file_bytes(result.peak_memory_bytes)} peak memory",
     )
+    print_line(console, f"time       {_shares(result)}")
     if result.speed_up is not None:
         print_line(
             console,
@@ -63,6 +63,20 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
     print_line(console, f"run        {result.directory}")
     if (page := result.directory / "report.html").is_file():
         print_line(console, f"report     {page}")
+
+
+def _shares(result: TrainResult) -> str:
+    """Return the time of a run by what it was spent on."""
+    steps = result.train_seconds - result.validation_seconds
+    total = result.train_seconds + result.test_seconds
+    parts = {
+        "validation": result.validation_seconds,
+        "scoring held-out rows": result.test_seconds,
+    }
+    measuring = ", ".join(
+        f"{name} {spoken_seconds(part)} ({part / total:.0%})" for name, part in parts.items()
+    )
+    return f"training {spoken_seconds(steps)}, {measuring}"
 
 
 def show_learning_curve(curve: LearningCurve, console: Console | None = None) -> None:

@@ -223,8 +223,19 @@ def _training(directory: Path) -> TrainingSection | None:
     drawn = charts.training(records)
     if not drawn:
         return None
-    validations = [record for record in records if "validation_accuracy" in record]
+    validations = [_evaluation(record) for record in records if "validation_accuracy" in record]
     return TrainingSection(charts=drawn, validations=validations)
+
+
+def _evaluation(record: Figures) -> Figures:
+    """Return an evaluation as it is shown; earlier versions logged the log-loss over the labels."""
+    loss = record.get("validation_loss", record.get("validation_log_loss"))
+    return {
+        "step": record["step"],
+        "accuracy": record["validation_accuracy"],
+        "loss": "" if loss is None else f"{loss:.4f}",
+        "best": record["validation_best"],
+    }
 
 
 def _learning_curve(directory: Path) -> LearningCurveSection | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from remora.config import TrainConfig
 from remora.data.prompt import TokenSequence
+from remora.formatting import spoken_seconds
 
 CUDA_CONTEXT_BYTES = 850_000_000
 CUDA_WORKSPACE_BYTES = 80_000_000
@@ -44,7 +45,45 @@ class Heaviest:
     rows: list[TokenSequence]
     bytes_per_token: float
     limit_bytes: int  # of the process on CPU; above it freed memory is given back
-    run_tokens: float  # tokens that the whole run computes
+
+
+class Rates(NamedTuple):
+    """Seconds for each token."""
+
+    training: float  # forward and backward
+    scoring: float  # forward only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duration:
+    """The time of a run, or of the rest of one, in seconds."""
+
+    training: float  # optimizer steps
+    validation: float  # evaluations on validation rows, which choose the weights
+    test: float  # scoring test and validation rows with the weights that were chosen
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.training + self.validation + self.test
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the parts by the names that they have in a plan."""
+        return {
+            "seconds": self.training,
+            "validation_seconds": self.validation,
+            "test_seconds": self.test,
+        }
+
+    def __str__(self) -> str:
+        """Return it in words, without the parts that take no time."""
+        parts = {
+            "training": self.training,
+            "validation": self.validation,
+            "scoring held-out rows": self.test,
+        }
+        told = [f"{spoken_seconds(part)} {name}" for name, part in parts.items() if part >= 0.5]
+        return f"{spoken_seconds(self.total)} ({', '.join(told)})" if told else "1 s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +107,12 @@ class Plan:
     operations_per_example: float
     num_steps: int
     batch_size: int
+    run_tokens: float  # computed by all steps, forward and backward
+    num_evaluations: int  # while training, unless it stops early
+    eval_rows: int  # validation rows in each of them
+    eval_tokens: float  # computed for each of these rows, forward only
+    num_scored_rows: int  # test and validation rows, scored with the weights that were chosen
+    scored_tokens: float  # computed for each of these rows, forward only; estimated
     micro_batch_tokens: int
     largest_micro_batch: int  # tokens of the largest tree
     checkpointing: bool
@@ -78,9 +123,46 @@ class Plan:
     disk_bytes: int  # of the run directory, at most
     free_disk_bytes: int  # where it will be
     download_bytes: int  # 0 if the base model is on this machine
-    seconds: float | None
+    seconds: float | None  # of all steps
+    validation_seconds: float | None
+    test_seconds: float | None  # of scoring test and validation rows
     seconds_are: str
     alternatives: tuple[str, ...]  # that would fit, the cheapest first; empty if the run fits
+
+    @property
+    def estimated(self) -> Duration | None:
+        """The time of the run, None if it was not estimated."""
+        if self.seconds is None or self.validation_seconds is None or self.test_seconds is None:
+            return None
+        return Duration(
+            training=self.seconds, validation=self.validation_seconds, test=self.test_seconds
+        )
+
+    def duration(
+        self,
+        seconds_per_token: Rates,
+        *,
+        num_processes: int = 1,
+        num_steps: int | None = None,
+        num_scored: int | None = None,
+    ) -> Duration:
+        """Return the time of the run, or of its last steps.
+
+        Args:
+            seconds_per_token: Of training and of scoring, of one process.
+            num_processes: Those that share the work.
+            num_steps: Steps that are left; by default all.
+            num_scored: Rows that are scored at the end; by default those of `remora train`.
+        """
+        steps = self.num_steps if num_steps is None else num_steps
+        rows = self.num_scored_rows if num_scored is None else num_scored
+        num_evaluations = -(-steps * self.num_evaluations // self.num_steps)  # rounded up
+        training, scoring = (rate / num_processes for rate in seconds_per_token)
+        return Duration(
+            training=self.run_tokens * steps / self.num_steps * training,
+            validation=num_evaluations * self.eval_rows * self.eval_tokens * scoring,
+            test=rows * self.scored_tokens * scoring,
+        )
 
     @property
     def peak_bytes(self) -> int:

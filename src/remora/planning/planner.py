@@ -34,6 +34,12 @@ from remora.tree.packing import TokenTree
 MICRO_BATCH_TOKENS = (2048, 1024, 512, 256, 128)
 """Sizes to try, largest first, if the user gives none."""
 
+EVALUATED = 1.5
+"""placeholder"""
+
+SCORED = 3.0
+"""placeholder"""
+
 RECOMPUTING_COST = 4 / 3
 """Checkpointing computes forward, forward and backward instead of forward and backward."""
 
@@ -66,14 +72,14 @@ def make_plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: No
     made = planner.make()
     operations = planner.operations(made)
     if elsewhere is not None:
-        seconds = timing.published(operations, hardware, precision)
+        time = timing.published(operations, made, hardware, precision, settings.method)
     else:
         say("measuring the speed of one layer")
         packed = planner.largest_tree(min(made.micro_batch_tokens, timing.MAX_TOKENS))
-        seconds = timing.measured(
-            operations, loading.load_config(folder), settings, precision, packed, here
+        time = timing.measured(
+            operations, made, loading.load_config(folder), settings, precision, packed, here
         )
-    return dataclasses.replace(made, **seconds)
+    return dataclasses.replace(made, **time)
 
 
 class Planner:
@@ -159,7 +165,6 @@ class Planner:
             rows=rows,
             bytes_per_token=(step.saved + step.logits + step.workspace) / largest,
             limit_bytes=made.peak_bytes - min(allocator.FRAGMENT_BYTES, made.memory.fragments) // 2,
-            run_tokens=made.tree_tokens * self._examples,
         )
 
     def operations(self, made: Plan) -> float:
@@ -265,6 +270,8 @@ class Planner:
             operations_per_example=operations * tree_tokens,
             num_steps=self._num_steps,
             batch_size=self.settings.batch_size,
+            run_tokens=tree_tokens * self._examples,
+            **self._held_out(),
             micro_batch_tokens=size,
             largest_micro_batch=longest.num_tokens,
             checkpointing=checkpointing,
@@ -279,6 +286,8 @@ class Planner:
             free_disk_bytes=_free_bytes(self.settings.output),
             download_bytes=self._download_bytes(),
             seconds=None,
+            validation_seconds=None,
+            test_seconds=None,
             seconds_are="not estimated",
             alternatives=self._alternatives(components),
         )
@@ -297,6 +306,21 @@ class Planner:
             "message_tokens": stems - prefix,
             "answer_tokens": lengths - stems,
             "padded_tokens": padded / len(rows),
+        }
+
+    def _held_out(self) -> dict[str, Any]:
+        """Return how many rows are scored and the tokens of each, by the names of `Plan`."""
+        settings, dataset = self.settings, self._dataset
+        num_train, num_validation = len(dataset.train), len(dataset.validation)
+        tokens = self._row_tokens()
+        eval_steps = settings.steps_between_evaluations(num_train)
+        below = tokens["answer_tokens"]
+        return {
+            "num_evaluations": math.ceil(self._num_steps / eval_steps) if num_validation else 0,
+            "eval_rows": settings.num_eval_rows(num_train, num_validation),
+            "eval_tokens": tokens["message_tokens"] + EVALUATED * below,
+            "num_scored_rows": num_validation + (len(dataset.test) if dataset.test else 0),
+            "scored_tokens": tokens["message_tokens"] + SCORED * below,
         }
 
     def _download_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The time of a run's training steps, estimated before it begins."""
+"""The time of a run, estimated before it begins: its steps, evaluations and scoring."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from remora.config import TrainConfig
 from remora.models import loading, lora, quantize
 from remora.planning import step_memory
+from remora.planning.plan import Plan, Rates
 from remora.runtime.device import Hardware, Precision
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
@@ -25,7 +26,17 @@ VOCABULARY = 4_096
 """Largest vocabulary of the layer that is timed."""
 
 
-def published(operations: float, hardware: Hardware, precision: Precision) -> dict[str, Any]:
+FORWARD_SHARE = 1 / 3
+"""Share of a step's operations that the forward pass takes if all weights train. The backward pass
+computes gradients of the inputs and of the weights, each about as many operations."""
+
+FROZEN_FORWARD_SHARE = 1 / 2
+"""The same if the base is frozen: gradients of its weights are left out."""
+
+
+def published(
+    operations: float, planned: Plan, hardware: Hardware, precision: Precision, method: str
+) -> dict[str, Any]:
     """Return the seconds at a device's published rate, by the names of `Plan`.
 
     No run reaches it. Empty if no rate is known for the precision.
@@ -33,14 +44,17 @@ def published(operations: float, hardware: Hardware, precision: Precision) -> di
     rate = hardware.teraflops
     if rate is None or precision.compute is not hardware.native:
         return {}
+    training = operations / (rate * 1e12) / planned.run_tokens
+    share = FORWARD_SHARE if method == "full" else FROZEN_FORWARD_SHARE
     return {
-        "seconds": operations / (rate * 1e12),
+        **planned.duration(Rates(training, share * training)).to_dict(),
         "seconds_are": f"lower bound, at the published {rate:g} TFLOP/s, which no run reaches",
     }
 
 
 def measured(
     operations: float,
+    planned: Plan,
     model_config: Any,
     settings: TrainConfig,
     precision: Precision,
@@ -53,7 +67,8 @@ def measured(
     4-bit weights is left out.
 
     Args:
-        operations: Floating-point operations of the run.
+        operations: Floating-point operations of the run's steps.
+        planned: Its plan.
         model_config: The model's configuration.
         settings: The run's settings.
         precision: What is computed in.
@@ -93,18 +108,24 @@ def measured(
         layer = lora.adapt(base, settings).to(device).train()
         packed = packed.to(device)
         seconds = min(_seconds(layer, packed, device, precision) for _ in range(5))
+        layer.eval()
+        with torch.inference_mode():
+            forward = min(_seconds(layer, packed, device, precision) for _ in range(5))
+    training = seconds / share * operations / planned.run_tokens
     return {
-        "seconds": seconds / share * operations,
-        "seconds_are": "estimated from one layer with random weights, without evaluation",
+        **planned.duration(Rates(training, forward / seconds * training)).to_dict(),
+        "seconds_are": "estimated from one layer with random weights",
     }
 
 
 def _seconds(layer: Any, packed: TokenTree, device: torch.device, precision: Precision) -> float:
+    """Return the seconds of a forward pass, and of the backward pass unless in inference mode."""
     dtype = precision.autocast
     began = time.perf_counter()
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         logits = answer_logits(layer, packed)
-    loss_sum(logits, packed).backward()  # type: ignore[no-untyped-call]
+    if not torch.is_inference_mode_enabled():
+        loss_sum(logits, packed).backward()  # type: ignore[no-untyped-call]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began

@@ -27,7 +27,8 @@ class Validation:
 
     step: int
     accuracy: float
-    log_loss: float
+    loss: float  # mean cross entropy of the answer tokens in nats, as that of a step
+    rows: int  # that were scored
     best: bool
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,7 +50,9 @@ class TrainResult:
     best_step: int
     examples_per_second: float
     supervised_tokens_per_second: float
-    train_seconds: float
+    train_seconds: float  # of the training loop, its evaluations included
+    validation_seconds: float  # of these evaluations
+    test_seconds: float  # of scoring test and validation rows with the weights that were chosen
     peak_memory_bytes: int
     speed_up: float | None = None  # of several processes over one, estimated
     num_processes: int = 1
@@ -133,6 +135,8 @@ def conclude(
         examples_per_second=progress.speed.examples_per_second,
         supervised_tokens_per_second=progress.speed.supervised_tokens_per_second,
         train_seconds=progress.seconds,
+        validation_seconds=progress.validation_seconds,
+        test_seconds=progress.test_seconds,
         peak_memory_bytes=max(progress.peak_bytes, memory.peak_bytes(session.device)),
         speed_up=progress.speed_up,
         num_processes=session.group.size,

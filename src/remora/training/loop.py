@@ -16,7 +16,7 @@ from torch import Tensor
 
 from remora.data import splits
 from remora.errors import DivergedError, Stopped
-from remora.formatting import spoken_seconds
+from remora.planning.plan import Duration, Rates
 from remora.runtime import memory, sharding
 from remora.runtime.reporter import Reporter, Step, Validation
 from remora.training import checkpoint
@@ -40,6 +40,7 @@ def fit(
     save: Callable[[], object] = lambda: None,
     checkpoints: Path | None = None,
     resumed: Checkpoint | None = None,
+    num_scored: int = 0,
 ) -> Progress:
     """Train the session's model; it ends up with the weights that validated best.
 
@@ -52,6 +53,7 @@ def fit(
         save: Called when the weights are better than before, in all processes.
         checkpoints: Folder to save the state in: periodically, when stopped, and at the end.
         resumed: The checkpoint to resume from; the run ends with the bits of an uninterrupted one.
+        num_scored: Rows that are scored afterwards, for the time that is told.
 
     Raises:
         DivergedError: If the loss or a gradient is not finite for several steps in a row.
@@ -59,9 +61,9 @@ def fit(
         Stopped: If the run was asked to stop; the state is saved.
     """
     config, group = session.settings, session.group
-    state = _State(session, checkpoints, resumed)
+    state = _State(session, checkpoints, resumed, num_scored)
     progress, num_steps = state.progress, state.num_steps
-    eval_steps = config.eval_steps or state.steps_per_epoch
+    eval_steps = config.steps_between_evaluations(len(session.dataset.train))
     state.begin()
     batches = splits.batches(len(session.dataset.train), config.batch_size, num_steps, config.seed)
     batches = itertools.islice(batches, progress.step, None)
@@ -74,6 +76,7 @@ def fit(
                 if validation.best:
                     save()
                 session.reporter.validated(validation)
+                state.tell_time_left()
                 log(validation.to_dict())
                 progress.evaluated = progress.step
             if config.patience and progress.without_better >= config.patience:
@@ -109,10 +112,17 @@ class _State:
     """Everything that changes while a session trains, and its way to a checkpoint and back."""
 
     def __init__(
-        self, session: Session, checkpoints: Path | None, resumed: Checkpoint | None
+        self,
+        session: Session,
+        checkpoints: Path | None,
+        resumed: Checkpoint | None,
+        num_scored: int,
     ) -> None:
         config, dataset = session.settings, session.dataset
         self._session, self._config, self._checkpoints = session, config, checkpoints
+        self._num_scored = num_scored
+        num_eval_rows = config.num_eval_rows(len(dataset.train), len(dataset.validation))
+        self.eval_rows = splits.sample(dataset.validation, num_eval_rows, config.seed)
         accelerator = session.accelerator
         self.named = {n: p for n, p in session.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
@@ -123,7 +133,8 @@ class _State:
         self.scaler, self.device = accelerator.scaler, accelerator.device
         self.best_weights: list[Tensor] | None = None
         self.progress = Progress(micro_batch_tokens=config.max_tokens)
-        self._saved_name = ""
+        self.eval_seconds = 0.0  # of the last evaluation
+        self._saved_name, self._is_time_left_told = "", False
         if resumed:
             self.progress = Progress.restored(resumed.state["progress"])
             self.best_weights = checkpoint.restore(resumed, *self._parts())
@@ -150,11 +161,38 @@ class _State:
         """Try the heaviest micro-batch, say how long the run will take, and start the clock."""
         num_left = self.num_steps - self.progress.step
         if num_left > 0:
-            seconds_per_token = self.micro_batches.try_heaviest()
-            left = self._session.heaviest.run_tokens * num_left / self.num_steps
-            self._session.reporter.say(_expected_time(seconds_per_token * left, num_left))
+            self.rates = self.micro_batches.try_heaviest()
+            expected, source = self.time_left(), "estimated from the largest micro-batch"
+            self._session.reporter.say(
+                f"about {expected} for {num_left:,} steps, {source}, which was computed first to "
+                "see that it fits"
+            )
+            if not self.progress.expected:
+                self.progress.expected = expected.to_dict() | {"seconds_are": source}
         self._began = time.perf_counter() - self.progress.seconds
         self.saved = time.monotonic()
+
+    def time_left(self) -> Duration:
+        """Return the time of the steps and evaluations that are left, and of scoring after them."""
+        return self._session.plan.duration(
+            self.rates,
+            num_processes=self._session.group.size,
+            num_steps=self.num_steps - self.progress.step,
+            num_scored=self._num_scored,
+        )
+
+    def tell_time_left(self) -> None:
+        """After the first evaluation, say how long the rest takes if it goes on like this."""
+        if self._is_time_left_told or self.progress.step == self.num_steps:
+            return
+        self._is_time_left_told = True
+        planned, size = self._session.plan, self._session.group.size
+        tokens_per_second = self.progress.speed.examples_per_second * planned.tree_tokens / size
+        scoring = self.eval_seconds * size / (len(self.eval_rows) * planned.eval_tokens)
+        self.rates = Rates(
+            1 / tokens_per_second if tokens_per_second else self.rates.training, scoring
+        )
+        self._session.reporter.say(f"about {self.time_left()} left")
 
     def save(self) -> None:
         """Save a checkpoint, unless this very state is saved."""
@@ -195,29 +233,21 @@ class _State:
 
 def _evaluate(session: Session, state: _State) -> Validation:
     """Score the validation rows, and keep the weights if they are the best so far."""
-    progress = state.progress
-    accuracy, log_loss = _validate(session)
-    better = math.isfinite(log_loss) and (
-        progress.best is None or (accuracy, -log_loss) > progress.best
-    )
+    progress, rows = state.progress, state.eval_rows
+    began = time.perf_counter()
+    try:
+        accuracy, loss = scoring.evaluate_rows(
+            session.scorer(), rows, "validation", session.reporter, session.stop, session.group
+        )
+    finally:
+        state.eval_seconds = time.perf_counter() - began
+        progress.validation_seconds += state.eval_seconds
+    better = math.isfinite(loss) and (progress.best is None or (accuracy, -loss) > progress.best)
     progress.without_better = 0 if better else progress.without_better + 1
     if better:
-        progress.best, progress.best_step = (accuracy, -log_loss), progress.step
+        progress.best, progress.best_step = (accuracy, -loss), progress.step
         state.keep_best()
-    return Validation(step=progress.step, accuracy=accuracy, log_loss=log_loss, best=better)
-
-
-def _validate(session: Session) -> tuple[float, float]:
-    """Return accuracy and mean log-loss, in nats, on the validation rows."""
-    scored = scoring.score_rows(
-        session.scorer(),
-        session.dataset.validation,
-        "validation",
-        session.reporter,
-        session.stop,
-        session.group,
-    )
-    return float(scored.correct.mean()), scored.log_loss
+    return Validation(step=progress.step, accuracy=accuracy, loss=loss, rows=len(rows), best=better)
 
 
 def _step(session: Session, state: _State, chosen: Sequence[int]) -> Step:
@@ -259,13 +289,6 @@ def _step(session: Session, state: _State, chosen: Sequence[int]) -> Step:
         examples_per_second=progress.speed.examples_per_second,
         supervised_tokens_per_second=progress.speed.supervised_tokens_per_second,
         peak_memory_bytes=peak,
-    )
-
-
-def _expected_time(seconds: float, num_steps: int) -> str:
-    return (
-        f"about {spoken_seconds(seconds)} for {num_steps:,} steps, estimated from the largest "
-        "micro-batch, which was computed first to see that it fits"
     )
 
 

@@ -89,8 +89,10 @@ class MicroBatches:
             loss = 0.0
         return loss, num_supervised
 
-    def try_heaviest(self) -> float:
+    def try_heaviest(self) -> plan.Rates:
         """Compute the heaviest micro-batch and forget it; return the seconds for each token.
+
+        The forward pass is timed by itself, as in scoring.
 
         Raises:
             ResourceError: If memory does not suffice for its longest row alone.
@@ -99,10 +101,10 @@ class MicroBatches:
         rows = self._heaviest.rows
         self._adapted.train()
         before = random_state(self._accelerator.device)
-        seconds = self._repeat(rows, lambda: self._time_largest(rows))
+        rates = self._repeat(rows, lambda: self._time_largest(rows))
         set_random_state(self._accelerator.device, before)
         self._adapted.zero_grad()
-        return seconds
+        return rates
 
     def _repeat(self, batch: Sequence[TokenSequence], compute: Callable[[], Result]) -> Result:
         before = random_state(self._accelerator.device)
@@ -162,20 +164,25 @@ class MicroBatches:
             self._backward(packing.build([shortest]), num_supervised, counts=False)
         return loss
 
-    def _time_largest(self, batch: Sequence[TokenSequence]) -> float:
+    def _time_largest(self, batch: Sequence[TokenSequence]) -> plan.Rates:
         trees = packing.split(batch, self.max_tokens)
         largest = max(trees, key=lambda packed: packed.num_tokens)
         if self._graphs:
             self._graphs.begin()
         # The first pass sets up the libraries; on a GPU the second one is recorded.
-        seconds = 0.0
         for _ in range(3 if self._accelerator.device.type == "cuda" else 2):
-            if seconds > LONG_SECONDS:  # of which setting up is a small part
-                break
             began = time.perf_counter()
             float(self._backward(largest, largest.num_supervised_tokens))
             seconds = time.perf_counter() - began
-        return seconds / largest.num_tokens
+            if seconds > LONG_SECONDS:  # of which setting up is a small part
+                break
+        began = time.perf_counter()
+        self._adapted.eval()
+        with torch.inference_mode(), self._accelerator.autocast():
+            float(answer_logits(self._adapted, largest.to(self._accelerator.device))[0, 0])
+        self._adapted.train()
+        forward = time.perf_counter() - began
+        return plan.Rates(seconds / largest.num_tokens, forward / largest.num_tokens)
 
     def _backward(
         self, packed: packing.TokenTree, num_supervised: int, *, counts: bool = True

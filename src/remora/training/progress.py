@@ -49,13 +49,16 @@ class Progress:
 
     step: int = 0
     evaluated: int = 0  # the last step after which the validation rows were scored
-    best: tuple[float, float] | None = None  # validation accuracy, -log-loss in nats
+    best: tuple[float, float] | None = None  # validation accuracy, -loss in nats
     best_step: int = 0
     without_better: int = 0  # evaluations since the best
     skipped: int = 0  # consecutive skipped steps, for a loss or gradient that is not finite
     micro_batch_tokens: int = 0
     peak_bytes: int = 0  # most memory used
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the loop, validation included
+    validation_seconds: float = 0.0  # of the evaluations in it
+    test_seconds: float = 0.0  # after it: of scoring test and validation rows
+    expected: dict[str, Any] = field(default_factory=dict)  # its time as told, in the plan's names
     speed: Speed = field(default_factory=Speed)
     speed_up: float | None = None  # of several processes over one, estimated
 

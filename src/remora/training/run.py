@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +94,12 @@ def train_until(
         # Train and score
         with stop.deferred():
             progress = _fit(session, directory, resumed)
-            scorer = session.scorer()
+            began, scorer = time.perf_counter(), session.scorer()
             scores = {
                 name: scoring.score_rows(scorer, table, name, reporter, stop, group)
                 for name, table in tables_to_measure_on(dataset).items()
             }
+            progress.test_seconds = time.perf_counter() - began
         stop.check()
         # Measure and write
         result = None
@@ -144,11 +147,13 @@ def _fit(session: Session, directory: Path, resumed: Checkpoint | None) -> Progr
             save=save,
             checkpoints=directory / resume.CHECKPOINTS,
             resumed=resumed,
+            num_scored=session.plan.num_scored_rows,
         )
     peak = max(progress.peak_bytes, memory.peak_bytes(session.device))
     progress.peak_bytes = max(group.gather(peak))
     if group.is_first:
-        report_peak(directory, session.plan, progress.peak_bytes, session.reporter)
+        planned = replace(session.plan, **progress.expected)
+        report_peak(directory, planned, progress.peak_bytes, session.reporter)
     return progress
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from remora.config import TrainConfig
+from remora.config.train import default_learning_rate
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
 from remora.models import gguf, hub, loading, lora, metadata
 from remora.planning import plan
 from remora.runtime.device import Precision
-from remora.training.optimizer import default_learning_rate
 from remora.tree.forward import text_config
 
 

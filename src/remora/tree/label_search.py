@@ -68,6 +68,40 @@ class Search:
         return result
 
 
+@dataclass(slots=True)
+class TrueLabelSearch(Search):
+    """The search for a label more probable than the true one, whose own path is computed first.
+
+    It ends as soon as there is one, or there can be none. A full search goes on until it knows how
+    probable the other labels are, which takes a model that is unsure many times the tokens.
+    """
+
+    true: int = 0
+    width: int = 1  # nodes that are expanded next; doubled each round, so that rounds are few
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the true label is the most probable one, once nothing is left to choose."""
+        return int(self.log_probabilities.argmax()) == self.true
+
+    @property
+    def loss(self) -> float:
+        """Cross entropy of the true label's tokens, summed, in nats."""
+        return -float(self.log_probabilities[self.true])
+
+    def choose(self, tolerance: float) -> list[Open]:
+        """Take from the frontier the most probable nodes that may lead to a better label."""
+        bound = self.log_probabilities[self.true]
+        self.frontier = [opened for opened in self.frontier if opened.log_probability > bound]
+        if not self.is_correct:
+            self.frontier.clear()
+        self.frontier.sort(key=lambda opened: -opened.log_probability)
+        chosen = self.frontier[: self.width]
+        del self.frontier[: self.width]
+        self.width *= 2
+        return chosen
+
+
 Chosen: TypeAlias = tuple[Search, Open, list[Node]]
 """A search, one of its open nodes, and the path below that is computed with it."""
 

@@ -11,9 +11,10 @@ argmax; it continues until unexplored labels hold less than `tolerance` of the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,7 +28,15 @@ from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
 from remora.tree.forward import text_config
-from remora.tree.label_search import Chosen, Search, chain, look_below, trie
+from remora.tree.label_search import (
+    Chosen,
+    Node,
+    Search,
+    TrueLabelSearch,
+    chain,
+    look_below,
+    trie,
+)
 from remora.tree.packed_row import PackedRow
 
 LOGIT_ELEMENTS = 1 << 25
@@ -36,10 +45,26 @@ LOGIT_ELEMENTS = 1 << 25
 BATCH_ROWS = 256
 """Messages that are scored at a time."""
 
+Stem: TypeAlias = tuple[int, ...]
+"""The tokens of a conversation up to its answer."""
+
+Asked: TypeAlias = "tuple[Stem, int | None]"
+"""A stem, and its true label to evaluate it, None for the probabilities of all labels."""
+
+Advance: TypeAlias = Callable[[int], object]
+"""Takes the number of messages that are done now."""
+
+
+def ignore(num_done: int) -> None:
+    """Do nothing with the number of messages that are done."""
+
 
 def most_kept(vocabulary: int) -> int:
     """Return the most positions at which a scoring pass computes logits."""
     return max(1, LOGIT_ELEMENTS // vocabulary)
+
+
+Row = TypeVar("Row")
 
 
 class Scorer:
@@ -76,85 +101,134 @@ class Scorer:
         self._most_kept = most_kept(text_config(model).vocab_size)
         self._prefix: tuple[tuple[int, ...], PackedRow] | None = None
 
-    def probabilities(self, messages: Sequence[str]) -> NDArray[np.float64]:
+    def probabilities(
+        self, messages: Sequence[str], advance: Advance = ignore
+    ) -> NDArray[np.float64]:
         """Return the probability of each label for each message, [messages, labels], rows sum to 1.
 
         Each is within `tolerance` of its value with every label explored, and the largest is the
         exact argmax.
+
+        Args:
+            messages: The messages.
+            advance: Called with the number of messages that are done now.
         """
-        parts = [part for _, part in self.stream(messages)]
+        parts = [part for _, part in self.stream(messages, advance=advance)]
         return np.concatenate(parts) if parts else np.empty((0, len(self.prompt.labels)))
 
     def stream(
-        self, messages: Iterable[str], batch_rows: int = BATCH_ROWS
+        self,
+        messages: Iterable[str],
+        batch_rows: int = BATCH_ROWS,
+        advance: Advance = ignore,
     ) -> Iterator[tuple[list[str], NDArray[np.float64]]]:
         """Yield batches of messages with their probabilities, holding one batch at a time."""
         batch: list[str] = []
         for message in messages:
             batch.append(message)
             if len(batch) == batch_rows:
-                yield batch, self._score(batch)
+                yield batch, self._score(batch, advance)
                 batch = []
         if batch:
-            yield batch, self._score(batch)
+            yield batch, self._score(batch, advance)
+
+    def _score(self, messages: Sequence[str], advance: Advance) -> NDArray[np.float64]:
+        searches = self._searched([(stem, None) for stem in self._stems(messages)], advance)
+        return np.stack([search.probabilities() for search in searches])
+
+    def evaluate(
+        self, messages: Sequence[str], labels: Sequence[int], advance: Advance = ignore
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Return whether each message is classified correctly, and its loss in nats, [messages].
+
+        Exact, for about the tokens of the messages with their labels. The loss is the cross entropy
+        of the label's tokens, as in training, summed.
+
+        Args:
+            messages: The messages.
+            labels: The true labels, as indices into the label set.
+            advance: Called with the number of messages that are done now.
+        """
+        asked = list(zip(self._stems(messages), labels, strict=True))
+        searches = cast("list[TrueLabelSearch]", self._searched(asked, advance))
+        correct = np.array([search.is_correct for search in searches], dtype=np.bool_)
+        return correct, np.array([search.loss for search in searches])
+
+    def _stems(self, messages: Sequence[str]) -> list[Stem]:
+        return [tuple(stem) for stem in self.prompt.stems(messages)]
 
     @torch.inference_mode()
-    def _score(self, messages: Sequence[str]) -> NDArray[np.float64]:
+    def _searched(self, asked: Sequence[Asked], advance: Advance) -> list[Search]:
+        """Return the finished search of each message; equal ones are computed once."""
         was_training = self.model.training
         self.model.eval()
-        stems = [tuple(stem) for stem in self.prompt.stems(messages)]
-        scored: dict[tuple[int, ...], NDArray[np.float64]] = {}
+        counts = Counter(asked)
+        found: dict[Asked, Search] = {}
         with self._arithmetic():
-            for group in self._groups(sorted(set(stems))):
-                for stem, search in zip(group, self._search(group), strict=True):
-                    scored[stem] = search.probabilities()
+            for group in self._groups(sorted(counts)):
+                found |= zip(group, self._search(group), strict=True)
+                advance(sum(counts[each] for each in group))
         self.model.train(was_training)
-        return np.stack([scored[stem] for stem in stems])
+        return [found[each] for each in asked]
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
 
-    def _groups(self, stems: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Cut sorted stems into groups of at most `max_tokens` computed tokens.
+    def _path(self, asked: Asked) -> tuple[tuple[int, ...], list[Node]]:
+        """Return the tokens to compute first, and the nodes of the label trie among them.
 
-        Logits are computed after each stem, so the number of stems is limited too.
+        Those are the conversation up to its answer, and the true label where it is known.
         """
-        group: list[tuple[int, ...]] = []
-        num_tokens = 0
-        for stem in stems:
-            added = len(stem) - common_prefix_length(
-                group[-1] if group else self.prompt.prefix, stem
-            )
-            if group and (num_tokens + added > self.max_tokens or len(group) == self._most_kept):
+        stem, true = asked
+        answer = () if true is None else self.prompt.answers[true][:-1]
+        nodes = [self._root]
+        for token in answer:
+            nodes.append(nodes[-1].children[token])
+        return (*stem, *answer), nodes
+
+    def _groups(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+        """Cut what is asked, sorted, into groups of at most `max_tokens` computed tokens.
+
+        Logits are computed at nodes of the label trie, whose number is limited too.
+        """
+        group: list[Asked] = []
+        num_tokens = num_kept = 0
+        before: Sequence[int] = self.prompt.prefix
+        for each in asked:
+            path, nodes = self._path(each)
+            added = len(path) - common_prefix_length(before, path)
+            if group and (
+                num_tokens + added > self.max_tokens or num_kept + len(nodes) > self._most_kept
+            ):
                 yield group
-                group, num_tokens = [], 0
-                added = len(stem) - common_prefix_length(self.prompt.prefix, stem)
-            group.append(stem)
-            num_tokens += added
+                group, num_tokens, num_kept = [], 0, 0
+                added = len(path) - common_prefix_length(self.prompt.prefix, path)
+            group.append(each)
+            num_tokens, num_kept, before = num_tokens + added, num_kept + len(nodes), path
         if group:
             yield group
 
-    def _search(self, stems: Sequence[tuple[int, ...]]) -> list[Search]:
+    def _search(self, asked: Sequence[Asked]) -> list[Search]:
         """Search the label trie below each of some sorted stems, one forward pass per round."""
-        prefix, row = self._start(stems)
-        searches = [Search(np.full(len(self.prompt.labels), -np.inf)) for _ in stems]
+        prefix, row = self._start([stem for stem, _ in asked])
         new: list[tuple[int, int]] = []
-        ends: list[int] = []
+        chains: list[tuple[Search, list[Node], float, list[int]]] = []
         path, before = list(range(len(prefix))), prefix
-        for stem in stems:
-            del path[common_prefix_length(before, stem) :]
-            for token in stem[len(path) :]:
+        for stem, true in asked:
+            tokens, nodes = self._path((stem, true))
+            del path[common_prefix_length(before, tokens) :]
+            for token in tokens[len(path) :]:
                 new.append((token, path[-1] if path else -1))
                 path.append(row.length + len(new) - 1)
-            ends.append(path[-1])
-            before = stem
-        logits = row.extend(new, ends)
-        chains = [
-            (search, [self._root], 0.0, [end]) for search, end in zip(searches, ends, strict=True)
-        ]
+            before = tokens
+            unknown = np.full(len(self.prompt.labels), -np.inf)
+            search = Search(unknown) if true is None else TrueLabelSearch(unknown, true=true)
+            chains.append((search, nodes, 0.0, path[len(stem) - 1 :]))
+        logits = row.extend(new, [position for chain in chains for position in chain[3]])
         look_below(chains, logits)
+        searches = [chain[0] for chain in chains]
         waiting: list[tuple[PackedRow, Sequence[Search]]] = [(row, searches)]
         del row
         self._descend(waiting)
@@ -226,6 +300,34 @@ class Scorer:
         return prefix, self._prefix[1].fork()
 
 
+def evaluate_rows(
+    scorer: Scorer,
+    table: Table,
+    what: str,
+    reporter: Reporter,
+    stop: Stop | None = None,
+    group: ProcessGroup | None = None,
+) -> tuple[float, float]:
+    """Return the accuracy on a table, and the loss: the mean over answer tokens, in nats.
+
+    Both are exact, see `Scorer.evaluate`; processes share the work as in `score_table`.
+
+    Raises:
+        Stopped: If the run was asked to stop.
+    """
+    place = {label: index for index, label in enumerate(scorer.prompt.labels)}
+    true = [place[label] for label in table.labels]
+    rows = list(zip(table.texts, true, strict=True))
+
+    def evaluate(part: Sequence[tuple[str, int]], advance: Advance) -> NDArray[np.float64]:
+        correct, losses = scorer.evaluate([t for t, _ in part], [i for _, i in part], advance)
+        return np.stack([correct, losses], axis=1)
+
+    correct, losses = _by_parts(scorer, rows, evaluate, what, reporter, stop, group).T
+    num_tokens = sum(len(scorer.prompt.answers[index]) for index in true)
+    return float(correct.mean()), float(losses.sum()) / num_tokens
+
+
 def score_rows(
     scorer: Scorer,
     table: Table,
@@ -262,15 +364,39 @@ def score_table(
     Raises:
         Stopped: If the run was asked to stop.
     """
+    return _by_parts(scorer, texts, scorer.probabilities, what, reporter, stop, group)
+
+
+def _by_parts(
+    scorer: Scorer,
+    rows: Sequence[Row],
+    compute: Callable[[Sequence[Row], Advance], NDArray[np.float64]],
+    what: str,
+    reporter: Reporter,
+    stop: Stop | None,
+    group: ProcessGroup | None,
+) -> NDArray[np.float64]:
+    """Return what is computed for each row, of several processes each computing a part."""
     group = group or ProcessGroup()
-    parts = []
-    for start in range(0, len(texts), BATCH_ROWS * group.size):
+    parts, done, end = [], 0, 0
+
+    def advance(num_done: int) -> None:
+        """Tell the progress, taking the other processes to be as far as this one."""
+        nonlocal done
+        num_done = min(num_done * group.size, end - done)
+        if num_done or not done:
+            done += num_done
+            reporter.scoring(what, done, len(rows))
+
+    advance(0)
+    for start in range(0, len(rows), BATCH_ROWS * group.size):
         memory.trim()  # training and scoring in turns fragment the heap
-        batch = texts[start : start + BATCH_ROWS * group.size]
+        batch = rows[start : start + BATCH_ROWS * group.size]
+        end = start + len(batch)
         with sharding.in_step(scorer.model, group):
-            own = scorer.probabilities(group.part(batch))
+            own = compute(group.part(batch), advance)
         parts += group.gather_arrays(own)
-        reporter.scoring(what, start + len(batch), len(texts))
+        advance(len(batch))
         if stop:
             stop.check()
     memory.trim()
