@@ -195,6 +195,14 @@ def test_an_unknown_hub_id_is_refused(hub):
     refused(lambda: find("own/none"), "there is neither a folder nor a hub model own/none; ")
 
 
+def test_a_hub_model_of_gguf_files_only_is_to_be_downloaded(hub):
+    names = ("m.Q4_K_M.gguf", "m.Q8_0.gguf")
+    hub.publish("models/own/small", {"README.md": b"x", **dict.fromkeys(names, b"GGUF")})
+    told = "own/small on the hub holds GGUF files only, 'm.Q4_K_M.gguf', 'm.Q8_0.gguf'; download"
+    refused(lambda: find("own/small"), told)
+    assert not [line for line in hub.requests if line.endswith(".gguf")]
+
+
 def test_a_gated_model_is_refused_until_its_terms_are_accepted(hub):
     hub.repositories["models/own/base"].gated = True
     refused(lambda: find("own/base"), "own/base is gated on the hub; accept its terms")
