@@ -33,7 +33,7 @@ from remora.tree.forward import text_config
 from remora.tree.scoring import BATCH_ROWS
 
 SHARE = 0.1
-"""Share of the training's computation that the baselines of `auto` may take."""
+"""Share of a run's time that zero-shot and probe may take together, by `auto`."""
 
 MAX_TRAIN_ROWS = 50_000
 ZERO_SHOT_ROWS, MIN_ZERO_SHOT_ROWS = 500, 100
