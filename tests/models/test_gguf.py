@@ -359,6 +359,25 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_resources(
         hub.find(str(written))
 
 
+def test_a_file_that_may_not_be_read_is_one_line(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "sha256", forbidden)
+    with pytest.raises(ModelError, match="cannot be read .*Permission denied.*; restore it"):
+        hub.find(str(written))
+
+
+def test_a_converted_file_needs_no_package(
+    written: Path, here: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hub.find(str(written))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert again(written) == folder
+
+
 # What a folder is recognized by
 
 
