@@ -366,7 +366,7 @@ def test_a_file_that_may_not_be_read_is_one_line(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(files, "sha256", forbidden)
-    with pytest.raises(ModelError, match="cannot be read .*Permission denied.*; restore it"):
+    with pytest.raises(ModelError, match=r"cannot be read .*Permission denied.*; restore it"):
         hub.find(str(written))
 
 
