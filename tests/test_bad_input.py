@@ -6,6 +6,7 @@ REMORA_WRITE_DOCS=1 python -m pytest tests/test_bad_input.py    # writes
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -86,6 +87,15 @@ Case = tuple[str, int, Callable[[Workshop], list[str]]]
 
 def train(data: str, *more: str, model: str = "base") -> list[str]:
     return ["train", data, "--model", model, "--device", "cpu", "--max-steps", "1", *more]
+
+
+def embeddings(shop: Workshop, folder: str, *, installed: bool = True) -> list[str]:
+    spec = importlib.util.find_spec
+    found = object() if installed else None
+    shop.patch().setattr(
+        importlib.util, "find_spec", lambda n: found if n == "sentence_transformers" else spec(n)
+    )
+    return train("good.csv", "--baselines", "embeddings", "--embedding-model", folder)
 
 
 def broken_adapter(shop: Workshop, **changes: object) -> list[str]:
@@ -268,6 +278,14 @@ CASES: list[Case] = [
     ("a name that is taken", 2, lambda s: train("good.csv", "--name", "good")),
     ("another seed for an unfinished run", 2, lambda s: unfinished(s, "--seed", "7")),
     ("a missing settings file", 2, lambda s: ["train", "--config", "none.toml"]),
+    ("an unknown baseline", 2, lambda s: train("good.csv", "--baselines", "svm,bert")),
+    ("none beside another baseline", 2, lambda s: train("good.csv", "--baselines", "none,svm")),
+    (
+        "a learning curve without the SVM",
+        2,
+        lambda s: train("good.csv", "--learning-curve", "2,5", "--baselines", "probe"),
+    ),
+    ("embeddings without sentence-transformers", 2, lambda s: embeddings(s, "x", installed=False)),
     ("an unknown tracker", 2, lambda s: train("good.csv", "--trackers", "carrier-pigeon")),
     (
         "modules that the model lacks",
@@ -480,6 +498,8 @@ CASES: list[Case] = [
             1
         ],
     ),
+    ("no such folder of a sentence encoder", 4, lambda s: embeddings(s, "nothing")),
+    ("a language model for a sentence encoder", 4, lambda s: embeddings(s, "base")),
     ("a GGUF file that is not there", 4, lambda s: train("good.csv", model="none.gguf")),
     (
         "a GGUF file that is another file",

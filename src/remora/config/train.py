@@ -81,6 +81,10 @@ Initialization = Annotated[
 ]
 
 
+Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())]
+BASELINES = ("svm", "zero-shot", "probe", "embeddings")
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -228,6 +232,16 @@ class TrainConfig:
     seed: CountOrZero = 0
     """Seed of the splits, the order of rows, the adapter's initialization and the dropout."""
 
+    baselines: Names = ("auto",)
+    """What to measure beside the trained model, on the same rows: svm (TF-IDF and a linear SVM),
+    zero-shot (the base model before training), probe (logistic regression on the base model's
+    frozen features), embeddings (logistic regression on sentence embeddings; needs
+    remora[embeddings]), or none. Several are separated by commas. auto takes svm, and zero-shot
+    and probe as far as they take at most a tenth of the run's time."""
+
+    embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Sentence encoder of the baseline embeddings: a folder, or its id on the Hugging Face Hub."""
+
     trackers: tuple[str, ...] = ()
     """Experiment trackers supported by accelerate, such as tensorboard or wandb."""
 
@@ -244,8 +258,25 @@ class TrainConfig:
         Raises:
             ConfigError: Naming everything that is wrong.
         """
+        given = [self.baselines] if isinstance(self.baselines, str) else self.baselines
+        names = (name.strip() for each in given for name in each.split(","))
+        object.__setattr__(self, "baselines", tuple(dict.fromkeys(names)))
+        unknown = [each for each in self.baselines if each not in {*BASELINES, "auto", "none"}]
         check(
             self,
+            (
+                bool(unknown) or not self.baselines,
+                f"baselines has {', '.join(map(repr, unknown)) or 'no name'}; give some of "
+                f"{', '.join(BASELINES)}, or auto, or none",
+            ),
+            (
+                "none" in self.baselines and len(self.baselines) > 1,
+                "baselines has none beside others; leave out none, or the others",
+            ),
+            (
+                self.learning_curve is not None and not {"svm", "auto"} & {*self.baselines},
+                "a learning curve shows the svm beside each size; leave out baselines, or add svm",
+            ),
             (
                 self.use_dora and self.method == "qlora",
                 "use_dora does not work on a 4-bit base; use --method lora",

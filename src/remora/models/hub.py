@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import importlib.resources
 import os
@@ -104,8 +105,10 @@ def _refuse_gguf_only(name: str) -> None:
         )
 
 
-def fetch(name: str, patterns: Sequence[str]) -> Path:
+def fetch(name: str, patterns: Sequence[str], ignored: Sequence[str] = OTHER_FORMATS) -> Path:
     """Return the folder with a hub repository's files of these patterns, fetched if need be.
+
+    Files of the patterns in `ignored` are not fetched.
 
     Raises:
         ModelError: If it cannot be fetched, or a file's checksum differs from the hub's.
@@ -118,9 +121,7 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
 
     try:
         folder = Path(
-            snapshot_download(
-                name, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FORMATS)
-            )
+            snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(ignored))
         )
     except GatedRepoError as error:
         raise ModelError(
@@ -143,10 +144,16 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
             f"{name} is not a folder and could not be fetched from the hub ({reason}); "
             "check the name and the connection, or give a folder"
         ) from error
-    for path in sorted(folder.glob("*")):
-        if any(path.match(pattern) for pattern in patterns):
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder).as_posix()
+        if _matches(place, patterns) and not _matches(place, ignored):
             _check_download(path)
     return folder
+
+
+def _matches(place: str, patterns: Sequence[str]) -> bool:
+    """Whether a file's path in a repository is of a pattern; `*` stands for slashes too."""
+    return any(fnmatch.fnmatchcase(place, pattern) for pattern in patterns)
 
 
 def _check_download(path: Path) -> None:

@@ -95,9 +95,9 @@ def read_settings(directory: Path) -> TrainConfig:
     path = directory / "config.toml"
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        for name, kind in (("output", Path), ("target_modules", tuple), ("trackers", tuple)):
-            if name in settings:
-                settings[name] = kind(settings[name])
+        kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
+        for name in kinds.keys() & settings.keys():
+            settings[name] = kinds[name](settings[name])
         return TrainConfig(settings.pop("data"), **settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -16,6 +16,7 @@ from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
 from remora.models import gguf, hub, loading, lora, metadata
 from remora.planning import plan
+from remora.runtime import sharding
 from remora.runtime.device import Precision
 from remora.tree.forward import text_config
 
@@ -62,6 +63,36 @@ def load_trainable(
         gguf_quantization=base_hash.gguf_quantization,
     )
     return adapted, prompt, card, folder
+
+
+@contextlib.contextmanager
+def as_base(
+    model: Any, card: metadata.AdapterCard, folder: Path, dtype: torch.dtype
+) -> Iterator[None]:
+    """Let a trained model be its base again: without its adapter, which comes back at the end.
+
+    If all weights trained, those of the base are loaded into the model, and stay.
+
+    Args:
+        model: PEFT's, or a plain one whose weights all trained.
+        card: Says which.
+        folder: The folder of the base.
+        dtype: Storage type of the base.
+
+    Raises:
+        ModelError: If the base cannot be loaded again.
+    """
+    if card.method != "full":
+        with model.disable_adapter():
+            yield
+        return
+    before = loading.load(folder, dtype)
+    with torch.no_grad():
+        for own, weight in zip(model.parameters(), before.parameters(), strict=True):
+            wide = weight.to(own.dtype)
+            own.copy_(sharding.part(wide, own) if sharding.is_sharded(own) else wide)
+    del before
+    yield
 
 
 def set_up_layers(model: Any, planned: plan.Plan) -> None:
