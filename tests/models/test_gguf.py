@@ -283,6 +283,18 @@ def test_a_long_conversion_reports_its_progress(
     assert capsys.readouterr().err == "45 % converted\n"
 
 
+def test_an_architecture_without_a_test_is_reported(
+    written: Path,
+    here: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gguf, "TESTED", gguf.TESTED - {"llama"})
+    hub.find(str(written))
+    told = "the conversion of the architecture llama is transformers' own and has no test"
+    assert told in capsys.readouterr().err
+
+
 # Which file is meant
 
 

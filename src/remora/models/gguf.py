@@ -37,6 +37,9 @@ CACHE = "REMORA_CACHE"
 ORIGIN = "gguf.json"
 """File in a converted folder that says what it was converted from; it is written last."""
 
+TESTED = frozenset({"llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"})
+"""Architectures whose conversion the tests compare with the model that a file was written from."""
+
 ADVICE = f"set {CACHE} to a folder on another disk"
 TELL_SECONDS = 30.0
 """A long conversion reports its progress this often."""
@@ -250,6 +253,11 @@ def _make(header: Header, digest: str, folder: Path) -> None:
         f"minute or more, to {spoken_bytes(_stored_bytes(header))} in {folder}: its "
         f"{header.num_weights:,} weights are {stored}"
     )
+    if header.architecture not in TESTED:
+        _say(
+            f"the conversion of the architecture {header.architecture} is transformers' own and "
+            "has no test in Remora; compare some answers with those of llama.cpp"
+        )
     began = time.monotonic()
     temporary = folder.with_name(f"{digest}.{secrets.token_hex(4)}.tmp")
     try:
