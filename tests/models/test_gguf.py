@@ -283,6 +283,18 @@ def test_a_long_conversion_reports_its_progress(
     assert capsys.readouterr().err == "45 % converted\n"
 
 
+def test_an_architecture_without_a_test_is_reported(
+    written: Path,
+    here: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gguf, "TESTED", gguf.TESTED - {"llama"})
+    hub.find(str(written))
+    told = "the conversion of the architecture llama is transformers' own and has no test"
+    assert told in capsys.readouterr().err
+
+
 # Which file is meant
 
 
@@ -357,6 +369,25 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_resources(
     monkeypatch.setenv(gguf.CACHE, str(tmp_path / "file"))
     with pytest.raises(ResourceError, match=r"cannot write to .*; free space, or set REMORA_CACHE"):
         hub.find(str(written))
+
+
+def test_a_file_that_may_not_be_read_is_one_line(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "sha256", forbidden)
+    with pytest.raises(ModelError, match=r"cannot be read .*Permission denied.*; restore it"):
+        hub.find(str(written))
+
+
+def test_a_converted_file_needs_no_package(
+    written: Path, here: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hub.find(str(written))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert again(written) == folder
 
 
 # What a folder is recognized by

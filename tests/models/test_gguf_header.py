@@ -175,7 +175,11 @@ LYING: dict[str, tuple[bytes, str]] = {
     ),
     "a text in an array of 16 exabytes": (
         header(num_keys=1, rest=array(8, 1, struct.pack("<Q", FEW))),
-        "is cut off",
+        "a string of 18,446",
+    ),
+    "a token that is no text": (
+        header(num_keys=1, rest=array(8, 1, text(b"\xff\xfe"))),
+        "a string is not UTF-8",
     ),
     "no dimensions": (header(1, rest=tensor(shape=())), "has 0 dimensions"),
     "billions of dimensions": (

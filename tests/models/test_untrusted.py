@@ -354,7 +354,6 @@ def test_mutated_gguf_files_end_in_a_documented_way(
 
     def use(folder: Path) -> None:
         path.write_bytes((folder / "header").read_bytes() + weights)
-        gguf_header.read(path)  # by itself, it takes no time
         converted = folder / "converted"
         shutil.rmtree(converted, ignore_errors=True)
         converted.mkdir()
@@ -362,6 +361,7 @@ def test_mutated_gguf_files_end_in_a_documented_way(
         loading.load(converted, torch.float32)
 
     (tmp_path / "header").write_bytes(header)
+    use(tmp_path)  # imports take their time once
     ends = fuzzed(lambda: tmp_path, ["header"], use, count, seed)
     assert set(ends) <= {"0", "4"}
     assert ends["4"] > count / 10

@@ -26,7 +26,7 @@ import torch
 
 import remora
 from remora.errors import ConfigError, ModelError, RemoraError, ResourceError
-from remora.formatting import listed, spoken_bytes, spoken_seconds
+from remora.formatting import listed, one_line, spoken_bytes, spoken_seconds
 from remora.models import gguf_header, untrusted
 from remora.models.gguf_header import Header
 from remora.runtime import files, memory
@@ -36,6 +36,9 @@ CACHE = "REMORA_CACHE"
 
 ORIGIN = "gguf.json"
 """File in a converted folder that says what it was converted from; it is written last."""
+
+TESTED = frozenset({"llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"})
+"""Architectures whose conversion the tests compare with the model that a file was written from."""
 
 ADVICE = f"set {CACHE} to a folder on another disk"
 TELL_SECONDS = 30.0
@@ -100,7 +103,7 @@ def folder_of(path: Path) -> Path:
         ModelError: If the file cannot be converted.
         ResourceError: If memory or disk do not suffice.
     """
-    return _folder_of(path, _state(path), cache())
+    return _folder_of(path, _state(path), cache())  # reads it once, as long as it stays the same
 
 
 def cache() -> Path:
@@ -142,12 +145,14 @@ def described(quantization: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _folder_of(path: Path, state: tuple[int, int], root: Path) -> Path:
-    """Find or make the folder; a process hashes a file once, as long as it stays the same."""
-    header = gguf_header.read(path)
-    digest = files.sha256([path])
+    """Find or make the folder of a file in a state, below a root."""
+    gguf_header.refuse_part(path)
+    with _reading(path):
+        digest = files.sha256([path])
     folder = root / digest
     if _is_whole(folder):
         return folder
+    header = gguf_header.read(path)
     with files.disk_errors(root, ADVICE):
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{digest}.lock", path):
@@ -161,8 +166,18 @@ def _folder_of(path: Path, state: tuple[int, int], root: Path) -> Path:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
+    with _reading(path):
+        status = path.stat()
     return status.st_size, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise errors of reading a file as a ModelError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({one_line(error)}); restore it") from error
 
 
 def _is_whole(folder: Path) -> bool:
@@ -238,6 +253,11 @@ def _make(header: Header, digest: str, folder: Path) -> None:
         f"minute or more, to {spoken_bytes(_stored_bytes(header))} in {folder}: its "
         f"{header.num_weights:,} weights are {stored}"
     )
+    if header.architecture not in TESTED:
+        _say(
+            f"the conversion of the architecture {header.architecture} is transformers' own and "
+            "has no test in Remora; compare some answers with those of llama.cpp"
+        )
     began = time.monotonic()
     temporary = folder.with_name(f"{digest}.{secrets.token_hex(4)}.tmp")
     try:
