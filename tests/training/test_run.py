@@ -532,3 +532,17 @@ def test_a_tracker_gets_every_record(base: Path, table: Path, tmp_path: Path) ->
 def test_a_tracker_that_would_stay_silent_is_refused(name: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         train(TrainConfig("sample:support", model="none", trackers=(name,)))
+
+
+def test_the_tolerance_of_the_final_scoring_changes_no_weights(config: TrainConfig) -> None:
+    kept, figures, adapters = {}, {}, set()
+    for tolerance in (0.0, 1.0):
+        settings = replace(config, max_steps=1, tolerance=tolerance)
+        directory = train(settings).directory
+        kept[tolerance] = read_probabilities(directory / PROBABILITIES, sorted(WORDS), "test")
+        figures[tolerance] = json.loads((directory / "evaluation.json").read_text())
+        adapters.add((directory / "adapter" / "adapter_model.safetensors").read_bytes())
+        assert figures[tolerance]["tolerance"] == tolerance
+    assert len(adapters) == 1
+    assert figures[0.0]["metrics"]["accuracy"] == figures[1.0]["metrics"]["accuracy"]
+    assert np.abs(kept[0.0].probabilities - kept[1.0].probabilities).max() > 1e-4
