@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def main() -> None:
                 options.data,
                 model=options.model,
                 rows_per_class=per_class(options.rows_per_class),
-                eval_rows={"chosen": None, "all": ALL}.get(rows) or int(rows),
+                eval_rows=None if rows == "chosen" else ALL if rows == "all" else int(rows),
                 max_steps=options.max_steps,
                 max_time=options.max_time,
                 seed=seed,
@@ -94,7 +93,7 @@ def measured(config: TrainConfig) -> dict[str, Any]:
         reporter = TerminalReporter()
         with reporter.live():
             try:
-                train(replace(config), reporter=reporter)
+                train(config, reporter=reporter)
             except Stopped as stopped:
                 raise SystemExit(str(stopped)) from None
     figures = json.loads((directory / "evaluation.json").read_text("utf-8"))

@@ -95,6 +95,7 @@ def write(
         supervised_tokens_per_second=125.0,
         train_seconds=60.0,
         validation_seconds=6.0,
+        tolerance=0.01,
         test_seconds=20.0,
         peak_memory_bytes=3_000_000,
     )

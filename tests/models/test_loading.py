@@ -80,9 +80,9 @@ def test_what_is_no_model_folder_is_refused(tmp_path):
     refused(lambda: find("./owner/name"), "there is no folder")
     refused(lambda: find("nothing"), "there is no folder nothing")
     refused(lambda: find(str(tmp_path)), "no config.json")
-    file = tmp_path / "weights.gguf"
-    file.touch()
-    refused(lambda: find(str(file)), "is a file")
+    for name, told in (("weights.bin", "is a file"), ("weights.gguf", "is not a GGUF file")):
+        (tmp_path / name).touch()
+        refused(lambda name=name: find(str(tmp_path / name)), told)
 
 
 def test_pickled_weights_are_never_opened(copy):

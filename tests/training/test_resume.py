@@ -205,6 +205,12 @@ def test_a_run_stopped_while_it_measures_does_not_train_again(
     assert outcome(result.directory) == undisturbed
 
 
+def test_a_run_may_be_resumed_with_another_tolerance(config: TrainConfig) -> None:
+    directory = interrupted(config, Interrupter(step=3))
+    result = train(replace(config, tolerance=1.0))
+    assert result.directory == directory
+
+
 def test_a_second_signal_while_it_saves_does_no_harm(
     config: TrainConfig, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

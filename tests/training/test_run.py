@@ -115,6 +115,7 @@ def test_the_run_directory_holds_what_it_takes_to_repeat_the_run(finished) -> No
         "evaluation.json",
         "predictions.csv",
         "probabilities.safetensors",
+        "features.safetensors",
         "README.md",
         "report.html",
         "adapter/adapter_model.safetensors",
@@ -254,7 +255,8 @@ def test_a_run_tells_how_long_it_takes_and_what_measuring_took(
     assert planned["seconds_are"] == "estimated from the largest micro-batch"
     (told,) = [line for line in listener.lines if line.startswith("about ") and "steps" in line]
     assert re.match(
-        r"about [\d.]+ min \([\d.]+ min training, \d+ s validation, \d+ s scoring held-out rows\) "
+        r"about [\d.]+ min \([\d.]+ min training, [\d.]+ \w+ validation, "
+        r"[\d.]+ \w+ scoring held-out rows\) "
         r"for 18 steps, ",
         told,
     )
@@ -513,12 +515,12 @@ def test_a_run_is_timed_without_what_sets_up_the_libraries(
     found: list[float] = []
     tried = micro_batches.MicroBatches.try_heaviest
 
-    def try_heaviest(self) -> float:
+    def try_heaviest(self) -> Rates:
         with monkeypatch.context() as patch:
             patch.setattr(micro_batches.MicroBatches, "_backward", backward)
             patch.setattr(micro_batches.time, "perf_counter", lambda: now[0])
-            found.append(tried(self) * sizes[0])
-        return 0.0
+            found.append(tried(self).training * sizes[0])
+        return Rates(0.0, 0.0)
 
     monkeypatch.setattr(micro_batches.MicroBatches, "try_heaviest", try_heaviest)
     train(replace(config, max_steps=1))
@@ -547,3 +549,17 @@ def test_a_tracker_gets_every_record(remora_here, base: Path, table: Path, tmp_p
 def test_a_tracker_that_would_stay_silent_is_refused(name: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         train(TrainConfig("sample:support", model="none", trackers=(name,)))
+
+
+def test_the_tolerance_of_the_final_scoring_changes_no_weights(config: TrainConfig) -> None:
+    kept, figures, adapters = {}, {}, set()
+    for tolerance in (0.0, 1.0):
+        settings = replace(config, max_steps=1, tolerance=tolerance)
+        directory = train(settings).directory
+        kept[tolerance] = read_probabilities(directory / PROBABILITIES, sorted(WORDS), "test")
+        figures[tolerance] = json.loads((directory / "evaluation.json").read_text())
+        adapters.add((directory / "adapter" / "adapter_model.safetensors").read_bytes())
+        assert figures[tolerance]["tolerance"] == tolerance
+    assert len(adapters) == 1
+    assert figures[0.0]["metrics"]["accuracy"] == figures[1.0]["metrics"]["accuracy"]
+    assert np.abs(kept[0.0].probabilities - kept[1.0].probabilities).max() > 1e-4

@@ -212,6 +212,11 @@ class TrainConfig:
     """Validation rows in each evaluation, a stratified sample. By default all, or as many as keep
     evaluations within a quarter of the training's time; the final weights are measured on all."""
 
+    tolerance: Share = 0.01
+    """Maximum total probability left on unexplored labels when the weights that were chosen are
+    scored on test and validation rows. Accuracy is exact with any; 1 is fastest, with rough
+    log-loss and calibration."""
+
     patience: CountOrZero = 3
     """Early stopping: stop after this many evaluations in a row without improvement; 0 turns it
     off."""

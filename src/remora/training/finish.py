@@ -54,6 +54,7 @@ class TrainResult:
     supervised_tokens_per_second: float
     train_seconds: float  # of the training loop, its evaluations included
     validation_seconds: float  # of these evaluations
+    tolerance: float  # of the probabilities
     test_seconds: float  # of scoring test and validation rows with the weights that were chosen
     peak_memory_bytes: int
     speed_up: float | None = None  # of several processes over one, estimated
@@ -149,6 +150,7 @@ def conclude(
         supervised_tokens_per_second=progress.speed.supervised_tokens_per_second,
         train_seconds=progress.seconds,
         validation_seconds=progress.validation_seconds,
+        tolerance=config.tolerance,
         test_seconds=progress.test_seconds,
         peak_memory_bytes=max(progress.peak_bytes, memory.peak_bytes(session.device)),
         speed_up=progress.speed_up,

@@ -107,7 +107,8 @@ def train_until(
         # Train and score
         with stop.deferred():
             progress = _fit(session, directory, resumed)
-            began, scorer = time.perf_counter(), session.scorer()
+            began = time.perf_counter()
+            scorer = session.scorer(tolerance=config.tolerance)
             scores = {
                 name: scoring.score_rows(scorer, table, name, reporter, stop, group)
                 for name, table in tables_to_measure_on(dataset).items()
