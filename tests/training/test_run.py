@@ -184,7 +184,7 @@ class Watcher(Reporter):
 
 def test_the_best_adapter_is_kept_not_the_last(config: TrainConfig) -> None:
     watcher = Watcher()
-    spoiled = replace(config, learning_rate=0.3, schedule="constant", eval_steps=1, max_steps=8)
+    spoiled = replace(config, learning_rate=0.3, schedule="constant", eval_steps=1, max_steps=6)
     result = train(spoiled, reporter=watcher)
     best = max(watcher.seen, key=lambda v: (v.accuracy, -v.loss))
     assert watcher.seen[-1] != best
