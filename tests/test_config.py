@@ -19,6 +19,7 @@ from remora.config import (
     ServeConfig,
     TrainConfig,
 )
+from remora.config.train import default_learning_rate
 from remora.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -36,6 +37,17 @@ def test_the_defaults_are_the_published_recipe():
     assert (defaults.rank, defaults.alpha, defaults.dropout) == (16, 32, 0.05)
     assert defaults.batch_size == 32
     assert (defaults.weight_decay, defaults.max_grad_norm) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("width", "method", "rate"),
+    [
+        *((4096, "lora", 2e-4), (192, "lora", 6.4e-3), (48, "lora", 6.4e-3)),
+        *((1536, "full", 2e-5), (8192, "full", 2e-5), (768, "full", 8e-5), (48, "full", 1.28e-3)),
+    ],
+)
+def test_all_weights_learn_slower_than_an_adapter(width, method, rate):
+    assert default_learning_rate(width, method) == pytest.approx(rate)
 
 
 WRONG = {

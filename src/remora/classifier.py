@@ -25,9 +25,11 @@ from remora.training.session import open_session
 OF_A_RUN = {
     *("data", "validation", "test", "text_column", "label_column", "test_fraction"),
     *("rows_per_class", "learning_curve", "name", "output", "trackers"),
+    *("baselines", "embedding_model", "tolerance"),
     *("devices", "shard", "checkpoint_minutes", "max_time"),
 }
-"""Settings of `remora train` that belong to its tables, its run directory and its processes."""
+"""Settings of `remora train` that belong to its tables, its run directory, its processes, and to
+what it measures at its end."""
 
 SETTINGS = {
     field.name: field

@@ -46,6 +46,11 @@ def spoken_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def spoken_time(seconds: float) -> str:
+    """Return a time in words as `spoken_seconds` does, below ten seconds with a decimal."""
+    return f"{seconds:.1f} s" if seconds < 10 else spoken_seconds(seconds)
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of another library's error message, or the error's type."""
     lines = str(error).strip().splitlines()

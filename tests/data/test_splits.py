@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from data.test_dataset import many, rows
 from data.test_table import write_csv
 from remora.data.dataset import load_dataset
-from remora.data.splits import batches, sample
+from remora.data.splits import batches, deal_folds, sample, sample_rows
 from remora.data.table import Table
 from remora.errors import ConfigError
 
@@ -121,3 +122,18 @@ def test_fractions_out_of_range(tmp_path, fractions, message):
     path = write_csv(tmp_path / "a.csv", many({"a": 3, "b": 3}))
     with pytest.raises(ConfigError, match=message):
         load_dataset(str(path), **fractions)
+
+
+def test_folds_hold_each_row_out_once():
+    folds = deal_folds(np.arange(30) % 3, 5, seed=0)
+    assert sorted(i for _, own in folds for i in own.tolist()) == list(range(30))
+    assert all(not set(others) & set(own) for others, own in folds)
+
+
+def test_the_sample_keeps_the_shares_of_the_labels():
+    labels = ["rare", *["common"] * 19] * 100  # 5 % and 95 %
+    rows = sample_rows(labels, 200, seed=0)
+    assert len(set(rows)) == 200
+    assert Counter(labels[row] for row in rows) == {"rare": 10, "common": 190}
+    assert rows == sample_rows(labels, 200, seed=0)
+    assert rows != sample_rows(labels, 200, seed=1)

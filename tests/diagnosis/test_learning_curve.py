@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import WAYS, WORDS
-from remora import cli
+from conftest import WAYS, WORDS, call
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.data.dataset import limit_rows, load_data
 from remora.diagnosis import diagnose, learning_curve
@@ -76,14 +75,6 @@ class Teller(Reporter):
         self.steps.append(step.step)
         if self.stop_at == (self.steps.count(1), step.step):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-def remora(*arguments: str) -> int:
-    """Run the command line in this process."""
-    try:
-        return cli.main([*arguments])
-    except SystemExit as done:
-        return int(done.code or 0)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -251,11 +242,11 @@ def test_sizes_larger_than_the_data_are_refused(config: TrainConfig, sizes: str)
 def test_a_curve_may_end_before_all_rows(config: TrainConfig, capsys) -> None:
     arguments = [config.data, "--model", config.model, "--output", str(config.output)]
     arguments += ["--learning-curve", "4,8", "--max-steps", "1", "--device", "cpu"]
-    assert remora("train", *arguments, "--json") == 0
+    assert call("train", *arguments, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [size["num_rows"] for size in found["learning_curve"]["sizes"]] == [12, 24]
     assert json.loads((Path(found["directory"]) / "data.json").read_text())["num_train"] == 24
-    assert remora("train", *arguments) == 0
+    assert call("train", *arguments) == 0
     shown = capsys.readouterr().out
     assert "2 sizes are too few to extrapolate" in shown
     assert shown.rstrip().endswith(".")

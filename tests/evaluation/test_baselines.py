@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from remora.evaluation import baselines
-from remora.evaluation.baselines import BYTES_PER_CHARACTER, _stratified_rows, train_baseline
+from remora.evaluation.baselines import BYTES_PER_CHARACTER, train_baseline
 
 
 @pytest.mark.parametrize(
@@ -42,15 +41,6 @@ def test_a_baseline_that_would_not_fit_takes_fewer_rows(monkeypatch: pytest.Monk
         found = train_baseline(texts, labels, ["red"], ["r"], ["b", "r"], max_bytes=room)
         assert found.num_train_rows == expected
         assert found.predictions == ["r"]
-
-
-def test_the_sample_keeps_the_shares_of_the_labels() -> None:
-    labels = ["rare", *["common"] * 19] * 100  # 5 % and 95 %
-    rows = _stratified_rows(labels, 200, seed=0)
-    assert len(set(rows)) == 200
-    assert Counter(labels[row] for row in rows) == {"rare": 10, "common": 190}
-    assert rows == _stratified_rows(labels, 200, seed=0)
-    assert rows != _stratified_rows(labels, 200, seed=1)
 
 
 def test_no_warning_where_the_svm_does_not_converge(monkeypatch) -> None:

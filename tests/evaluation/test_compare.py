@@ -45,6 +45,7 @@ def write_run(
         "method": method,
         "metrics": ours,
         "measured_on": "test",
+        "p_value": 0.5,
         "baseline": {"description": "TF-IDF + linear SVM", "seconds": 0.5, "metrics": theirs},
         "parameters": {"trainable": 5, "total": 1000},
         "base_bytes": base_bytes,

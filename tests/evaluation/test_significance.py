@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from remora.evaluation.significance import accuracy_verdict, difference_interval, holm, mcnemar
+from remora.evaluation.significance import difference_interval, holm, mcnemar
 
 
 def test_mcnemar_exact() -> None:
@@ -29,11 +29,3 @@ def test_the_interval_of_a_difference() -> None:
     assert high - low == pytest.approx(2 * 1.959964 * (13 - 64 / 102) ** 0.5 / 102)
     low, high = difference_interval(0, 0, 50)
     assert low < 0 < high
-
-
-def test_the_verdict_needs_a_significant_difference() -> None:
-    assert accuracy_verdict(0.9, 0.8, 0.01) == (
-        "the model is 10.0 points better (p = 0.01, exact McNemar test)"
-    )
-    assert accuracy_verdict(0.9, 0.8, 0.05).startswith("the difference of +10.0 points may be")
-    assert accuracy_verdict(0.8, 0.9, 0.01).startswith("the baseline is 10.0 points better: this")

@@ -16,8 +16,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 
 import hub_server as stand_in
 import xet
-from conftest import WAYS, WORDS
-from remora import cli
+from conftest import WAYS, WORDS, call
 from remora.config import PredictConfig, PushConfig
 from remora.errors import ConfigError, DataError, ModelError
 from remora.export import push
@@ -76,14 +75,6 @@ def connected(hub: stand_in.Hub, home: Path, monkeypatch: pytest.MonkeyPatch) ->
     hub.cut_requests.clear()
     for name in hub.repositories.keys() - {"models/own/base"}:
         del hub.repositories[name]
-
-
-def call(*arguments: str) -> int:
-    """Run the command line in this process; return its exit code."""
-    try:
-        return cli.main(arguments)
-    except SystemExit as end:
-        return int(end.code or 0)
 
 
 def answers(adapter: Path, folder: Path) -> list[tuple[str, list[tuple[str, float]]]]:

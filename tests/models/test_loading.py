@@ -80,9 +80,9 @@ def test_what_is_no_model_folder_is_refused(tmp_path):
     refused(lambda: find("./owner/name"), "there is no folder")
     refused(lambda: find("nothing"), "there is no folder nothing")
     refused(lambda: find(str(tmp_path)), "no config.json")
-    file = tmp_path / "weights.gguf"
-    file.touch()
-    refused(lambda: find(str(file)), "is a file")
+    for name, told in (("weights.bin", "is a file"), ("weights.gguf", "is not a GGUF file")):
+        (tmp_path / name).touch()
+        refused(lambda name=name: find(str(tmp_path / name)), told)
 
 
 def test_pickled_weights_are_never_opened(copy):
@@ -193,6 +193,14 @@ def test_a_process_finds_the_hub_by_its_variables(hub, tmp_path):
 
 def test_an_unknown_hub_id_is_refused(hub):
     refused(lambda: find("own/none"), "there is neither a folder nor a hub model own/none; ")
+
+
+def test_a_hub_model_of_gguf_files_only_is_to_be_downloaded(hub):
+    names = ("m.Q4_K_M.gguf", "m.Q8_0.gguf")
+    hub.publish("models/own/small", {"README.md": b"x", **dict.fromkeys(names, b"GGUF")})
+    told = "own/small on the hub holds GGUF files only, 'm.Q4_K_M.gguf', 'm.Q8_0.gguf'; download"
+    refused(lambda: find("own/small"), told)
+    assert not [line for line in hub.requests if line.endswith(".gguf")]
 
 
 def test_a_gated_model_is_refused_until_its_terms_are_accepted(hub):

@@ -22,12 +22,12 @@ from torch import Tensor
 from conftest import (
     ARCHITECTURES,
     build_tokenizer,
+    call,
     randomize_adapter,
     teach,
     tiny_model,
 )
 from models.test_lora import IDS, as_stock, count_fused, outputs_and_gradients, relative_error
-from remora import cli
 from remora.config import ExportConfig, PlanConfig, TrainConfig
 from remora.errors import ConfigError, ModelError, Stopped
 from remora.export import export
@@ -399,13 +399,6 @@ def test_qwen_7b_is_planned_for_a_16_gb_t4(shared: Path, table: Path, tmp_path: 
     assert not plain.fits
     assert any("with --method qlora" in line for line in plain.alternatives)
     assert not any("with --method lora" in line for line in plain.alternatives)
-
-
-def call(*arguments: str | Path) -> int:
-    try:
-        return cli.main([*map(str, arguments)])
-    except SystemExit as done:
-        return int(done.code or 0)
 
 
 def test_without_bitsandbytes_it_is_one_line(

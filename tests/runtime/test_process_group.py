@@ -135,7 +135,10 @@ def test_two_processes_stopped_together_go_on_to_the_same_bits(
 
 
 @WITH_SIGNALS
-@pytest.mark.parametrize(("name", "rank"), [("SIGKILL", 1), ("SIGSTOP", 0)])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [("SIGKILL", 1), pytest.param("SIGSTOP", 0, marks=pytest.mark.durability)],
+)
 def test_a_lost_process_ends_all(config: TrainConfig, name: str, rank: int) -> None:
     lost(replace(config, devices=2, epochs=1_000), getattr(signal, name), rank)
 

@@ -300,15 +300,21 @@ def test_all_weights_that_train_are_sharded_over_the_devices(settings: dict[str,
     assert here.memory.fragments == allocator.MAPPED_FRAGMENT_BYTES
 
 
+def deep(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Return the settings with a base of more layers."""
+    folder = tmp_path / "deep"
+    shutil.copytree(settings["model"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    described = json.loads((folder / "config.json").read_text())
+    described |= {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
+    (folder / "config.json").write_text(json.dumps(described))
+    few = {"micro_batch_tokens": 128, "checkpointing": "on", "rank": 1}
+    return {**settings, "model": str(folder), **few}
+
+
 def test_a_base_is_sharded_only_where_it_does_not_fit(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    deep = tmp_path / "deep"
-    shutil.copytree(settings["model"], deep, ignore=shutil.ignore_patterns("*.safetensors"))
-    described = json.loads((deep / "config.json").read_text())
-    described |= {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
-    (deep / "config.json").write_text(json.dumps(described))
-    settings |= {"model": str(deep), "micro_batch_tokens": 128, "checkpointing": "on", "rank": 1}
+    settings = deep(settings, tmp_path)
     roomy, parts = planned(settings, devices=4), planned(settings, devices=4, shard="on")
     assert not roomy.shard
     assert parts.shard
@@ -318,6 +324,13 @@ def test_a_base_is_sharded_only_where_it_does_not_fit(
     tight = planned(settings, devices=4)
     assert tight.shard
     assert "4 processes, as the base does not fit on one device" in tight.why
+
+
+@pytest.mark.durability  # what would fit is searched twice
+def test_what_fits_by_sharding_alone_is_proposed(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = deep(settings, tmp_path)
+    roomy, parts = planned(settings, devices=4), planned(settings, devices=4, shard="on")
+    settings["device_memory"] = f"{(roomy.peak_bytes + parts.peak_bytes) / 2e6}MB"
     assert not planned(settings, devices=4, shard="off").fits
     alone = planned(settings)
     assert not alone.fits

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ARCHITECTURES, build_tokenizer, tiny_model
-from remora import TextClassifier, cli
+from conftest import ARCHITECTURES, build_tokenizer, call, tiny_model
+from remora import TextClassifier
 from remora.config import TrainConfig
 from remora.data.dataset import load_data
 from remora.data.prompt import Prompt, TokenSequence
@@ -25,7 +25,6 @@ from remora.models import lora, saved
 from remora.models.saved import open_trained
 from remora.runtime.reporter import Reporter, Validation
 from remora.training import checkpoint, resume
-from remora.training.optimizer import default_learning_rate
 from remora.training.run import train
 from remora.tree import packing, scoring
 from remora.tree.forward import answer_logits
@@ -238,13 +237,6 @@ def test_the_classifier_comes_back_the_same(base: Path, tmp_path: Path) -> None:
     )
 
 
-def call(*arguments: str | Path) -> int:
-    try:
-        return cli.main([*map(str, arguments)])
-    except SystemExit as done:
-        return int(done.code or 0)
-
-
 def test_the_command_line_trains_measures_and_reports(
     base: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,14 +297,3 @@ def test_other_weights_and_unknown_methods_are_refused(trained, tmp_path: Path) 
     card.write_text(json.dumps({**good, "base_sha256": "0" * 64}))
     with pytest.raises(ModelError, match="have changed since they were written; restore them"):
         saved.load_adapter(copy, base=None, dtype=torch.float32, device=CPU)
-
-
-@pytest.mark.parametrize(
-    ("width", "method", "rate"),
-    [
-        *((4096, "lora", 2e-4), (192, "lora", 6.4e-3), (48, "lora", 6.4e-3)),
-        *((1536, "full", 2e-5), (8192, "full", 2e-5), (768, "full", 8e-5), (48, "full", 1.28e-3)),
-    ],
-)
-def test_all_weights_learn_slower_than_an_adapter(width: int, method: Any, rate: float) -> None:
-    assert default_learning_rate(width, method) == pytest.approx(rate)

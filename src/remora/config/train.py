@@ -81,6 +81,10 @@ Initialization = Annotated[
 ]
 
 
+Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())]
+BASELINES = ("svm", "zero-shot", "probe", "embeddings")
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -91,7 +95,7 @@ class TrainConfig:
     dataset on the Hugging Face Hub as hf:owner/name."""
 
     model: str
-    """Base model: a folder, or its id on the Hugging Face Hub."""
+    """Base model: a folder, a GGUF file, or its id on the Hugging Face Hub."""
 
     name: PlainName | None = None
     """Name of the run; by default made from the names of the data and the model."""
@@ -233,6 +237,16 @@ class TrainConfig:
     seed: CountOrZero = 0
     """Seed of the splits, the order of rows, the adapter's initialization and the dropout."""
 
+    baselines: Names = ("auto",)
+    """What to measure beside the trained model, on the same rows: svm (TF-IDF and a linear SVM),
+    zero-shot (the base model before training), probe (logistic regression on the base model's
+    frozen features), embeddings (logistic regression on sentence embeddings; needs
+    remora[embeddings]), or none. Several are separated by commas. auto takes svm, and zero-shot
+    and probe as far as they take at most a tenth of the run's time."""
+
+    embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Sentence encoder of the baseline embeddings: a folder, or its id on the Hugging Face Hub."""
+
     trackers: tuple[str, ...] = ()
     """Experiment trackers supported by accelerate, such as tensorboard or wandb."""
 
@@ -249,8 +263,25 @@ class TrainConfig:
         Raises:
             ConfigError: Naming everything that is wrong.
         """
+        given = [self.baselines] if isinstance(self.baselines, str) else self.baselines
+        names = (name.strip() for each in given for name in each.split(","))
+        object.__setattr__(self, "baselines", tuple(dict.fromkeys(names)))
+        unknown = [each for each in self.baselines if each not in {*BASELINES, "auto", "none"}]
         check(
             self,
+            (
+                bool(unknown) or not self.baselines,
+                f"baselines has {', '.join(map(repr, unknown)) or 'no name'}; give some of "
+                f"{', '.join(BASELINES)}, or auto, or none",
+            ),
+            (
+                "none" in self.baselines and len(self.baselines) > 1,
+                "baselines has none beside others; leave out none, or the others",
+            ),
+            (
+                self.learning_curve is not None and not {"svm", "auto"} & {*self.baselines},
+                "a learning curve shows the svm beside each size; leave out baselines, or add svm",
+            ),
             (
                 self.use_dora and self.method == "qlora",
                 "use_dora does not work on a 4-bit base; use --method lora",
@@ -334,3 +365,15 @@ class TrainConfig:
                 value = str(value)
             settings[entry.name] = list(value) if isinstance(value, tuple) else value
         return str(tomli_w.dumps(settings))
+
+
+def default_learning_rate(width: int, method: Method) -> float:
+    """Return the peak learning rate for a model of a hidden size; docs/log.md says why.
+
+    From a width of 1536 on 2e-4 for an adapter and 2e-5 for all weights, as in the recipes in use;
+    more for narrower models, down to a width of 192.
+    """
+    narrower = min(8.0, max(1.0, 1536 / width))
+    if method == "full":
+        return 2e-5 * narrower**2
+    return 2e-4 * math.pow(narrower, 5 / 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from remora.data.table import Table
@@ -115,3 +115,27 @@ def _allot(
     while (missing := min(size, free.sum()) - take.sum()) > 0:
         take[[i for i in by_remainder if take[i] < free[i]][:missing]] += 1
     return take
+
+
+def sample_rows(labels: Sequence[str], max_rows: int, seed: int) -> list[int]:
+    """Return at most `max_rows` places of rows; each label keeps its share to within one row."""
+    import numpy as np
+
+    if len(labels) <= max_rows:
+        return list(range(len(labels)))
+    shuffled = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    by_label = sorted(shuffled, key=lambda row: labels[row])
+    return sorted(by_label[i * len(labels) // max_rows] for i in range(max_rows))
+
+
+def deal_folds(
+    true: NDArray[np.int64], num_folds: int, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return stratified folds as pairs of other and own rows."""
+    import numpy as np
+
+    shuffled = np.random.default_rng(seed).permutation(len(true))
+    by_label = shuffled[np.argsort(true[shuffled], kind="stable")]
+    fold = np.empty(len(true), dtype=np.int64)
+    fold[by_label] = np.arange(len(true)) % num_folds
+    return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(num_folds)]

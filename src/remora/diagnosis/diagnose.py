@@ -27,6 +27,7 @@ from remora.errors import DataError
 from remora.evaluation.predictions import PREDICTIONS, Predictions, read_predictions
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
+from remora.tree.features import FEATURES
 
 NUM_NEIGHBOURS = 5
 LIST_FROM = 0.2
@@ -120,6 +121,7 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
         config.folds,
         reporter,
         folder=config.run / FOLDS,
+        kept=config.run / FEATURES,
     )
 
     # The held-out rows, and the ceiling

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from remora.config import TrainConfig
-from remora.models import loading
+from remora.models import hub, loading
+from remora.runtime import files
 from remora.runtime.device import choose_device, choose_precision
 from remora.runtime.reporter import Reporter
+from remora.tree import features
+from remora.tree.stems import Stem
 
-BATCH_ROWS = 32
+BATCH_ROWS = 256
 
 
 def tfidf(texts: Sequence[str], pairs: bool) -> Any:
@@ -32,38 +35,38 @@ def tfidf(texts: Sequence[str], pairs: bool) -> Any:
 
 
 def frozen_features(
-    texts: Sequence[str], labels: Sequence[str], settings: TrainConfig, reporter: Reporter
+    texts: Sequence[str],
+    labels: Sequence[str],
+    settings: TrainConfig,
+    reporter: Reporter,
+    kept: Path | None = None,
 ) -> NDArray[np.float32]:
-    """Return hidden states of the untrained base model for each message, normalized, [texts, 5 H].
+    """Return features of the untrained base model for each message, normalized, [texts, 5 H].
 
-    Those of the last two layers where the answer would begin, and the means of the embeddings, the
-    middle layer and the last one over the tokens that messages do not share. docs/log.md compares
-    choices.
+    `tree.features` says which. Those that the run has kept in the file `kept` are not computed
+    again; if it has all, the model is not loaded.
     """
     from sklearn.preprocessing import StandardScaler, normalize
 
-    device = choose_device(settings.device)
-    precision = choose_precision(device, settings.precision)
-    base, prompt, _ = loading.load_base_and_prompt(settings, labels, precision.base, device)
-    stems = prompt.stems(texts)
-    order = sorted(range(len(stems)), key=lambda i: len(stems[i]))
-    features: dict[int, NDArray[np.float32]] = {}
-    start = len(prompt.prefix)
-    for begin in range(0, len(order), BATCH_ROWS):
-        rows = order[begin : begin + BATCH_ROWS]
-        longest = max(len(stems[i]) for i in rows)
-        # Padded on the right, where no token of a causal model sees the padding.
-        ids = torch.tensor([stems[i] + [0] * (longest - len(stems[i])) for i in rows])
-        with torch.inference_mode():
-            states = base(ids.to(device), output_hidden_states=True, use_cache=False).hidden_states
-        last = [states[-1], states[-2]]
-        meant = [states[0], states[len(states) // 2], states[-1]]
-        for row, i in enumerate(rows):
-            end = len(stems[i])
-            parts = [layer[row, end - 1] for layer in last]
-            parts += [layer[row, min(start, end - 1) : end].mean(0) for layer in meant]
-            features[i] = torch.cat(parts).float().cpu().numpy()
-        reporter.scoring("features", begin + len(rows), len(order))
-    stacked = np.stack([features[i] for i in range(len(stems))])
+    folder = hub.find(settings.model)
+    prompt = loading.load_prompt(settings, labels, folder)
+    stems = [tuple(stem) for stem in prompt.stems(texts)]
+    found: dict[Stem, NDArray[np.float16]] = {}
+    if kept is not None and kept.is_file():
+        key = features.key(files.weights_sha256(folder), settings.method)
+        found |= features.read(kept, stems, key).features
+    missing = sorted(set(stems) - found.keys())
+    if found:
+        reporter.say(f"{len(stems) - len(missing):,} of {len(stems):,} rows have them from the run")
+    if missing:
+        device = choose_device(settings.device)
+        precision = choose_precision(device, settings.precision)
+        base = loading.load_base(folder, settings.method, precision.base, device)
+        extractor = features.Extractor(base, prompt)
+        for start in range(0, len(missing), BATCH_ROWS):
+            batch = missing[start : start + BATCH_ROWS]
+            found |= zip(batch, extractor.features(batch), strict=True)
+            reporter.scoring("features", start + len(batch), len(missing))
+    stacked = np.stack([found[stem].reshape(-1) for stem in stems]).astype(np.float32)
     result: NDArray[np.float32] = normalize(StandardScaler().fit_transform(stacked))
     return result

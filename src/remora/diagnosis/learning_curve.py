@@ -135,6 +135,7 @@ def _settings(config: TrainConfig, size: int | None, path: Path, num_rows: int) 
         output=path.parent,
         name=path.name,
         learning_curve=None,
+        baselines=("svm",),
         rows_per_class=size,
         max_steps=config.num_steps(num_rows),
         eval_steps=config.eval_steps or math.ceil(num_rows / config.batch_size),

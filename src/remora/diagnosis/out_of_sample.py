@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset
+from remora.data.splits import deal_folds
 from remora.data.table import Table
 from remora.diagnosis.features import frozen_features, tfidf
-from remora.diagnosis.regressions import deal_folds, logistic, pool, ridge
+from remora.diagnosis.regressions import logistic, pool, ridge
 from remora.evaluation.predictions import (
     PROBABILITIES,
     Scored,
@@ -74,6 +75,7 @@ def judge(
     reporter: Reporter,
     *,
     folder: Path | None = None,
+    kept: Path | None = None,
 ) -> Judgement:
     """Judge each row by classifiers that were trained on others.
 
@@ -87,6 +89,7 @@ def judge(
         num_folds: Number of folds; None for a default by method and number of rows.
         reporter: Told the progress.
         folder: Where `adapters` keeps finished folds, so that it can resume.
+        kept: File of features that the run may have kept.
 
     Raises:
         Stopped: If a signal asked `adapters` to stop; finished folds are kept.
@@ -103,7 +106,7 @@ def judge(
         views.append((*words, 1.0))
     if method in ("fast", "frozen"):
         reporter.say("computing frozen features of the base model")
-        features = frozen_features(rows.texts, labels, settings, reporter)
+        features = frozen_features(rows.texts, labels, settings, reporter, kept)
         views.append((features, features, 0.2))
     reporter.say("cross-validating regressions")
     ridges = [ridge(x, penalty, true, len(labels), folds) for x, _, penalty in views]

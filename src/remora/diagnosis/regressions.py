@@ -36,17 +36,6 @@ def pool(parts: Sequence[NDArray[np.float64]], true: NDArray[np.int64]) -> NDArr
     return pooled(found.x)
 
 
-def deal_folds(
-    true: NDArray[np.int64], num_folds: int, seed: int
-) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Return stratified folds as pairs of other and own rows."""
-    shuffled = np.random.default_rng(seed).permutation(len(true))
-    by_label = shuffled[np.argsort(true[shuffled], kind="stable")]
-    fold = np.empty(len(true), dtype=np.int64)
-    fold[by_label] = np.arange(len(true)) % num_folds
-    return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(num_folds)]
-
-
 def ridge(
     features: Any,
     penalty: float,

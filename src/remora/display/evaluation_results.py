@@ -114,7 +114,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
 
     # Differences
     print_line(console, f"\non {comparison.num_rows:,} rows, smallest first")
-    for pair in comparison.pairs:
+    for pair in comparison.shown_pairs:
         print_line(console, f"  {_difference(pair)}")
     repeated = [each for each in comparison.shared_mistakes if each.count > 1]
     if repeated:

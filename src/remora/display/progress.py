@@ -20,6 +20,7 @@ class TerminalReporter(Reporter):
         self._progress: Progress | None = None
         self._training: TaskID | None = None
         self._scoring: TaskID | None = None
+        self._scored = ""  # what that bar is of
 
     @contextlib.contextmanager
     def live(self) -> Iterator[TerminalReporter]:
@@ -66,8 +67,14 @@ class TerminalReporter(Reporter):
         """Advance the bar of an evaluation, and remove it when done."""
         if self._progress is None:
             return
+        if self._scoring is not None and self._scored != what:  # of one that has failed
+            self._progress.remove_task(self._scoring)
+            self._scoring = None
         if self._scoring is None:
-            self._scoring = self._progress.add_task(what, total=total, figures="")
+            self._scoring, self._scored = (
+                self._progress.add_task(what, total=total, figures=""),
+                what,
+            )
         self._progress.update(self._scoring, completed=done)
         if done >= total:
             self._progress.remove_task(self._scoring)

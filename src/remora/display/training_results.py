@@ -6,36 +6,27 @@ from rich.console import Console
 
 from remora.diagnosis.curve_answer import LearningCurve
 from remora.display.console import (
+    escaped,
     figures_table,
     print_line,
     spoken_file_bytes,
     standard_output,
 )
 from remora.display.evaluation_results import show_metrics, show_reliability
-from remora.evaluation.significance import accuracy_verdict
-from remora.formatting import spoken_seconds
+from remora.evaluation.rivals import verdict
+from remora.formatting import spoken_seconds, spoken_time
 from remora.training.finish import TrainResult
 
 
 def show_result(result: TrainResult, console: Console | None = None) -> None:
-    """Print the result of a run: accuracy beside the baseline, then its costs."""
+    """Print the result of a run: accuracy beside the baselines, then its costs."""
     console = console or standard_output()
 
-    # Accuracy, beside the baseline
+    # Accuracy, beside the baselines
     show_metrics(result.metrics, result.measured_on, console)
     show_reliability(result.reliability, console)
-    base, ours = result.baseline, result.metrics
-    low, high = base.metrics.accuracy_interval
-    note = ""
-    if base.num_train_rows < base.num_all_train_rows:
-        note = f", on {base.num_train_rows:,} of {base.num_all_train_rows:,} training rows"
-    print_line(
-        console,
-        f"baseline   {base.metrics.accuracy:.2%}  (95% interval {low:.1%} to {high:.1%})  "
-        f"{base.description}, {base.seconds:.1f} s{note}",
-    )
-    verdict = accuracy_verdict(ours.accuracy, base.metrics.accuracy, result.p_value)
-    print_line(console, f"           {verdict}")
+    if result.rivals:
+        _show_rivals(result, console)
 
     # Costs
     size = spoken_file_bytes(result.adapter_bytes)
@@ -63,6 +54,32 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
     print_line(console, f"run        {result.directory}")
     if (page := result.directory / "report.html").is_file():
         print_line(console, f"report     {page}")
+
+
+def _show_rivals(result: TrainResult, console: Console) -> None:
+    """Print the baselines, each with its lead over the trained model, and the verdict."""
+    table = figures_table(
+        *("baseline", "accuracy", "95% interval", "macro-F1", "time", "points", "p")
+    )
+    for each in result.rivals:
+        low, high = each.accuracy_interval
+        table.add_row(
+            escaped(each.description),
+            f"{each.accuracy:.2%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{each.macro_f1:.2%}",
+            spoken_time(each.seconds),
+            f"{100 * each.difference:+.1f}",
+            f"{each.p_value:.2g}",
+        )
+    print_line(console, "")
+    console.print(table)
+    for each in result.rivals:
+        if each.rows:
+            print_line(console, f"{each.description}: {each.rows}")
+    trained = "model" if result.method == "full" else "adapter"
+    seconds = result.train_seconds + result.test_seconds
+    print_line(console, f"{verdict(result.rivals, trained, seconds)}\n")
 
 
 def _shares(result: TrainResult) -> str:

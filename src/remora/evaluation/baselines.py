@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from remora.data import splits
 from remora.evaluation.metrics import Metrics, measure
 
 BYTES_PER_CHARACTER = 150
@@ -64,7 +65,7 @@ def train_baseline(
         characters_each = max(1, sum(map(len, train_texts)) // len(train_texts))
         fitting = max_bytes // (BYTES_PER_CHARACTER * characters_each)
         max_rows = min(max_rows, max(MIN_BASELINE_ROWS, fitting))
-    rows = _stratified_rows(train_labels, max_rows, seed)
+    rows = splits.sample_rows(train_labels, max_rows, seed)
     texts = [train_texts[i] for i in rows]
     targets = [train_labels[i] for i in rows]
 
@@ -88,12 +89,3 @@ def train_baseline(
         num_all_train_rows=len(train_texts),
         seconds=time.perf_counter() - began,
     )
-
-
-def _stratified_rows(labels: Sequence[str], max_rows: int, seed: int) -> list[int]:
-    """Sample at most `max_rows` rows; each label keeps its share of them to within one row."""
-    if len(labels) <= max_rows:
-        return list(range(len(labels)))
-    shuffled = np.random.default_rng(seed).permutation(len(labels)).tolist()
-    by_label = sorted(shuffled, key=lambda row: labels[row])
-    return sorted(by_label[i * len(labels) // max_rows] for i in range(max_rows))

@@ -16,6 +16,7 @@ from remora.config import CompareConfig
 from remora.errors import ConfigError, DataError
 from remora.evaluation import results
 from remora.evaluation.results import Results
+from remora.evaluation.rivals import Rival, of_figures
 from remora.evaluation.significance import difference_interval, holm, mcnemar
 from remora.formatting import one_line
 
@@ -25,14 +26,14 @@ NUM_SHARED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A run or the baseline, with its accuracy and its costs."""
+    """A run or a baseline, with its accuracy and its costs."""
 
     name: str
     accuracy: float
     accuracy_interval: tuple[float, float]  # 95%, Wilson (1927)
     macro_f1: float
     train_seconds: float
-    num_bytes: int = 0  # of weights needed to predict; 0 for the baseline
+    num_bytes: int = 0  # of weights needed to predict; 0 for the linear SVM
     artifact_bytes: int | None = None  # of the adapter or model that the run has saved
     trainable_share: float | None = None
     examples_per_second: float | None = None  # of training
@@ -40,7 +41,7 @@ class Contender:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is the baseline, not a run."""
+        """Whether this is a baseline, not a run."""
         return self.artifact_bytes is None
 
 
@@ -84,13 +85,19 @@ class Comparison:
     value: str | None
     notes: tuple[str, ...]
 
+    @property
+    def shown_pairs(self) -> tuple[Pair, ...]:
+        """The pairs of which at least one is a run; two baselines are of less interest."""
+        baselines = {each.name for each in self.contenders if each.is_baseline}
+        return tuple(each for each in self.pairs if not {each.first, each.second} <= baselines)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them."""
         return asdict(self)
 
 
 def compare_runs(config: CompareConfig) -> Comparison:
-    """Compare runs that were measured on the same rows, and the baseline of the first.
+    """Compare runs that were measured on the same rows, and their baselines.
 
     Raises:
         ConfigError: If a run is given twice.
@@ -102,20 +109,14 @@ def compare_runs(config: CompareConfig) -> Comparison:
     for other in runs[1:]:
         _refuse_other_rows(runs[0], other)
 
-    # Runs and the baseline, from the smallest to the biggest
+    # Runs and baselines, from the smallest to the biggest
     names = _names(config.runs)
-    contenders = {
+    contenders: dict[str, tuple[Contender, Sequence[str]]] = {
         name: (_contender(name, each.figures), each.predicted)
         for name, each in zip(names, runs, strict=True)
     }
-    notes = []
-    if runs[0].baseline is None:
-        notes.append(f"{runs[0].directory} has no predictions of the baseline, which is left out")
-    else:
-        baseline = _baseline(runs[0].figures["baseline"])
-        contenders[baseline.name] = (baseline, runs[0].baseline)
-        if any(each.baseline not in (None, runs[0].baseline) for each in runs):
-            notes.append(f"the baseline is that of {names[0]}; the training rows differ")
+    baselines, notes = _baselines(runs, names)
+    contenders |= baselines
     if any(each.figures["measured_on"] != "test" for each in runs):
         notes.append("the rows also selected the weights: all figures are slightly optimistic")
     ordered = sorted(
@@ -142,7 +143,7 @@ def _read(path: Path) -> Results:
     run = results.read(path)
     try:
         _contender("", run.figures)
-        _baseline(run.figures["baseline"])
+        of_figures(run.figures)
     except (KeyError, TypeError) as error:
         raise DataError(
             f"the figures in {path} are broken ({one_line(error)}); train it again"
@@ -191,14 +192,44 @@ def _contender(name: str, figures: dict[str, Any]) -> Contender:
     )
 
 
-def _baseline(figures: dict[str, Any]) -> Contender:
-    metrics = figures["metrics"]
+def _baselines(
+    runs: Sequence[Results], names: Sequence[str]
+) -> tuple[dict[str, tuple[Contender, Sequence[str]]], list[str]]:
+    """Return the baselines of all runs with their predictions by name, and notes on them.
+
+    Of those with one description the first run's is taken.
+    """
+    found: dict[str, tuple[Contender, Sequence[str]]] = {}
+    notes = []
+    if runs[0].baseline is None:
+        notes.append(f"{runs[0].directory} has no predictions of the SVM, which is left out")
+    elif any(each.baseline not in (None, runs[0].baseline) for each in runs):
+        notes.append(f"the baseline is that of {names[0]}; the training rows differ")
+    for run, name in zip(runs, names, strict=True):
+        for rival in of_figures(run.figures):
+            given = runs[0].baseline if rival.name == "svm" else run.rivals.get(rival.name)
+            whole = [each for each in given or () if each is not None]
+            if len(whole) < len(run.true):
+                if whole:
+                    notes.append(
+                        f"{rival.description} is left out: {name} measured it on {len(whole):,} "
+                        f"of {len(run.true):,} rows"
+                    )
+            elif rival.description not in found:
+                found[rival.description] = (_of_rival(rival), whole)
+            elif found[rival.description][1] != whole:
+                notes.append(f"{rival.description} is not that of {name}, where it differs")
+    return found, notes
+
+
+def _of_rival(rival: Rival) -> Contender:
     return Contender(
-        name=figures["description"],
-        accuracy=metrics["accuracy"],
-        accuracy_interval=tuple(metrics["accuracy_interval"]),
-        macro_f1=metrics["macro_f1"],
-        train_seconds=figures["seconds"],
+        name=rival.description,
+        accuracy=rival.accuracy,
+        accuracy_interval=rival.accuracy_interval,
+        macro_f1=rival.macro_f1,
+        train_seconds=rival.seconds,
+        num_bytes=rival.num_bytes,
     )
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from remora.config.train import BASELINES
 from remora.errors import DataError, ModelError
 from remora.formatting import one_line
 from remora.runtime import files
@@ -31,6 +32,7 @@ class Predictions:
     predicted: list[str]
     probability: list[float]  # of the predicted label
     baseline: list[str] | None
+    rivals: dict[str, list[str | None]] = field(default_factory=dict)  # None where not measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +74,21 @@ def write_predictions(
     predicted: Sequence[str],
     probability: Sequence[float],
     baseline: Sequence[str] | None = None,
+    rivals: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
-    """Write predictions.csv: one row per message, the baseline's prediction last if there is one.
+    """Write predictions.csv: one row per message, with the baselines' predictions last.
 
-    Cells that a spreadsheet would run as formulas are escaped.
+    `baseline` has those of the SVM. Each of `rivals` is a further column, by its name: predictions
+    by row, of some or all rows; other cells are empty. Cells that a spreadsheet would run as
+    formulas are escaped.
     """
     header = ["text", "label", "predicted", "probability"]
     columns = [texts, true, predicted, [f"{p:.6f}" for p in probability]]
     if baseline is not None:
         header, columns = [*header, "baseline"], [*columns, baseline]
+    for name, given in (rivals or {}).items():
+        header.append(name)
+        columns.append([given.get(row, "") for row in range(len(texts))])
     files.write_csv(path, header, zip(*columns, strict=True))
 
 
@@ -107,6 +115,11 @@ def read_predictions(path: Path, labels: Sequence[str]) -> Predictions:
             baseline=(
                 [originals[row["baseline"]] for row in rows] if "baseline" in rows[0] else None
             ),
+            rivals={
+                name: [originals[row[name]] if row[name] else None for row in rows]
+                for name in BASELINES
+                if name in rows[0]
+            },
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise DataError(f"{path} is broken ({one_line(error)}); train the run again") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from remora.errors import DataError
-from remora.formatting import one_line, spoken_bytes, spoken_seconds
+from remora.formatting import one_line, spoken_bytes, spoken_seconds, spoken_time
 
 
 @contextlib.contextmanager
@@ -46,6 +46,7 @@ def rendered(name: str, context: Mapping[str, Any], **code: str) -> str:
     environment.filters |= {
         "bytes": spoken_bytes,
         "seconds": spoken_seconds,
+        "time": spoken_time,
         "percent": percent,
         "count": "{:,}".format,
         "isolated": isolated,

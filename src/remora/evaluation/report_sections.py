@@ -14,6 +14,7 @@ import remora
 from remora.evaluation import charts, results
 from remora.evaluation.confusion_matrix import Cell, cells, confusion_counts, matrix_labels
 from remora.evaluation.results import Results
+from remora.evaluation.rivals import Rival, of_figures, seconds_of, verdict
 from remora.evaluation.run_files import (
     MAX_MESSAGE_CHARS,
     NUM_STATIC_MESSAGES,
@@ -25,7 +26,6 @@ from remora.evaluation.run_files import (
     read_suspects,
     setting_rows,
 )
-from remora.evaluation.significance import accuracy_verdict
 
 MAX_MESSAGES = 25_000
 MAX_CHARS = 1_500_000  # of all messages together
@@ -61,9 +61,10 @@ class ScriptData:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultSection:
-    """The verdict, and accuracies with their intervals."""
+    """The verdict, None without baselines, and accuracies with their intervals."""
 
-    verdict: str
+    verdict: str | None
+    rivals: list[Rival]
     intervals: charts.Intervals
 
 
@@ -203,16 +204,17 @@ def collect(run: Results) -> Report:
 
 
 def _result(figures: Mapping[str, Any], trained: str) -> ResultSection:
-    ours, baseline = figures["metrics"], figures["baseline"]
-    verdict = accuracy_verdict(
-        ours["accuracy"], baseline["metrics"]["accuracy"], figures["p_value"]
-    )
+    rivals = of_figures(figures)
+    said = verdict(rivals, trained, seconds_of(figures)) if rivals else None
+    if said and said.startswith("the "):  # other sentences begin with a name
+        said = said[0].upper() + said[1:]
     return ResultSection(
-        verdict=verdict[0].upper() + verdict[1:],
+        verdict=said,
+        rivals=rivals,
         intervals=charts.intervals(
             [
-                ("ours", trained, ours),
-                ("baseline", baseline["description"], baseline["metrics"]),
+                ("ours", trained, figures["metrics"]),
+                *(("baseline", each.description, vars(each)) for each in rivals),
             ]
         ),
     )

@@ -21,19 +21,6 @@ def mcnemar(true: Sequence[str], first: Sequence[str], second: Sequence[str]) ->
     return float(binomtest(only_first, only_first + only_second).pvalue)
 
 
-def accuracy_verdict(accuracy: float, baseline: float, p_value: float) -> str:
-    """Return a sentence on whether a model's accuracy justifies its cost over the baseline's."""
-    difference = 100 * (accuracy - baseline)
-    p = f"p = {p_value:.2g}, exact McNemar test"
-    if p_value >= 0.05:
-        return f"the difference of {difference:+.1f} points may be chance ({p})"
-    if difference > 0:
-        return f"the model is {difference:.1f} points better ({p})"
-    return (
-        f"the baseline is {-difference:.1f} points better: this model is not worth its cost ({p})"
-    )
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for multiple comparisons (Holm 1979)."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

@@ -59,13 +59,14 @@ def push_run(config: PushConfig, *, reporter: Reporter | None = None) -> Pushed:
     reporter = reporter or Reporter()
     results.read(config.run)  # raises if the run is not finished
     folder = metadata.adapter_folder(config.run)
-    base = metadata.read_card(folder).base_model
+    card = metadata.read_card(folder)
+    base = card.base_model
     untrusted.read_shapes([folder / "adapter_model.safetensors"])
     files = _files(config.run, folder, base)
     with _hub_errors(config.repo_id):
         api = _client()
         _make_repository(api, config)
-        if warning := _base_warning(base):
+        if warning := _base_warning(card):
             reporter.say(warning)
         commit = _commit(api, config.repo_id, files)
         url = f"{api.endpoint}/{config.repo_id}"
@@ -96,12 +97,14 @@ def _files(directory: Path, folder: Path, base: str) -> dict[str, bytes]:
     return files | {CARD: text}
 
 
-def _base_warning(base: str) -> str | None:
+def _base_warning(card: metadata.AdapterCard) -> str | None:
     """Return a warning if others need more than the hub to use this base model."""
+    base = card.base_model
     if Path(base).is_absolute():
         name = Path(base).name
+        kind = "file" if card.gguf_sha256 and not Path(base).is_dir() else "folder"
         return (
-            f"the base model is a local folder, of which only the name {name} is published; others "
+            f"the base model is a local {kind}, of which only the name {name} is published; others "
             "need a copy of it, given with --model"
         )
     if (hub.EMBEDDED / base).is_dir():

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from remora.config import ExportConfig
+from remora.config.train import default_learning_rate
 from remora.data.table import Table
 from remora.export import distill, truncate
 from remora.export.truncate import Artifact
@@ -19,7 +20,6 @@ from remora.formatting import spoken_bytes
 from remora.models.saved import open_trained
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
-from remora.training.optimizer import default_learning_rate
 from remora.tree import scoring
 from remora.tree.forward import text_config
 

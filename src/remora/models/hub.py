@@ -1,7 +1,9 @@
-"""Finds base models: in a folder, in this package, or on the Hugging Face hub."""
+"""Finds base models: in a folder, a GGUF file, this package, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import hashlib
 import importlib.resources
 import os
@@ -10,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from remora.errors import ModelError
-from remora.formatting import first_line
+from remora.formatting import first_line, listed
+from remora.models import gguf
 from remora.runtime.files import sha256
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -30,14 +33,19 @@ EMBEDDED = Path(str(importlib.resources.files("remora") / "bases"))
 def find(name: str, *, weights: bool = True) -> Path:
     """Return the folder of a base model, fetched from the hub if `name` is an id there.
 
-    `nano` is the model that comes with the package; a folder of that name is given as ./nano.
-    Without `weights` only a model's configuration and its tokenizer are fetched.
+    `nano` is the model that comes with the package; a folder of that name is given as ./nano. A
+    GGUF file is converted into a folder, once. Without `weights` only a model's configuration and
+    its tokenizer are fetched.
 
     Raises:
-        ModelError: If there is no such folder or id, or it cannot be fetched.
+        ConfigError: If it is a GGUF file and the package that reads those is not installed.
+        ModelError: If there is no such folder, file or id, or it cannot be fetched or converted.
+        ResourceError: If memory or disk do not suffice to convert it.
     """
-    if re.fullmatch(r"\w+", name) and (EMBEDDED / name).is_dir():
+    if _is_embedded(name):
         return EMBEDDED / name
+    if file := gguf.file_of(name):
+        return gguf.folder_of(file)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -47,17 +55,60 @@ def find(name: str, *, weights: bool = True) -> Path:
             )
         return folder.resolve()
     if folder.exists():
-        raise ModelError(f"{name} is a file; give the folder of a Hugging Face model")
+        raise ModelError(
+            f"{name} is a file; give the folder of a Hugging Face model, or a GGUF file"
+        )
     if not HUB_ID.fullmatch(name):
         raise ModelError(
             f"there is no folder {name}; give the folder of a Hugging Face model, a hub id such as "
             "Qwen/Qwen2.5-1.5B-Instruct, or nano, the small model in this package"
         )
-    return fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
+    folder = fetch(name, HUB_FILES if weights else HUB_FILES_BUT_WEIGHTS)
+    if not (folder / "config.json").is_file():
+        _refuse_gguf_only(name)
+    return folder
 
 
-def fetch(name: str, patterns: Sequence[str]) -> Path:
+def lasting_name(name: str, folder: Path) -> str:
+    """Return what remora.json calls a base model: an absolute path, a hub id, or nano.
+
+    Args:
+        name: As the user gave it.
+        folder: Where `find` found it.
+    """
+    if not _is_embedded(name) and (file := gguf.file_of(name)):
+        return str(file)
+    return str(folder) if Path(name).expanduser().is_dir() else name
+
+
+def _is_embedded(name: str) -> bool:
+    """Return whether a base model of this name comes with the package."""
+    return re.fullmatch(r"\w+", name) is not None and (EMBEDDED / name).is_dir()
+
+
+def _refuse_gguf_only(name: str) -> None:
+    """Refuse a hub repository that holds a model as GGUF files and nothing else.
+
+    Raises:
+        ModelError: If it does.
+    """
+    from huggingface_hub import HfApi
+
+    found: list[str] = []
+    with contextlib.suppress(Exception):  # not there, or no connection now
+        files = HfApi().model_info(name).siblings or ()
+        found = sorted(f.rfilename for f in files if f.rfilename.lower().endswith(".gguf"))
+    if found:
+        raise ModelError(
+            f"{name} on the hub holds GGUF files only, {listed(found)}; download one with "
+            f"`hf download {name} FILE --local-dir .`, and give its path"
+        )
+
+
+def fetch(name: str, patterns: Sequence[str], ignored: Sequence[str] = OTHER_FORMATS) -> Path:
     """Return the folder with a hub repository's files of these patterns, fetched if need be.
+
+    Files of the patterns in `ignored` are not fetched.
 
     Raises:
         ModelError: If it cannot be fetched, or a file's checksum differs from the hub's.
@@ -70,9 +121,7 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
 
     try:
         folder = Path(
-            snapshot_download(
-                name, allow_patterns=list(patterns), ignore_patterns=list(OTHER_FORMATS)
-            )
+            snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(ignored))
         )
     except GatedRepoError as error:
         raise ModelError(
@@ -95,10 +144,16 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
             f"{name} is not a folder and could not be fetched from the hub ({reason}); "
             "check the name and the connection, or give a folder"
         ) from error
-    for path in sorted(folder.glob("*")):
-        if any(path.match(pattern) for pattern in patterns):
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder).as_posix()
+        if _matches(place, patterns) and not _matches(place, ignored):
             _check_download(path)
     return folder
+
+
+def _matches(place: str, patterns: Sequence[str]) -> bool:
+    """Whether a file's path in a repository is of a pattern; `*` stands for slashes too."""
+    return any(fnmatch.fnmatchcase(place, pattern) for pattern in patterns)
 
 
 def _check_download(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from remora.config import TrainConfig
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import one_line
-from remora.models import hub, untrusted
+from remora.models import gguf, hub, untrusted
+from remora.runtime import files
 
 SCHEMA = 1
 FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
@@ -33,6 +34,13 @@ class AdapterCard:
     method: str = "lora"
     remora_version: str = remora.__version__
     schema: int = SCHEMA
+    gguf_sha256: str = ""  # of the GGUF file that the base was converted from, if it was
+    gguf_quantization: str = ""  # of its weights there, such as Q4_K_M
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what remora.json holds: the fields of GGUF files only where there was one."""
+        values = asdict(self)
+        return {k: v for k, v in values.items() if v or not k.startswith("gguf_")}
 
     def prompt(self, tokenizer: Any) -> Prompt:
         """Return the prompt that the model was trained with."""
@@ -44,6 +52,40 @@ class AdapterCard:
             label_texts=self.label_texts,
             max_length=self.max_length,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseHash:
+    """What a base model's folder is recognized by."""
+
+    weights_sha256: str
+    gguf_sha256: str = ""  # of the GGUF file that these weights were converted from
+    gguf_quantization: str = ""
+
+    @classmethod
+    def of(cls, folder: Path) -> BaseHash:
+        """Return the hashes of a folder.
+
+        Raises:
+            ModelError: If its gguf.json is broken.
+        """
+        sha256, origin = files.weights_sha256(folder), gguf.origin(folder)
+        if origin is None or origin.weights_sha256 != sha256:  # changed since
+            return cls(weights_sha256=sha256)
+        return cls(
+            weights_sha256=sha256,
+            gguf_sha256=origin.sha256,
+            gguf_quantization=origin.quantization,
+        )
+
+    def is_base_of(self, card: AdapterCard) -> bool:
+        """Return whether an adapter was trained on this base: its weights, or the same GGUF file.
+
+        Another version of a library may round the weights of a GGUF file in another way.
+        """
+        if card.base_sha256 == self.weights_sha256:
+            return True
+        return self.gguf_sha256 != "" and card.gguf_sha256 == self.gguf_sha256
 
 
 def adapter_folder(path: Path) -> Path:
@@ -142,6 +184,7 @@ def parse_card(folder: Path) -> AdapterCard:
     except (TypeError, KeyError) as error:
         raise ModelError(f"{path} is broken ({one_line(error)}); restore it") from error
     texts = [card.base_model, card.base_sha256, card.instruction, card.method, card.remora_version]
+    texts += [card.gguf_sha256, card.gguf_quantization]
     if not (
         all(is_text(text) for text in (*texts, *card.labels))
         and card.method in FOLDERS

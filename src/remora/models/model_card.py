@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from remora.errors import DataError
 from remora.evaluation import results
 from remora.evaluation.results import Results
-from remora.evaluation.significance import accuracy_verdict
-from remora.models import hub, metadata
+from remora.evaluation.rivals import of_figures, seconds_of, verdict
+from remora.formatting import spoken_time
+from remora.models import gguf, hub, metadata
 from remora.runtime import files
 
 NUM_CONFUSIONS = 5
@@ -80,18 +82,18 @@ def card(directory: Path) -> str:
         ],
     )
     base_name = Path(base).name if Path(base).is_absolute() else base
+    stored = trained.get("gguf_quantization")
+    of = f"{_code(base_name)} ({gguf.described(stored)})" if stored else _code(base_name)
     named = {"full": "All weights of", "qlora": "A LoRA adapter (PEFT) on 4-bit weights of"}
     what = named.get(trained.get("method", ""), "A LoRA adapter (PEFT) for")
-    text = _text(run, f"{what} {_code(base_name)}", data_name)
+    text = _text(run, f"{what} {of}", data_name)
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
 
 
 def _text(run: Results, trained: str, data: str) -> str:
     """Return the card's text: model, accuracy beside the baseline's, usage and labels."""
     figures, metrics = run.figures, run.figures["metrics"]
-    baseline, (low, high) = figures["baseline"], metrics["accuracy_interval"]
-    theirs = baseline["metrics"]["accuracy"]
-    verdict = accuracy_verdict(metrics["accuracy"], theirs, figures["p_value"])
+    low, high = metrics["accuracy_interval"]
     confusions = [
         f"- {c['count']} of {_code(c['true'])} predicted as {_code(c['predicted'])} "
         f"({c['share']:.0%})"
@@ -103,9 +105,9 @@ def _text(run: Results, trained: str, data: str) -> str:
         f"{trained}, trained by Remora on {_code(data)}.",
         "",
         f"Accuracy {metrics['accuracy']:.2%} (95% interval {low:.1%} to {high:.1%}), macro-F1 "
-        f"{metrics['macro_f1']:.2%}, on {metrics['num_rows']:,} {figures['measured_on']} rows. "
-        f"{baseline['description']}: {theirs:.2%}; {verdict}.",
+        f"{metrics['macro_f1']:.2%}, on {metrics['num_rows']:,} {figures['measured_on']} rows.",
         "",
+        *_baselines(figures),
         *(["Largest confusions:", "", *confusions, ""] if confusions else []),
         "```sh",
         "remora predict . < messages.txt    # in this folder, or give its hub id",
@@ -115,6 +117,30 @@ def _text(run: Results, trained: str, data: str) -> str:
         f"{', '.join(_code(label) for label in run.labels)}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _baselines(figures: dict[str, Any]) -> list[str]:
+    """Return a table of the baselines and the verdict on the best, [] without baselines."""
+    rivals = [replace(each, description=_code(each.description)) for each in of_figures(figures)]
+    if not rivals:
+        return []
+    trained = "model" if figures.get("method") == "full" else "adapter"
+    rows = []
+    for each in rivals:
+        low, high = each.accuracy_interval
+        name = each.description.replace("|", r"\|") + (each.rows and f", {each.rows}")
+        rows.append(
+            f"| {name} | {each.accuracy:.2%} | {low:.1%} to {high:.1%} | {each.macro_f1:.2%} | "
+            f"{spoken_time(each.seconds)} | {each.p_value:.2g} |"
+        )
+    return [
+        "| baseline | accuracy | 95% interval | macro-F1 | time | p |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        f"{verdict(rivals, trained, seconds_of(figures))}.",
+        "",
+    ]
 
 
 def _code(text: str) -> str:

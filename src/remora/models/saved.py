@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from remora.config import DeviceName, PrecisionName
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
-from remora.models import fused_lora, hub, loading, quantize, untrusted
+from remora.models import fused_lora, gguf, hub, loading, quantize, untrusted
 from remora.models.metadata import (
     AdapterCard,
+    BaseHash,
     adapter_folder,
     is_full,
     is_whole,
@@ -71,12 +72,12 @@ def save_adapter(adapted: Any, card: AdapterCard, path: Path) -> int:
         ResourceError: If the disk fails.
     """
     with _replacing(path) as folder:
-        for config in adapted.peft_config.values():
-            config.base_model_name_or_path = card.base_model
+        for config in adapted.peft_config.values():  # stock PEFT cannot load a GGUF file
+            config.base_model_name_or_path = gguf.folder_name(card.gguf_sha256) or card.base_model
         # Embeddings are never trained; to check that, PEFT would ask the hub.
         adapted.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
-        write_json(folder / "remora.json", asdict(card))
+        write_json(folder / "remora.json", card.to_dict())
     return (path / "adapter_model.safetensors").stat().st_size
 
 
@@ -93,7 +94,7 @@ def write_model(
         whole.save_pretrained(folder, state_dict=weights)
     prompt.tokenizer.save_pretrained(folder)
     card = replace(card, base_sha256=files.weights_sha256(folder))
-    write_json(folder / "remora.json", asdict(card))
+    write_json(folder / "remora.json", card.to_dict())
 
 
 def _writing_labels(before: Any, prompt: Prompt) -> Any:
@@ -231,7 +232,7 @@ def load_adapter(
         return _load_whole(folder, base=base, dtype=dtype, device=device)
     card = read_card(folder)
     source = hub.find(base or card.base_model)
-    if files.weights_sha256(source) != card.base_sha256:
+    if not BaseHash.of(source).is_base_of(card):
         raise ModelError(
             f"{folder} was trained on other weights than those in {source}; "
             "give its own base model with --model"

@@ -20,14 +20,14 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, advice: str = "choose another folder with --output") -> Iterator[None]:
     """Raise errors of the disk as a ResourceError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         reason = getattr(error, "strerror", None) or error
         raise ResourceError(
-            f"cannot write to {path} ({reason}); free space, or choose another folder with --output"
+            f"cannot write to {path} ({reason}); free space, or {advice}"
         ) from error
 
 

@@ -64,11 +64,12 @@ def used_bytes() -> int:
         return peak_bytes(_CPU)
 
 
-def free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device, *, is_shared: bool = True) -> int | None:
     """Return how much more memory this process can take on a device, or None if unknown.
 
     On CPU the least of: what the machine has available, what the container's control group
-    (versions 1 and 2) leaves, and what the limit of the address space leaves.
+    (versions 1 and 2) leaves, and what the limit of the address space leaves. Processes that train
+    together share it, unless the others wait.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -77,7 +78,7 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     limits = [_available_bytes(), _group_bytes(), _address_bytes()]
     known = [limit for limit in limits if limit is not None]
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # they share it
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_shared else 1
     return max(0, min(known)) // processes if known else None
 
 

@@ -95,9 +95,9 @@ def read_settings(directory: Path) -> TrainConfig:
     path = directory / "config.toml"
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        for name, kind in (("output", Path), ("target_modules", tuple), ("trackers", tuple)):
-            if name in settings:
-                settings[name] = kind(settings[name])
+        kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
+        for name in kinds.keys() & settings.keys():
+            settings[name] = kinds[name](settings[name])
         return TrainConfig(settings.pop("data"), **settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -116,5 +116,5 @@ def _slug(source: str) -> str:
     """Return the last part of a path or a hub id as a part of a run's name."""
     if os.name == "nt":
         source = source.replace("\\", "/")
-    name = re.sub(r"\.(csv|tsv|jsonl|ndjson|parquet)$", "", source.rstrip("/").split("/")[-1])
+    name = re.sub(r"\.(csv|tsv|jsonl|ndjson|parquet|gguf)$", "", source.rstrip("/").split("/")[-1])
     return re.sub(r"[^\w.-]+", "-", name.removeprefix("hf:")).strip("-.").lower() or "run"

@@ -16,7 +16,6 @@ from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import fused_lora, hub, loading, metadata, saved, untrusted
-from remora.runtime import files
 from remora.runtime.device import Precision
 from remora.serving import snapshot
 from remora.serving.snapshot import Snapshot
@@ -138,7 +137,8 @@ class AdapterSet:
         """Load the base model, and all adapters around it."""
         cards = {name: metadata.read_card(folder) for name, folder in self._folders.items()}
         source = hub.find(base or next(iter(cards.values())).base_model)
-        self.base_sha256 = files.weights_sha256(source)
+        self._base_hash = metadata.BaseHash.of(source)
+        self.base_sha256 = self._base_hash.weights_sha256
         self._method = next(iter(cards.values())).method
         for name, card in cards.items():
             self._refuse_other_base(name, card)
@@ -152,7 +152,7 @@ class AdapterSet:
                 self._generations[name] = self._add(name, copied)
 
     def _refuse_other_base(self, adapter: str, card: metadata.AdapterCard) -> None:
-        if card.base_sha256 != self.base_sha256:
+        if not self._base_hash.is_base_of(card):
             raise ModelError(
                 f"the adapter {adapter} was trained on other base weights than those that are "
                 "served; serve it by itself, or give the base model with --model"

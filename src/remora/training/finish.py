@@ -1,9 +1,9 @@
-"""The end of a run: measured beside the baseline, and everything written."""
+"""The end of a run: measured beside its baselines, and everything written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from remora.evaluation.baselines import Baseline, train_baseline
 from remora.evaluation.calibration import Reliability
 from remora.evaluation.metrics import Metrics, measure
 from remora.evaluation.predictions import (
+    PREDICTIONS,
     PROBABILITIES,
     Scored,
     write_predictions,
     write_probabilities,
 )
+from remora.evaluation.rivals import Answers, Rival, of_baseline, rate
 from remora.evaluation.significance import mcnemar
 from remora.formatting import spoken_bytes
 from remora.models import lora, metadata, model_card
@@ -41,8 +43,8 @@ class TrainResult:
     measured_on: str  # "test" or "validation"
     metrics: Metrics
     reliability: Reliability
-    baseline: Baseline
-    p_value: float  # exact McNemar test of the model against the baseline
+    baseline: Baseline | None  # the linear SVM
+    p_value: float | None  # exact McNemar test of the model against it
     parameters: lora.ParameterCount
     adapter_bytes: int  # the trained weights: the adapter's, or the whole model's
     base_bytes: int
@@ -57,6 +59,7 @@ class TrainResult:
     peak_memory_bytes: int
     speed_up: float | None = None  # of several processes over one, estimated
     num_processes: int = 1
+    rivals: tuple[Rival, ...] = ()  # all baselines, the SVM among them
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them."""
@@ -65,12 +68,14 @@ class TrainResult:
             "directory": str(self.directory),
             "metrics": self.metrics.to_dict(),
             "reliability": self.reliability.to_dict(),
-            "baseline": {
+            "baseline": self.baseline
+            and {
                 "description": self.baseline.description,
                 "num_train_rows": self.baseline.num_train_rows,
                 "seconds": self.baseline.seconds,
                 "metrics": self.baseline.metrics.to_dict(),
             },
+            "rivals": [each.to_dict() for each in self.rivals],
             "parameters": asdict(self.parameters),
         }
 
@@ -90,32 +95,40 @@ def tables_to_measure_on(dataset: Dataset) -> dict[str, Table]:
     return found
 
 
+def held_out_rows(dataset: Dataset) -> tuple[str, Table]:
+    """Return the split that counts, and its rows; raises as `tables_to_measure_on` does."""
+    return next(iter(tables_to_measure_on(dataset).items()))
+
+
 def conclude(
-    session: Session, directory: Path, progress: Progress, scores: Mapping[str, Scored]
+    session: Session, directory: Path, progress: Progress, scores: Mapping[str, Scored], svm: bool
 ) -> TrainResult:
-    """Measure beside the baseline and write everything into the run directory.
+    """Measure beside the SVM, and write the figures into the run directory.
 
     Args:
         session: The session that has trained.
         directory: The run directory.
         progress: How training went.
         scores: The probabilities of the held-out rows by split.
+        svm: Whether to train the SVM.
     """
     config, dataset = session.config, session.dataset
-    measured_on, held_out = next(iter(tables_to_measure_on(dataset).items()))
+    measured_on, held_out = held_out_rows(dataset)
     probabilities = scores[measured_on].probabilities
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
-    # The baseline, within half of the free memory
-    free = memory.free_bytes(torch.device("cpu"))
-    baseline = train_baseline(
-        dataset.train.texts,
-        dataset.train.labels,
-        held_out.texts,
-        held_out.labels,
-        dataset.labels,
-        seed=config.seed,
-        max_bytes=None if free is None else free // 2,
-    )
+    # The SVM, within half of the free memory
+    baseline = None
+    if svm:
+        free = memory.free_bytes(torch.device("cpu"))
+        baseline = train_baseline(
+            dataset.train.texts,
+            dataset.train.labels,
+            held_out.texts,
+            held_out.labels,
+            dataset.labels,
+            seed=config.seed,
+            max_bytes=None if free is None else free // 2,
+        )
     # Figures
     weights = metadata.adapter_folder(directory)
     result = TrainResult(
@@ -127,7 +140,7 @@ def conclude(
             scores[measured_on], scores.get("validation") if measured_on == "test" else None
         ),
         baseline=baseline,
-        p_value=mcnemar(held_out.labels, predicted, baseline.predictions),
+        p_value=(mcnemar(held_out.labels, predicted, baseline.predictions) if baseline else None),
         parameters=session.parameters,
         adapter_bytes=files.folder_bytes(weights, "*.safetensors"),
         base_bytes=files.folder_bytes(session.base_folder, "*.safetensors"),
@@ -143,18 +156,37 @@ def conclude(
         speed_up=progress.speed_up,
         num_processes=session.group.size,
     )
-    # Files
+    write_probabilities(directory / PROBABILITIES, dataset.labels, scores)
+    return add_rivals(session, result, scores, [])
+
+
+def add_rivals(
+    session: Session, result: TrainResult, scores: Mapping[str, Scored], answers: Sequence[Answers]
+) -> TrainResult:
+    """Return the result with further rivals beside the SVM, and write it.
+
+    Args:
+        session: The session that has trained.
+        result: As `conclude` returns it.
+        scores: The probabilities of the held-out rows by split.
+        answers: The rivals' answers.
+    """
+    labels, (measured_on, held_out) = session.dataset.labels, held_out_rows(session.dataset)
+    probabilities = scores[measured_on].probabilities
+    predicted = [labels[i] for i in probabilities.argmax(1)]
+    svm = [of_baseline(result.baseline)] if result.baseline else []
+    rivals = [rate(each, labels, held_out.labels, predicted) for each in (*svm, *answers)]
+    result = replace(result, rivals=tuple(rivals))
     write_predictions(
-        directory / "predictions.csv",
+        result.directory / PREDICTIONS,
         held_out.texts,
         held_out.labels,
         predicted,
         probabilities.max(1).tolist(),
-        baseline.predictions,
+        result.baseline.predictions if result.baseline else None,
+        {each.name: dict(zip(each.rows, each.predicted, strict=True)) for each in answers},
     )
-    write_probabilities(directory / PROBABILITIES, dataset.labels, scores)
-    files.write_json(directory / "evaluation.json", result.to_dict())
-    write_pages(directory, session.reporter.say)
+    files.write_json(result.directory / "evaluation.json", result.to_dict())
     return result
 
 

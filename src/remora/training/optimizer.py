@@ -1,4 +1,4 @@
-"""AdamW, its learning rate schedule, and the default rate for a model's size."""
+"""AdamW and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remora.config import Method, TrainConfig
+from remora.config import TrainConfig
+from remora.config.train import default_learning_rate
 from remora.data.dataset import Dataset
 from remora.tree.forward import text_config
 
@@ -47,15 +48,3 @@ def create_optimizer(
         num_training_steps=num_steps,
     )
     return accelerator.prepare_optimizer(optimizer), scheduler, num_steps
-
-
-def default_learning_rate(width: int, method: Method) -> float:
-    """Return the peak learning rate for a model of a hidden size; docs/log.md says why.
-
-    From a width of 1536 on 2e-4 for an adapter and 2e-5 for all weights, as in the recipes in use;
-    more for narrower models, down to a width of 192.
-    """
-    narrower = min(8.0, max(1.0, 1536 / width))
-    if method == "full":
-        return 2e-5 * narrower**2
-    return 2e-4 * math.pow(narrower, 5 / 3)

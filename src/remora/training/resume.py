@@ -25,6 +25,7 @@ FREE = {
     *("data", "validation", "test", "text_column", "label_column"),  # the rows' hash tells
     "model",  # the weights' hash tells
     *("name", "output", "trackers", "checkpoint_minutes", "max_time"),
+    *("baselines", "embedding_model"),  # they come after the training
     "tolerance",  # changes no weights, and a run that scores for long may be finished sooner
     *(
         "micro_batch_tokens",

@@ -18,9 +18,17 @@ from remora.runtime import files, launch, memory, run_directory, sharding
 from remora.runtime.process_group import join
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
-from remora.training import resume, tracking
+from remora.training import resume, rivals, tracking
 from remora.training.checkpoint import Checkpoint
-from remora.training.finish import TrainResult, conclude, report_peak, tables_to_measure_on
+from remora.training.finish import (
+    TrainResult,
+    add_rivals,
+    conclude,
+    held_out_rows,
+    report_peak,
+    tables_to_measure_on,
+    write_pages,
+)
 from remora.training.loop import fit
 from remora.training.progress import Progress
 from remora.training.session import ModelLoader, Session, open_session
@@ -70,6 +78,7 @@ def train_until(
         # Rows, the same in every process
         with group.together():
             tracking.check(config.trackers)
+            encoder = rivals.find_encoder(config)
             dataset = load_rows(config)
             tables_to_measure_on(dataset)
             for line in dataset.summary.lines():
@@ -91,6 +100,10 @@ def train_until(
             )
         )
         directory = _prepare_directory(session, directory, stack)
+        _, held_out = held_out_rows(dataset)
+        chosen = rivals.choose(session, held_out, encoder)
+        if config.baselines != ("none",):
+            session.reporter.say(chosen.line(len(dataset.train), len(held_out)))
         # Train and score
         with stop.deferred():
             progress = _fit(session, directory, resumed)
@@ -105,7 +118,16 @@ def train_until(
         # Measure and write
         result = None
         if group.is_first:
-            result = conclude(session, directory, progress, scores)
+            result = conclude(session, directory, progress, scores, chosen.svm)
+        group.share(None)  # the others wait here, where a signal ends them at once
+        with stop.deferred():
+            base = rivals.of_base(session, chosen, held_out, directory)
+        stop.check()
+        if result is not None:
+            answers = rivals.answers(session, chosen, base, held_out)
+            if answers:
+                result = add_rivals(session, result, scores, answers)
+            write_pages(directory, session.reporter.say)
             concluded(result)
             resume.finish(directory)
     if result is None:

@@ -28,6 +28,7 @@ from remora.runtime.stop import Stop
 from remora.training import feasibility, resume, trainable
 from remora.training.checkpoint import Checkpoint
 from remora.tree.check import check_tree
+from remora.tree.features import Extractor
 from remora.tree.scoring import Scorer
 
 ModelLoader = Callable[..., tuple[Any, Prompt, AdapterCard, Path]]
@@ -75,6 +76,17 @@ class Session:
         return self.trained.scorer(
             max_tokens=self.plan.micro_batch_tokens,
             tolerance=tolerance,
+            limit_bytes=self.heaviest.limit_bytes,
+        )
+
+    def extractor(self) -> Extractor:
+        """Return an extractor of the model's features as it is now, within the planned memory."""
+        full = self.config.method == "full"  # the others are stored in the arithmetic's precision
+        return Extractor(
+            self.model,
+            self.prompt,
+            max_tokens=self.plan.micro_batch_tokens,
+            autocast=self.precision.autocast if full else None,
             limit_bytes=self.heaviest.limit_bytes,
         )
 
@@ -128,7 +140,7 @@ def open_session(
             on = torch.device("cpu") if planned.shard else device
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
             parameters = lora.count_parameters(model)
-            for line in trainable.introduce(config, dataset, prompt, model, parameters):
+            for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)
             accelerator = stack.enter_context(trainable.accelerator_for(precision, device))
         # The same in every process

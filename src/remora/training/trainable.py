@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from remora.config import TrainConfig
+from remora.config.train import default_learning_rate
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
-from remora.models import loading, lora, metadata
+from remora.models import gguf, hub, loading, lora, metadata
 from remora.planning import plan
-from remora.runtime import files
+from remora.runtime import sharding
 from remora.runtime.device import Precision
-from remora.training.optimizer import default_learning_rate
 from remora.tree.forward import text_config
 
 
@@ -49,17 +49,50 @@ def load_trainable(
     """
     base, prompt, folder = loading.load_base_and_prompt(config, labels, precision.base, device)
     adapted = lora.adapt(base, config).to(device)
+    base_hash = metadata.BaseHash.of(folder)
     card = metadata.AdapterCard(
-        base_model=str(folder) if Path(config.model).expanduser().is_dir() else config.model,
-        base_sha256=files.weights_sha256(folder),
+        base_model=hub.lasting_name(config.model, folder),
+        base_sha256=base_hash.weights_sha256,
         labels=tuple(labels),
         instruction=config.instruction,
         list_labels=config.list_labels,
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
         method=config.method,
+        gguf_sha256=base_hash.gguf_sha256,
+        gguf_quantization=base_hash.gguf_quantization,
     )
     return adapted, prompt, card, folder
+
+
+@contextlib.contextmanager
+def as_base(
+    model: Any, card: metadata.AdapterCard, folder: Path, dtype: torch.dtype
+) -> Iterator[None]:
+    """Let a trained model be its base again: without its adapter, which comes back at the end.
+
+    If all weights trained, those of the base are loaded into the model, and stay.
+
+    Args:
+        model: PEFT's, or a plain one whose weights all trained.
+        card: Says which.
+        folder: The folder of the base.
+        dtype: Storage type of the base.
+
+    Raises:
+        ModelError: If the base cannot be loaded again.
+    """
+    if card.method != "full":
+        with model.disable_adapter():
+            yield
+        return
+    before = loading.load(folder, dtype)
+    with torch.no_grad():
+        for own, weight in zip(model.parameters(), before.parameters(), strict=True):
+            wide = weight.to(own.dtype)
+            own.copy_(sharding.part(wide, own) if sharding.is_sharded(own) else wide)
+    del before
+    yield
 
 
 def set_up_layers(model: Any, planned: plan.Plan) -> None:
@@ -81,6 +114,7 @@ def introduce(
     prompt: Prompt,
     adapted: Any,
     parameters: lora.ParameterCount,
+    card: metadata.AdapterCard,
 ) -> Iterator[str]:
     """Yield what will be trained, each derived setting with its origin."""
     layers = ", ".join(f"{name} {count:,}" for name, count in parameters.modules.items())
@@ -91,6 +125,8 @@ def introduce(
         f"training {parameters.trainable:,} of {parameters.total:,} parameters "
         f"({parameters.share:.2%}), {trained}"
     )
+    if card.gguf_quantization:
+        yield f"weights of the base model: {gguf.described(card.gguf_quantization)}"
     width = text_config(adapted).hidden_size
     if config.learning_rate is None:
         rate = default_learning_rate(width, config.method)

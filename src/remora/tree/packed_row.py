@@ -80,6 +80,21 @@ class PackedRow:
         Returns:
             Logits [len(keep), vocabulary].
         """
+        logits: Tensor = self._compute(new, keep).logits[0]
+        return logits
+
+    def extend_states(self, new: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """Compute new tokens, given as to `extend`; return their hidden states.
+
+        Returns:
+            The embeddings and the output of each layer, the last one normalized, each [new, H].
+        """
+        last = self.length + len(new) - 1
+        states = self._compute(new, [last], output_hidden_states=True).hidden_states
+        return tuple(layer[0] for layer in states)
+
+    def _compute(self, new: Sequence[tuple[int, int]], keep: Sequence[int], **more: Any) -> Any:
+        """Return the model's output for new tokens."""
         start, end = self.length, self.length + len(new)
         visible = np.zeros((len(new), end), dtype=bool)
         for index, (_, parent) in enumerate(new):
@@ -96,13 +111,12 @@ class PackedRow:
                 return mask
             return mask & (depths[start:, None] - depths[None, :] < window)
 
-        output = self._model(
+        return self._model(
             input_ids=torch.tensor([[token for token, _ in new]], device=self._device),
             position_ids=depths[None, start:],
             **attention.inputs(self._config, within, self._dtype),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=torch.tensor(keep, device=self._device) - start,
+            **more,
         )
-        logits: Tensor = output.logits[0]
-        return logits

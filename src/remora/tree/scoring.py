@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remora.data.prompt import Prompt, common_prefix_length
+from remora.data.prompt import Prompt
 from remora.data.table import Table
 from remora.evaluation.predictions import Scored
 from remora.runtime import memory, sharding
@@ -38,15 +38,13 @@ from remora.tree.label_search import (
     trie,
 )
 from remora.tree.packed_row import PackedRow
+from remora.tree.stems import Stem, StemPacker
 
 LOGIT_ELEMENTS = 1 << 25
 """Most logits that a scoring pass computes: 220 positions of a 151,936-word vocabulary."""
 
 BATCH_ROWS = 256
 """Messages that are scored at a time."""
-
-Stem: TypeAlias = tuple[int, ...]
-"""The tokens of a conversation up to its answer."""
 
 Asked: TypeAlias = "tuple[Stem, int | None]"
 """A stem, and its true label to evaluate it, None for the probabilities of all labels."""
@@ -99,7 +97,7 @@ class Scorer:
         self.limit_bytes = limit_bytes
         self._root = trie(prompt.answers)
         self._most_kept = most_kept(text_config(model).vocab_size)
-        self._prefix: tuple[tuple[int, ...], PackedRow] | None = None
+        self._packer = StemPacker(model, prompt, max_tokens=max_tokens, autocast=autocast)
 
     def probabilities(
         self, messages: Sequence[str], advance: Advance = ignore
@@ -165,7 +163,7 @@ class Scorer:
         counts = Counter(asked)
         found: dict[Asked, Search] = {}
         with self._arithmetic():
-            for group in self._groups(sorted(counts)):
+            for group in self._packer.groups(sorted(counts), self._size, self._most_kept):
                 found |= zip(group, self._search(group), strict=True)
                 advance(sum(counts[each] for each in group))
         self.model.train(was_training)
@@ -188,44 +186,22 @@ class Scorer:
             nodes.append(nodes[-1].children[token])
         return (*stem, *answer), nodes
 
-    def _groups(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
-        """Cut what is asked, sorted, into groups of at most `max_tokens` computed tokens.
-
-        Logits are computed at nodes of the label trie, whose number is limited too.
-        """
-        group: list[Asked] = []
-        num_tokens = num_kept = 0
-        before: Sequence[int] = self.prompt.prefix
-        for each in asked:
-            path, nodes = self._path(each)
-            added = len(path) - common_prefix_length(before, path)
-            if group and (
-                num_tokens + added > self.max_tokens or num_kept + len(nodes) > self._most_kept
-            ):
-                yield group
-                group, num_tokens, num_kept = [], 0, 0
-                added = len(path) - common_prefix_length(self.prompt.prefix, path)
-            group.append(each)
-            num_tokens, num_kept, before = num_tokens + added, num_kept + len(nodes), path
-        if group:
-            yield group
+    def _size(self, asked: Asked) -> tuple[Stem, int]:
+        """Return the tokens to compute first, and at how many of them logits are."""
+        tokens, nodes = self._path(asked)
+        return tokens, len(nodes)
 
     def _search(self, asked: Sequence[Asked]) -> list[Search]:
         """Search the label trie below each of some sorted stems, one forward pass per round."""
-        prefix, row = self._start([stem for stem, _ in asked])
-        new: list[tuple[int, int]] = []
+        paths = [self._path(each) for each in asked]
+        row, new, positions = self._packer.pack(
+            [stem for stem, _ in asked], [tokens for tokens, _ in paths]
+        )
         chains: list[tuple[Search, list[Node], float, list[int]]] = []
-        path, before = list(range(len(prefix))), prefix
-        for stem, true in asked:
-            tokens, nodes = self._path((stem, true))
-            del path[common_prefix_length(before, tokens) :]
-            for token in tokens[len(path) :]:
-                new.append((token, path[-1] if path else -1))
-                path.append(row.length + len(new) - 1)
-            before = tokens
+        for (stem, true), (_, nodes), places in zip(asked, paths, positions, strict=True):
             unknown = np.full(len(self.prompt.labels), -np.inf)
             search = Search(unknown) if true is None else TrueLabelSearch(unknown, true=true)
-            chains.append((search, nodes, 0.0, path[len(stem) - 1 :]))
+            chains.append((search, nodes, 0.0, places[len(stem) - 1 :]))
         logits = row.extend(new, [position for chain in chains for position in chain[3]])
         look_below(chains, logits)
         searches = [chain[0] for chain in chains]
@@ -286,18 +262,6 @@ class Scorer:
             chains.append((search, nodes, opened.log_probability, positions))
         logits = row.extend(new, [position for chain in chains for position in chain[3]])
         look_below(chains, logits)
-
-    def _start(self, stems: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], PackedRow]:
-        """Return the part of the prompt's prefix that all stems share, and its packed row."""
-        prefix = self.prompt.prefix
-        for stem in stems:  # a message may, rarely, be tokenized together with the prefix's end
-            prefix = prefix[: min(common_prefix_length(prefix, stem), len(stem) - 1)]
-        if self._prefix is None or self._prefix[0] != prefix:
-            row = PackedRow(self.model, self.autocast)
-            if prefix:
-                row.extend([(token, i - 1) for i, token in enumerate(prefix)], [len(prefix) - 1])
-            self._prefix = prefix, row
-        return prefix, self._prefix[1].fork()
 
 
 def evaluate_rows(

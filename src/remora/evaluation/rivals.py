@@ -1,0 +1,193 @@
+"""The rivals of a trained model: what a user would pick instead, on the same rows, with its time.
+
+A run calls them baselines. Each row of their table is a `Rival`; evaluation.json has them under
+`rivals`, beside the older key `baseline` of the linear SVM alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from remora.evaluation.baselines import Baseline
+from remora.evaluation.metrics import measure
+from remora.evaluation.significance import difference_interval, holm, mcnemar
+from remora.formatting import spoken_time
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The labels that a rival predicts for held-out rows, and what they cost."""
+
+    name: str  # as --baselines calls it
+    description: str
+    rows: Sequence[int]  # of the held-out rows, in order
+    predicted: Sequence[str]
+    seconds: float
+    num_bytes: int = 0  # of weights needed to predict
+    num_train_rows: int = 0
+    num_all_train_rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A rival beside the trained model, both on the rows that the rival was measured on."""
+
+    name: str
+    description: str
+    num_rows: int
+    num_all_rows: int  # that the trained model was measured on
+    num_correct: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]  # 95%, Wilson (1927)
+    macro_f1: float
+    difference: float  # its accuracy minus that of the trained model
+    difference_interval: tuple[float, float] | None  # 95%; None in runs of earlier versions
+    p_value: float  # exact McNemar test against the trained model
+    num_train_rows: int  # 0 if it was not trained
+    num_all_train_rows: int
+    seconds: float  # to train and to predict
+    num_bytes: int
+
+    @property
+    def rows(self) -> str:
+        """The rows that it was trained or measured on, where they are not all; else ""."""
+        parts = []
+        if self.num_train_rows < self.num_all_train_rows:
+            parts.append(f"trained on {self.num_train_rows:,} of {self.num_all_train_rows:,} rows")
+        if self.num_rows < self.num_all_rows:
+            parts.append(f"measured on {self.num_rows:,} of {self.num_all_rows:,} rows")
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rival as JSON holds it."""
+        return asdict(self)
+
+
+def of_baseline(baseline: Baseline) -> Answers:
+    """Return the answers of the linear SVM."""
+    return Answers(
+        name="svm",
+        description=baseline.description,
+        rows=range(len(baseline.predictions)),
+        predicted=baseline.predictions,
+        seconds=baseline.seconds,
+        num_train_rows=baseline.num_train_rows,
+        num_all_train_rows=baseline.num_all_train_rows,
+    )
+
+
+def rate(
+    answers: Answers, labels: Sequence[str], true: Sequence[str], predicted: Sequence[str]
+) -> Rival:
+    """Measure a rival beside the trained model.
+
+    Args:
+        answers: The rival's.
+        labels: The closed label set.
+        true: The label of each held-out row.
+        predicted: The trained model's prediction for each held-out row.
+    """
+    truth = [true[i] for i in answers.rows]
+    ours = [predicted[i] for i in answers.rows]
+    metrics = measure(labels, truth, answers.predicted)
+    only_it = sum(a == t != b for t, a, b in zip(truth, answers.predicted, ours, strict=True))
+    only_ours = sum(b == t != a for t, a, b in zip(truth, answers.predicted, ours, strict=True))
+    return Rival(
+        name=answers.name,
+        description=answers.description,
+        num_rows=metrics.num_rows,
+        num_all_rows=len(true),
+        num_correct=metrics.num_correct,
+        accuracy=metrics.accuracy,
+        accuracy_interval=metrics.accuracy_interval,
+        macro_f1=metrics.macro_f1,
+        difference=(only_it - only_ours) / len(truth),
+        difference_interval=difference_interval(only_it, only_ours, len(truth)),
+        p_value=mcnemar(truth, ours, answers.predicted),
+        num_train_rows=answers.num_train_rows,
+        num_all_train_rows=answers.num_all_train_rows,
+        seconds=answers.seconds,
+        num_bytes=answers.num_bytes,
+    )
+
+
+def of_figures(figures: Mapping[str, Any]) -> list[Rival]:
+    """Return the rivals in evaluation.json; of a run by an earlier version, its baseline alone.
+
+    Raises:
+        KeyError: If the figures are incomplete.
+        TypeError: If they are of other kinds.
+    """
+    if figures.get("rivals"):
+        return [Rival(**each) for each in figures["rivals"]]
+    if figures.get("baseline") is None:
+        return []
+    baseline, ours = figures["baseline"], figures["metrics"]
+    theirs, num_train_rows = baseline["metrics"], baseline.get("num_train_rows", 0)
+    return [
+        Rival(
+            name="svm",
+            description=baseline["description"],
+            num_rows=theirs["num_rows"],
+            num_all_rows=ours["num_rows"],
+            num_correct=theirs["num_correct"],
+            accuracy=theirs["accuracy"],
+            accuracy_interval=theirs["accuracy_interval"],
+            macro_f1=theirs["macro_f1"],
+            difference=theirs["accuracy"] - ours["accuracy"],
+            difference_interval=None,
+            p_value=figures["p_value"],
+            num_train_rows=num_train_rows,
+            num_all_train_rows=num_train_rows,
+            seconds=baseline["seconds"],
+            num_bytes=0,
+        )
+    ]
+
+
+def seconds_of(figures: Mapping[str, Any]) -> float:
+    """Return the time that a run took to train and to score held-out rows."""
+    return float(figures["train_seconds"] + figures.get("test_seconds", 0.0))
+
+
+def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
+    """Return a sentence on the best rival: whether it is the better choice, as good, or worse.
+
+    The best is the one with the largest lead over the trained model on the rows that both were
+    measured on. Its p-value is adjusted for the number of rivals by Holm's method.
+
+    Args:
+        rivals: At least one.
+        trained: What was trained, "adapter" or "model".
+        seconds: The time that it took to train and to score held-out rows.
+    """
+    adjusted = holm([each.p_value for each in rivals])
+    best, p_value = max(zip(rivals, adjusted, strict=True), key=lambda each: each[0].difference)
+    points = 100 * best.difference
+    how = "exact McNemar test"
+    if len(rivals) > 1:
+        how += f", adjusted for {len(rivals)} baselines"
+    p = f"p = {p_value:.2g}, {how}"
+    if p_value < SIGNIFICANT and points > 0:
+        return (
+            f"{best.description} reaches {best.accuracy:.1%} in {spoken_time(best.seconds)}, "
+            f"{points:.1f} points above the {trained} ({p}): prefer it, or give the {trained} "
+            "more rows or epochs"
+        )
+    named = best.description if len(rivals) == 1 else f"the best baseline, {best.description}"
+    if p_value < SIGNIFICANT:
+        return f"the {trained} is {-points:.1f} points better than {named} ({p})"
+    cheaper = seconds / max(best.seconds, 1e-3)
+    interval = ""
+    if best.difference_interval is not None:
+        low, high = (100 * bound for bound in best.difference_interval)
+        interval = f", 95% interval {low:+.1f} to {high:+.1f}"
+    cost = f", and {cheaper:.0f} times cheaper" if cheaper >= 2 else ""
+    return (
+        f"{best.description} is as good within noise ({points:+.1f} points over the {trained}"
+        f"{interval}, {p}){cost}"
+    )
