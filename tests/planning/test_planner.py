@@ -14,7 +14,7 @@ import pytest
 
 from remora.config import PlanConfig
 from remora.errors import ConfigError
-from remora.planning import plan, planner
+from remora.planning import plan, planner, timing
 
 TABLE = "text,label\n" + "".join(
     f"my card {i},card\nmy refund {i} is late,refund\n" for i in range(20)
@@ -144,7 +144,8 @@ def test_the_plan_counts_evaluations_and_the_rows_scored_at_the_end(weightless):
     assert (made.num_steps, made.num_evaluations) == (3, 3)
     assert (made.eval_rows, made.num_scored_rows) == (4, 8)
     assert made.run_tokens == pytest.approx(3 * 32 * made.tree_tokens)
-    assert made.message_tokens < made.eval_tokens < made.scored_tokens
+    assert made.message_tokens + made.answer_tokens < made.eval_tokens
+    assert made.message_tokens + made.answer_tokens < made.scored_tokens
     few = planned(weightless, device="t4", eval_rows=2, eval_steps=2)
     assert (few.num_evaluations, few.eval_rows) == (2, 2)
     none = planned(weightless, device="t4", validation_fraction=0.0, test_fraction=0.5)
@@ -168,11 +169,26 @@ def test_the_time_of_a_run_is_that_of_its_tokens(weightless):
 @pytest.mark.parametrize(("method", "share"), [("lora", 1 / 2), ("full", 1 / 3)])
 def test_a_published_rate_gives_the_time_of_scoring_too(weightless, method, share):
     """A forward pass is half the operations of a step on a frozen base, else a third."""
+    share *= 1.4  # passes of a search are smaller
     made = planned(weightless, device="t4", method=method)
     rate = made.seconds / made.run_tokens
     assert made.validation_seconds == pytest.approx(share * rate * 12 * made.eval_tokens)
     assert made.test_seconds == pytest.approx(share * rate * 8 * made.scored_tokens)
     assert made.estimated.total > made.seconds
+
+
+def test_label_nodes_are_about_those_that_were_measured():
+    """Tokens of a row beyond its message, in runs on Banking77 with 484 nodes in the trie."""
+    answers = [[label, *range(6), 9] for label in range(66)] + [[99] * 23]
+    measured = {16: (352, 30.5), 30: (257, 16.5), 91: (57.6, 9.6)}  # the last: of the end
+    for num_seen, (scored, evaluated) in measured.items():
+        found = timing.label_nodes(answers, 8.8, num_seen * 256, 0.01)
+        assert found[1] == pytest.approx(scored, rel=0.35)
+        assert found[0] >= evaluated * 0.9
+    for tolerance, scored in ((0, 484), (0.1, 110), (1, 13)):
+        found = timing.label_nodes(answers, 8.8, 30 * 256, tolerance)
+        assert found[1] == pytest.approx(scored, rel=0.35)
+    assert timing.label_nodes(answers, 8.8, 10**9, 0.01) == pytest.approx((8.8, 1.3 * 8.8))
 
 
 def test_times_are_told_by_part():

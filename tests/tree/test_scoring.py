@@ -14,8 +14,10 @@ import torch
 from conftest import ARCHITECTURES, tiny_model
 from remora.data.prompt import Prompt
 from remora.data.table import Table
+from remora.errors import Stopped
 from remora.runtime import memory
 from remora.runtime.reporter import Reporter
+from remora.runtime.stop import Stop
 from remora.tree import packing, scoring
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
@@ -224,6 +226,20 @@ def test_no_pass_of_an_evaluation_has_more_logits_than_it_may(tokenizer, monkeyp
     Scorer(model, prompt).evaluate(MESSAGES, [1, 4, 5, 0, 2, 3])
     assert max(kept) <= 20
     assert sum(kept) >= sum(len(prompt.answers[i]) for i in (1, 4, 5, 0, 2, 3))
+
+
+def test_a_request_to_stop_is_noticed_within_a_batch(tokenizer):
+    model = tiny_model("qwen2", torch.float32, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)
+    texts = [f"{message} {i}" for i in range(8) for message in MESSAGES]
+    told = []
+    reporter = Reporter()
+    reporter.scoring = lambda what, done, total: told.append(done)
+    stop = Stop(max_seconds=-1.0)
+    stop.check = lambda: told[-1] and Stop.check(stop)  # once rows are done
+    with pytest.raises(Stopped, match="time limit reached"):
+        scoring.score_table(Scorer(model, prompt, max_tokens=60), texts, "test", reporter, stop)
+    assert 0 < told[-1] < len(texts) < scoring.BATCH_ROWS
 
 
 def test_the_loss_of_a_table_is_that_of_training(tokenizer):

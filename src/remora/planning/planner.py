@@ -34,12 +34,6 @@ from remora.tree.packing import TokenTree
 MICRO_BATCH_TOKENS = (2048, 1024, 512, 256, 128)
 """Sizes to try, largest first, if the user gives none."""
 
-EVALUATED = 1.5
-"""placeholder"""
-
-SCORED = 3.0
-"""placeholder"""
-
 RECOMPUTING_COST = 4 / 3
 """Checkpointing computes forward, forward and backward instead of forward and backward."""
 
@@ -312,15 +306,19 @@ class Planner:
         """Return how many rows are scored and the tokens of each, by the names of `Plan`."""
         settings, dataset = self.settings, self._dataset
         num_train, num_validation = len(dataset.train), len(dataset.validation)
-        tokens = self._row_tokens()
         eval_steps = settings.steps_between_evaluations(num_train)
-        below = tokens["answer_tokens"]
+        num_seen = self._examples / len(dataset.labels)
+        width = self._model_config.get_text_config().hidden_size
+        tokens = self._row_tokens()
+        evaluated, scored = timing.label_nodes(
+            self._prompt.answers, tokens["answer_tokens"], num_seen * width, settings.tolerance
+        )
         return {
             "num_evaluations": math.ceil(self._num_steps / eval_steps) if num_validation else 0,
             "eval_rows": settings.num_eval_rows(num_train, num_validation),
-            "eval_tokens": tokens["message_tokens"] + EVALUATED * below,
+            "eval_tokens": tokens["message_tokens"] + evaluated,
             "num_scored_rows": num_validation + (len(dataset.test) if dataset.test else 0),
-            "scored_tokens": tokens["message_tokens"] + SCORED * below,
+            "scored_tokens": tokens["message_tokens"] + scored,
         }
 
     def _download_bytes(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from remora.data.prompt import TokenSequence
 from remora.errors import ResourceError
-from remora.planning import plan
+from remora.planning import plan, timing
 from remora.runtime import memory, sharding
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
@@ -182,7 +182,8 @@ class MicroBatches:
             float(answer_logits(self._adapted, largest.to(self._accelerator.device))[0, 0])
         self._adapted.train()
         forward = time.perf_counter() - began
-        return plan.Rates(seconds / largest.num_tokens, forward / largest.num_tokens)
+        scoring = timing.SEARCH_COST * forward
+        return plan.Rates(seconds / largest.num_tokens, scoring / largest.num_tokens)
 
     def _backward(
         self, packed: packing.TokenTree, num_supervised: int, *, counts: bool = True

@@ -351,6 +351,8 @@ def _by_parts(
         if num_done or not done:
             done += num_done
             reporter.scoring(what, done, len(rows))
+            if stop and group.size == 1:  # several processes stop together, after a batch
+                stop.check()
 
     advance(0)
     for start in range(0, len(rows), BATCH_ROWS * group.size):
