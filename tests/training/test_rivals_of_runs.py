@@ -1,4 +1,7 @@
-"""The baselines of a run: which are chosen, what they answer, and what they may not cost."""
+"""The baselines of a run: which are chosen, what they answer, and what they may not cost.
+
+Of remora.training.rivals. Test files need names of their own, and tests/evaluation has test_rivals.
+"""
 
 from __future__ import annotations
 
