@@ -125,6 +125,8 @@ def test_counts_and_lines(tmp_path):
         "num_train_validation_shared": 1,
         "num_train_test_shared": 3,
         "longest_text_chars": 13,
+        "text_columns": ("message",),
+        "remarks": (),
     }
     assert summary.lines() == [
         f"9 training, 2 validation and 4 test rows from {tmp_path} (text: 'message',"

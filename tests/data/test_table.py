@@ -116,8 +116,8 @@ def test_faults_in_a_stream(monkeypatch, tmp_path):
     assert next(texts) == "one"
     with pytest.raises(DataError, match="standard input: row 2 has a blank text"):
         next(texts)
-    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": 5}\n')
-    with pytest.raises(DataError, match="row 2 has a text of type int"):
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": {}}\n')
+    with pytest.raises(DataError, match="row 2 has a text of type dict"):
         list(stream_texts(str(path)))
     path = write_csv(tmp_path / "a.csv", [("a", "b", "c")], ("x", "txt", "z"))
     with pytest.raises(DataError, match="did you mean --text-column txt"):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+from cyclopts import Parameter
+
 from remora.errors import ConfigError
 
 DEFAULT_MICRO_BATCH_TOKENS = 2048
@@ -53,6 +55,17 @@ def _constraints(hint: Any) -> Iterator[Constraint]:
         yield from _constraints(part)
 
 
+def as_names(given: Any) -> tuple[str, ...] | None:
+    """Return one name or a list of names as a tuple of them, and None as it is."""
+    return None if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+
+def split_names(given: Any) -> tuple[str, ...]:
+    """Return the names in one text or several, separated by commas, each once."""
+    names = (name.strip() for each in as_names(given) or () for name in each.split(","))
+    return tuple(dict.fromkeys(names))
+
+
 def to_bytes(amount: str) -> int:
     """Return an amount of memory in bytes, 0 if it is none."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", amount.strip(), re.I)
@@ -84,4 +97,6 @@ PlainName = Annotated[str, Constraint("a name without slashes", _is_plain_name)]
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Method = Literal["lora", "qlora", "full"]
+Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())]
+TableFormat = Literal["csv", "tsv", "jsonl", "json", "parquet", "xlsx"]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]

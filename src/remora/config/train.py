@@ -20,12 +20,16 @@ from remora.config.checks import (
     DeviceName,
     Fraction,
     Method,
+    Names,
     PlainName,
     Positive,
     PositiveOrZero,
     PrecisionName,
     Share,
+    TableFormat,
+    as_names,
     check,
+    split_names,
 )
 
 EVAL_SHARE = 1 / 3
@@ -81,7 +85,6 @@ Initialization = Annotated[
 ]
 
 
-Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())]
 BASELINES = ("svm", "zero-shot", "probe", "embeddings")
 
 
@@ -91,8 +94,9 @@ class TrainConfig:
     """Settings of `remora train`."""
 
     data: str = field(kw_only=False)
-    """A CSV, TSV, JSONL or Parquet file, a folder with train, validation and test files, or a
-    dataset on the Hugging Face Hub as hf:owner/name."""
+    """A table (CSV, TSV, JSON, JSON lines, Parquet, Excel; compressed or not), - for standard
+    input, a folder with train, validation and test files or of save_to_disk, or a dataset on the
+    Hugging Face Hub as hf:owner/name."""
 
     model: str
     """Base model: a folder, a GGUF file, or its id on the Hugging Face Hub."""
@@ -109,11 +113,21 @@ class TrainConfig:
     test: str | None = None
     """Table of test rows; by default split off from the training rows."""
 
-    text_column: str | None = None
-    """Column of the messages; by default found by its name."""
+    text_column: tuple[str, ...] | None = None
+    """Column of the messages; by default found by its name. Give several to have the model read
+    each under its name."""
 
     label_column: str | None = None
     """Column of the labels; by default found by its name."""
+
+    input_format: TableFormat | None = None
+    """Format of the tables, if their names do not tell."""
+
+    columns: Names = ()
+    """Names for the columns of a table without a header, separated by commas."""
+
+    strict: bool = False
+    """Refuse rows with a blank text or label, instead of skipping them."""
 
     validation_fraction: Fraction = 0.1
     """Share of the training rows held out to select the best checkpoint, at most 2,000 rows; unused
@@ -263,9 +277,9 @@ class TrainConfig:
         Raises:
             ConfigError: Naming everything that is wrong.
         """
-        given = [self.baselines] if isinstance(self.baselines, str) else self.baselines
-        names = (name.strip() for each in given for name in each.split(","))
-        object.__setattr__(self, "baselines", tuple(dict.fromkeys(names)))
+        object.__setattr__(self, "text_column", as_names(self.text_column))
+        for name in ("baselines", "columns"):
+            object.__setattr__(self, name, split_names(getattr(self, name)))
         unknown = [each for each in self.baselines if each not in {*BASELINES, "auto", "none"}]
         check(
             self,

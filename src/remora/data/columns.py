@@ -1,9 +1,15 @@
-"""The choice of a table's text and label columns."""
+"""The choice of a table's text and label columns: given, by their usual names, or suggested.
+
+Columns are never chosen by what they hold, since a wrong guess costs a training run. What they hold
+decides what an error suggests.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from remora.data.contents import Contents
+from remora.data.parts import Peek
 from remora.errors import ConfigError, DataError
 from remora.formatting import close_match, listed, quote
 
@@ -16,48 +22,132 @@ LABEL_NAMES = (
     *("label_text", "label_name", "label", "labels", "category", "intent", "class", "target"),
     *("sentiment", "topic", "tag", "output", "completion"),
 )
+CHAT_NAME = "messages"
+"""A column of chats, from which both the text and the label come."""
+
+
+class UnlabelledError(DataError):
+    """A table has texts and no labels."""
 
 
 def choose(
-    name: str, text_column: str | None, label_column: str | None, columns: Sequence[str]
+    name: str,
+    text_columns: Sequence[str],
+    label_column: str | None,
+    columns: Sequence[str],
+    peek: Peek = list,
+    trained: Sequence[str] = (),
 ) -> list[int]:
-    """Return the indices of the text column and of the label column."""
-    text = None if text_column is None else _given(name, "text", text_column, columns)
-    label = None if label_column is None else _given(name, "label", label_column, columns)
-    if text is None:
-        text = _usual(name, TEXT_NAMES, columns, label)
-    if label is None:
-        label = _usual(name, LABEL_NAMES, columns, text)
+    """Return the indices of the text columns, and that of the label column last.
+
+    Args:
+        name: Of the table, for messages.
+        text_columns: Names that were given; none to find one.
+        label_column: The name that was given, None to find it.
+        columns: The names of the table's columns.
+        peek: Returns the first rows.
+        trained: The names in the training table, the label last: they come before the usual ones,
+            and a table that has its texts but not its label has no labels.
+
+    Raises:
+        ConfigError: A column is to be both.
+        DataError: A column is missing or ambiguous.
+        UnlabelledError: The table has the texts, and no label.
+    """
+    if trained and not text_columns and set(trained[:-1]) <= set(columns):
+        text_columns = trained[:-1]
+    text = [_given(name, "text", each, columns, peek) for each in text_columns]
+    label: int | None = None
+    if label_column is not None and not (trained and label_column not in columns and text):
+        label = _given(name, "label", label_column, columns, peek)
+    elif trained and label_column is None and trained[-1] in columns:
+        label = _only(name, trained[-1], columns)
+    if not text and label is None and CHAT_NAME in columns:
+        return [columns.index(CHAT_NAME)] * 2
+    if not text and (found := _usual(name, TEXT_NAMES, columns, label)) is not None:
+        text = [found]
+    if label is None and label_column is None:
+        label = _usual(name, LABEL_NAMES, columns, text[0] if len(text) == 1 else None)
+    if label is None and trained and text:
+        raise UnlabelledError(
+            f"{name} has no label column {quote(trained[-1])} (found {listed(columns)});"
+            " name it with --label-column, or classify the table with `remora predict`"
+        )
     if len(columns) == 2:  # if one is known, so is the other
-        if text is None and label is not None:
-            text = 1 - label
-        elif label is None and text is not None:
-            label = 1 - text
-    if text is None:
-        raise _missing_column(name, "text", TEXT_NAMES, columns)
-    if label is None:
-        raise _missing_column(name, "label", LABEL_NAMES, columns)
-    if text == label:
+        if not text and label is not None:
+            text = [1 - label]
+        elif label is None and len(text) == 1:
+            label = 1 - text[0]
+    if not text or label is None:
+        missing = [
+            kind
+            for kind, there in (("text", bool(text)), ("label", label is not None))
+            if not there
+        ]
+        known = [*text, *([] if label is None else [label])]
+        raise _missing_columns(name, missing, columns, peek, known)
+    if label in text:
         raise ConfigError(
-            f"column {quote(columns[text])} is both text and label column;"
+            f"column {quote(columns[label])} is both text and label column;"
             " give different columns with --text-column and --label-column"
         )
-    return [text, label]
+    return [*text, label]
 
 
-def choose_text(name: str, text_column: str | None, columns: Sequence[str]) -> list[int]:
-    """Return the index of the text column, in a list."""
-    if text_column is not None:
-        return [_given(name, "text", text_column, columns)]
+def choose_text(
+    name: str,
+    text_columns: Sequence[str],
+    columns: Sequence[str],
+    peek: Peek = list,
+    trained: Sequence[str] = (),
+) -> list[int]:
+    """Return the indices of the text columns.
+
+    Args:
+        name: Of the table, for messages.
+        text_columns: Names that were given; none to find one.
+        columns: The names of the table's columns.
+        peek: Returns the first rows.
+        trained: The names in the training table, which come before the usual ones.
+
+    Raises:
+        DataError: A column is missing or ambiguous.
+    """
+    if trained and not text_columns and set(trained) <= set(columns):
+        text_columns = trained
+    if text_columns:
+        return [_given(name, "text", each, columns, peek) for each in text_columns]
+    if len(trained) > 1:
+        lacking = [each for each in trained if each not in columns]
+        raise DataError(
+            f"{name} has no column {quote(lacking[0])}, which the model was trained on (found"
+            f" {listed(columns)}); name the text columns with --text-column, in the order of"
+            f" {listed(trained)}"
+        )
+    if CHAT_NAME in columns and not {*TEXT_NAMES} & {each.casefold() for each in columns}:
+        return [columns.index(CHAT_NAME)]
     text = _usual(name, TEXT_NAMES, columns, None)
     if text is None:
-        raise _missing_column(name, "text", TEXT_NAMES, columns)
+        raise _missing_columns(name, ["text"], columns, peek, [])
     return [text]
 
 
-def _given(name: str, kind: str, column: str, columns: Sequence[str]) -> int:
+def joined(names: Sequence[str], texts: Sequence[str]) -> str:
+    """Return the text of several columns as the model reads it: a line for each, by its name.
+
+    The text of a single column stays as it is; a blank one among several is left out.
+    """
+    if len(names) == 1:
+        return texts[0]
+    pairs = zip(names, texts, strict=True)
+    return "\n".join(f"{name}: {text.strip()}" for name, text in pairs if text.strip())
+
+
+def _given(name: str, kind: str, column: str, columns: Sequence[str], peek: Peek) -> int:
     if column not in columns:
         close = close_match(column, columns)
+        if not close and Contents(columns, peek()).lacks_header:
+            raise _headerless(name, columns, Contents(columns, peek()))
         raise DataError(
             f"{name} has no column {quote(column)} (found {listed(columns)}); "
             + (f"did you mean {quote(close)}?" if close else f"name one with --{kind}-column")
@@ -83,13 +173,67 @@ def _only(name: str, column: str, columns: Sequence[str]) -> int:
     return columns.index(column)
 
 
-def _missing_column(
-    name: str, kind: str, usual: Sequence[str], columns: Sequence[str]
+def _missing_columns(
+    name: str, missing: Sequence[str], columns: Sequence[str], peek: Peek, known: Sequence[int]
 ) -> DataError:
-    others = [c for c in columns if c.casefold() not in (*TEXT_NAMES, *LABEL_NAMES)]
-    close = next((c for c in others if close_match(c.casefold(), usual)), None)
-    hint = f"did you mean --{kind}-column {close}?" if close else f"name it with --{kind}-column"
-    return DataError(
-        f"{name} has no {kind} column: found {listed(columns)},"
-        f" expected one of {', '.join(usual[:8])}; {hint}"
+    """Return the error of columns that were not found, with what would mend it."""
+    contents = Contents(columns, peek())
+    if contents.lacks_header and not known:
+        return _headerless(name, columns, contents)
+    kind = missing[0]
+    found = (
+        f"{name} has no {' and no '.join(missing)} column: found {listed(columns)}, expected one of"
+        f" {', '.join((TEXT_NAMES if kind == 'text' else LABEL_NAMES)[:8])}"
     )
+    binary = [columns[place] for place in contents.binary]
+    if "label" in missing and len(binary) > 1:
+        return DataError(
+            f"{found}; columns of 0 and 1 ({listed(binary)}) give a row several labels, and each"
+            " row needs one: write it into one column"
+        )
+    suggested = _suggested(contents, missing, columns, known)
+    if not suggested:
+        return DataError(
+            f"{found}; name {'them' if len(missing) > 1 else 'it'} with "
+            + " and ".join(f"--{each}-column" for each in missing)
+        )
+    flags_text = " ".join(f"--{each}-column {_argument(column)}" for each, column in suggested)
+    return DataError(f"{found}; did you mean {flags_text}?")
+
+
+def _suggested(
+    contents: Contents, missing: Sequence[str], columns: Sequence[str], known: Sequence[int]
+) -> list[tuple[str, str]]:
+    """Return what to name for each missing column, none if there is no good guess for one."""
+    taken, suggested = list(known), []
+    for kind in missing:
+        free = [place for place in range(len(columns)) if place not in taken]
+        usual = TEXT_NAMES if kind == "text" else LABEL_NAMES
+        others = [c for c in columns if c.casefold() not in (*TEXT_NAMES, *LABEL_NAMES)]
+        close = [p for p in free if columns[p] in others]
+        close = [p for p in close if close_match(columns[p].casefold(), usual)]
+        best = contents.text(free, close) if kind == "text" else contents.label(free, close)
+        if best is None:
+            return []
+        taken.append(best)
+        suggested.append((kind, columns[best]))
+    return suggested
+
+
+def _headerless(name: str, columns: Sequence[str], contents: Contents) -> DataError:
+    text = contents.text(range(len(columns)), [])
+    others = [place for place in range(len(columns)) if place != text]
+    label = contents.label(others, [])
+    names = [
+        "text" if place == text else "label" if place == label else f"column{place + 1}"
+        for place in range(len(columns))
+    ]
+    return DataError(
+        f"{name} seems to have no header, its first line is {listed(columns)};"
+        f" add one, or name the columns with --columns {','.join(names)}"
+    )
+
+
+def _argument(column: str) -> str:
+    """Return a column's name as it is written on a command line."""
+    return column if column and all(c.isalnum() or c in "_.-" for c in column) else f'"{column}"'

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
-from remora.data.readers import Pick, Row, file_part
+from remora.data.columns import UnlabelledError
+from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
+from remora.data.readers import file_part
 from remora.data.sources import source_parts
 from remora.data.splits import MAX_TEST_ROWS, MAX_VALIDATION_ROWS, check_fractions, hold_out
 from remora.data.table import Table, read_parts
+from remora.data.values import is_blank
 from remora.errors import DataError
-from remora.formatting import quote
+from remora.formatting import listed, quote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class DataSummary:
     """
 
     source: str
-    text_column: str
+    text_column: str  # several are separated by commas
     label_column: str
     num_train: int
     num_validation: int
@@ -48,17 +51,20 @@ class DataSummary:
     num_train_test_shared: int
     longest_text_chars: int
     sha256: str
+    text_columns: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # what else was found while reading
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
-        return asdict(self) | {"labels": list(self.labels)}
+        lists = {name: list(getattr(self, name)) for name in ("labels", "text_columns", "remarks")}
+        return asdict(self) | lists
 
     def lines(self) -> list[str]:
         """Return the counts worth reading, one sentence a line."""
         test = "no" if self.num_test is None else f"{self.num_test:,}"
         lines = [
             f"{self.num_train:,} training, {self.num_validation:,} validation and {test} test rows"
-            f" from {self.source} (text: {quote(self.text_column)},"
+            f" from {self.source} (text: {listed(self.text_columns or [self.text_column])},"
             f" label: {quote(self.label_column)})",
             f"{self.num_labels:,} labels, from {_rows(self.smallest_label_rows)}"
             f" ({quote(self.smallest_label)}) to {_rows(self.largest_label_rows)}"
@@ -76,7 +82,8 @@ class DataSummary:
                 "in test have a text that is also in training: test accuracy may be optimistic",
             ),
         )
-        return lines + [f"{_rows(count)} {remark}" for count, remark in remarks if count]
+        lines += [f"{_rows(count)} {remark}" for count, remark in remarks if count]
+        return [*lines, *self.remarks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +108,8 @@ def load_data(settings: TrainConfig) -> Dataset:
         validation_fraction=settings.validation_fraction,
         test_fraction=settings.test_fraction,
         seed=settings.seed,
+        options=ReadOptions(settings.input_format, settings.columns),
+        strict=settings.strict,
     )
     return limit_rows(dataset, settings.num_per_class, settings.seed)
 
@@ -124,7 +133,8 @@ def limit_rows(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:
     if dataset.test is not None:
         tables["test"] = dataset.test
     old = dataset.summary
-    summary = _summarize(old.source, [old.text_column, old.label_column], tables, dataset.labels)
+    columns = [*old.text_columns, old.label_column]
+    summary = _summarize(old.source, columns, tables, dataset.labels, old.remarks)
     return replace(dataset, train=train, summary=summary)
 
 
@@ -133,11 +143,13 @@ def load_dataset(
     *,
     test: str | None = None,
     validation: str | None = None,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
     seed: int = 0,
+    options: ReadOptions | None = None,
+    strict: bool = False,
 ) -> Dataset:
     """Read a source, check every row, and hold out the splits that it does not have.
 
@@ -146,12 +158,16 @@ def load_dataset(
             or `hf:owner/name[:config]`, the only form that may touch the network.
         test: A table of test rows, instead of the source's own.
         validation: A table of validation rows, instead of the source's own.
-        text_column: The column of the messages; by default found by its usual names.
+        text_column: The column of the messages, or several; by default found by its usual names.
         label_column: The column of the labels; by default found by its usual names.
         validation_fraction: The share of the source's training rows to hold out, stratified by
             label, if there is no validation table. At most 2,000 rows.
         test_fraction: The same for the test table. At most 10,000 rows.
         seed: Selects the rows held out.
+        options: How to read the tables, where their names do not tell.
+        strict: Whether to refuse rows with a blank text or label, instead of skipping them.
+
+    A test or validation table of the source that has no labels is left out.
 
     Raises:
         ConfigError: A fraction is outside [0, 1), or the two leave nothing to train on.
@@ -160,27 +176,51 @@ def load_dataset(
     check_fractions(validation_fraction, test_fraction)
 
     # The tables of each split
-    parts = source_parts(source)
-    for split, path in (("validation", validation), ("test", test)):
+    parts = source_parts(source, options)
+    given = {"validation": validation, "test": test}
+    for split, path in given.items():
         if path is not None:
-            parts[split] = [file_part(Path(path))]
+            parts[split] = [file_part(Path(path), options)]
 
     # Their rows, checked
-    train, columns = read_parts(parts["train"], text_column, label_column)
+    remarks, notes = Remarks(), list[str]()
+    train, columns = read_parts(
+        parts["train"], text_column, label_column, strict=strict, remarks=remarks
+    )
     labels = _labels(source, train)
-    given: dict[str, Table] = {
-        split: read_parts(parts[split], text_column, label_column, known=labels)[0]
-        for split in ("validation", "test")
-        if split in parts
-    }
+    tables: dict[str, Table] = {}
+    for split in ("validation", "test"):
+        try:
+            if split in parts:
+                tables[split] = read_parts(
+                    parts[split],
+                    text_column,
+                    label_column,
+                    known=labels,
+                    strict=strict,
+                    remarks=remarks,
+                    trained=columns,
+                )[0]
+        except UnlabelledError:
+            if given[split] is not None:
+                raise
+            notes.append(_unlabelled(parts[split][0], split))
     return _assemble(
         source,
         columns,
         train,
-        given,
+        tables,
         validation_fraction=validation_fraction,
         test_fraction=test_fraction,
         seed=seed,
+        remarks=(*remarks.lines(), *notes),
+    )
+
+
+def _unlabelled(part: Part, split: str) -> str:
+    return (
+        f"{part.name} has no labels, so rows of the training table are held out as {split} rows;"
+        f" classify it with `remora predict RUN {part.name}`"
     )
 
 
@@ -207,12 +247,18 @@ def dataset_from_lists(
         )
     table, columns = Table(list(texts), list(labels)), ["text", "label"]
 
-    def rows(pick: Pick) -> Iterator[Row]:
-        pick(columns)
-        for row, pair in enumerate(zip(table.texts, table.labels, strict=True), 1):
-            yield row, row, pair
+    def rows(pick: Pick, _: Remarks) -> Iterator[Row]:
+        pick(columns, list)
+        for row, (text, label) in enumerate(zip(table.texts, table.labels, strict=True), 1):
+            for kind, value in (("text", text), ("label", label)):
+                if not isinstance(value, str) and not is_blank(value):
+                    raise DataError(
+                        f"memory: row {row} has a {kind} of type {type(value).__name__};"
+                        " make it a string"
+                    )
+            yield row, row, (text, label)
 
-    read_parts([("memory", rows)])
+    read_parts([Part("memory", rows)], strict=True)
     return _assemble(
         "memory",
         columns,
@@ -243,6 +289,7 @@ def _assemble(
     validation_fraction: float,
     test_fraction: float,
     seed: int,
+    remarks: tuple[str, ...] = (),
 ) -> Dataset:
     """Hold out the splits that are not given, and summarize."""
     labels = _labels(source, train)
@@ -261,12 +308,16 @@ def _assemble(
         validation=tables["validation"],
         test=tables.get("test"),
         labels=labels,
-        summary=_summarize(source, columns, tables, labels),
+        summary=_summarize(source, columns, tables, labels, remarks),
     )
 
 
 def _summarize(
-    source: str, columns: list[str], tables: dict[str, Table], labels: tuple[str, ...]
+    source: str,
+    columns: list[str],
+    tables: dict[str, Table],
+    labels: tuple[str, ...],
+    remarks: tuple[str, ...],
 ) -> DataSummary:
     # Duplicates and conflicts
     train = tables["train"]
@@ -296,8 +347,8 @@ def _summarize(
     counts = sorted(Counter(train.labels).items(), key=lambda item: (item[1], item[0]))
     return DataSummary(
         source=source,
-        text_column=columns[0],
-        label_column=columns[1],
+        text_column=", ".join(columns[:-1]),
+        label_column=columns[-1],
         num_train=len(train),
         num_validation=len(tables["validation"]),
         num_test=len(tables["test"]) if "test" in tables else None,
@@ -313,6 +364,8 @@ def _summarize(
         num_train_test_shared=num_shared("test"),
         longest_text_chars=max(len(text) for table in tables.values() for text in table.texts),
         sha256=digest.hexdigest(),
+        text_columns=tuple(columns[:-1]),
+        remarks=remarks,
     )
 
 

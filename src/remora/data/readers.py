@@ -1,4 +1,4 @@
-"""Rows of files and Hub datasets: CSV, TSV, JSON lines, Parquet, plain text.
+"""Files as parts: the format by the name, compression, standard input.
 
 Rows are counted from 1 without the header. The line is the one an editor shows; messages name it if
 it differs from the row.
@@ -6,53 +6,106 @@ it differs from the row.
 
 from __future__ import annotations
 
-import csv
-import json
+import contextlib
+import io
+import lzma
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import stat
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO
 
-from remora.errors import DataError
-from remora.formatting import close_match, one_line, quote
-
-if TYPE_CHECKING:
-    import datasets
+from remora.data import arrow, delimited, json_rows, sheets
+from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
+from remora.errors import ConfigError, DataError
+from remora.formatting import close_match, listed, one_line, quote
 
 FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
+    ".tab": "tsv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "json",
     ".parquet": "parquet",
+    ".xlsx": "xlsx",
     ".txt": "text",
 }
+COMPRESSIONS = {
+    ".gz": "gzip",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".zst": "zstd",
+    ".lz4": "lz4",
+    ".zip": "zip",
+}
+STANDARD_INPUT = "-"
+_WHOLE = {"parquet", "xlsx"}  # formats whose beginning lies at their end
 
-Row = tuple[int, int, Sequence[object]]  # row, line, the values of the picked columns
-Pick = Callable[[Sequence[str]], list[int]]  # a table's columns -> the indices of those wanted
-Part = tuple[str, Callable[[Pick], Iterator[Row]]]  # a name for messages, a reader
+
+def suffix_format(path: Path) -> str | None:
+    """Return the format that a file's name tells, without that of its compression."""
+    if path.suffix.lower() in COMPRESSIONS:
+        path = path.with_suffix("")
+    return FORMATS.get(path.suffix.lower())
 
 
-def file_part(path: Path, file_format: str | None = None, *, allow_text: bool = False) -> Part:
-    """Return a file as a part, after checking its name."""
+def file_part(path: Path, options: ReadOptions | None = None, *, allow_text: bool = False) -> Part:
+    """Return a file, a pipe or standard input (`-`) as a part, after checking its name.
+
+    Raises:
+        ConfigError: The format is not one that the source can have.
+        DataError: The file is missing, or nothing tells its format.
+    """
+    options = options or ReadOptions()
+    known = {each for each in FORMATS.values() if allow_text or each != "text"}
+    if str(path) == STANDARD_INPUT:
+        known -= _WHOLE
+    if options.format is not None and options.format not in known:
+        place = "standard input" if str(path) == STANDARD_INPUT else "a file"
+        raise ConfigError(
+            f"{quote(options.format)} is not a format of {place}; choose one of"
+            f" {', '.join(sorted(known))}"
+        )
+    if str(path) == STANDARD_INPUT:
+        if options.format is None and not allow_text:
+            raise ConfigError(
+                "standard input has no name that tells its format; give one with --input-format,"
+                " such as csv"
+            )
+        is_text = options.format in {None, "text"}
+        return Part("standard input", partial(_stdin_rows, options), is_text=is_text)
     if not path.exists():
         raise DataError(f"there is no file or folder {path}; {_missing_hint(path)}")
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a file in it")
-    suffix = path.suffix.lower()
-    file_format = file_format or FORMATS.get(suffix)
-    if file_format is None or (file_format == "text" and not allow_text):
-        readable = ", ".join(s for s, f in FORMATS.items() if allow_text or f != "text")
-        hint = {
-            ".json": "write one JSON object a line and call it .jsonl",
-            ".gz": "unpack it",
-            ".xlsx": "save the sheet as 'CSV UTF-8'",
-            ".xls": "save the sheet as 'CSV UTF-8'",
-        }.get(suffix, "save the table as one of these")
-        raise DataError(f"{path} is not a readable table (readable are {readable}); {hint}")
-    return str(path), partial(_file_rows, path, file_format)
+    file_format = options.format or suffix_format(path)
+    if file_format is None and path.suffix.lower() == ".zip":
+        file_format = suffix_format(Path(_member(path)))
+    if file_format not in known:
+        raise _unknown_format(path, allow_text=allow_text)
+    return Part(
+        str(path),
+        partial(_file_rows, path, file_format, options),
+        partial(arrow.file_schema, path) if file_format == "parquet" else None,
+        is_text=file_format == "text",
+    )
+
+
+def _unknown_format(path: Path, *, allow_text: bool) -> DataError:
+    readable = ", ".join(s for s, f in FORMATS.items() if allow_text or f != "text")
+    hint = {".xls": "save the sheet as .xlsx", ".ods": "save the sheet as .xlsx"}.get(
+        path.suffix.lower(),
+        "name its format with --input-format, or save the table as one of these",
+    )
+    return DataError(
+        f"{path} is not a readable table by its name (readable are {readable}); {hint}"
+    )
 
 
 def _missing_hint(path: Path) -> str:
@@ -63,29 +116,108 @@ def _missing_hint(path: Path) -> str:
     return "check the path"
 
 
-def _file_rows(path: Path, file_format: str, pick: Pick) -> Iterator[Row]:
+def _stdin_rows(options: ReadOptions, pick: Pick, remarks: Remarks) -> Iterator[Row]:
+    yield from parse(
+        sys.stdin.buffer, "standard input", options.format or "text", options, pick, remarks
+    )
+
+
+def _file_rows(
+    path: Path, file_format: str, options: ReadOptions, pick: Pick, remarks: Remarks
+) -> Iterator[Row]:
     try:
-        if file_format == "parquet":
-            yield from _parquet_rows(path, pick)
-        else:
-            with path.open("rb") as stream:
-                yield from parse(stream, str(path), file_format, pick)
-    except OSError as error:
+        with _opened(path) as file:
+            needs_copy = file_format in _WHOLE and not _is_seekable(file)
+            stream = io.BytesIO(file.read()) if needs_copy else file
+            yield from parse(stream, str(path), file_format, options, pick, remarks)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise DataError(f"{path} cannot be read ({reason}); check the file") from error
+
+
+def _is_seekable(stream: IO[bytes]) -> bool:
+    """Whether a stream can be read from anywhere, at no cost."""
+    with contextlib.suppress(OSError, AttributeError):
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and hasattr(stream, "raw")
+    return False
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, unpacked if it is compressed."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        with path.open("rb") as file:
+            yield file
+    elif compression == "zip":
+        with zipfile.ZipFile(path) as archive, archive.open(_member(path)) as file:
+            yield file
+    elif compression == "xz":
+        with lzma.open(path) as file:
+            yield file
+    else:
+        import pyarrow
+
+        with pyarrow.input_stream(str(path), compression=compression) as unpacked:
+            yield io.BufferedReader(unpacked)
+
+
+def _member(path: Path) -> str:
+    """Return the name of the only table in a zip archive.
+
+    Raises:
+        DataError: The file is no archive, or holds no table or several.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [e for e in archive.infolist() if not e.is_dir()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be unpacked ({one_line(error)}); check the file") from error
+    entries = [e for e in entries if not e.filename.startswith("__MACOSX/")]
+    names = [e.filename for e in entries]
+    tables = [name for name in names if suffix_format(Path(name)) not in {None, "text"}]
+    tables = tables or (names if len(names) == 1 else [])
+    if len(tables) != 1:
         raise DataError(
-            f"{path} cannot be read ({error.strerror or one_line(error)}); check the file"
-        ) from error
+            f"{path} holds {len(tables) or 'no'} tables (found {listed(names) or 'nothing'});"
+            " unpack it and name one file or its folder"
+        )
+    if next(e for e in entries if e.filename == tables[0]).flag_bits & 1:
+        raise DataError(f"{path} is protected by a password; unpack it")
+    return tables[0]
 
 
-def parse(stream: Iterable[bytes], name: str, file_format: str, pick: Pick) -> Iterator[Row]:
-    """Yield the rows of a stream in a format of `FORMATS` but Parquet; raises DataError."""
-    lines = _decode(stream, name)
-    if file_format == "jsonl":
-        yield from _json_rows(lines, name, pick)
+def parse(
+    stream: IO[bytes] | Iterable[bytes],
+    name: str,
+    file_format: str,
+    options: ReadOptions,
+    pick: Pick,
+    remarks: Remarks,
+) -> Iterator[Row]:
+    """Yield the rows of a stream in a format of `FORMATS`; raises DataError."""
+    if options.columns and file_format not in {"csv", "tsv", "xlsx"}:
+        raise ConfigError(
+            f"columns are named for {name}, but a table of format {file_format} names its own;"
+            " leave out --columns"
+        )
+    if file_format == "parquet":
+        yield from arrow.parquet_rows(stream, name, pick)
+    elif file_format == "xlsx":
+        yield from sheets.sheet_rows(stream, name, options.columns, pick)
+    elif file_format == "json":
+        yield from json_rows.document_rows(_decode(stream, name), name, pick, remarks)
+    elif file_format == "jsonl":
+        yield from json_rows.line_rows(_decode(stream, name), name, pick, remarks)
     elif file_format == "text":
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_decode(stream, name), 1):
+            if number == 1:
+                pick(["text"], lambda: [])
             yield number, number, [line.rstrip("\r\n")]
     else:
-        yield from _csv_rows(lines, name, "\t" if file_format == "tsv" else None, pick)
+        delimiter = "\t" if file_format == "tsv" else None
+        lines = _decode(stream, name)
+        yield from delimited.rows(lines, name, delimiter, options.columns, pick, remarks)
 
 
 def _decode(stream: Iterable[bytes], name: str) -> Iterator[str]:
@@ -95,11 +227,9 @@ def _decode(stream: Iterable[bytes], name: str) -> Iterator[str]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            utf16 = number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))
             raise DataError(
                 f"{name}: line {number} has the byte 0x{line[error.start]:02x} at position"
-                f" {error.start + 1}, which is not UTF-8; save the file as UTF-8"
-                f" (it may be {'UTF-16' if utf16 else 'Windows-1252 or Latin-1'})"
+                f" {error.start + 1}, which is not UTF-8; {_likely(line, number)}"
             ) from None
         if "\0" in text:
             raise DataError(
@@ -111,131 +241,9 @@ def _decode(stream: Iterable[bytes], name: str) -> Iterator[str]:
         raise DataError(f"{name} is empty; add a header and rows")
 
 
-def _csv_rows(lines: Iterator[str], name: str, delimiter: str | None, pick: Pick) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)
-    first = next(lines)
-    row, line = 0, 1  # of the row being read; a row may span lines
-    try:
-        if delimiter is None:  # the one that splits the header most, the comma on a tie
-            delimiter = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark))))
-        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
-        header = [column.strip() for column in next(reader)]
-        if not any(header):
-            raise DataError(f"{name}: line 1 is blank; name the columns there")
-        places = pick(header)
-        line = reader.line_num + 1
-        for values in reader:
-            if values:  # and not a blank line
-                row += 1
-                if len(values) != len(header):
-                    raise DataError(
-                        f"{name}: {row_place(row, line)} has {len(values)} fields where the header"
-                        f" has {len(header)}; put a text that holds {quote(delimiter)} in double"
-                        " quotes"
-                    )
-                yield row, line, [values[place] for place in places]
-            line = reader.line_num + 1
-    except csv.Error as error:
-        advice = "close it, and double every double quote inside a quoted text"
-        if "unexpected end" in str(error):
-            fault = "opens a double quote that is never closed"
-        elif "expected after" in str(error):
-            fault = "has text after a closing double quote"
-        elif "new-line" in str(error):
-            fault = "has a bare carriage return"
-            advice = "save the file with LF or CRLF line endings"
-        else:
-            fault = f"is not CSV ({one_line(error)})"
-        place = row_place(row + 1, line) if line > 1 else "line 1"
-        raise DataError(f"{name}: {place} {fault}; {advice}") from None
-
-
-def _json_rows(lines: Iterator[str], name: str, pick: Pick) -> Iterator[Row]:
-    row, wanted = 0, list[str]()
-    for line, content in enumerate(lines, 1):
-        if not content.strip():
-            continue
-        row += 1
-        try:
-            record = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{name}: {row_place(row, line)} is not valid JSON ({one_line(error)});"
-                " write one JSON object a line"
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{name}: {row_place(row, line)} is a JSON {type(record).__name__}, not an"
-                ' object; write one object a line, such as {"text": "...", "label": "..."}'
-            )
-        if row == 1:
-            columns = list(record)
-            wanted = [columns[place] for place in pick(columns)]
-        yield row, line, [record.get(column) for column in wanted]
-
-
-def _parquet_rows(path: Path, pick: Pick) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            wanted = [columns[place] for place in pick(columns)]
-            metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-            features = metadata.get("info", {}).get("features", {})
-            described = [features.get(column) for column in wanted]
-            names = [each.get("names") if isinstance(each, dict) else None for each in described]
-            yield from _arrow_rows(file.iter_batches(columns=wanted), wanted, names)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a readable Parquet file ({one_line(error)});"
-            " write it again, or save the table as CSV"
-        ) from None
-
-
-def _arrow_rows(
-    batches: Iterable[Any], columns: list[str], names: list[list[str] | None]
-) -> Iterator[Row]:
-    """Yield the rows of Arrow batches, class numbers replaced by their names if there are any."""
-    row = 0
-    for batch in batches:
-        values = [batch.column(column).to_pylist() for column in columns]
-        for place, classes in enumerate(names):
-            if classes:  # a hidden label is -1
-                by_number = dict(enumerate(classes))
-                values[place] = [by_number.get(number) for number in values[place]]
-        for record in zip(*values, strict=True):
-            row += 1
-            yield row, row, record
-
-
-def hub_splits(source: str) -> dict[str, Part]:
-    """Load `hf:owner/name[:config]` and return its splits by their names on the Hub."""
-    import datasets
-
-    name, _, config = source.removeprefix("hf:").partition(":")
-    if not name:
-        raise DataError(f"{source} names no dataset; write it as hf:owner/name")
-    try:
-        splits = datasets.load_dataset(name, config or None)
-    except Exception as error:  # the hub, the network and the files raise anything
-        raise DataError(
-            f"{source} cannot be loaded ({one_line(error)});"
-            " check the name, the network and HF_ENDPOINT, or name a file"
-        ) from error
-    return {
-        split: (f"{source} ({split})", partial(_hub_rows, rows)) for split, rows in splits.items()
-    }
-
-
-def _hub_rows(rows: datasets.Dataset, pick: Pick) -> Iterator[Row]:
-    wanted = [rows.column_names[place] for place in pick(rows.column_names)]
-    names = [getattr(rows.features[column], "names", None) for column in wanted]
-    batches = rows.select_columns(wanted).with_format("arrow").iter(batch_size=10_000)
-    yield from _arrow_rows(batches, wanted, names)
-
-
-def row_place(row: int, line: int) -> str:
-    """Return the row, with its line if that differs."""
-    return f"row {row}" if row == line else f"row {row} (line {line})"
+def _likely(line: bytes, number: int) -> str:
+    """Return what to do about bytes that are not UTF-8."""
+    if number == 1 and line.startswith(b"\x1f\x8b"):
+        return "it is compressed with gzip, so end its name with .gz"
+    utf16 = number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return f"save the file as UTF-8 (it may be {'UTF-16' if utf16 else 'Windows-1252 or Latin-1'})"

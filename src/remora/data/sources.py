@@ -7,7 +7,9 @@ import importlib.resources
 import re
 from pathlib import Path
 
-from remora.data.readers import FORMATS, Part, file_part, hub_splits
+from remora.data.arrow import hub_splits, is_saved, saved_splits
+from remora.data.parts import Part, ReadOptions
+from remora.data.readers import COMPRESSIONS, file_part, suffix_format
 from remora.errors import DataError
 from remora.formatting import listed, quote
 
@@ -18,14 +20,18 @@ _SPLITS = {
 _SHARD = re.compile(r"(?P<split>[a-z]+)(-\d+-of-(?P<num_shards>\d+))?")
 
 
-def source_parts(source: str) -> dict[str, list[Part]]:
+def source_parts(source: str, options: ReadOptions | None = None) -> dict[str, list[Part]]:
     """Return the parts of each split that the source has; `train` is always among them."""
     if source.startswith("hf:"):
-        return _hub_parts(source)
+        return _known_splits(source, hub_splits(source), "choose another dataset or configuration")
     if source.startswith("sample:"):
-        return _folder_parts(_sample_folder(source))
+        return _folder_parts(_sample_folder(source), options)
     path = Path(source)
-    return _folder_parts(path) if path.is_dir() else {"train": [file_part(path)]}
+    if not path.is_dir():
+        return {"train": [file_part(path, options)]}
+    if is_saved(path):
+        return _known_splits(source, saved_splits(path), "name the folder of one split")
+    return _folder_parts(path, options)
 
 
 def _sample_folder(source: str) -> Path:
@@ -48,32 +54,38 @@ def planted_errors(source: str) -> dict[int, str]:
         return {int(row["row"]) + 1: row["true"] for row in csv.DictReader(file)}
 
 
-def _hub_parts(source: str) -> dict[str, list[Part]]:
-    splits = hub_splits(source)
+def _known_splits(source: str, splits: dict[str, Part], advice: str) -> dict[str, list[Part]]:
     parts: dict[str, list[Part]] = {}
     for split, part in splits.items():
         if split in _SPLITS:
             parts.setdefault(_SPLITS[split], [part])
     if "train" not in parts:
-        raise DataError(
-            f"{source} has no train split (found {listed(list(splits))});"
-            " choose another dataset or configuration"
-        )
+        raise DataError(f"{source} has no train split (found {listed(list(splits))}); {advice}")
     return parts
 
 
-def _folder_parts(folder: Path) -> dict[str, list[Part]]:
+def _stem(path: Path) -> str:
+    """Return the name of a table's file without its format and compression."""
+    if path.suffix.lower() in COMPRESSIONS:
+        path = path.with_suffix("")
+    return path.stem.lower()
+
+
+def _folder_parts(folder: Path, options: ReadOptions | None) -> dict[str, list[Part]]:
     for place in (folder, folder / "data"):
         files: dict[str, list[Path]] = {}
         for path in sorted(place.glob("*")):
-            match = _SHARD.fullmatch(path.stem.lower())
+            match = _SHARD.fullmatch(_stem(path))
             split = _SPLITS.get(match["split"]) if match else None
-            if split and FORMATS.get(path.suffix.lower(), "text") != "text":
+            if split and path.is_file() and suffix_format(path) not in {None, "text"}:
                 files.setdefault(split, []).append(path)
         if "train" in files:
             for paths in files.values():
                 _check_shards(paths)
-            return {split: [file_part(path) for path in paths] for split, paths in files.items()}
+            return {
+                split: [file_part(path, options) for path in paths]
+                for split, paths in files.items()
+            }
     names = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise DataError(
         f"the folder {folder} has no train file (found {names});"
@@ -83,7 +95,7 @@ def _folder_parts(folder: Path) -> dict[str, list[Part]]:
 
 def _check_shards(paths: list[Path]) -> None:
     """Refuse several files for one split, unless they are all shards of one table."""
-    matches = [match for match in (_SHARD.fullmatch(path.stem.lower()) for path in paths) if match]
+    matches = [match for match in (_SHARD.fullmatch(_stem(path)) for path in paths) if match]
     split, num_shards = matches[0]["split"], matches[0]["num_shards"]
     if any((match["split"], match["num_shards"]) != (split, num_shards) for match in matches) or (
         num_shards is None and len(paths) > 1

@@ -1,23 +1,25 @@
 """Files read into checked rows.
 
-A file is CSV, TSV, JSON lines, Parquet or, for texts alone, one text a line. Every fault is a
+A file is CSV, TSV, JSON, Parquet, Excel or, for texts alone, one text a line. Every fault is a
 `DataError` that names the file and the row.
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from remora.data.columns import choose, choose_text
-from remora.data.readers import FORMATS, Part, Pick, Row, file_part, parse, row_place
-from remora.errors import ConfigError, DataError
-from remora.formatting import close_match, quote
+from remora.data.columns import UnlabelledError, choose, choose_text, joined
+from remora.data.parts import Part, Peek, ReadOptions, Remarks, row_place
+from remora.data.readers import STANDARD_INPUT, file_part
+from remora.data.values import is_blank, is_hidden, label_of, text_of
+from remora.errors import DataError
+from remora.formatting import quote
+
+SKIPPED = "with a blank {}, skipped"
 
 
 @dataclass(frozen=True)
@@ -31,172 +33,222 @@ class Table:
         return len(self.texts)
 
 
+def named(columns: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of text columns that were given as one name, several, or none."""
+    return () if columns is None else (columns,) if isinstance(columns, str) else tuple(columns)
+
+
 def read_table(
     path: str | Path,
     *,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     known: Collection[str] | None = None,
+    options: ReadOptions | None = None,
+    strict: bool = False,
+    remarks: Remarks | None = None,
+    trained: Sequence[str] = (),
 ) -> Table:
     """Read one file into memory.
 
     Texts stay as they are; labels are stripped of surrounding white space and interned.
 
     Args:
-        path: A file.
-        text_column: The column of the messages; by default found by its usual names.
+        path: A file, or `-` for standard input.
+        text_column: The column of the messages, or several; by default found by its usual names.
         label_column: The column of the labels; by default found by its usual names.
         known: The labels that may occur; any, by default.
+        options: How to read the file, where its name does not tell.
+        strict: Whether to refuse rows with a blank text or label, instead of skipping them.
+        remarks: Told of rows that are skipped, and of what else is worth a line.
+        trained: Columns of the training table, the label last, which come before the usual ones.
 
     Raises:
-        DataError: The file is missing or broken, lacks a column, or has a blank or unknown value.
+        DataError: The file is missing or broken, lacks a column, or has a broken or unknown value.
     """
-    return read_parts([file_part(Path(path))], text_column, label_column, known=known)[0]
+    return read_parts(
+        [file_part(Path(path), options)],
+        text_column,
+        label_column,
+        known=known,
+        strict=strict,
+        remarks=remarks,
+        trained=trained,
+    )[0]
 
 
-def stream_texts(
+def read_parts(
+    parts: Sequence[Part],
+    text_column: str | Sequence[str] | None = None,
+    label_column: str | None = None,
+    *,
+    known: Collection[str] | None = None,
+    strict: bool = False,
+    remarks: Remarks | None = None,
+    trained: Sequence[str] = (),
+) -> tuple[Table, list[str]]:
+    """Read and check the parts of one split; return it with the names of its columns, label last.
+
+    The other arguments are those of `read_table`.
+
+    Raises:
+        UnlabelledError: No row has a label, though there are texts.
+    """
+    known = None if known is None else frozenset(known)
+    remarks = Remarks() if remarks is None else remarks
+    table, chosen, blanks = Table([], []), list[str](), list[str]()
+    has_hidden = False
+    for part in parts:
+
+        def pick(columns: Sequence[str], peek: Peek, name: str = part.name) -> list[int]:
+            wanted = named(text_column)
+            places = choose(name, wanted, label_column, columns, peek, trained)
+            chosen[:] = [columns[place] for place in places]
+            return places
+
+        for row, line, (*cells, label) in part.read(pick, remarks):
+            place = f"{part.name}: {row_place(row, line)}"
+            hidden = is_blank(label) or is_hidden(label, known)
+            if hidden or all(map(is_blank, cells)):
+                kind = "text" if all(map(is_blank, cells)) else "label"
+                has_hidden |= kind == "label"
+                blanks.append(f"{place} has a blank {kind}")
+                remarks.add(part.name, SKIPPED.format(kind), row, line)
+                continue
+            try:
+                table.texts.append(_joined(chosen[:-1], cells))
+                table.labels.append(label_of(label, known))
+            except DataError as error:
+                raise DataError(f"{place} has {error}") from None
+    if not len(table) and has_hidden and known is not None:
+        raise UnlabelledError(f"{parts[0].name} has no labels; add them")
+    if blanks and (strict or not len(table)):
+        others = f", and it is one of {len(blanks):,} rows with a blank value"
+        raise DataError(
+            f"{blanks[0]}{others if len(blanks) > 1 else ''}; fill it in or delete the row"
+        )
+    if not len(table):
+        raise DataError(f"{parts[0].name} has no rows; add some")
+    return table, chosen
+
+
+def _joined(columns: Sequence[str], cells: Sequence[object]) -> str:
+    if len(cells) == 1:
+        return text_of(cells[0])
+    return joined(columns, ["" if is_blank(cell) else text_of(cell) for cell in cells])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Rows that are read as they are asked for.
+
+    Iterating gives pairs: the text, None if it is blank, and the values of `columns`.
+    """
+
+    columns: tuple[str, ...]  # that are kept beside the text
+    is_text: bool  # whether the source has one text a line, and no columns
+    schema: Any  # of Arrow, None where the format has none
+    rows: Iterator[tuple[str | None, list[object]]]
+
+
+def open_stream(
     source: str,
     *,
-    text_column: str | None = None,
-    format: str | None = None,  # noqa: A002
-) -> Iterator[str]:
-    """Yield the texts of a file or of standard input (`-`) one by one, holding none in memory.
+    text_column: str | Sequence[str] | None = None,
+    options: ReadOptions | None = None,
+    keep: Sequence[str] | None = None,
+    trained: Sequence[str] = (),
+    remarks: Remarks | None = None,
+) -> Stream:
+    """Open a file or standard input (`-`), whose rows are read one by one.
 
     Args:
         source: A path, or `-`.
-        text_column: The column of the messages; by default found by its usual names.
-        format: `text` (one message a line), `csv`, `tsv`, `jsonl` or `parquet`. By default taken
-            from the file's name, and `text` for standard input.
+        text_column: The column of the messages, or several; by default found by its usual names.
+        options: How to read the source, where its name does not tell; standard input has one text
+            a line by default.
+        keep: The columns to keep beside the text, all by default.
+        trained: Text columns of the training table, which come before the usual ones.
+        remarks: Told what is worth a line.
 
     Raises:
         ConfigError: There is no such format, or standard input cannot have it.
         DataError: As in `read_table`: at once for the first row, else when the row is reached.
     """
-    # The source and its format
-    formats = sorted(set(FORMATS.values()) - ({"parquet"} if source == "-" else set()))
-    if format is not None and format not in formats:
-        place = "standard input" if source == "-" else "a file"
-        raise ConfigError(
-            f"{quote(format)} is not a format of {place}; choose one of {', '.join(formats)}"
-        )
-    name: str
-    read: Callable[[Pick], Iterator[Row]]
-    if source == "-":
-        name = "standard input"
-        read = partial(parse, sys.stdin.buffer, name, format or "text")
-    else:
-        name, read = file_part(Path(source), format, allow_text=True)
+    part = file_part(Path(source), options, allow_text=True)
+    remarks = Remarks() if remarks is None else remarks
+    names, kept = list[str](), list[str]()
 
-    def texts() -> Iterator[str]:
-        for row, line, (value,) in read(partial(choose_text, name, text_column)):
-            if _is_blank(value):
+    def pick(columns: Sequence[str], peek: Peek) -> list[int]:
+        texts = choose_text(part.name, named(text_column), columns, peek, trained)
+        for name in keep or ():
+            if name not in columns:
                 raise DataError(
-                    f"{name}: {row_place(row, line)} has a blank text; write or delete it"
+                    f"{part.name} has no column {quote(name)} to keep; correct --id-column"
                 )
-            try:
-                yield _text(value)
-            except DataError as error:
-                raise DataError(f"{name}: {row_place(row, line)} has {error}") from None
+        others = range(len(columns)) if keep is None else [columns.index(each) for each in keep]
+        names[:] = [columns[place] for place in texts]
+        kept[:] = [columns[place] for place in others]
+        return [*texts, *others]
 
-    # The first row now, the others as they are asked for
-    stream = texts()
-    first = next(stream, None)  # a fault of the whole file shows before any work
-    if first is None:
-        raise DataError(f"{name} has no rows; add some")
-    return chain([first], stream)
-
-
-def read_parts(
-    parts: Sequence[Part],
-    text_column: str | None = None,
-    label_column: str | None = None,
-    *,
-    known: Collection[str] | None = None,
-) -> tuple[Table, list[str]]:
-    """Read and check the parts of one split; return it with the names of its two columns.
-
-    Blank values are counted, so that one error reports all of them.
-    """
-    known = None if known is None else frozenset(known)
-    texts: list[str] = []
-    labels: list[str] = []
-    chosen: list[str] = []
-    blank, num_blank = "", 0
-    for name, read in parts:
-
-        def pick(columns: Sequence[str], name: str = name) -> list[int]:
-            places = choose(name, text_column, label_column, columns)
-            chosen[:] = [columns[place] for place in places]
-            return places
-
-        for row, line, (text, label) in read(pick):
-            if _is_blank(text) or _is_blank(label):
-                num_blank += 1
-                kind = "text" if _is_blank(text) else "label"
-                blank = blank or f"{name}: {row_place(row, line)} has a blank {kind}"
+    def rows() -> Iterator[tuple[str | None, list[object]]]:
+        for row, line, values in part.read(pick, remarks):
+            cells, others = values[: len(names)], list(values[len(names) :])
+            if all(map(is_blank, cells)):
+                yield None, others
+                remarks.add(part.name, "with a blank text, without a label", row, line)
                 continue
             try:
-                texts.append(_text(text))
-                labels.append(_label(label, known))
+                yield _joined(names, cells), others
             except DataError as error:
-                raise DataError(f"{name}: {row_place(row, line)} has {error}") from None
-    if blank:
-        if num_blank > 1:
-            blank += f", and it is one of {num_blank:,} rows with a blank value"
-        raise DataError(f"{blank}; fill it in or delete the row")
-    if not texts:
-        raise DataError(f"{parts[0][0]} has no rows; add some")
-    return Table(texts, labels), chosen
+                raise DataError(f"{part.name}: {row_place(row, line)} has {error}") from None
+
+    # The first row now, the others as they are asked for
+    stream = rows()
+    first = next(stream, None)  # a fault of the whole file shows before any work
+    if first is None:
+        raise DataError(f"{part.name} has no rows; add some")
+    return Stream(
+        columns=tuple(kept),
+        is_text=part.is_text,
+        schema=part.schema() if part.schema else None,
+        rows=chain([first], stream),
+    )
 
 
-def _is_blank(value: object) -> bool:
-    """Whether a value is white space, null or NaN."""
-    if isinstance(value, str):
-        return not value or value.isspace()
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def stream_texts(
+    source: str,
+    *,
+    text_column: str | Sequence[str] | None = None,
+    format: str | None = None,  # noqa: A002
+    trained: Sequence[str] = (),
+) -> Iterator[str]:
+    """Yield the texts of a file or of standard input (`-`) one by one, holding none in memory.
 
+    Args:
+        source: A path, or `-`.
+        text_column: The column of the messages, or several; by default found by its usual names.
+        format: The format, such as `csv`. By default taken from the file's name, and `text` (one
+            message a line) for standard input.
+        trained: Text columns of the training table, which come before the usual ones.
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise DataError(
-            f"a text of type {type(value).__name__};"
-            " make it a string, or name another column with --text-column"
-        )
-    _check_encodable(value)
-    return value
+    Raises:
+        ConfigError: There is no such format, or standard input cannot have it.
+        DataError: As in `open_stream`, and for a blank text.
+    """
+    stream = open_stream(
+        source,
+        text_column=text_column,
+        options=ReadOptions(format=format),
+        keep=(),
+        trained=trained,
+    )
+    name = "standard input" if source == STANDARD_INPUT else source
 
+    def texts() -> Iterator[str]:
+        for row, (text, _) in enumerate(stream.rows, 1):
+            if text is None:
+                raise DataError(f"{name}: row {row} has a blank text; write or delete it")
+            yield text
 
-def _label(value: object, known: Collection[str] | None) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas writes whole numbers so in a column with a gap
-    if not isinstance(value, str | int):
-        raise DataError(
-            f"the label {quote(str(value))} of type {type(value).__name__}; make it a string"
-            " or a whole number, or name another column with --label-column"
-        )
-    label = sys.intern(str(value).strip())
-    if known is None:
-        _check_encodable(label)
-    elif label not in known:
-        close = close_match(label, known)
-        raise DataError(
-            f"the label {quote(label)}, which is none of the {len(known):,} training labels; "
-            + (
-                f"did you mean {quote(close)}?"
-                if close
-                else "correct it, or add training rows of it"
-            )
-        )
-    return label
-
-
-def _check_encodable(value: str) -> None:
-    if "\0" in value:
-        raise DataError("a NUL character; remove it")
-    try:
-        value.isascii() or value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"half of a surrogate pair, \\u{ord(value[error.start]):04x};"
-            " write the character whole or remove it"
-        ) from None
+    return texts()

@@ -1,0 +1,132 @@
+"""Rows of Arrow tables: Parquet files, data sets on the hub, and folders of `save_to_disk`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remora.data.parts import PEEKED_ROWS, Part, Pick, Remarks, Row
+from remora.errors import DataError
+from remora.formatting import one_line
+
+if TYPE_CHECKING:
+    import datasets
+
+SAVED = ("dataset_dict.json", "state.json")
+"""Files that tell a folder of `save_to_disk`: of several splits, and of one."""
+
+
+def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
+    """Yield the rows of a Parquet file.
+
+    Raises:
+        DataError: The file is broken.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(stream) as file:
+            columns = file.schema_arrow.names
+            metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+            features = metadata.get("info", {}).get("features", {})
+
+            def peek() -> list[Any]:
+                batch = next(file.iter_batches(batch_size=PEEKED_ROWS), None)
+                return [] if batch is None else list(zip(*_values(batch), strict=True))
+
+            wanted = [columns[place] for place in pick(columns, peek)]
+            described = [features.get(column) for column in wanted]
+            names = [each.get("names") if isinstance(each, dict) else None for each in described]
+            batches = file.iter_batches(columns=list(dict.fromkeys(wanted)), batch_size=10_000)
+            yield from _arrow_rows(batches, wanted, names)
+    except (pyarrow.ArrowException, UnicodeDecodeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{name} is not a readable Parquet file ({one_line(error)});"
+            " write it again, or save the table as CSV"
+        ) from None
+
+
+def file_schema(path: Path) -> Any:
+    """Return the schema of a Parquet file."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_schema(path)
+
+
+def _values(batch: Any) -> list[list[Any]]:
+    return [column.to_pylist() for column in batch.columns]
+
+
+def _arrow_rows(
+    batches: Iterable[Any], columns: list[str], names: list[list[str] | None]
+) -> Iterator[Row]:
+    """Yield the rows of Arrow batches, class numbers replaced by their names if there are any."""
+    row = 0
+    for batch in batches:
+        values = [batch.column(column).to_pylist() for column in columns]
+        for place, classes in enumerate(names):
+            if classes:  # a hidden label is -1
+                by_number = dict(enumerate(classes))
+                values[place] = [by_number.get(number) for number in values[place]]
+        for record in zip(*values, strict=True):
+            row += 1
+            yield row, row, record
+
+
+def hub_splits(source: str) -> dict[str, Part]:
+    """Load `hf:owner/name[:config]` and return its splits by their names on the hub."""
+    import datasets
+
+    name, _, config = source.removeprefix("hf:").partition(":")
+    if not name:
+        raise DataError(f"{source} names no dataset; write it as hf:owner/name")
+    try:
+        splits = datasets.load_dataset(name, config or None)
+    except Exception as error:  # the hub, the network and the files raise anything
+        raise DataError(
+            f"{source} cannot be loaded ({one_line(error)});"
+            " check the name, the network and HF_ENDPOINT, or name a file"
+        ) from error
+    return {split: _hub_part(f"{source} ({split})", rows) for split, rows in splits.items()}
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return any((folder / name).is_file() for name in SAVED)
+
+
+def saved_splits(folder: Path) -> dict[str, Part]:
+    """Return the splits of a folder of `save_to_disk`; a single data set is the split `train`.
+
+    Raises:
+        DataError: The folder is broken.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # broken files raise anything
+        raise DataError(
+            f"the folder {folder} cannot be loaded ({one_line(error)}); save the data set again"
+        ) from error
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return {split: _hub_part(f"{folder} ({split})", rows) for split, rows in splits.items()}
+
+
+def _hub_part(name: str, rows: datasets.Dataset) -> Part:
+    return Part(name, partial(_hub_rows, rows), lambda: rows.features.arrow_schema)
+
+
+def _hub_rows(rows: datasets.Dataset, pick: Pick, _remarks: Remarks) -> Iterator[Row]:
+    def peek() -> list[Any]:
+        return [list(row.values()) for row in rows.select(range(min(PEEKED_ROWS, len(rows))))]
+
+    wanted = [rows.column_names[place] for place in pick(rows.column_names, peek)]
+    names = [getattr(rows.features[column], "names", None) for column in wanted]
+    columns = list(dict.fromkeys(wanted))
+    batches = rows.select_columns(columns).with_format("arrow").iter(batch_size=10_000)
+    yield from _arrow_rows(batches, wanted, names)

@@ -1,0 +1,217 @@
+"""Rows of CSV and tab-separated files."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from remora.data.parts import PEEKED_ROWS, Ahead, Pick, Remarks, Row, row_place
+from remora.errors import DataError
+from remora.formatting import one_line, quote
+
+SPANNING = "with a field that spans lines"
+PLAIN_QUOTES = "with double quotes that enclose no field, read as text"
+MAX_SPANNED_LINES = 1000
+"""Lines after which a double quote in a tab-separated file is no longer taken to open a field."""
+
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"(?=\t|$)', re.DOTALL)
+
+Record = tuple[int, list[str]]  # the first line, the fields; none where the line is blank
+
+
+def rows(
+    lines: Iterator[str],
+    name: str,
+    delimiter: str | None,
+    columns: Sequence[str],
+    pick: Pick,
+    remarks: Remarks,
+) -> Iterator[Row]:
+    """Yield the rows of delimited text.
+
+    Args:
+        lines: The lines with their ends.
+        name: Of the table, for messages.
+        delimiter: The delimiter, None to take it from the first line.
+        columns: Names for a table without a header; by default the first line has them.
+        pick: Chooses the columns.
+        remarks: Told of fields that span lines, and of quotes that are text.
+
+    Raises:
+        DataError: A row is broken, or has more or fewer fields than there are columns.
+    """
+    first = next(lines)
+    lines = chain([first], lines)
+    if delimiter is None:  # the one that splits the first line most, the comma on a tie
+        delimiter = max(",;\t|", key=lambda mark: _num_fields(first, mark))
+    records = _tabbed(Ahead(lines), name, remarks) if delimiter == "\t" else None
+    records = records or _quoted(lines, name, delimiter, remarks)
+    header = [column.strip() for column in columns]
+    if not header:
+        _, fields = next(records)
+        header = [column.strip() for column in fields]
+        if not any(header):
+            raise DataError(f"{name}: line 1 is blank; name the columns there")
+    complete = Ahead(_complete(records, header, name, delimiter))
+    places = pick(header, lambda: [values for _, _, values in complete.peek(PEEKED_ROWS)])
+    for row, line, values in complete:
+        yield row, line, [values[place] for place in places]
+
+
+def _num_fields(line: str, delimiter: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=delimiter), ()))
+    except csv.Error:  # told with its place when the line is read
+        return 0
+
+
+def _complete(
+    records: Iterator[Record], header: list[str], name: str, delimiter: str
+) -> Iterator[tuple[int, int, list[str]]]:
+    """Yield the records that are not blank as rows, each with as many fields as the header."""
+    row, width = 0, len(header)
+    for line, values in records:
+        if not values:  # a blank line
+            continue
+        row += 1
+        if len(values) > width and not any(values[width:]):
+            del values[width:]  # a spreadsheet's empty cells
+        if len(values) != width:
+            fields = f"{len(values)} field{'' if len(values) == 1 else 's'}"
+            if len(values) < width:
+                advice = "add the missing ones, or delete the row"
+            elif delimiter == "\t":
+                advice = "replace tabs in the text by spaces"
+            else:
+                advice = f"put a text that holds {quote(delimiter)} in double quotes"
+            raise DataError(
+                f"{name}: {row_place(row, line)} has {fields} where the header has {width};"
+                f" {advice}"
+            )
+        yield row, line, values
+
+
+def _quoted(lines: Iterator[str], name: str, delimiter: str, remarks: Remarks) -> Iterator[Record]:
+    """Yield the records of CSV, in which double quotes enclose a field."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    row, line = 0, 1  # of the record being read, the header being row 0
+    try:
+        for values in reader:
+            if reader.line_num > line and values:
+                remarks.add(name, SPANNING, row, line)
+            yield line, values
+            line = reader.line_num + 1
+            row += bool(values)
+    except csv.Error as error:
+        advice = "close it, and double every double quote inside a quoted text"
+        if "unexpected end" in str(error):
+            fault = "opens a double quote that is never closed"
+        elif "expected after" in str(error):
+            fault = "has text after a closing double quote"
+        elif "new-line" in str(error):
+            fault = "has a bare carriage return"
+            advice = "save the file with LF or CRLF line endings"
+        else:
+            fault = f"is not CSV ({one_line(error)})"
+        place = row_place(row, line) if row else "line 1"
+        raise DataError(f"{name}: {place} {fault}; {advice}") from None
+
+
+def _tabbed(lines: Ahead[str], name: str, remarks: Remarks) -> Iterator[Record]:
+    """Yield the records of tab-separated text.
+
+    Many such files were written without any quoting, so a double quote encloses a field only if it
+    is closed before a tab or the line's end, here or on a later line. Where the lines are records
+    on their own, it is text.
+    """
+    number, row, width = 1, 0, 0
+    for raw in lines:
+        line, content = number, raw.rstrip("\r\n")
+        if "\r" in content and number == 1:
+            raise DataError(
+                f"{name}: line 1 has a bare carriage return;"
+                " save the file with LF or CRLF line endings"
+            )
+        plain = content.split("\t")
+        values, spanned = plain, 0
+        if any(field.startswith('"') for field in plain):
+            values, spanned = _unquoted(content, plain, width, lines)
+            if spanned:
+                remarks.add(name, SPANNING, row, line)
+            elif any(field.startswith('"') for field in values):
+                remarks.add(name, PLAIN_QUOTES, row, line)
+        number += 1 + spanned
+        yield line, values if content else []
+        width = width or len(values)
+        row += bool(content)
+
+
+def _unquoted(
+    content: str, plain: list[str], width: int, lines: Ahead[str]
+) -> tuple[list[str], int]:
+    """Return a record's fields without the quotes that enclose them, and the further lines of it.
+
+    Args:
+        content: The line that it begins on.
+        plain: Its fields if all quotes are text.
+        width: The number of fields of the first record; 0 if this is it.
+        lines: The lines after it.
+    """
+    fields, is_open = _fields(content)
+    if not is_open:
+        if width == len(plain) != len(fields):
+            return plain, 0
+        return fields, 0
+    following = lines.peek(1)
+    is_record = len(plain) == width or not width
+    if is_record and (not following or following[0].count("\t") == width - 1 or not width):
+        return _closed_fields(plain), 0
+    taken: list[str] = []
+    whole = content + "\n"
+    for raw in lines:
+        taken.append(raw)
+        whole += raw
+        if '"' in raw:
+            fields, is_open = _fields(whole.rstrip("\r\n"))
+            if not is_open:
+                return fields, len(taken)
+        if len(taken) == MAX_SPANNED_LINES:
+            break
+    lines.put_back(taken)
+    return _closed_fields(plain), 0
+
+
+def _fields(content: str) -> tuple[list[str], bool]:
+    """Return the fields of a record, and whether the last one opens a quote that is not closed."""
+    fields, place = [], 0
+    while True:
+        match = _QUOTED.match(content, place)
+        if match:
+            fields.append(match[1].replace('""', '"'))
+            end = match.end()
+        else:
+            end = content.find("\t", place)
+            end = len(content) if end < 0 else end
+            if content.startswith('"', place) and not _is_closed(content[place:end]):
+                return fields, True
+            fields.append(content[place:end])
+        if end == len(content):
+            return fields, False
+        place = end + 1
+
+
+def _is_closed(field: str) -> bool:
+    """Whether a field that begins with a quote is text: it has another one, and text after it."""
+    return re.match(r'"(?:[^"]|"")*"[^"\t]', field) is not None
+
+
+def _closed_fields(plain: list[str]) -> list[str]:
+    """Return fields, unquoted where a quote is closed before the next tab."""
+    matches = [_QUOTED.fullmatch(field) for field in plain]
+    return [
+        match[1].replace('""', '"') if match else field
+        for field, match in zip(plain, matches, strict=True)
+    ]

@@ -1,0 +1,135 @@
+"""Cells as texts and labels: numbers, blanks, lists, chats."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Collection
+
+from remora.errors import DataError
+from remora.formatting import close_match, quote
+
+_LIST = re.compile(r"""\[\s*(['"]).*\1\s*,?\s*\]""", re.DOTALL)
+_ONE_LABEL = "each row needs one label: keep one, or write a row for each"
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+HIDDEN = "-1"
+"""The label of rows whose label is not published, as in GLUE."""
+
+
+def is_blank(value: object) -> bool:
+    """Whether a value is white space, null or NaN."""
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def text_of(value: object) -> str:
+    """Return a cell as a text: a number as CSV would have it, the user's message of a chat.
+
+    Raises:
+        DataError: Without the row: the cell holds something else.
+    """
+    if _is_chat(value):
+        value = _turn(value, "user")
+    text = _written(value)
+    if text is None:
+        raise DataError(
+            f"a text of type {type(value).__name__};"
+            " make it a string, or name another column with --text-column"
+        )
+    _check_encodable(text)
+    return text
+
+
+def label_of(value: object, known: Collection[str] | None) -> str:
+    """Return a cell as a label, without white space around it.
+
+    Raises:
+        DataError: Without the row: the cell holds no label, several, or none of `known`.
+    """
+    if _is_chat(value):
+        value = _turn(value, "assistant")
+    written = _written(value)
+    if written is None:
+        several = isinstance(value, list | tuple | set)
+        raise DataError(
+            f"the label {quote(str(value))} of type {type(value).__name__}; "
+            + (
+                _ONE_LABEL
+                if several
+                else "make it a string or a number, or name another column with --label-column"
+            )
+        )
+    label = sys.intern(written.strip())
+    if known is None:
+        _check_encodable(label)
+        if label.startswith("[") and _LIST.fullmatch(label):
+            raise DataError(f"a list as its label, {quote(label)}; {_ONE_LABEL}")
+    elif label not in known:
+        close = close_match(label, known)
+        raise DataError(
+            f"the label {quote(label)}, which is none of the {len(known):,} training labels; "
+            + (
+                f"did you mean {quote(close)}?"
+                if close
+                else "correct it, or add training rows of it"
+            )
+        )
+    return label
+
+
+def is_hidden(value: object, known: Collection[str] | None) -> bool:
+    """Whether a cell stands for a label that is not published: -1, if that is no label."""
+    return known is not None and HIDDEN not in known and _written(value) in {HIDDEN, "-1.0"}
+
+
+def _written(value: object) -> str | None:
+    """Return a string, a number, a truth value or a date as text; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # pandas writes whole numbers so in a column with a gap
+    if isinstance(value, int | float) or hasattr(value, "isoformat") or _is_decimal(value):
+        return str(value)
+    return None
+
+
+def _is_decimal(value: object) -> bool:
+    return type(value).__name__ == "Decimal"
+
+
+def _is_chat(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(t, dict) for t in value)
+
+
+def _turn(chat: object, role: str) -> object:
+    """Return the only message of a role in a chat of one question and one answer.
+
+    Raises:
+        DataError: Without the row: there is none, or more than one.
+    """
+    assert isinstance(chat, list)
+    found = [
+        turn.get("content", turn.get("value"))
+        for turn in chat
+        if _ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == role
+    ]
+    if len(found) != 1 or found[0] is None:
+        raise DataError(
+            f"a chat with {len(found)} messages of the {role}; write one of the user and one of"
+            " the assistant, or columns of texts and labels"
+        )
+    return found[0]
+
+
+def _check_encodable(value: str) -> None:
+    if "\0" in value:
+        raise DataError("a NUL character; remove it")
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"half of a surrogate pair, \\u{ord(value[error.start]):04x};"
+            " write the character whole or remove it"
+        ) from None
