@@ -7,12 +7,14 @@ REMORA_WRITE_DOCS=1 python -m pytest tests/test_bad_input.py    # writes
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
 import shutil
 import socket
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -83,6 +85,14 @@ def shop(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Works
 
 
 Case = tuple[str, int, Callable[[Workshop], list[str]]]
+
+
+def zipped(members: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
 
 
 def train(data: str, *more: str, model: str = "base") -> list[str]:
@@ -375,9 +385,9 @@ CASES: list[Case] = [
         lambda s: train(s.write("one.csv", table([(t, "same") for t, _ in GOOD_ROWS]))),
     ),
     (
-        "an empty label",
+        "an empty label, with --strict",
         3,
-        lambda s: train(s.write("blank.csv", table([*GOOD_ROWS, ("a text", "")]))),
+        lambda s: train(s.write("blank.csv", table([*GOOD_ROWS, ("a text", "")])), "--strict"),
     ),
     (
         "a row with too many fields",
@@ -395,7 +405,44 @@ CASES: list[Case] = [
         lambda s: train(s.write("broken.jsonl", '{"text": "a", "label": "b"}\n{"text": \n')),
     ),
     ("a broken Parquet file", 3, lambda s: train(s.write("broken.parquet", b"PAR1nothing"))),
-    ("a file of another kind", 3, lambda s: train(s.write("table.xlsx", b"PK\x03\x04"))),
+    ("a broken workbook", 3, lambda s: train(s.write("table.xlsx", b"PK\x03\x04"))),
+    ("a file of another kind", 3, lambda s: train(s.write("table.dat", table(GOOD_ROWS)))),
+    (
+        "a table without a header",
+        3,
+        lambda s: train(s.write("bare.tsv", "ham\tsee you later\nspam\twin a prize\nham\tok\n")),
+    ),
+    (
+        "a zip of two tables",
+        3,
+        lambda s: train(s.write("two.zip", zipped({"a.csv": "x", "b.csv": "y"}))),
+    ),
+    (
+        "columns of 0 and 1",
+        3,
+        lambda s: train(s.write("flags.csv", "text,toxic,threat\na,1,0\nb,0,1\n")),
+    ),
+    (
+        "a list of labels",
+        3,
+        lambda s: train(s.write("lists.jsonl", '{"text": "a", "label": ["x", "y"]}\n')),
+    ),
+    (
+        "a chat with two questions",
+        3,
+        lambda s: train(s.write("chat.jsonl", json.dumps({"messages": [{"role": "user"}] * 2}))),
+    ),
+    (
+        "names for columns of a table that has its own",
+        2,
+        lambda s: train(s.write("named.jsonl", "{}\n"), "--columns", "text,label"),
+    ),
+    ("standard input without a format", 2, lambda s: train("-")),
+    (
+        "standard input for two processes",
+        2,
+        lambda s: train("-", "--input-format", "csv", "--devices", "2"),
+    ),
     (
         "a test table with an unknown label",
         3,

@@ -5,6 +5,7 @@ Everything heavy is imported inside the verbs, so that `remora --help` is instan
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,9 +110,10 @@ def evaluate(config: EvalConfig) -> None:
 @app.command
 def predict(config: PredictConfig) -> None:
     """Classify messages as they arrive, from a table or from standard input."""
+    from remora import display
     from remora.serving import predict
 
-    predict.write_predictions(config, sys.stdout)
+    predict.write_predictions(config, sys.stdout, display.TerminalReporter().say)
 
 
 @app.command
@@ -235,6 +237,8 @@ def _main(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console's own encoding may lack characters
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
     try:
         app.meta(given, exit_on_error=False, print_error=False)
     except BrokenPipeError:  # the reader of our output, such as head, has ended

@@ -12,8 +12,12 @@ from remora.config.checks import (
     Accuracy,
     Count,
     DeviceName,
+    Names,
     PrecisionName,
+    TableFormat,
+    as_names,
     check,
+    split_names,
 )
 
 
@@ -29,11 +33,21 @@ class EvalConfig:
     data: str = field(kw_only=False)
     """Table of texts and labels to measure on."""
 
-    text_column: str | None = None
-    """Column of the messages; by default found by its name."""
+    text_column: tuple[str, ...] | None = None
+    """Column of the messages, or several; by default those of the training table, or found by its
+    name."""
 
     label_column: str | None = None
-    """Column of the labels; by default found by its name."""
+    """Column of the labels; by default that of the training table, or found by its name."""
+
+    input_format: TableFormat | None = None
+    """Format of the table, if its name does not tell."""
+
+    columns: Names = ()
+    """Names for the columns of a table without a header, separated by commas."""
+
+    strict: bool = False
+    """Refuse rows with a blank text or label, instead of skipping them."""
 
     model: str | None = None
     """Base model, if it has moved since training."""
@@ -62,4 +76,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
+        object.__setattr__(self, "text_column", as_names(self.text_column))
+        object.__setattr__(self, "columns", split_names(self.columns))
         check(self)

@@ -10,11 +10,16 @@ from cyclopts import Parameter
 
 from remora.config.checks import (
     DEFAULT_MICRO_BATCH_TOKENS,
+    Accuracy,
     Count,
     DeviceName,
+    Names,
     PrecisionName,
     Share,
+    TableFormat,
+    as_names,
     check,
+    split_names,
 )
 
 
@@ -28,16 +33,38 @@ class PredictConfig:
     on the Hugging Face Hub."""
 
     source: str = field(kw_only=False, default="-")
-    """Messages: a CSV, TSV, JSONL, Parquet or text file, or - for lines on standard input."""
+    """Messages: a table as `train` reads it, a text file with one message a line, or - for lines on
+    standard input."""
 
-    text_column: str | None = None
-    """Column of the messages; by default found by its name."""
+    output: Path | None = None
+    """File to write instead of standard output: .csv, .jsonl or .parquet."""
 
-    input_format: Literal["text", "csv", "tsv", "jsonl"] | None = None
-    """Format of standard input; by default one message a line."""
+    text_column: tuple[str, ...] | None = None
+    """Column of the messages, or several; by default those of the training table, or found by its
+    name."""
+
+    id_column: tuple[str, ...] | None = None
+    """Column to keep in the output, or several; by default all."""
+
+    input_format: Literal["text"] | TableFormat | None = None
+    """Format of the messages, if their name does not tell; standard input has one message a line by
+    default."""
+
+    columns: Names = ()
+    """Names for the columns of a table without a header, separated by commas."""
 
     top_k: Count = 1
     """Labels to return per message, most probable first."""
+
+    threshold: Share | None = None
+    """Give no label to messages whose most probable label is less probable than this."""
+
+    abstain_at_accuracy: Accuracy | None = None
+    """Choose that threshold so that the run's validation rows are answered this accurately, such as
+    0.98."""
+
+    spreadsheet_safe: bool = False
+    """In CSV, put an apostrophe before cells that a spreadsheet would run as formulas."""
 
     model: str | None = None
     """Base model, if it has moved since training."""
@@ -60,4 +87,17 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
-        check(self)
+        object.__setattr__(self, "text_column", as_names(self.text_column))
+        object.__setattr__(self, "id_column", as_names(self.id_column))
+        object.__setattr__(self, "columns", split_names(self.columns))
+        check(
+            self,
+            (
+                self.threshold is not None and self.abstain_at_accuracy is not None,
+                "threshold and abstain_at_accuracy are both given; give one of them",
+            ),
+            (
+                self.json and self.output is not None,
+                "json and output are both given; end the output's name with .jsonl",
+            ),
+        )

@@ -317,6 +317,11 @@ class TrainConfig:
                 self.learning_curve is not None and self.devices > 1,
                 "a learning curve is trained on one device; leave out devices",
             ),
+            (
+                self.devices > 1 and self.data in {"-", "/dev/stdin"},
+                "data is standard input, which one process only can read; save it to a file, or "
+                "leave out devices",
+            ),
         )
 
     @property

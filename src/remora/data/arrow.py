@@ -51,10 +51,16 @@ def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
 
 
 def file_schema(path: Path) -> Any:
-    """Return the schema of a Parquet file."""
+    """Return the schema of a Parquet file, with class numbers as the names that rows have."""
+    import pyarrow
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_schema(path)
+    schema = pyarrow.parquet.read_schema(path)
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    for name, feature in metadata.get("info", {}).get("features", {}).items():
+        if isinstance(feature, dict) and feature.get("names") and name in schema.names:
+            schema = schema.set(schema.names.index(name), pyarrow.field(name, pyarrow.string()))
+    return schema
 
 
 def _values(batch: Any) -> list[list[Any]]:
@@ -118,7 +124,7 @@ def saved_splits(folder: Path) -> dict[str, Part]:
 
 
 def _hub_part(name: str, rows: datasets.Dataset) -> Part:
-    return Part(name, partial(_hub_rows, rows), lambda: rows.features.arrow_schema)
+    return Part(name, partial(_hub_rows, rows))
 
 
 def _hub_rows(rows: datasets.Dataset, pick: Pick, _remarks: Remarks) -> Iterator[Row]:

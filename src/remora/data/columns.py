@@ -6,7 +6,7 @@ decides what an error suggests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from remora.data.contents import Contents
 from remora.data.parts import Peek
@@ -37,6 +37,7 @@ def choose(
     columns: Sequence[str],
     peek: Peek = list,
     trained: Sequence[str] = (),
+    known: Collection[str] | None = None,
 ) -> list[int]:
     """Return the indices of the text columns, and that of the label column last.
 
@@ -48,6 +49,8 @@ def choose(
         peek: Returns the first rows.
         trained: The names in the training table, the label last: they come before the usual ones,
             and a table that has its texts but not its label has no labels.
+        known: The labels of the training table; another column of two is one of labels if it has
+            some of them.
 
     Raises:
         ConfigError: A column is to be both.
@@ -62,36 +65,45 @@ def choose(
         label = _given(name, "label", label_column, columns, peek)
     elif trained and label_column is None and trained[-1] in columns:
         label = _only(name, trained[-1], columns)
-    if not text and label is None and CHAT_NAME in columns:
-        return [columns.index(CHAT_NAME)] * 2
     if not text and (found := _usual(name, TEXT_NAMES, columns, label)) is not None:
         text = [found]
+    if not text and label is None and CHAT_NAME in columns:
+        return [columns.index(CHAT_NAME)] * 2
     if label is None and label_column is None:
         label = _usual(name, LABEL_NAMES, columns, text[0] if len(text) == 1 else None)
+    if len(columns) == 2:
+        text, label = _both(text, label, peek if trained else None, known)
     if label is None and trained and text:
         raise UnlabelledError(
             f"{name} has no label column {quote(trained[-1])} (found {listed(columns)});"
             " name it with --label-column, or classify the table with `remora predict`"
         )
-    if len(columns) == 2:  # if one is known, so is the other
-        if not text and label is not None:
-            text = [1 - label]
-        elif label is None and len(text) == 1:
-            label = 1 - text[0]
     if not text or label is None:
-        missing = [
-            kind
-            for kind, there in (("text", bool(text)), ("label", label is not None))
-            if not there
-        ]
-        known = [*text, *([] if label is None else [label])]
-        raise _missing_columns(name, missing, columns, peek, known)
+        missing = [*(() if text else ("text",)), *(("label",) if label is None else ())]
+        found_places = [*text, *(() if label is None else (label,))]
+        raise _missing_columns(name, missing, columns, peek, found_places)
     if label in text:
         raise ConfigError(
             f"column {quote(columns[label])} is both text and label column;"
             " give different columns with --text-column and --label-column"
         )
     return [*text, label]
+
+
+def _both(
+    text: list[int], label: int | None, peek: Peek | None, known: Collection[str] | None
+) -> tuple[list[int], int | None]:
+    """Return the columns of a table of two: if one is known, so is the other.
+
+    Beside a training table, the other column is one of labels only if it has some of them.
+    """
+    if not text and label is not None:
+        return [1 - label], label
+    if label is None and len(text) == 1:
+        other = 1 - text[0]
+        cells = {str(row[other]).strip() for row in peek()} if peek else set()
+        return text, other if peek is None or cells & {*(known or ())} else None
+    return text, label
 
 
 def choose_text(

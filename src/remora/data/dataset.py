@@ -16,7 +16,7 @@ from typing import Any
 from remora.config import TrainConfig
 from remora.data.columns import UnlabelledError
 from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
-from remora.data.readers import file_part
+from remora.data.readers import STANDARD_INPUT, file_part
 from remora.data.sources import source_parts
 from remora.data.splits import MAX_TEST_ROWS, MAX_VALIDATION_ROWS, check_fractions, hold_out
 from remora.data.table import Table, read_parts
@@ -112,6 +112,25 @@ def load_data(settings: TrainConfig) -> Dataset:
         strict=settings.strict,
     )
     return limit_rows(dataset, settings.num_per_class, settings.seed)
+
+
+def load_again(settings: TrainConfig) -> Dataset:
+    """Return the dataset of a run that is finished.
+
+    Raises:
+        DataError: As `load_data`; or the rows came from a pipe, which can be read once.
+    """
+    path = Path(settings.data)
+    if (
+        settings.data == STANDARD_INPUT
+        or (path.exists() and path.is_char_device())
+        or path.is_fifo()
+    ):
+        raise DataError(
+            f"the run was trained on {settings.data}, which cannot be read again; train it on a"
+            " file"
+        )
+    return load_data(settings)
 
 
 def limit_rows(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:

@@ -117,9 +117,20 @@ def _missing_hint(path: Path) -> str:
 
 
 def _stdin_rows(options: ReadOptions, pick: Pick, remarks: Remarks) -> Iterator[Row]:
-    yield from parse(
-        sys.stdin.buffer, "standard input", options.format or "text", options, pick, remarks
-    )
+    with _standard_input() as stream:
+        yield from parse(stream, "standard input", options.format or "text", options, pick, remarks)
+
+
+@contextlib.contextmanager
+def _standard_input() -> Iterator[IO[bytes]]:
+    """Open standard input anew: a thread that waits for it must not hold Python's own at exit."""
+    try:
+        descriptor = os.dup(sys.stdin.fileno())
+    except (OSError, ValueError):  # it is no file of the system
+        yield sys.stdin.buffer
+        return
+    with os.fdopen(descriptor, "rb") as stream:
+        yield stream
 
 
 def _file_rows(
@@ -210,10 +221,9 @@ def parse(
     elif file_format == "jsonl":
         yield from json_rows.line_rows(_decode(stream, name), name, pick, remarks)
     elif file_format == "text":
+        places = pick(["text"], list)
         for number, line in enumerate(_decode(stream, name), 1):
-            if number == 1:
-                pick(["text"], lambda: [])
-            yield number, number, [line.rstrip("\r\n")]
+            yield number, number, [line.rstrip("\r\n")] * len(places)
     else:
         delimiter = "\t" if file_format == "tsv" else None
         lines = _decode(stream, name)

@@ -102,7 +102,7 @@ def read_parts(
 
         def pick(columns: Sequence[str], peek: Peek, name: str = part.name) -> list[int]:
             wanted = named(text_column)
-            places = choose(name, wanted, label_column, columns, peek, trained)
+            places = choose(name, wanted, label_column, columns, peek, trained, known)
             chosen[:] = [columns[place] for place in places]
             return places
 

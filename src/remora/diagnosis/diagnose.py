@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import sources
-from remora.data.dataset import Dataset, load_data
+from remora.data.dataset import Dataset, load_again
 from remora.data.table import Table
 from remora.diagnosis import duplicates, label_noise, out_of_sample, rare_tokens, relabel, verdicts
 from remora.diagnosis.label_noise import LabelNoise
@@ -204,7 +204,7 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     if config.model is not None:
         settings = replace(settings, model=config.model)
 
-    dataset = load_data(settings)
+    dataset = load_again(settings)
     try:
         wanted = json.loads((config.run / "data.json").read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError) as error:
@@ -216,7 +216,7 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
         )
     whole = replace(settings, validation_fraction=0.0, test_fraction=0.0)
     whole = replace(whole, rows_per_class=None, learning_curve=None)
-    return settings, dataset, load_data(whole)
+    return settings, dataset, load_again(whole)
 
 
 def _need_file(directory: Path, name: str) -> None:

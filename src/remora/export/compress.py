@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from remora.config import ExportConfig
-from remora.data.dataset import Dataset, load_data
+from remora.data.dataset import Dataset, load_again
 from remora.data.table import Table
 from remora.errors import ConfigError, DataError, ModelError
 from remora.evaluation.results import Results
@@ -239,7 +239,7 @@ def _dataset(directory: Path, advice: str) -> Dataset:
         DataError: If its table is missing or has changed.
     """
     try:
-        dataset = load_data(run_directory.read_settings(directory))
+        dataset = load_again(run_directory.read_settings(directory))
         known = json.loads((directory / "data.json").read_text(encoding="utf-8"))["sha256"]
     except (DataError, OSError, ValueError, KeyError) as error:
         raise DataError(

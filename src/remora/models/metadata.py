@@ -36,11 +36,14 @@ class AdapterCard:
     schema: int = SCHEMA
     gguf_sha256: str = ""  # of the GGUF file that the base was converted from, if it was
     gguf_quantization: str = ""  # of its weights there, such as Q4_K_M
+    text_columns: tuple[str, ...] = ()  # of the training table; a text has several by their names
+    label_column: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what remora.json holds: the fields of GGUF files only where there was one."""
+        """Return what remora.json holds: fields of GGUF files and columns where there are any."""
         values = asdict(self)
-        return {k: v for k, v in values.items() if v or not k.startswith("gguf_")}
+        optional = ("gguf_sha256", "gguf_quantization", "text_columns", "label_column")
+        return {k: v for k, v in values.items() if v or k not in optional}
 
     def prompt(self, tokenizer: Any) -> Prompt:
         """Return the prompt that the model was trained with."""
@@ -180,11 +183,13 @@ def parse_card(folder: Path) -> AdapterCard:
             "use the version of Remora that wrote it"
         )
     try:
-        card = AdapterCard(**{**values, "labels": tuple(values["labels"])})
+        columns = tuple(values.get("text_columns", ()))
+        lists = {"labels": tuple(values["labels"]), "text_columns": columns}
+        card = AdapterCard(**{**values, **lists})
     except (TypeError, KeyError) as error:
         raise ModelError(f"{path} is broken ({one_line(error)}); restore it") from error
     texts = [card.base_model, card.base_sha256, card.instruction, card.method, card.remora_version]
-    texts += [card.gguf_sha256, card.gguf_quantization]
+    texts += [card.gguf_sha256, card.gguf_quantization, card.label_column, *card.text_columns]
     if not (
         all(is_text(text) for text in (*texts, *card.labels))
         and card.method in FOLDERS

@@ -59,7 +59,7 @@ def write_synced(path: Path, text: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         write_synced(temporary, text)
 
 
@@ -70,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a table whole or not at all, its cells safe in a spreadsheet."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header)
@@ -79,14 +79,14 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give the name of a file to write, which replaces another once it is whole."""
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
         try:
             yield temporary
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise

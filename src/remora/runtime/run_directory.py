@@ -116,5 +116,7 @@ def _slug(source: str) -> str:
     """Return the last part of a path or a hub id as a part of a run's name."""
     if os.name == "nt":
         source = source.replace("\\", "/")
-    name = re.sub(r"\.(csv|tsv|jsonl|ndjson|parquet|gguf)$", "", source.rstrip("/").split("/")[-1])
+    name = source.rstrip("/").split("/")[-1]
+    name = re.sub(r"\.(gz|bz2|xz|zst|lz4|zip)$", "", name)
+    name = re.sub(r"\.(csv|tsv|tab|jsonl?|ndjson|parquet|xlsx|gguf)$", "", name)
     return re.sub(r"[^\w.-]+", "-", name.removeprefix("hf:")).strip("-.").lower() or "run"

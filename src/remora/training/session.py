@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,10 @@ def open_session(
                 memory.map_arrays(device)
             on = torch.device("cpu") if planned.shard else device
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
+            summary = dataset.summary
+            card = replace(
+                card, text_columns=summary.text_columns, label_column=summary.label_column
+            )
             parameters = lora.count_parameters(model)
             for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)

@@ -1,0 +1,212 @@
+"""Predictions beside the columns of the input: CSV, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from remora.errors import ConfigError, DataError
+from remora.formatting import one_line
+from remora.runtime import files
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+ROW_GROUP_ROWS = 10_000
+
+Ranked = list[tuple[str, float]]
+"""The likeliest labels of a text with their probabilities; none for a blank text."""
+
+
+class Writer(Protocol):
+    """Writes predictions one by one."""
+
+    def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
+        """Write a row.
+
+        Args:
+            values: The input's columns.
+            ranked: The likeliest labels.
+            answer: The label that is given, None where it is withheld.
+        """
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+
+    def close(self) -> None:
+        """Write the end."""
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file whose name tells no format; raises ConfigError."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(
+            f"{path} has no format by its name; end it with one of {', '.join(SUFFIXES)}"
+        )
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file with --output")
+
+
+def free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return names for the predictions' columns that no column of the input has."""
+    prefix = ""
+    while any(f"{prefix}{name}" in columns for name in wanted):
+        prefix += "predicted_"
+    return [f"{prefix}{name}" for name in wanted]
+
+
+def ranked_names(top_k: int) -> list[str]:
+    """Return the names of the columns of labels and probabilities."""
+    more = [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("label", "probability")]
+    return ["label", "probability", *more]
+
+
+class CsvWriter:
+    """Writes CSV: the input's columns, then the labels with their probabilities."""
+
+    def __init__(
+        self, output: TextIO, columns: Sequence[str], top_k: int, *, safe: bool = False
+    ) -> None:
+        """Write the header.
+
+        Args:
+            output: Where to write.
+            columns: Those of the input.
+            top_k: Labels of each row.
+            safe: Whether to escape cells that a spreadsheet would run as formulas.
+        """
+        self._output, self._top_k, self._safe = output, top_k, safe
+        self._writer = csv.writer(output, lineterminator="\n")
+        self._put([*columns, *free_names(ranked_names(top_k), columns)])
+
+    def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
+        """Write a row; a withheld label is an empty cell."""
+        cells = [_cell(value) for value in values]
+        for place, (label, probability) in enumerate(ranked):
+            cells += [label if place or answer is not None else "", f"{probability:.6f}"]
+        self._put(cells + [""] * (2 * (self._top_k - len(ranked))))
+
+    def _put(self, cells: list[str]) -> None:
+        self._writer.writerow(map(files.escape_formula, cells) if self._safe else cells)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        self._output.flush()
+
+    def close(self) -> None:
+        """Do nothing: each row is whole."""
+
+
+class JsonWriter:
+    """Writes JSON lines: the input's fields, and a list of labels with their probabilities."""
+
+    def __init__(self, output: TextIO, columns: Sequence[str], *, abstains: bool) -> None:
+        """Name the fields.
+
+        Args:
+            output: Where to write.
+            columns: Those of the input.
+            abstains: Whether to tell of each row if its label is withheld.
+        """
+        self._output, self._columns, self._abstains = output, list(columns), abstains
+        self._labels, self._abstained = free_names(["labels", "abstained"], columns)
+
+    def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
+        """Write a row."""
+        record: dict[str, object] = dict(zip(self._columns, values, strict=True))
+        record[self._labels] = [{"label": label, "probability": round(p, 6)} for label, p in ranked]
+        if self._abstains:
+            record[self._abstained] = answer is None
+        self._output.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        self._output.flush()
+
+    def close(self) -> None:
+        """Do nothing: each row is whole."""
+
+
+class ParquetWriter:
+    """Writes Parquet: the input's columns with their types, then labels and probabilities."""
+
+    def __init__(self, path: Path, columns: Sequence[str], top_k: int, schema: Any = None) -> None:
+        """Name the columns.
+
+        Args:
+            path: The file.
+            columns: Those of the input.
+            top_k: Labels of each row.
+            schema: The input's schema of Arrow; by default types are those of the first rows.
+        """
+        self._path, self._columns, self._top_k, self._schema = path, list(columns), top_k, schema
+        self._names = [*columns, *free_names(ranked_names(top_k), columns)]
+        self._rows: list[list[object]] = []
+        self._file: Any = None
+
+    def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
+        """Keep a row, and write a group of them when there are enough; a withheld label is null."""
+        cells: list[object] = list(values)
+        for place, (label, probability) in enumerate(ranked):
+            cells += [label if place or answer is not None else None, probability]
+        self._rows.append(cells + [None] * (2 * (self._top_k - len(ranked))))
+        if len(self._rows) == ROW_GROUP_ROWS:
+            self._write_group()
+
+    def flush(self) -> None:
+        """Do nothing: rows are written in groups."""
+
+    def close(self) -> None:
+        """Write the last rows and the end of the file."""
+        if self._rows or self._file is None:
+            self._write_group()
+        self._file.close()
+
+    def _write_group(self) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(self._names)
+        try:
+            if self._file is None:
+                schema = self._full_schema(pyarrow, columns)
+                self._file = pyarrow.parquet.ParquetWriter(self._path, schema)
+            schema = self._file.schema
+            arrays = [
+                pyarrow.array(values, field.type)
+                for values, field in zip(columns, schema, strict=True)
+            ]
+        except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+            raise DataError(
+                f"{self._path} cannot hold the input's values ({one_line(error)}); end its name"
+                " with .csv or .jsonl"
+            ) from None
+        self._file.write_table(pyarrow.table(arrays, schema=schema))
+        self._rows = []
+
+    def _full_schema(self, pyarrow: Any, columns: Sequence[Sequence[object]]) -> Any:
+        """Return the schema of the file: that of the input as far as it has one."""
+        fields = []
+        for place, name in enumerate(self._columns):
+            if self._schema is not None and name in self._schema.names:
+                kind = self._schema.field(name).type
+            else:
+                kind = pyarrow.array(columns[place]).type
+            text = pyarrow.types.is_null(kind) or pyarrow.types.is_dictionary(kind)
+            fields.append((name, pyarrow.string() if text else kind))
+        for name in self._names[len(self._columns) :]:
+            is_label = "label" in name.removeprefix("predicted_").split("_")
+            fields.append((name, pyarrow.string() if is_label else pyarrow.float64()))
+        return pyarrow.schema(fields)
+
+
+def _cell(value: object) -> str:
+    """Return a value of the input as a cell of CSV: a text as it is, a list as JSON."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
