@@ -65,8 +65,8 @@ BAD = {
     "missing column": (["train", "odd.csv", "--model", "m"], 3, "--label-column"),
     "empty file": (["train", "empty.csv", "--model", "m"], 3, "empty"),
     "one class": (["train", "one.csv", "--model", "m"], 3, "at least one other label"),
-    "blank text": (["train", "blank.csv", "--model", "m"], 3, "row 2"),
-    "blank label": (["train", "blank_label.csv", "--model", "m"], 3, "row 2"),
+    "blank text": (["train", "blank.csv", "--model", "m", "--strict"], 3, "row 2"),
+    "blank label": (["train", "blank_label.csv", "--model", "m", "--strict"], 3, "row 2"),
     "broken row": (["train", "broken.csv", "--model", "m"], 3, "row 2|line 3"),
     "wrong encoding": (["train", "latin.csv", "--model", "m"], 3, "UTF-8"),
     "unknown label in the test table": (

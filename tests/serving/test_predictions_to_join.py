@@ -273,3 +273,30 @@ def test_a_million_rows_in_flat_memory(run, tmp_path, monkeypatch, suffix):
             )
     elif suffix == "parquet":
         assert pyarrow.parquet.read_metadata(out).num_rows == 1_000_000
+
+
+def test_several_text_columns_are_those_of_training(base, tmp_path, capsys):
+    rows = [
+        (f"{i}", "card", f"{'where' if i % 2 else 'refund'} {i}", "ab"[i % 2]) for i in range(20)
+    ]
+    path = write_csv(tmp_path / "a.csv", rows, ("id", "title", "body", "label"))
+    columns = ("--text-column", "title", "--text-column", "body")
+    settings = ("--max-steps", "1", "--baselines", "none", "--device", "cpu", "--name", "x")
+    out = tmp_path / "runs"
+    assert call("train", path, *columns, "--model", base, *settings, "--output", out) == 0
+    run = out / "x"
+    card = json.loads((run / "adapter" / "remora.json").read_text())
+    assert (card["text_columns"], card["label_column"]) == (["title", "body"], "label")
+    assert call("diagnose", run) in {0, 3}  # reads the settings again
+    assert call("eval", run, path, "--device", "cpu") == 0
+    capsys.readouterr()
+    assert predicted(run, path) == 0
+    header, *rows = rows_of(capsys.readouterr().out)
+    assert header == ["id", "title", "body", "label", "predicted_label", "predicted_probability"]
+    whole = [(f"title: {row[1]}\nbody: {row[2]}", "") for row in rows]
+    path = write_csv(tmp_path / "b.csv", whole, ("text", "n"))
+    assert predicted(run, path) == 3
+    assert "has no column 'title', which the model was trained on" in capsys.readouterr().err
+    assert predicted(run, path, "--text-column", "text") == 0
+    joined = rows_of(capsys.readouterr().out)[1:]
+    assert [row[-2:] for row in joined] == [row[-2:] for row in rows]

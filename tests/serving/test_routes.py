@@ -56,6 +56,24 @@ def test_answers_are_those_of_predict(
     assert answer.json["adapter"] == name
 
 
+def test_several_columns_are_written_as_in_training(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["bank"], tmp_path / "bank")
+    card = folder / "adapter" / "remora.json"
+    columns = {"text_columns": ["title", "body"]}
+    card.write_text(json.dumps(json.loads(card.read_text()) | columns))
+    with running(folder) as service:
+        texts: list[Any] = [{"title": "card", "body": "lost"}, "title: card\nbody: lost"]
+        answer = call(service.url, "/v1/classify", {"texts": texts, "top_k": 2})
+        first, second = answer.json["results"]
+        assert first == second
+        for wrong_text in ({"title": "card"}, {"title": "a", "body": "b", "c": "d"}, {}):
+            answer = call(service.url, "/v1/classify", {"texts": [wrong_text]})
+            assert answer.status == 422
+            assert "send an object of 'title', 'body'" in answer.json["error"]
+
+
 def test_the_tolerance_is_that_of_predict(folders: dict[str, Path]) -> None:
     found = {}
     for tolerance in (0.0, 1.0):
@@ -223,6 +241,9 @@ def values(schema: dict[str, Any], description: dict[str, Any]) -> st.SearchStra
         return values(description["components"]["schemas"][name], description)
     match schema.get("type", schema.get("anyOf")):
         case "object":
+            if "properties" not in schema:  # of any names
+                inner = values(schema["additionalProperties"], description)
+                return st.dictionaries(ANY_TEXT, inner, max_size=2)
             return st.fixed_dictionaries(
                 {k: values(v, description) for k, v in schema["properties"].items()}
             )

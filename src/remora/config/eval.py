@@ -49,6 +49,9 @@ class EvalConfig:
     strict: bool = False
     """Refuse rows with a blank text or label, instead of skipping them."""
 
+    merge_labels: bool = False
+    """Take labels that differ from the model's only in case, spaces or Unicode form for them."""
+
     model: str | None = None
     """Base model, if it has moved since training."""
 

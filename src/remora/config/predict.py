@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from cyclopts import Parameter
 
@@ -13,10 +12,10 @@ from remora.config.checks import (
     Accuracy,
     Count,
     DeviceName,
+    MessageFormat,
     Names,
     PrecisionName,
     Share,
-    TableFormat,
     as_names,
     check,
     split_names,
@@ -46,7 +45,7 @@ class PredictConfig:
     id_column: tuple[str, ...] | None = None
     """Column to keep in the output, or several; by default all."""
 
-    input_format: Literal["text"] | TableFormat | None = None
+    input_format: MessageFormat | None = None
     """Format of the messages, if their name does not tell; standard input has one message a line by
     default."""
 

@@ -129,6 +129,9 @@ class TrainConfig:
     strict: bool = False
     """Refuse rows with a blank text or label, instead of skipping them."""
 
+    merge_labels: bool = False
+    """Make labels that differ only in case, spaces or Unicode form one label, the most frequent."""
+
     validation_fraction: Fraction = 0.1
     """Share of the training rows held out to select the best checkpoint, at most 2,000 rows; unused
     if validation rows are given."""
@@ -218,6 +221,14 @@ class TrainConfig:
 
     max_grad_norm: GradientNorm = 1.0
     """Gradients are clipped to this norm."""
+
+    class_weights: str | None = None
+    """Weight of each class in the loss: balanced, for the same total weight of every class, or a
+    table with the columns label and weight. By default all rows count the same."""
+
+    metric: Literal["accuracy", "macro_f1", "log_loss"] = "accuracy"
+    """Metric on the validation rows that selects the best checkpoint. macro_f1, for classes of very
+    different size, takes about twice the time."""
 
     eval_steps: Count | None = None
     """Steps between evaluations on the validation rows; by default once per epoch."""

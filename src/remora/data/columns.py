@@ -158,8 +158,9 @@ def joined(names: Sequence[str], texts: Sequence[str]) -> str:
 def _given(name: str, kind: str, column: str, columns: Sequence[str], peek: Peek) -> int:
     if column not in columns:
         close = close_match(column, columns)
-        if not close and Contents(columns, peek()).lacks_header:
-            raise _headerless(name, columns, Contents(columns, peek()))
+        contents = _contents(columns, peek)
+        if not close and contents.lacks_header:
+            raise _headerless(name, columns, contents)
         raise DataError(
             f"{name} has no column {quote(column)} (found {listed(columns)}); "
             + (f"did you mean {quote(close)}?" if close else f"name one with --{kind}-column")
@@ -185,11 +186,18 @@ def _only(name: str, column: str, columns: Sequence[str]) -> int:
     return columns.index(column)
 
 
+def _contents(columns: Sequence[str], peek: Peek) -> Contents:
+    try:
+        return Contents(columns, peek())
+    except DataError:  # of a broken row, told once the columns are right
+        return Contents(columns, [])
+
+
 def _missing_columns(
     name: str, missing: Sequence[str], columns: Sequence[str], peek: Peek, known: Sequence[int]
 ) -> DataError:
     """Return the error of columns that were not found, with what would mend it."""
-    contents = Contents(columns, peek())
+    contents = _contents(columns, peek)
     if contents.lacks_header and not known:
         return _headerless(name, columns, contents)
     kind = missing[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
+from remora.data import label_forms
 from remora.data.columns import UnlabelledError
 from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
 from remora.data.readers import STANDARD_INPUT, file_part
@@ -23,6 +24,9 @@ from remora.data.table import Table, read_parts
 from remora.data.values import is_blank
 from remora.errors import DataError
 from remora.formatting import listed, quote
+
+IMBALANCED_SHARE = 0.75
+"""Share of the rows in the largest class from which on accuracy alone says little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,13 @@ class DataSummary:
             ),
         )
         lines += [f"{_rows(count)} {remark}" for count, remark in remarks if count]
+        share = self.largest_label_rows / self.num_train
+        if share >= IMBALANCED_SHARE:
+            lines.append(
+                f"imbalanced: always answering {quote(self.largest_label)} would be right for"
+                f" {share:.1%} of the training rows; look at macro-F1, and try --class-weights"
+                " balanced or --metric macro_f1"
+            )
         return [*lines, *self.remarks]
 
 
@@ -110,6 +121,7 @@ def load_data(settings: TrainConfig) -> Dataset:
         seed=settings.seed,
         options=ReadOptions(settings.input_format, settings.columns),
         strict=settings.strict,
+        merge_labels=settings.merge_labels,
     )
     return limit_rows(dataset, settings.num_per_class, settings.seed)
 
@@ -169,6 +181,7 @@ def load_dataset(
     seed: int = 0,
     options: ReadOptions | None = None,
     strict: bool = False,
+    merge_labels: bool = False,
 ) -> Dataset:
     """Read a source, check every row, and hold out the splits that it does not have.
 
@@ -185,6 +198,8 @@ def load_dataset(
         seed: Selects the rows held out.
         options: How to read the tables, where their names do not tell.
         strict: Whether to refuse rows with a blank text or label, instead of skipping them.
+        merge_labels: Whether labels that differ only in case, spaces or Unicode form become one,
+            the most frequent of them.
 
     A test or validation table of the source that has no labels is left out.
 
@@ -194,32 +209,28 @@ def load_dataset(
     """
     check_fractions(validation_fraction, test_fraction)
 
-    # The tables of each split
     parts = source_parts(source, options)
     given = {"validation": validation, "test": test}
     for split, path in given.items():
         if path is not None:
             parts[split] = [file_part(Path(path), options)]
-
-    # Their rows, checked
-    remarks, notes = Remarks(), list[str]()
-    train, columns = read_parts(
-        parts["train"], text_column, label_column, strict=strict, remarks=remarks
-    )
+    how: dict[str, Any] = {
+        "text_column": text_column,
+        "label_column": label_column,
+        "strict": strict,
+    }
+    remarks, forms = Remarks(), None
+    train, columns = read_parts(parts["train"], **how, remarks=remarks)
+    if merge_labels:
+        forms = label_forms.most_frequent_forms(train.labels)
+        train = Table(train.texts, label_forms.merged(train.labels, forms))
     labels = _labels(source, train)
+    how |= {"known": labels, "remarks": remarks, "trained": columns, "forms": forms}
+    notes = label_forms.spoken(label_forms.twins(labels))
     tables: dict[str, Table] = {}
-    for split in ("validation", "test"):
+    for split in (each for each in given if each in parts):
         try:
-            if split in parts:
-                tables[split] = read_parts(
-                    parts[split],
-                    text_column,
-                    label_column,
-                    known=labels,
-                    strict=strict,
-                    remarks=remarks,
-                    trained=columns,
-                )[0]
+            tables[split] = read_parts(parts[split], **how)[0]
         except UnlabelledError:
             if given[split] is not None:
                 raise

@@ -25,6 +25,7 @@ class TokenSequence(NamedTuple):
 
     token_ids: list[int]
     answer_start: int
+    weight: float = 1.0  # of the row in the loss
 
 
 class Prompt:

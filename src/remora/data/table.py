@@ -6,7 +6,7 @@ A file is CSV, TSV, JSON, Parquet, Excel or, for texts alone, one text a line. E
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -48,6 +48,7 @@ def read_table(
     strict: bool = False,
     remarks: Remarks | None = None,
     trained: Sequence[str] = (),
+    forms: Mapping[str, str] | None = None,
 ) -> Table:
     """Read one file into memory.
 
@@ -62,6 +63,7 @@ def read_table(
         strict: Whether to refuse rows with a blank text or label, instead of skipping them.
         remarks: Told of rows that are skipped, and of what else is worth a line.
         trained: Columns of the training table, the label last, which come before the usual ones.
+        forms: The known labels by their keys, by which labels of another form become one of them.
 
     Raises:
         DataError: The file is missing or broken, lacks a column, or has a broken or unknown value.
@@ -74,6 +76,7 @@ def read_table(
         strict=strict,
         remarks=remarks,
         trained=trained,
+        forms=forms,
     )[0]
 
 
@@ -86,6 +89,7 @@ def read_parts(
     strict: bool = False,
     remarks: Remarks | None = None,
     trained: Sequence[str] = (),
+    forms: Mapping[str, str] | None = None,
 ) -> tuple[Table, list[str]]:
     """Read and check the parts of one split; return it with the names of its columns, label last.
 
@@ -117,7 +121,7 @@ def read_parts(
                 continue
             try:
                 table.texts.append(_joined(chosen[:-1], cells))
-                table.labels.append(label_of(label, known))
+                table.labels.append(label_of(label, known, forms))
             except DataError as error:
                 raise DataError(f"{place} has {error}") from None
     if not len(table) and has_hidden and known is not None:

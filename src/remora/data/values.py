@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
+from remora.data.label_forms import label_key
 from remora.errors import DataError
 from remora.formatting import close_match, quote
 
@@ -42,8 +43,15 @@ def text_of(value: object) -> str:
     return text
 
 
-def label_of(value: object, known: Collection[str] | None) -> str:
+def label_of(
+    value: object, known: Collection[str] | None, forms: Mapping[str, str] | None = None
+) -> str:
     """Return a cell as a label, without white space around it.
+
+    Args:
+        value: The cell.
+        known: The labels that may occur; any, by default.
+        forms: The labels of `known` by their keys, by which others become one of them.
 
     Raises:
         DataError: Without the row: the cell holds no label, several, or none of `known`.
@@ -62,6 +70,8 @@ def label_of(value: object, known: Collection[str] | None) -> str:
             )
         )
     label = sys.intern(written.strip())
+    if known is not None and label not in known and forms:
+        label = forms.get(label_key(label), label)
     if known is None:
         _check_encodable(label)
         if label.startswith("[") and _LIST.fullmatch(label):

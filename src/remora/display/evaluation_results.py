@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from remora.data.dataset import IMBALANCED_SHARE
 from remora.display.console import (
     escaped,
     figures_table,
@@ -45,6 +46,9 @@ def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = N
     )
     log_loss = "" if metrics.log_loss is None else f", log-loss {metrics.log_loss:.3f}"
     print_line(console, f"macro-F1   {metrics.macro_f1:.2%}{log_loss}")
+    largest = max(metrics.per_class, key=lambda each: each.support)
+    if (share := largest.support / metrics.num_rows) >= IMBALANCED_SHARE:
+        print_line(console, f"majority   {share:.2%} accuracy by always answering {largest.label}")
 
 
 def show_reliability(reliability: Reliability, console: Console | None = None) -> None:

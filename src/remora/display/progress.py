@@ -58,8 +58,9 @@ class TerminalReporter(Reporter):
     def validated(self, validation: Validation) -> None:
         """Print a line for an evaluation."""
         mark = ", best so far" if validation.best else ""
+        macro_f1 = "" if validation.macro_f1 is None else f"macro-F1 {validation.macro_f1:.1%}, "
         self.say(
-            f"step {validation.step}: validation accuracy {validation.accuracy:.1%}, "
+            f"step {validation.step}: validation accuracy {validation.accuracy:.1%}, {macro_f1}"
             f"loss {validation.loss:.3f}, on {validation.rows:,} rows{mark}"
         )
 

@@ -30,10 +30,12 @@ class Validation:
     loss: float  # mean cross entropy of the answer tokens in nats, as that of a step
     rows: int  # that were scored
     best: bool
+    macro_f1: float | None = None  # where it selects the weights
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as it is logged."""
-        return {f"validation_{k}" if k != "step" else k: v for k, v in asdict(self).items()}
+        values = {k: v for k, v in asdict(self).items() if v is not None}
+        return {f"validation_{k}" if k != "step" else k: v for k, v in values.items()}
 
 
 class Reporter:

@@ -30,6 +30,7 @@ class Generation:
     labels: tuple[str, ...]
     module: str  # its name in PEFT's model, empty for a whole model
     scorer: Scorer
+    text_columns: tuple[str, ...] = ()  # of its training table
 
 
 class AdapterSet:
@@ -131,6 +132,7 @@ class AdapterSet:
             labels=card.labels,
             module="",
             scorer=self._scorer(whole, prompt),
+            text_columns=card.text_columns,
         )
 
     def _load_adapters(self, base: str | None) -> None:
@@ -204,6 +206,7 @@ class AdapterSet:
             labels=copied.card.labels,
             module=module,
             scorer=self._scorer(self._adapted, prompt),
+            text_columns=copied.card.text_columns,
         )
 
     def _refuse_missing(self, module: str, folder: Path) -> None:

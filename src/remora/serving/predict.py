@@ -9,6 +9,7 @@ from typing import TextIO
 import numpy as np
 
 from remora.config import EvalConfig, PredictConfig
+from remora.data.label_forms import most_frequent_forms
 from remora.data.parts import ReadOptions, Remarks
 from remora.data.table import Stream, open_stream, read_table
 from remora.errors import ConfigError, DataError
@@ -210,6 +211,7 @@ def evaluate_adapter(
         known=labels,
         options=options,
         strict=config.strict,
+        forms=most_frequent_forms(labels) if config.merge_labels else None,
         remarks=remarks,
         trained=(*card.text_columns, card.label_column) if card.text_columns else (),
     )

@@ -9,7 +9,9 @@ import numpy as np
 import prometheus_client
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from remora.data.columns import joined
 from remora.errors import ModelError
+from remora.formatting import listed
 from remora.models.metadata import is_text
 from remora.runtime import memory
 from remora.serving.engine import Answer, QueueFullError
@@ -53,8 +55,10 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 async def classify(body: Classify, state: SharedState) -> Classified:
     """Give the likeliest labels for each text."""
     name = _adapter_name(state, body.adapter)
-    _check_texts(state, body.texts)
-    answer = await _answer(state, name, body.texts)
+    columns = state.engine.generations[name].text_columns
+    texts = [_text(columns, place, given) for place, given in enumerate(body.texts)]
+    _check_texts(state, texts)
+    answer = await _answer(state, name, texts)
     num_labels = len(answer.labels)
     if body.top_k > num_labels:
         raise RefusedError(422, f"top_k is {body.top_k}; the adapter has {num_labels} labels")
@@ -148,6 +152,18 @@ def _adapter_name(state: State, wanted: str | None) -> str:
     if wanted not in names:
         raise RefusedError(404, f"there is no adapter {wanted[:64]!r}; see /v1/adapters")
     return wanted
+
+
+def _text(columns: tuple[str, ...], place: int, given: str | dict[str, str]) -> str:
+    """Return a message as the adapter's training rows were written."""
+    if isinstance(given, str):
+        return given
+    if not columns or given.keys() != {*columns}:
+        wanted = f"an object of {listed(columns)}" if columns else "a string"
+        raise RefusedError(
+            422, f"text {place} has {listed(list(given)) or 'nothing'}; send {wanted}"
+        )
+    return joined(columns, [given[column] for column in columns])
 
 
 def _check_texts(state: State, texts: list[str]) -> None:

@@ -10,7 +10,12 @@ class Classify(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    texts: list[str] = Field(min_length=1, description="The messages.", examples=[["my card"]])
+    texts: list[str | dict[str, str]] = Field(
+        min_length=1,
+        description="The messages; where the adapter was trained on several columns, an object of "
+        "their names and texts each.",
+        examples=[["my card"]],
+    )
     top_k: int = Field(
         default=1,
         ge=1,

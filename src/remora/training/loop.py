@@ -16,11 +16,13 @@ from torch import Tensor
 
 from remora.data import splits
 from remora.errors import DivergedError, Stopped
+from remora.evaluation.metrics import measure
 from remora.planning.plan import Duration, Rates
 from remora.runtime import memory, sharding
 from remora.runtime.reporter import Reporter, Step, Validation
 from remora.training import checkpoint
 from remora.training.checkpoint import Checkpoint
+from remora.training.class_weights import class_weights
 from remora.training.micro_batches import MicroBatches
 from remora.training.optimizer import create_optimizer
 from remora.training.progress import Progress
@@ -122,6 +124,7 @@ class _State:
         self._session, self._config, self._checkpoints = session, config, checkpoints
         self._num_scored = num_scored
         num_eval_rows = config.num_eval_rows(len(dataset.train), len(dataset.validation))
+        self.weights = class_weights(config, dataset)
         self.eval_rows = splits.sample(dataset.validation, num_eval_rows, config.seed)
         accelerator = session.accelerator
         self.named = {n: p for n, p in session.model.named_parameters() if p.requires_grad}
@@ -233,21 +236,34 @@ class _State:
 
 def _evaluate(session: Session, state: _State) -> Validation:
     """Score the validation rows, and keep the weights if they are the best so far."""
-    progress, rows = state.progress, state.eval_rows
-    began = time.perf_counter()
+    progress, rows, metric = state.progress, state.eval_rows, session.config.metric
+    told = ("validation", session.reporter, session.stop, session.group)
+    began, macro_f1 = time.perf_counter(), None
     try:
-        accuracy, loss = scoring.evaluate_rows(
-            session.scorer(), rows, "validation", session.reporter, session.stop, session.group
-        )
+        accuracy, loss = scoring.evaluate_rows(session.scorer(), rows, *told)
+        if metric == "macro_f1":  # which needs the label that each row gets
+            scored = scoring.score_rows(session.scorer(tolerance=1.0), rows, *told)
+            predicted = [session.prompt.labels[i] for i in scored.probabilities.argmax(1)]
+            macro_f1 = measure(session.prompt.labels, rows.labels, predicted).macro_f1
     finally:
         state.eval_seconds = time.perf_counter() - began
         progress.validation_seconds += state.eval_seconds
-    better = math.isfinite(loss) and (progress.best is None or (accuracy, -loss) > progress.best)
+    quality = (macro_f1 if macro_f1 is not None else accuracy, -loss)
+    if metric == "log_loss":
+        quality = (-loss, accuracy)
+    better = math.isfinite(loss) and (progress.best is None or quality > progress.best)
     progress.without_better = 0 if better else progress.without_better + 1
     if better:
-        progress.best, progress.best_step = (accuracy, -loss), progress.step
+        progress.best, progress.best_step = quality, progress.step
         state.keep_best()
-    return Validation(step=progress.step, accuracy=accuracy, loss=loss, rows=len(rows), best=better)
+    return Validation(
+        step=progress.step,
+        accuracy=accuracy,
+        loss=loss,
+        rows=len(rows),
+        best=better,
+        macro_f1=macro_f1,
+    )
 
 
 def _step(session: Session, state: _State, chosen: Sequence[int]) -> Step:
@@ -255,6 +271,9 @@ def _step(session: Session, state: _State, chosen: Sequence[int]) -> Step:
     progress, group, accelerator = state.progress, session.group, session.accelerator
     texts, labels = session.dataset.train.texts, session.dataset.train.labels
     batch = session.prompt.rows([texts[i] for i in chosen], [labels[i] for i in chosen])
+    if state.weights:
+        weights = [state.weights[labels[i]] for i in chosen]
+        batch = [row._replace(weight=w) for row, w in zip(batch, weights, strict=True)]
     # Gradients, summed over micro-batches and processes
     began = time.perf_counter()
     session.model.train()

@@ -79,12 +79,13 @@ class MicroBatches:
             ResourceError: If memory does not suffice for its longest row alone.
         """
         num_supervised = sum(len(row.token_ids) - row.answer_start for row in batch)
+        total = sum(row.weight * (len(row.token_ids) - row.answer_start) for row in batch)
         # Rows that share most are computed in one process.
         own = self._group.part(sorted(batch, key=lambda row: row.token_ids))
         if self._is_sharded:
-            loss = self._repeat(batch, lambda: self._add_in_step(own, batch, num_supervised))
+            loss = self._repeat(batch, lambda: self._add_in_step(own, batch, total))
         elif own:
-            loss = self._repeat(own, lambda: self._add_gradients(own, num_supervised))
+            loss = self._repeat(own, lambda: self._add_gradients(own, total))
         else:
             loss = 0.0
         return loss, num_supervised
@@ -146,22 +147,22 @@ class MicroBatches:
             )
             self._said = True
 
-    def _add_gradients(self, rows: Sequence[TokenSequence], num_supervised: int) -> float:
+    def _add_gradients(self, rows: Sequence[TokenSequence], total: float) -> float:
         trees = packing.split(rows, self.max_tokens)
         if self._graphs:
             self._graphs.begin()
-        return float(sum(self._backward(packed, num_supervised) for packed in trees))
+        return float(sum(self._backward(packed, total) for packed in trees))
 
     def _add_in_step(
-        self, own: Sequence[TokenSequence], batch: Sequence[TokenSequence], num_supervised: int
+        self, own: Sequence[TokenSequence], batch: Sequence[TokenSequence], total: float
     ) -> float:
         """Do the same in as many micro-batches as the process with the most."""
         trees = packing.split(own, self.max_tokens)
         num_trees = max(self._group.gather(len(trees)))
-        loss = float(sum(self._backward(packed, num_supervised) for packed in trees))
+        loss = float(sum(self._backward(packed, total) for packed in trees))
         shortest = min(batch, key=lambda row: len(row.token_ids))
         for _ in range(num_trees - len(trees)):
-            self._backward(packing.build([shortest]), num_supervised, counts=False)
+            self._backward(packing.build([shortest]), total, counts=False)
         return loss
 
     def _time_largest(self, batch: Sequence[TokenSequence]) -> plan.Rates:
@@ -185,20 +186,21 @@ class MicroBatches:
         scoring = timing.SEARCH_COST * forward
         return plan.Rates(seconds / largest.num_tokens, scoring / largest.num_tokens)
 
-    def _backward(
-        self, packed: packing.TokenTree, num_supervised: int, *, counts: bool = True
-    ) -> Tensor:
-        """Add the gradients of a micro-batch; return its part of the mean loss, []."""
+    def _backward(self, packed: packing.TokenTree, total: float, *, counts: bool = True) -> Tensor:
+        """Add the gradients of a micro-batch; return its part of the mean loss, [].
+
+        `total` is the weight of all answer tokens of the effective batch.
+        """
         device = self._accelerator.device
         if self._graphs:
-            return self._graphs.add_gradients(packed, num_supervised)
+            return self._graphs.add_gradients(packed, total)
         if self._heaviest:
             memory.keep_within(device, self._heaviest.limit_bytes)
         self._refuse_to_exhaust(int(self._bytes_per_token * packed.num_tokens))
         packed = packed.to(device)
         with self._accelerator.autocast():
             logits = answer_logits(self._adapted, packed)
-        part = loss_sum(logits, packed) / num_supervised
+        part = loss_sum(logits, packed) / total
         if not counts:
             part = part * 0
         del logits  # the largest array; its gradient is there already

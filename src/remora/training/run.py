@@ -20,6 +20,7 @@ from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
 from remora.training import resume, rivals, tracking
 from remora.training.checkpoint import Checkpoint
+from remora.training.class_weights import class_weights
 from remora.training.finish import (
     TrainResult,
     add_rivals,
@@ -80,9 +81,7 @@ def train_until(
             tracking.check(config.trackers)
             encoder = rivals.find_encoder(config)
             dataset = load_rows(config)
-            tables_to_measure_on(dataset)
-            for line in dataset.summary.lines():
-                reporter.say(line)
+            _introduce(config, dataset, reporter)
         sha256 = dataset.summary.sha256
         group.refuse_differences({"data": sha256, **resume.fixed(config), "model": config.model})
         # A run directory to resume in, or a new one
@@ -133,6 +132,14 @@ def train_until(
     if result is None:
         raise SystemExit(0)  # the first process has all results
     return result
+
+
+def _introduce(config: TrainConfig, dataset: Dataset, reporter: Reporter) -> None:
+    """Refuse rows that cannot be measured on, and broken class weights; tell of the rows."""
+    tables_to_measure_on(dataset)
+    class_weights(config, dataset)
+    for line in dataset.summary.lines():
+        reporter.say(line)
 
 
 def _prepare_directory(

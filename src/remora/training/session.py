@@ -139,10 +139,7 @@ def open_session(
                 memory.map_arrays(device)
             on = torch.device("cpu") if planned.shard else device
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
-            summary = dataset.summary
-            card = replace(
-                card, text_columns=summary.text_columns, label_column=summary.label_column
-            )
+            card = _with_columns(card, dataset)
             parameters = lora.count_parameters(model)
             for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)
@@ -174,3 +171,9 @@ def open_session(
             stop=stop,
             reporter=reporter,
         )
+
+
+def _with_columns(card: AdapterCard, dataset: Dataset) -> AdapterCard:
+    """Return the card with the columns of the training table, which predictions look for."""
+    summary = dataset.summary
+    return replace(card, text_columns=summary.text_columns, label_column=summary.label_column)

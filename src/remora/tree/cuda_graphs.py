@@ -70,7 +70,7 @@ class Graphs:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
 
-    def add_gradients(self, packed: TokenTree, num_supervised: int) -> Tensor:
+    def add_gradients(self, packed: TokenTree, num_supervised: float) -> Tensor:
         """Add the gradients of a micro-batch in CPU memory; return its part of the mean loss."""
         packed = packing.filled(packed)
         arrays = {name: x for name, x in vars(packed).items() if isinstance(x, Tensor)}

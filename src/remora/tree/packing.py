@@ -37,7 +37,7 @@ class TokenTree:
     predictors: Tensor  # [P] int64, nodes where the head is computed
     edge_predictors: Tensor  # [E] int64, indices into `predictors`
     edge_targets: Tensor  # [E] int64, the token that the edge leads to
-    edge_weights: Tensor  # [E] float32, how many rows are supervised on the edge
+    edge_weights: Tensor  # [E] float32, the sum over the rows supervised on the edge
     num_rows: int
     num_row_tokens: int  # tokens of all rows before packing
 
@@ -67,7 +67,7 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
     position_ids: list[int] = []
     subtree_end: list[int] = []
     parents: list[int] = []
-    weights: list[int] = []
+    weights: list[float] = []
     path: list[int] = []  # nodes of the row before, from the root down
     before: list[int] = []
     # The trie in preorder: each sorted row adds its tokens below those that it shares.
@@ -83,9 +83,9 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
             token_ids.append(row.token_ids[depth])
             position_ids.append(depth)
             subtree_end.append(-1)
-            weights.append(0)
+            weights.append(0.0)
         for node in path[row.answer_start :]:
-            weights[node] += 1
+            weights[node] += row.weight
         before = row.token_ids
     for node in path:
         subtree_end[node] = len(token_ids)

@@ -1,0 +1,47 @@
+"""Labels that are the same but for case, spaces or Unicode form."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from remora.formatting import listed
+
+
+def label_key(label: str) -> str:
+    """Return what labels have in common that differ in case, spaces or Unicode form only."""
+    return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+
+
+def twins(labels: Iterable[str]) -> list[list[str]]:
+    """Return the groups of labels that differ in form only, each sorted."""
+    groups: dict[str, list[str]] = {}
+    for label in sorted(set(labels)):
+        groups.setdefault(label_key(label), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def spoken(groups: list[list[str]]) -> list[str]:
+    """Return a sentence on twins, none if there are none."""
+    if not groups:
+        return []
+    named = "; ".join(listed(group) for group in groups[:3]) + ("; ..." if len(groups) > 3 else "")
+    return [
+        f"labels that differ only in case, spaces or Unicode form are different labels: {named};"
+        " --merge-labels makes them one"
+    ]
+
+
+def most_frequent_forms(labels: Iterable[str]) -> dict[str, str]:
+    """Return the most frequent label of each key, the first in order on a tie."""
+    counts = Counter(labels)
+    forms: dict[str, str] = {}
+    for label in sorted(counts, key=lambda label: (-counts[label], label)):
+        forms.setdefault(label_key(label), label)
+    return forms
+
+
+def merged(labels: Iterable[str], forms: Mapping[str, str]) -> list[str]:
+    """Return labels with twins replaced by the form that stands for them."""
+    return [forms.get(label_key(label), label) for label in labels]
