@@ -439,6 +439,43 @@ CASES: list[Case] = [
     ),
     ("standard input without a format", 2, lambda s: train("-")),
     (
+        "a class weight for a label that is not there",
+        3,
+        lambda s: train(
+            *("good.csv", "--class-weights"), s.write("weights.csv", "label,weight\nrefnud,2\n")
+        ),
+    ),
+    (
+        "a class weight of 0",
+        3,
+        lambda s: train(
+            *("good.csv", "--class-weights"), s.write("weights.csv", "label,weight\nrefund,0\n")
+        ),
+    ),
+    (
+        "a test table without labels",
+        3,
+        lambda s: train("good.csv", "--test", s.write("test.csv", "id,text\n1,a\n")),
+    ),
+    (
+        "an output of no known format",
+        2,
+        lambda s: ["predict", "runs/good", "good.csv", "--output", "out.xml"],
+    ),
+    (
+        "a column to keep that is not there",
+        3,
+        lambda s: ["predict", "runs/good", "good.csv", "--id-column", "key"],
+    ),
+    (
+        "two thresholds",
+        2,
+        lambda s: [
+            *("predict", "runs/good", "good.csv", "--threshold", "0.5"),
+            *("--abstain-at-accuracy", "0.9"),
+        ],
+    ),
+    (
         "standard input for two processes",
         2,
         lambda s: train("-", "--input-format", "csv", "--devices", "2"),

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import resource
-import subprocess
 import sys
 import threading
 import time
@@ -156,26 +155,15 @@ def test_the_columns_of_the_training_table_are_remembered(run, tmp_path, base, c
     assert predicted(other, path) == 4
 
 
-def test_characters_that_a_console_lacks(run, tmp_path):
+def test_characters_that_a_console_lacks(run, tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", '{"text": "a", "x": "\U0001f600 \\ud83d"}\n')
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "remora",
-            "predict",
-            str(run),
-            str(path),
-            "--device",
-            "cpu",
-            "--json",
-        ],
-        env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.decode("utf-8"))["x"] == "\U0001f600 \ud83d"
+    for more, shown in ((("--json",), '"x": "\U0001f600 \\ud83d"'), ((), "\U0001f600 \\ud83d")):
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="cp1252", newline="\r\n"))
+        assert predicted(run, path, *more) == 0
+        sys.stdout.flush()
+        assert shown in out.getvalue().decode("utf-8")
+        assert b"\r" not in out.getvalue()
 
 
 def scored(monkeypatch, seconds=0.0):

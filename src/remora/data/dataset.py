@@ -25,7 +25,7 @@ from remora.data.values import is_blank
 from remora.errors import DataError
 from remora.formatting import listed, quote
 
-IMBALANCED_SHARE = 0.75
+IMBALANCED_SHARE = 0.8
 """Share of the rows in the largest class from which on accuracy alone says little."""
 
 
