@@ -206,7 +206,7 @@ def test_blank_rows_are_skipped_and_counted(tmp_path):
     assert read_table(path, remarks=remarks) == pair([("a", "x"), ("c", "y")])
     assert remarks.lines() == [
         f"{path}: 2 rows with a blank text, skipped; the first is row 2 (line 3)",
-        f"{path}: 1 row with a blank label, skipped; row 4 (line 5)",
+        f"{path}: 1 row without a label, skipped; row 4 (line 5)",
     ]
     with pytest.raises(DataError, match=r"row 2 .line 3. has a blank text, and it is one of 3"):
         read_table(path, strict=True)

@@ -43,7 +43,7 @@ def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
             names = [each.get("names") if isinstance(each, dict) else None for each in described]
             batches = file.iter_batches(columns=list(dict.fromkeys(wanted)), batch_size=10_000)
             yield from _arrow_rows(batches, wanted, names)
-    except (pyarrow.ArrowException, UnicodeDecodeError, ValueError, AttributeError) as error:
+    except (pyarrow.ArrowException, ValueError, KeyError, AttributeError) as error:
         raise DataError(
             f"{name} is not a readable Parquet file ({one_line(error)});"
             " write it again, or save the table as CSV"

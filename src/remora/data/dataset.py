@@ -133,11 +133,7 @@ def load_again(settings: TrainConfig) -> Dataset:
         DataError: As `load_data`; or the rows came from a pipe, which can be read once.
     """
     path = Path(settings.data)
-    if (
-        settings.data == STANDARD_INPUT
-        or (path.exists() and path.is_char_device())
-        or path.is_fifo()
-    ):
+    if settings.data == STANDARD_INPUT or path.is_char_device() or path.is_fifo():
         raise DataError(
             f"the run was trained on {settings.data}, which cannot be read again; train it on a"
             " file"

@@ -56,7 +56,7 @@ def rows(
             raise DataError(f"{name}: line 1 is blank; name the columns there")
     complete = Ahead(_complete(records, header, name, delimiter))
     places = pick(header, lambda: [values for _, _, values in complete.peek(PEEKED_ROWS)])
-    for row, line, values in complete:
+    for row, line, values in complete.rest():
         yield row, line, [values[place] for place in places]
 
 

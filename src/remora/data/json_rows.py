@@ -113,7 +113,7 @@ def _picked(records: Iterator[Record], name: str, pick: Pick, remarks: Remarks) 
     )
     wanted = [columns[place] for place in places]
     keeps_all = len(set(places)) == len(columns)
-    for row, line, record in ahead:
+    for row, line, record in ahead.rest():
         if keeps_all and not record.keys() <= known:
             extra = next(key for key in record if key not in known)
             remarks.add(name, f"{EXTRA} ({quote(extra)})", row, line)

@@ -40,10 +40,6 @@ class Remarks:
         """Count a row of a table that `what` is true of, such as "with a blank text, skipped"."""
         self._found.setdefault((name, what), [0, row_place(row, line)])[0] += 1
 
-    def count(self, what: str) -> int:
-        """Return how many rows `what` is true of, in all tables."""
-        return sum(found[0] for (_, each), found in self._found.items() if each == what)
-
     def lines(self) -> list[str]:
         """Return a sentence for each finding."""
         return [
@@ -80,6 +76,10 @@ class Ahead(Generic[Item]):
         items = list(islice(self._items, number))
         self.put_back(items)
         return items
+
+    def rest(self) -> Iterator[Item]:
+        """Return all items that are left, without looking ahead any more."""
+        return self._items
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Make items the next ones."""

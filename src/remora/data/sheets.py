@@ -55,5 +55,5 @@ def sheet_rows(stream: Any, name: str, columns: Sequence[str], pick: Pick) -> It
     first = 1 if columns else 2  # the line of the first row
     ahead = Ahead(iter(list(enumerate(table[first - 1 :], 1))))
     places = pick(header, lambda: [values for _, values in ahead.peek(PEEKED_ROWS)])
-    for row, values in ahead:
+    for row, values in ahead.rest():
         yield row, row + first - 1, [values[place] for place in places]

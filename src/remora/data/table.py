@@ -19,7 +19,7 @@ from remora.data.values import is_blank, is_hidden, label_of, text_of
 from remora.errors import DataError
 from remora.formatting import quote
 
-SKIPPED = "with a blank {}, skipped"
+SKIPPED = {"text": "with a blank text, skipped", "label": "without a label, skipped"}
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def read_parts(
     """
     known = None if known is None else frozenset(known)
     remarks = Remarks() if remarks is None else remarks
-    table, chosen, blanks = Table([], []), list[str](), list[str]()
-    has_hidden = False
+    table, chosen = Table([], []), list[str]()
+    first_blank, num_blank, has_hidden = "", 0, False
     for part in parts:
 
         def pick(columns: Sequence[str], peek: Peek, name: str = part.name) -> list[int]:
@@ -111,25 +111,26 @@ def read_parts(
             return places
 
         for row, line, (*cells, label) in part.read(pick, remarks):
-            place = f"{part.name}: {row_place(row, line)}"
-            hidden = is_blank(label) or is_hidden(label, known)
-            if hidden or all(map(is_blank, cells)):
-                kind = "text" if all(map(is_blank, cells)) else "label"
-                has_hidden |= kind == "label"
-                blanks.append(f"{place} has a blank {kind}")
-                remarks.add(part.name, SKIPPED.format(kind), row, line)
+            no_text = is_blank(cells[0]) and all(map(is_blank, cells))
+            if no_text or is_blank(label) or is_hidden(label, known):
+                kind = "text" if no_text else "label"
+                has_hidden |= not no_text
+                place = f"{part.name}: {row_place(row, line)}"
+                first_blank = first_blank or f"{place} has a blank {kind}"
+                num_blank += 1
+                remarks.add(part.name, SKIPPED[kind], row, line)
                 continue
             try:
                 table.texts.append(_joined(chosen[:-1], cells))
                 table.labels.append(label_of(label, known, forms))
             except DataError as error:
-                raise DataError(f"{place} has {error}") from None
+                raise DataError(f"{part.name}: {row_place(row, line)} has {error}") from None
     if not len(table) and has_hidden and known is not None:
         raise UnlabelledError(f"{parts[0].name} has no labels; add them")
-    if blanks and (strict or not len(table)):
-        others = f", and it is one of {len(blanks):,} rows with a blank value"
+    if num_blank and (strict or not len(table)):
+        others = f", and it is one of {num_blank:,} rows with a blank value"
         raise DataError(
-            f"{blanks[0]}{others if len(blanks) > 1 else ''}; fill it in or delete the row"
+            f"{first_blank}{others if num_blank > 1 else ''}; fill it in or delete the row"
         )
     if not len(table):
         raise DataError(f"{parts[0].name} has no rows; add some")

@@ -33,7 +33,7 @@ def text_of(value: object) -> str:
     """
     if _is_chat(value):
         value = _turn(value, "user")
-    text = _written(value)
+    text = value if isinstance(value, str) else _written(value)
     if text is None:
         raise DataError(
             f"a text of type {type(value).__name__};"
@@ -58,7 +58,7 @@ def label_of(
     """
     if _is_chat(value):
         value = _turn(value, "assistant")
-    written = _written(value)
+    written = value if isinstance(value, str) else _written(value)
     if written is None:
         several = isinstance(value, list | tuple | set)
         raise DataError(
@@ -91,7 +91,7 @@ def label_of(
 
 def is_hidden(value: object, known: Collection[str] | None) -> bool:
     """Whether a cell stands for a label that is not published: -1, if that is no label."""
-    return known is not None and HIDDEN not in known and _written(value) in {HIDDEN, "-1.0"}
+    return known is not None and _written(value) in {HIDDEN, "-1.0"} and HIDDEN not in known
 
 
 def _written(value: object) -> str | None:
