@@ -157,11 +157,11 @@ def test_a_format_that_the_name_does_not_tell(tmp_path):
 QUOTES = [
     'ham\t"Hello there, he said',
     "spam\tplain",
+    'ham\tlast one "',
     'ham\tand "so" on',
     'spam\t"quoted"',
     'ham\t"a ""b"" c"',
     'spam\t"half" quoted',
-    'ham\tlast one "',
 ]
 
 
@@ -171,8 +171,8 @@ def test_plain_quotes_in_tab_separated_text_swallow_no_row(tmp_path):
     table = read_table(path, remarks=remarks)
     assert len(table) == 35
     assert table.texts[:7] == [
-        *('"Hello there, he said', "plain", 'and "so" on', "quoted", 'a "b" c'),
-        *('"half" quoted', 'last one "'),
+        *('"Hello there, he said', "plain", 'last one "', 'and "so" on', "quoted"),
+        *('a "b" c', '"half" quoted'),
     ]
     (line,) = remarks.lines()
     assert line == (
