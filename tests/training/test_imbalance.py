@@ -86,7 +86,8 @@ def test_the_loss_and_its_gradient_are_the_weighted_sum_over_rows():
     apart, expected = sums([([row._replace(weight=1.0)], row.weight) for row in rows])
     assert together == pytest.approx(apart, rel=1e-6)
     for found, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+        # norms are computed in float32, whatever the model is stored in
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def logged(directory):

@@ -255,5 +255,7 @@ def _headerless(name: str, columns: Sequence[str], contents: Contents) -> DataEr
 
 
 def _argument(column: str) -> str:
-    """Return a column's name as it is written on a command line."""
-    return column if column and all(c.isalnum() or c in "_.-" for c in column) else f'"{column}"'
+    """Return a column's name as it is written on a command line, on one line."""
+    if column and all(c.isalnum() or c in "_.-" for c in column):
+        return column
+    return f'"{column}"' if column.isprintable() and '"' not in column else repr(column)
