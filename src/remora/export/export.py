@@ -21,6 +21,7 @@ from remora.evaluation import charts, report, results
 from remora.export.compress import Compressed, compress
 from remora.export.gguf import Gguf, write_gguf
 from remora.export.merge import Parity, merge
+from remora.export.vllm import write_vllm
 from remora.models import metadata
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
@@ -91,6 +92,8 @@ def _export_into(
         return merge(config, folder, measured, reporter)
     if config.compress:
         return compress(config, folder, measured, reporter)
+    if config.vllm:
+        return write_vllm(config, folder, measured, reporter)
     return write_gguf(config, folder, measured, reporter)
 
 

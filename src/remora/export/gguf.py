@@ -7,6 +7,7 @@ adapter was trained with, so that a client sends the message alone.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -45,8 +46,8 @@ PRE_TOKENIZERS = {
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
     "": "gpt-2",
 }
-"""llama.cpp's names of the patterns by which a byte-level tokenizer splits text. Its converter knows
-tokenizers by a hash of what they make of one text, so not those that somebody trained anew."""
+"""llama.cpp's names of the patterns by which a byte-level tokenizer splits text. Its converter
+knows tokenizers by a hash of what they make of one text, so not those that somebody trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +159,9 @@ def _find_tools(config: ExportConfig) -> _Tools:
         raise ConfigError(
             f"{folder} has no {script}; give the folder of llama.cpp's source with --llama-cpp"
         )
-    if importlib_missing := [n for n in ("gguf", "sentencepiece") if not _is_installed(n)]:
+    if importlib.util.find_spec("sentencepiece") is None:
         raise ConfigError(
-            f"llama.cpp's converter needs {' and '.join(importlib_missing)}; "
-            "run pip install 'remora[llama-cpp]'"
+            "llama.cpp's converter needs sentencepiece; run pip install 'remora[llama-cpp]'"
         )
     rest = [kind for kind in config.gguf if kind not in CONVERTED]
     if not rest:
@@ -177,12 +177,6 @@ def _find_tools(config: ExportConfig) -> _Tools:
     return _Tools(folder.absolute(), Path(quantize).absolute())
 
 
-def _is_installed(name: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None
-
-
 def _convert_model(
     config: ExportConfig, model: Path, folder: Path, tools: _Tools, reporter: Reporter
 ) -> tuple[Prompt, dict[str, llama_cpp.Model]]:
@@ -196,7 +190,7 @@ def _convert_model(
     else:
         reporter.say(f"merging in float32, storing in {str(dtype).removeprefix('torch.')}")
         prompt = write_merged(config, dtype, model)
-    _pin_prompt(prompt, model)
+    pin_prompt(prompt, model)
     made: dict[str, llama_cpp.Model] = {}
     name = config.run.absolute().name
     for kind in config.gguf:
@@ -229,7 +223,7 @@ def _convert_adapter(
     for path in source.iterdir():
         if path.is_file():
             (model / path.name).symlink_to(path.absolute())
-    _pin_prompt(prompt, model)
+    pin_prompt(prompt, model)
     base, path = model / "base.gguf", folder / f"{config.run.absolute().name}-lora.gguf"
     reporter.say("writing the base model as GGUF, for the comparison only")
     arguments = [str(model), "--outfile", str(base), "--outtype", "f16"]
@@ -249,8 +243,8 @@ def _loaded(path: Path, prompt: Prompt, lora: Path | None = None) -> llama_cpp.M
     )
 
 
-def _pin_prompt(prompt: Prompt, model: Path) -> None:
-    """Write the tokenizer with the trained prompt as its chat template, which has all tokens."""
+def pin_prompt(prompt: Prompt, model: Path) -> None:
+    """Write a model's tokenizer with the trained prompt as its chat template, nothing added."""
     tokenizer = prompt.tokenizer
     before = tokenizer.chat_template
     tokenizer.chat_template = chat_template(prompt)

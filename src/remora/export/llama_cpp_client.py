@@ -15,6 +15,7 @@ import json
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 NUM_PROBABILITIES = 256
 """Most probable next tokens that are asked for; labels that begin otherwise are less probable."""
@@ -79,7 +80,7 @@ class Client:
         least = min(logs.values())
         return {token: logs.get(token, least) for token in self._nexts[beginning]}
 
-    def _post(self, route: str, body: dict[str, object]) -> dict[str, list[dict[str, object]]]:
+    def _post(self, route: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
             self._url + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -92,4 +93,4 @@ if __name__ == "__main__":
     client = Client(sys.argv[1], answers)
     for message in sys.argv[2:]:
         label, _ = client.labels(client.prompt_ids(message))
-        print(label)
+        sys.stdout.write(f"{label}\n")
