@@ -8,7 +8,6 @@ Also covers remora.export.gguf, remora.export.llama_cpp and remora.export.llama_
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -21,28 +20,24 @@ import pytest
 
 import exporting
 from exporting import contents, refused, remora
-from remora.data.dataset import load_data
 from remora.evaluation import results
-from remora.export import export, gguf, llama_cpp
+from remora.export import gguf, llama_cpp
 from remora.models import saved
-from remora.runtime import run_directory
 
 original, place = exporting.original, exporting.place
 
 CONVERTER = """
 import os, sys
+if os.environ.get("BROKEN") == "architecture":
+    sys.exit("ERROR:hf-to-gguf:Model MambaForCausalLM is not supported")
+if os.environ.get("BROKEN") == "disk":
+    sys.exit("OSError: [Errno 28] No space left on device")
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import gguf, gguf_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, (_, path, _, kind) = sys.argv[1], sys.argv[2:]
-if os.environ.get("BROKEN") == "architecture":
-    sys.exit("ERROR:hf-to-gguf:Model MambaForCausalLM is not supported")
-if os.environ.get("BROKEN") == "disk":
-    sys.exit("OSError: [Errno 28] No space left on device")
 model = AutoModelForCausalLM.from_pretrained(folder).float()
-if os.environ.get("BROKEN") == "weights":
-    model.model.layers[-1].mlp.down_proj.weight.data.zero_()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 more = {{"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.bos_token_id": 0}}
 if os.environ.get("BROKEN") == "token":
@@ -84,9 +79,7 @@ def test_llama_cpp_gives_the_adapters_labels(place: Path, source: Path, capsys) 
 
 
 @pytest.fixture(scope="session")
-def exported(
-    original: Path, source: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def exported(original: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("gguf") / "out"
     arguments = [original / "run", "--gguf", "f32", "--llama-cpp", source, "--output", output]
     assert remora(*arguments) == 0
@@ -120,7 +113,9 @@ def test_the_chat_template_renders_the_trained_prompt(original: Path, marks: str
     prompt.head, tokenizer = f"{marks}{prompt.head}", prompt.tokenizer
     tokenizer.chat_template = gguf.chat_template(prompt)
     rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": " where {{ y }} \n"}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": " where {{ y }} \n"}],
+        tokenize=False,
+        add_generation_prompt=True,
     )
     assert rendered == f"{prompt.head}where {{{{ y }}}}{prompt.tail}"
 
@@ -131,7 +126,6 @@ def test_the_chat_template_renders_the_trained_prompt(original: Path, marks: str
     [
         ("template", 4, "llama.cpp reads another prompt from run-f16.gguf"),
         ("token", 4, "llama.cpp reads another prompt from run-f16.gguf"),
-        ("weights", 4, "gives another label than the adapter to"),
         ("architecture", 4, "cannot write this model ('ERROR:hf-to-gguf:Model MambaForCausalLM"),
         ("disk", 5, "no space left for the GGUF file; choose another --output"),
     ],

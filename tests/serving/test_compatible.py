@@ -40,7 +40,10 @@ def test_the_openai_client_gets_the_label_and_its_probability(
     with client(service) as asking:
         assert [model.id for model in asking.models.list()] == ["bank", "post"]
         for text, best in zip(TEXTS, wanted, strict=True):
-            parts: list[Any] = [{"type": "text", "text": text[:4]}, {"type": "text", "text": text[4:]}]
+            parts: list[Any] = [
+                {"type": "text", "text": text[:4]},
+                {"type": "text", "text": text[4:]},
+            ]
             for content in (text, parts):
                 answer = asking.chat.completions.create(
                     model="bank",

@@ -36,7 +36,7 @@ def write_vllm(config: ExportConfig, folder: Path, results: Results, reporter: R
         ResourceError: If the disk fails.
     """
     parity = merge(config, folder, results, reporter)
-    prompt = metadata.read_card(folder).prompt(loading.load_tokenizer(folder))
+    prompt = metadata.parse_card(folder).prompt(loading.load_tokenizer(folder))
     with files.disk_errors(folder):
         gguf.pin_prompt(prompt, folder)
         written = {prompt.label_texts.get(label, label): label for label in prompt.labels}
