@@ -87,6 +87,17 @@ def test_a_workbook(tmp_path):
         read_table(write(tmp_path / "e.xlsx", "text,label\n"))
 
 
+def test_values_that_are_kept_beside_the_text(tmp_path):
+    path = workbooks.write(tmp_path / "a.xlsx", [("id", "text", "n"), (1, "a", 0.5)])
+    assert list(open_stream(str(path)).rows) == [("a", [1, "a", 0.5])]
+    parquet = write_parquet(tmp_path / "b.parquet", {"text": ["a"], "n": [7]})
+    packed = write(tmp_path / "b.parquet.gz", gzip.compress(parquet.read_bytes()))
+    for each, has_schema in ((parquet, True), (packed, False)):
+        stream = open_stream(str(each), keep=["n"])
+        assert list(stream.rows) == [("a", [7])]
+        assert (stream.schema is not None) == has_schema
+
+
 def test_a_workbook_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "python_calamine", None)
     with pytest.raises(ConfigError, match=r"install remora\[excel\], or save the sheet as 'CSV"):

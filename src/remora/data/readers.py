@@ -89,12 +89,17 @@ def file_part(path: Path, options: ReadOptions | None = None, *, allow_text: boo
         file_format = suffix_format(Path(_member(path)))
     if file_format not in known:
         raise _unknown_format(path, allow_text=allow_text)
+    has_schema = file_format == "parquet" and path.is_file() and not _compression(path)
     return Part(
         str(path),
         partial(_file_rows, path, file_format, options),
-        partial(arrow.file_schema, path) if file_format == "parquet" else None,
+        partial(arrow.file_schema, path) if has_schema else None,
         is_text=file_format == "text",
     )
+
+
+def _compression(path: Path) -> str | None:
+    return COMPRESSIONS.get(path.suffix.lower())
 
 
 def _unknown_format(path: Path, *, allow_text: bool) -> DataError:
@@ -156,7 +161,7 @@ def _is_seekable(stream: IO[bytes]) -> bool:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Open a file, unpacked if it is compressed."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
+    compression = _compression(path)
     if compression is None:
         with path.open("rb") as file:
             yield file

@@ -56,4 +56,9 @@ def sheet_rows(stream: Any, name: str, columns: Sequence[str], pick: Pick) -> It
     ahead = Ahead(iter(list(enumerate(table[first - 1 :], 1))))
     places = pick(header, lambda: [values for _, values in ahead.peek(PEEKED_ROWS)])
     for row, values in ahead.rest():
-        yield row, row + first - 1, [values[place] for place in places]
+        yield row, row + first - 1, [_plain(values[place]) for place in places]
+
+
+def _plain(value: object) -> object:
+    """Return a cell; a workbook holds all its numbers with decimals."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
