@@ -29,7 +29,8 @@ from remora.runtime.device import (
     choose_precision,
     hardware_here,
 )
-from remora.tree.packing import TokenTree
+from remora.tree import layouts
+from remora.tree.packing import MicroBatch
 
 MICRO_BATCH_TOKENS = (2048, 1024, 512, 256, 128)
 """Sizes to try, largest first, if the user gives none."""
@@ -111,8 +112,10 @@ class Planner:
         self._precision = precision
         self._num_steps = settings.num_steps(len(dataset.train))
         self._model_config = loading.load_config(folder)
+        kind = loading.model_class(self._model_config)
+        self.layout = layouts.choose(settings.layout, kind, self._model_config)
         self._survey = Survey(
-            batches or effective_batches(dataset, prompt, settings, self._num_steps)
+            batches or effective_batches(dataset, prompt, settings, self._num_steps), self.layout
         )
         self.memory = ProcessMemory(
             settings,
@@ -122,6 +125,7 @@ class Planner:
             self._model_config,
             precision,
             hardware,
+            layout=self.layout,
             memory_bytes=memory_bytes or hardware.memory_bytes,
             num_processes=self.num_processes,
         )
@@ -165,7 +169,7 @@ class Planner:
         """Return the floating-point operations of the run's training steps."""
         return made.operations_per_example * self._examples
 
-    def largest_tree(self, size: int) -> TokenTree:
+    def largest_tree(self, size: int) -> MicroBatch:
         """Return the longest of the micro-batches of at most `size` tokens."""
         return self._survey.extremes(size).longest
 
@@ -269,6 +273,7 @@ class Planner:
             micro_batch_tokens=size,
             largest_micro_batch=longest.num_tokens,
             checkpointing=checkpointing,
+            layout=self.layout,
             shard=num_parts > 1,
             why=why,
             memory=components,

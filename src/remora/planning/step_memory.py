@@ -1,7 +1,7 @@
 """The memory of a training step, and of a scoring pass, counted without weights.
 
 The model is built with fake tensors, which have shapes and no contents, and runs the training
-loop's own steps on a real token tree: forward, loss and backward. A ledger records every storage
+loop's own steps on a real micro-batch: forward, loss and backward. A ledger records every storage
 while it is alive, so that any architecture can be counted.
 """
 
@@ -22,9 +22,9 @@ from remora.formatting import first_line
 from remora.models import loading
 from remora.planning.ledger import Ledger
 from remora.tree import attention
-from remora.tree.forward import model_inputs, text_config
+from remora.tree.forward import model_inputs, output, text_config
 from remora.tree.loss import loss_sum
-from remora.tree.packing import TokenTree
+from remora.tree.packing import MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Skeleton:
         adapted.train()
 
     def count(
-        self, packed: TokenTree, *, checkpointing: bool = False, accumulates: bool = False
+        self, packed: MicroBatch, *, checkpointing: bool = False, accumulates: bool = False
     ) -> StepMemory:
         """Run a micro-batch and return its memory.
 
@@ -92,7 +92,7 @@ class Skeleton:
         with _model_errors():
             return self._count(packed, accumulates)
 
-    def _count(self, packed: TokenTree, accumulates: bool) -> StepMemory:
+    def _count(self, packed: MicroBatch, accumulates: bool) -> StepMemory:
         adapted = self._model
         is_whole = attention.prefers_whole(self._device, packed.num_tokens, packed.num_tokens)
         inputs = model_inputs(adapted, packed, in_blocks=False if is_whole else None)
@@ -116,7 +116,7 @@ class Skeleton:
             # Forward pass and loss; what is alive after them is saved for the backward pass.
             ledger.tag = "forward"
             with torch.autocast("cpu", self._autocast, enabled=self._autocast is not None):
-                logits = adapted(**inputs).logits[0]
+                logits = output(adapted, packed, inputs).logits[0]
             logits_bytes = logits.nbytes
             ledger.retag(lambda tag, size: "logits" if size == logits_bytes else tag)
             loss = loss_sum(logits, packed)

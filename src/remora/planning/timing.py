@@ -18,7 +18,7 @@ from remora.planning.plan import Plan, Rates
 from remora.runtime.device import Hardware, Precision
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
-from remora.tree.packing import TokenTree
+from remora.tree.packing import MicroBatch
 
 MAX_TOKENS = 512
 """Most tokens of the tree that a layer is timed with."""
@@ -92,7 +92,7 @@ def measured(
     model_config: Any,
     settings: TrainConfig,
     precision: Precision,
-    packed: TokenTree,
+    packed: MicroBatch,
     device: torch.device,
 ) -> dict[str, Any]:
     """Return the seconds at the measured rate of one layer, by the names of `Plan`.
@@ -152,7 +152,7 @@ def measured(
     }
 
 
-def _seconds(layer: Any, packed: TokenTree, device: torch.device, precision: Precision) -> float:
+def _seconds(layer: Any, packed: MicroBatch, device: torch.device, precision: Precision) -> float:
     """Return the seconds of a forward pass, and of the backward pass unless in inference mode."""
     dtype = precision.autocast
     began = time.perf_counter()

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset
-from remora.data.prompt import Prompt
+from remora.data.prompt import Prompt, TokenSequence
+from remora.errors import ModelError
 from remora.models import lora
 from remora.models.metadata import AdapterCard
 from remora.models.saved import Trained
@@ -27,7 +28,8 @@ from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
 from remora.training import feasibility, resume, trainable
 from remora.training.checkpoint import Checkpoint
-from remora.tree.check import check_tree
+from remora.tree import layouts
+from remora.tree.check import check_rows, check_tree
 from remora.tree.features import Extractor
 from remora.tree.scoring import Scorer
 
@@ -120,7 +122,7 @@ def open_session(
     Raises:
         ConfigError: If the device is missing, or the processes differ.
         ResourceError: If memory or disk do not suffice.
-        ModelError: If the model cannot be used, or does not follow the token tree.
+        ModelError: If the model cannot be used, or does not follow the layout that is asked for.
     """
     group, stop, reporter = group or ProcessGroup(), stop or Stop(), reporter or Reporter()
     with contextlib.ExitStack() as stack:
@@ -140,6 +142,7 @@ def open_session(
             on = torch.device("cpu") if planned.shard else device
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
             parameters = lora.count_parameters(model)
+            layouts.assign(model, planned.layout)
             for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)
             accelerator = stack.enter_context(trainable.accelerator_for(precision, device))
@@ -147,9 +150,18 @@ def open_session(
         group.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
         if planned.shard:
             sharding.apply(model, device, group)
+        rows = trainable.short_rows(dataset.train, prompt)
+        with accelerator.autocast():
+            why = _settle_layout(model, rows, config.layout, group)
+        reporter.say(f"layout: {layouts.of(model)}, {why}")
         with group.together():
-            with accelerator.autocast():
-                check_tree(model, trainable.short_rows(dataset.train, prompt))
+            if planned.layout != layouts.of(model):
+                again = replace(planned.applied_to(before), layout=layouts.of(model))
+                again = replace(again, checkpointing=before.checkpointing)
+                again = replace(again, micro_batch_tokens=before.micro_batch_tokens)
+                planned, heaviest = feasibility.plan_run(
+                    again, dataset, precision, device, reporter, num_processes=group.size
+                )
             trainable.set_up_layers(model, planned)
         if not group.is_first:
             torch.manual_seed(config.seed + group.rank)  # for dropout of its own
@@ -162,7 +174,7 @@ def open_session(
             heaviest=heaviest,
             model=model,
             prompt=prompt,
-            card=card,
+            card=replace(card, layout=planned.layout),
             base_folder=folder,
             parameters=parameters,
             accelerator=accelerator,
@@ -170,3 +182,33 @@ def open_session(
             stop=stop,
             reporter=reporter,
         )
+
+
+def _settle_layout(
+    model: Any, rows: Sequence[TokenSequence], requested: str, group: ProcessGroup
+) -> str:
+    """Check a model in its layout, and let one that does not follow the tree compute rows.
+
+    Returns:
+        Why it has the layout that it has now.
+
+    Raises:
+        ModelError: If it does not compute as it should in the layout that is asked for, or in any.
+    """
+    why = layouts.why_rows(type(layouts.base_of(model)), model.config) or ""
+    if layouts.of(model) == "tree":
+        refusal: ModelError | None = None
+        try:
+            check_tree(model, rows)
+        except ModelError as error:
+            refusal = error
+        with group.together():
+            if refusal and requested != "auto":
+                raise refusal
+        if not group.any(refusal is not None):
+            return "which its attention and positions follow"
+        layouts.assign(model, "rows")
+        why = str(refusal or "it fails the check in another process").split(";")[0]
+    with group.together():
+        check_rows(model, rows)
+    return why if requested == "auto" else "as requested"
