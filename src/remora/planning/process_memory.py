@@ -257,6 +257,8 @@ class ProcessMemory:
         all_tokens = num_rows * (sum(lengths) // len(lengths) + below)
         tokens = max(*lengths, min(size, all_tokens))
         kept = min(tokens, scoring.most_kept(self._vocabulary))
+        if self._layout == "rows":
+            return self._skeleton.count_scoring_rows(-(-tokens // max(lengths)), max(lengths), kept)
         return self._skeleton.count_scoring(tokens, kept)
 
 

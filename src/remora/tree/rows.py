@@ -12,15 +12,17 @@ As in a tree the head is computed only where an answer token is predicted.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from remora.data.prompt import TokenSequence
 from remora.tree.packing import MicroBatch
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +59,22 @@ def split(rows: Sequence[TokenSequence], max_tokens: int) -> list[PaddedRows]:
 
     A longer row is alone. Rows are sorted by length first, so that little is padded.
     """
-    parts: list[PaddedRows] = []
-    group: list[TokenSequence] = []
-    for row in sorted(rows, key=lambda row: (len(row.token_ids), row.token_ids)):
-        if group and (len(group) + 1) * len(row.token_ids) > max_tokens:
-            parts.append(build(group))
+    ordered = sorted(rows, key=lambda row: (len(row.token_ids), row.token_ids))
+    return [build(group) for group in groups(ordered, lambda row: row.token_ids, max_tokens)]
+
+
+def groups(
+    items: Sequence[Item], tokens: Callable[[Item], Sequence[int]], max_tokens: int
+) -> Iterator[list[Item]]:
+    """Cut items, sorted by their length, into groups that fit padded into `max_tokens`."""
+    group: list[Item] = []
+    for item in items:
+        if group and (len(group) + 1) * len(tokens(item)) > max_tokens:
+            yield group
             group = []
-        group.append(row)
+        group.append(item)
     if group:
-        parts.append(build(group))
-    return parts
+        yield group
 
 
 def padded(sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -76,6 +84,18 @@ def padded(sequences: Sequence[Sequence[int]]) -> Tensor:
     """
     width = max(map(len, sequences))
     return torch.tensor([[*each, *[each[-1]] * (width - len(each))] for each in sequences])
+
+
+def hidden_states(
+    model: Any, stems: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], list[list[int]]]:
+    """Return the hidden states of each layer, [B * S, H] each, and each stem's places in them."""
+    ids = padded(stems).to(next(model.parameters()).device)
+    with head_at(model, ids.new_zeros(1)):
+        states = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    starts = range(0, ids.numel(), ids.shape[1])
+    places = [list(range(a, a + len(stem))) for a, stem in zip(starts, stems, strict=True)]
+    return [layer.flatten(0, 1) for layer in states], places
 
 
 @contextlib.contextmanager
