@@ -34,6 +34,8 @@ def why_rows(kind: type, config: Any) -> str | None:
         return f"it has {', '.join(others)} layers, in which a row cannot branch"
     if getattr(kind, "_is_stateful", False):
         return "its layers carry a state along the row, which cannot branch"
+    if getattr(config.get_text_config(), "alibi", False):
+        return "its attention measures distances by index (ALiBi), which a tree changes"
     takes_masks = ("_supports_sdpa", "_supports_attention_backend")
     if not any(getattr(kind, name, False) for name in takes_masks):
         return "its attention is of its own kind, and may not follow the mask of a tree"
