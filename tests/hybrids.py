@@ -85,6 +85,6 @@ def hybrid_model(
 def save_base(kind: str, folder: Path) -> Path:
     """Write a random model with its tokenizer."""
     tokenizer = build_tokenizer()
-    hybrid_model(kind, len(tokenizer), torch.float32, scale=1).save_pretrained(folder)
+    hybrid_model(kind, len(tokenizer), torch.float32, scale=8).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

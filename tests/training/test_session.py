@@ -12,7 +12,7 @@ from remora.config import TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ModelError, ResourceError
 from remora.runtime.reporter import Reporter
-from remora.training import feasibility, loop, session
+from remora.training import feasibility, layout, loop
 from remora.training.session import open_session
 from remora.tree import layouts
 
@@ -68,7 +68,7 @@ def test_a_model_that_does_not_follow_the_tree_computes_rows_unless_the_tree_is_
     def refuse(model, rows):
         raise ModelError("it does not follow; do this")
 
-    monkeypatch.setattr(session, "check_tree", refuse)
+    monkeypatch.setattr(layout, "check_tree", refuse)
     with (
         pytest.raises(ModelError, match="does not follow"),
         open_session(replace(config, layout="tree"), load_data(config)),
@@ -88,11 +88,10 @@ def test_the_layout_that_is_asked_for_is_taken(config: TrainConfig) -> None:
     said: list[str] = []
     reporter = Reporter()
     reporter.say = said.append  # type: ignore[method-assign]
-    for layout in ("auto", "tree", "rows"):
-        with open_session(
-            replace(config, layout=layout), load_data(config), reporter=reporter
-        ) as opened:
-            assert layouts.of(opened.model) == ("rows" if layout == "rows" else "tree")
+    for wanted in ("auto", "tree", "rows"):
+        asked = replace(config, layout=wanted)
+        with open_session(asked, load_data(config), reporter=reporter) as opened:
+            assert layouts.of(opened.model) == ("rows" if wanted == "rows" else "tree")
             assert opened.settings.layout == layouts.of(opened.model)
     assert "layout: tree, which its attention and positions follow" in said
     assert "layout: rows, as requested" in said

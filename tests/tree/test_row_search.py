@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_scoring import LABELS, MESSAGES, count_tokens, exhaustive
+from test_scoring import LABELS, MESSAGES, count_tokens
 
 from hybrids import BRANCHLESS, CONTINUED, hybrid_model
 from remora.data.prompt import Prompt
@@ -19,6 +19,7 @@ from remora.tree.features import Extractor
 from remora.tree.row_search import RowSearch
 from remora.tree.row_states import RowStates
 from remora.tree.scoring import Scorer
+from stock import exhaustive
 
 
 def search_of(scorer: Scorer) -> RowSearch:

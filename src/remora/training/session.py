@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ import torch
 
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset
-from remora.data.prompt import Prompt, TokenSequence
-from remora.errors import ModelError
+from remora.data.prompt import Prompt
 from remora.models import lora
 from remora.models.metadata import AdapterCard
 from remora.models.saved import Trained
@@ -26,10 +26,9 @@ from remora.runtime.device import Precision
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
-from remora.training import feasibility, resume, trainable
+from remora.training import feasibility, layout, resume, trainable
 from remora.training.checkpoint import Checkpoint
 from remora.tree import layouts
-from remora.tree.check import check_rows, check_tree
 from remora.tree.features import Extractor
 from remora.tree.scoring import Scorer
 
@@ -129,9 +128,15 @@ def open_session(
         with group.together():
             device, precision = feasibility.choose_arithmetic(config, group.size, reporter)
             before = resume.as_before(config, resumed)
-            planned, heaviest = feasibility.plan_run(
-                before, dataset, precision, device, reporter, num_processes=group.size
+            plan = functools.partial(
+                feasibility.plan_run,
+                dataset=dataset,
+                precision=precision,
+                device=device,
+                reporter=reporter,
+                num_processes=group.size,
             )
+            planned, heaviest = plan(before)
             if needs_disk:
                 feasibility.refuse_full_disk(planned, config)
             # Weights and adapter
@@ -150,18 +155,14 @@ def open_session(
         group.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
         if planned.shard:
             sharding.apply(model, device, group)
-        rows = trainable.short_rows(dataset.train, prompt)
         with accelerator.autocast():
-            why = _settle_layout(model, rows, config.layout, group)
+            rows = trainable.short_rows(dataset.train, prompt)
+            why = layout.settle(model, rows, config.layout, group)
         reporter.say(f"layout: {layouts.of(model)}, {why}")
         with group.together():
             if planned.layout != layouts.of(model):
-                again = replace(planned.applied_to(before), layout=layouts.of(model))
-                again = replace(again, checkpointing=before.checkpointing)
-                again = replace(again, micro_batch_tokens=before.micro_batch_tokens)
-                planned, heaviest = feasibility.plan_run(
-                    again, dataset, precision, device, reporter, num_processes=group.size
-                )
+                again = replace(before, layout=layouts.of(model))
+                planned, heaviest = plan(replace(again, shard="on" if planned.shard else "off"))
             trainable.set_up_layers(model, planned)
         if not group.is_first:
             torch.manual_seed(config.seed + group.rank)  # for dropout of its own
@@ -182,33 +183,3 @@ def open_session(
             stop=stop,
             reporter=reporter,
         )
-
-
-def _settle_layout(
-    model: Any, rows: Sequence[TokenSequence], requested: str, group: ProcessGroup
-) -> str:
-    """Check a model in its layout, and let one that does not follow the tree compute rows.
-
-    Returns:
-        Why it has the layout that it has now.
-
-    Raises:
-        ModelError: If it does not compute as it should in the layout that is asked for, or in any.
-    """
-    why = layouts.why_rows(type(layouts.base_of(model)), model.config) or ""
-    if layouts.of(model) == "tree":
-        refusal: ModelError | None = None
-        try:
-            check_tree(model, rows)
-        except ModelError as error:
-            refusal = error
-        with group.together():
-            if refusal and requested != "auto":
-                raise refusal
-        if not group.any(refusal is not None):
-            return "which its attention and positions follow"
-        layouts.assign(model, "rows")
-        why = str(refusal or "it fails the check in another process").split(";")[0]
-    with group.together():
-        check_rows(model, rows)
-    return why if requested == "auto" else "as requested"
