@@ -104,7 +104,9 @@ def test_predict_and_the_service_answer_alike(
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(MESSAGES) + "\n")
     assert call("predict", place / "run", texts, "--json", "--device", "cpu") == 0
-    predicted = [json.loads(line)["labels"][0]["label"] for line in capsys.readouterr().out.splitlines()]
+    predicted = [
+        json.loads(line)["labels"][0]["label"] for line in capsys.readouterr().out.splitlines()
+    ]
     service = Engine(
         {"run": place / "run"},
         base=None,

@@ -128,15 +128,9 @@ def open_session(
         with group.together():
             device, precision = feasibility.choose_arithmetic(config, group.size, reporter)
             before = resume.as_before(config, resumed)
-            plan = functools.partial(
-                feasibility.plan_run,
-                dataset=dataset,
-                precision=precision,
-                device=device,
-                reporter=reporter,
-                num_processes=group.size,
-            )
-            planned, heaviest = plan(before)
+            plan = functools.partial(feasibility.plan_run, num_processes=group.size)
+            settings = dataset, precision, device, reporter
+            planned, heaviest = plan(before, *settings)
             if needs_disk:
                 feasibility.refuse_full_disk(planned, config)
             # Weights and adapter
@@ -147,22 +141,18 @@ def open_session(
             on = torch.device("cpu") if planned.shard else device
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
             parameters = lora.count_parameters(model)
-            layouts.assign(model, planned.layout)
             for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)
             accelerator = stack.enter_context(trainable.accelerator_for(precision, device))
-        # The same in every process
         group.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
         if planned.shard:
             sharding.apply(model, device, group)
-        with accelerator.autocast():
-            rows = trainable.short_rows(dataset.train, prompt)
-            why = layout.settle(model, rows, config.layout, group)
-        reporter.say(f"layout: {layouts.of(model)}, {why}")
+        layouts.assign(model, planned.layout)
+        layout.settle(model, prompt, dataset.train, config.layout, accelerator, group, reporter)
         with group.together():
             if planned.layout != layouts.of(model):
-                again = replace(before, layout=layouts.of(model))
-                planned, heaviest = plan(replace(again, shard="on" if planned.shard else "off"))
+                again = replace(before, layout="rows", shard="on" if planned.shard else "off")
+                planned, heaviest = plan(again, *settings)
             trainable.set_up_layers(model, planned)
         if not group.is_first:
             torch.manual_seed(config.seed + group.rank)  # for dropout of its own

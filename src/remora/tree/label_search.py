@@ -213,6 +213,11 @@ class LabelSearch(ABC):
     def search(self, asked: Sequence[Asked]) -> list[Search]:
         """Return the finished searches of a group."""
 
+    @property
+    def remark(self) -> str | None:
+        """What a user should know of this search; None if it is the usual one."""
+        return None
+
     def begin(self, true: int | None) -> Search:
         """Return a new search: of all labels, or whether the true one is the most probable."""
         unknown = np.full(len(self.prompt.labels), -np.inf)

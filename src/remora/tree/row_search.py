@@ -66,6 +66,15 @@ class RowSearch(LabelSearch):
         return searches
 
     @property
+    def remark(self) -> str | None:
+        """Why labels take longer than they could; None if they do not."""
+        if self.continued == "in steps":
+            return "scoring is slow: this model continues a row token by token only"
+        if self.continued is None:
+            return "scoring is slow: this model keeps no states, so each label takes its whole row"
+        return None
+
+    @property
     def is_cached(self) -> bool:
         """Whether the states of a message can be kept."""
         return self.continued is not None

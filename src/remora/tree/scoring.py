@@ -100,6 +100,11 @@ class Scorer:
             most_kept=most_kept(text_config(model).vocab_size),
         )
 
+    @property
+    def remark(self) -> str | None:
+        """What a user should know of how this model is scored; None if it is the usual way."""
+        return self._searching.remark
+
     def probabilities(
         self, messages: Sequence[str], advance: Advance = ignore
     ) -> NDArray[np.float64]:
