@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ def settings(place: Path, **more: Any) -> TrainConfig:
             "rank": 8,
             "precision": "float32",
             "device": "cpu",
-            "checkpoint_minutes": 0,
             **more,
         },
     )
@@ -173,14 +171,3 @@ def test_a_tree_is_refused_before_the_weights_are_read(
         "branch; leave out --layout, or use --layout rows"
     )
     assert not (tmp_path / "runs").exists()
-
-
-def test_dropout_and_checkpointing_go_through(place: Path, tmp_path: Path) -> None:
-    losses = []
-    for checkpointing in ("on", "off"):
-        config = settings(place, output=tmp_path / checkpointing, dropout=0.0, max_steps=2)
-        result = train(replace(config, checkpointing=checkpointing))
-        log = [json.loads(x) for x in (result.directory / "metrics.jsonl").read_text().splitlines()]
-        losses.append([record["loss"] for record in log if "loss" in record])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-    assert torch.isfinite(torch.tensor(losses)).all()

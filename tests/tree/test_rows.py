@@ -15,7 +15,7 @@ from conftest import randomize_adapter, tiny_model
 from hybrids import BRANCHLESS, hybrid_config, hybrid_model
 from remora.data.prompt import TokenSequence
 from remora.errors import ModelError
-from remora.models import lora
+from remora.models import loading, lora
 from remora.tree import check, layouts, packing, rows
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
@@ -78,6 +78,13 @@ def test_loss_and_every_gradient_equal_those_of_each_row_alone(kind: str) -> Non
     assert [batch.num_rows for batch in batches] == [2, 2]
     assert sum(batch.num_tokens for batch in batches) == 2 * 21 + 2 * 25
     assert_same(adapted, batches)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "mamba"])
+def test_checkpointing_changes_no_gradient(kind: str) -> None:
+    adapted = adapted_model(kind)
+    loading.set_checkpointing(adapted, True)
+    assert_same(adapted, layouts.split("rows", BATCH, 60))
 
 
 def test_rows_equal_the_tree_where_both_can_be_computed() -> None:
