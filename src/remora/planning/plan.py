@@ -117,7 +117,7 @@ class Plan:
     micro_batch_tokens: int
     largest_micro_batch: int  # tokens of the largest one
     checkpointing: bool
-    layout: Layout  # tree or rows
+    layout: Layout = "tree"
     shard: bool  # whether the weights are sharded over several processes
     why: str
     memory: Components

@@ -15,12 +15,14 @@ import torch
 from remora.config import PlanConfig, TrainConfig
 from remora.data.dataset import Dataset, load_data
 from remora.data.prompt import Prompt, TokenSequence, common_prefix_length
+from remora.formatting import first_line
 from remora.models import hub, loading
 from remora.planning import allocator, timing
 from remora.planning.alternatives import alternatives
 from remora.planning.plan import Components, Heaviest, Plan
 from remora.planning.process_memory import ProcessMemory
 from remora.planning.survey import Survey, effective_batches
+from remora.runtime import memory
 from remora.runtime.device import (
     KNOWN_DEVICES,
     Hardware,
@@ -71,9 +73,14 @@ def make_plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: No
     else:
         say("measuring the speed of one layer")
         packed = planner.largest_tree(min(made.micro_batch_tokens, timing.MAX_TOKENS))
-        time = timing.measured(
-            operations, made, loading.load_config(folder), settings, precision, packed, here
-        )
+        config = loading.load_config(folder)
+        try:
+            time = timing.measured(operations, made, config, settings, precision, packed, here)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if memory.is_exhausted(error):
+                raise
+            say(f"no time is estimated: one layer cannot be computed alone ({first_line(error)})")
+            time = {}
     return dataclasses.replace(made, **time)
 
 

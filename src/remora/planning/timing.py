@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -113,8 +114,9 @@ def measured(
     cut = copy.deepcopy(model_config)
     text = cut.get_text_config()
     text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
+    with contextlib.suppress(AttributeError):  # some configurations derive it
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
     text.vocab_size = vocabulary = min(text.vocab_size, VOCABULARY)
