@@ -196,6 +196,11 @@ class TrainConfig:
     """Most tokens computed at once; limits memory, changes no result. By default 2048, or fewer if
     memory does not suffice."""
 
+    layout: Literal["auto", "tree", "rows"] = "auto"
+    """How a batch is computed: what rows share once, as a token tree (tree), or each row by itself,
+    padded (rows), where a model's layers carry a state along the row. Both are exact. By default
+    the tree if the model follows it, which is checked."""
+
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute each layer's activations in the backward pass instead of keeping them: saves
     memory, costs time. By default only if memory does not suffice without."""
