@@ -183,8 +183,8 @@ class TrainConfig:
     """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
 
     epochs: Positive | None = None
-    """Passes over the training rows; by default 3, and with few rows as many more as make 250 steps,
-    up to 20."""
+    """Passes over the training rows; by default 3, and with few rows as many as make 250 steps, up
+    to 20."""
 
     max_steps: Count | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
