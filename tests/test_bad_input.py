@@ -26,6 +26,7 @@ import pytest
 import finished
 import gguf_files
 from conftest import WAYS, WORDS, call
+from hybrids import save_base
 from remora.models import gguf, gguf_conversion, quantize
 from remora.runtime import memory
 
@@ -118,6 +119,11 @@ def broken_base(shop: Workshop, **changes: object) -> list[str]:
     path = shop.copy_of_base() / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return train("good.csv", model="copy")
+
+
+def hybrid(shop: Workshop, kind: str) -> str:
+    save_base(kind, shop.folder / kind)
+    return kind
 
 
 def damaged(shop: Workshop, name: str, content: bytes) -> list[str]:
@@ -568,6 +574,16 @@ CASES: list[Case] = [
     ("a folder that holds no model", 4, lambda s: train("good.csv", model="runs")),
     ("a file for a model", 4, lambda s: train("good.csv", model="good.csv")),
     ("a configuration that is not JSON", 4, lambda s: damaged(s, "config.json", b"{")),
+    (
+        "a token tree of a model whose rows cannot branch",
+        4,
+        lambda s: train("good.csv", "--layout", "tree", model=hybrid(s, "lfm2")),
+    ),
+    (
+        "an adapter on a layer that is never called",
+        2,
+        lambda s: train("good.csv", "--target-modules", "dt_proj", model=hybrid(s, "mamba")),
+    ),
     ("an unknown architecture", 4, lambda s: broken_base(s, model_type="unheard-of")),
     ("a configuration of a billion layers", 4, lambda s: broken_base(s, num_hidden_layers=10**9)),
     (

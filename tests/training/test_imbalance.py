@@ -17,6 +17,7 @@ from remora.data.prompt import TokenSequence
 from remora.errors import DataError
 from remora.training.class_weights import class_weights
 from remora.tree import packing
+from remora.tree import rows as padded_rows
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
 
@@ -61,7 +62,8 @@ def test_weights_of_a_table(skewed, tmp_path):
         class_weights(configured(skewed, class_weights="balancd"), dataset)
 
 
-def test_the_loss_and_its_gradient_are_the_weighted_sum_over_rows():
+@pytest.mark.parametrize("layout", [packing, padded_rows])
+def test_the_loss_and_its_gradient_are_the_weighted_sum_over_rows(layout):
     model = tiny_model("qwen2").double()
     generator = torch.Generator().manual_seed(0)
     rows = [
@@ -76,7 +78,7 @@ def test_the_loss_and_its_gradient_are_the_weighted_sum_over_rows():
         model.zero_grad()
         total = 0.0
         for part, factor in parts:
-            packed = packing.build(part)
+            packed = layout.build(part)
             loss = factor * loss_sum(answer_logits(model, packed), packed)
             loss.backward()
             total += float(loss.detach())

@@ -15,7 +15,7 @@ from torch import nn
 
 from remora.config import TrainConfig
 from remora.errors import ConfigError
-from remora.models import quantize
+from remora.models import called, quantize
 from remora.models.fused_lora import is_conv1d, lora_layers, make_fast
 
 SEED_RECIPE_MODULES = (
@@ -96,7 +96,7 @@ def add_adapter(
     """
     import peft
 
-    names = target_modules(model, modules)
+    names = called.only_called(model, target_modules(model, modules), modules)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, and takes fractions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import remora
 from remora.config import TrainConfig
@@ -14,6 +14,7 @@ from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import gguf, hub, untrusted
 from remora.runtime import files
+from remora.tree.layouts import Layout
 
 SCHEMA = 1
 FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
@@ -36,12 +37,19 @@ class AdapterCard:
     schema: int = SCHEMA
     gguf_sha256: str = ""  # of the GGUF file that the base was converted from, if it was
     gguf_quantization: str = ""  # of its weights there, such as Q4_K_M
+    layout: Layout = "tree"  # in which it was trained, and is scored
     text_columns: tuple[str, ...] = ()  # of the training table; a text has several by their names
     label_column: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what remora.json holds: fields of GGUF files and columns where there are any."""
+        """Return what remora.json holds.
+
+        Fields of GGUF files and columns are there only where there are any; a layout if it is not
+        the tree.
+        """
         values = asdict(self)
+        if self.layout == "tree":
+            del values["layout"]
         optional = ("gguf_sha256", "gguf_quantization", "text_columns", "label_column")
         return {k: v for k, v in values.items() if v or k not in optional}
 
@@ -193,6 +201,7 @@ def parse_card(folder: Path) -> AdapterCard:
     if not (
         all(is_text(text) for text in (*texts, *card.labels))
         and card.method in FOLDERS
+        and card.layout in get_args(Layout)
         and isinstance(card.label_texts, dict)
         and all(is_text(t) and label in card.labels for label, t in card.label_texts.items())
         and 2 <= len(card.labels) == len(set(card.labels))

@@ -233,6 +233,8 @@ def evaluate_adapter(
     for line in remarks.lines():
         reporter.say(line)
     reporter.say(f"{len(table):,} rows; {trained.precision}")
+    if scorer.remark:
+        reporter.say(scorer.remark)
     scored = scoring.score_rows(scorer, table, "test", reporter)
     reliability = calibration.assess(
         scored,
