@@ -59,6 +59,11 @@ def load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if "auto_map" in untrusted.read_json(folder / "config.json"):
+            raise ModelError(
+                f"the model in {folder} needs code of its own, which is never run; give a model "
+                "that transformers has the code of"
+            ) from error
         raise ModelError(
             f"the configuration in {folder} cannot be read ({first_line(error)}); "
             "give the folder of a Hugging Face causal language model"
@@ -158,6 +163,7 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
+    _refuse_other_kinds(config)
     config._attn_implementation = _attention(config)
     try:
         with torch.device("meta"):
@@ -172,6 +178,29 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
     if quantized:
         quantize.plan(empty)
     return empty
+
+
+def _refuse_other_kinds(config: Any) -> None:
+    """Refuse the configuration of a model that is not a causal language model.
+
+    Raises:
+        ModelError: If it is of an encoder, an encoder-decoder or of no language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    if getattr(text, "is_encoder_decoder", False):
+        kind = "an encoder-decoder"
+    elif getattr(text, "is_decoder", True) is False:
+        kind = "an encoder"
+    elif type(config) not in AutoModelForCausalLM._model_mapping:
+        kind = "no language model that writes text"
+    else:
+        return
+    raise ModelError(
+        f"{config.model_type} is {kind}; give a causal (decoder-only) language model, such as "
+        "Qwen3-0.6B"
+    )
 
 
 def set_checkpointing(model: Any, on: bool) -> None:
@@ -195,9 +224,16 @@ def set_checkpointing(model: Any, on: bool) -> None:
 
 
 def _attention(config: Any) -> str:
-    """Return the attention implementation of transformers; only eager caps the scores."""
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    return "eager" if capped else "sdpa"
+    """Return the attention implementation of transformers: eager where a model has no other.
+
+    Only eager caps the scores.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
 def context_length(config: Any, tokenizer: Any) -> int:

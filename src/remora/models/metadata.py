@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import remora
 from remora.config import TrainConfig
-from remora.data.prompt import Prompt
+from remora.data.prompt import Prompt, Rendered
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import gguf, hub, untrusted
 from remora.runtime import files
+
+_log = logging.getLogger(__name__)
 
 SCHEMA = 1
 FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
@@ -36,22 +39,28 @@ class AdapterCard:
     schema: int = SCHEMA
     gguf_sha256: str = ""  # of the GGUF file that the base was converted from, if it was
     gguf_quantization: str = ""  # of its weights there, such as Q4_K_M
+    rendered: Mapping[str, Any] = field(default_factory=dict)  # the prompt as it was rendered
 
     def to_dict(self) -> dict[str, Any]:
         """Return what remora.json holds: the fields of GGUF files only where there was one."""
         values = asdict(self)
-        return {k: v for k, v in values.items() if v or not k.startswith("gguf_")}
+        optional = {"gguf_sha256", "gguf_quantization", "rendered"}
+        return {k: v for k, v in values.items() if v or k not in optional}
 
     def prompt(self, tokenizer: Any) -> Prompt:
-        """Return the prompt that the model was trained with."""
-        return Prompt(
+        """Return the prompt that the model was trained with, and say what would differ now."""
+        prompt = Prompt(
             tokenizer,
             self.labels,
             instruction=self.instruction,
             list_labels=self.list_labels,
             label_texts=self.label_texts,
             max_length=self.max_length,
+            rendered=Rendered(**self.rendered) if self.rendered else None,
         )
+        if prompt.changed:
+            _log.warning(prompt.changed)
+        return prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +203,31 @@ def parse_card(folder: Path) -> AdapterCard:
         and isinstance(card.list_labels, bool)
         and isinstance(card.max_length, int)
         and 1 <= card.max_length <= untrusted.MAX_SIZE
+        and _is_rendered(card.rendered, len(card.labels))
     ):
         raise ModelError(f"{path} is broken (a value has the wrong type); restore it")
     return card
+
+
+def _is_rendered(value: Any, num_labels: int) -> bool:
+    """Return whether a value is a rendered prompt as `Rendered` has it, or none."""
+    if value == {}:
+        return True
+    if not isinstance(value, dict) or set(value) != set(Rendered._fields):
+        return False
+    sequences = value["answers"]
+    return (
+        all(is_text(value[name]) for name in ("head", "tail", "opening", "ending"))
+        and isinstance(sequences, list)
+        and len(sequences) == num_labels
+        and all(isinstance(tokens, list) for tokens in (value["prefix"], *sequences))
+        and all(sequences)
+        and all(
+            type(token) is int and 0 <= token < untrusted.MAX_SIZE
+            for tokens in (value["prefix"], *sequences)
+            for token in tokens
+        )
+    )
 
 
 def is_text(value: Any) -> bool:

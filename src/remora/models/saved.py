@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -92,7 +93,9 @@ def write_model(
     whole.generation_config = _writing_labels(whole.generation_config, prompt)
     with loading.without_progress_bar():
         whole.save_pretrained(folder, state_dict=weights)
-    prompt.tokenizer.save_pretrained(folder)
+    tokenizer = copy.deepcopy(prompt.tokenizer)
+    tokenizer.chat_template = prompt.chat_template
+    tokenizer.save_pretrained(folder)
     card = replace(card, base_sha256=files.weights_sha256(folder))
     write_json(folder / "remora.json", card.to_dict())
 

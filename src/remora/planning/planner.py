@@ -15,6 +15,7 @@ import torch
 from remora.config import PlanConfig, TrainConfig
 from remora.data.dataset import Dataset, load_data
 from remora.data.prompt import Prompt, TokenSequence, common_prefix_length
+from remora.formatting import first_line
 from remora.models import hub, loading
 from remora.planning import allocator, timing
 from remora.planning.alternatives import alternatives
@@ -70,9 +71,11 @@ def make_plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: No
     else:
         say("measuring the speed of one layer")
         packed = planner.largest_tree(min(made.micro_batch_tokens, timing.MAX_TOKENS))
-        time = timing.measured(
-            operations, made, loading.load_config(folder), settings, precision, packed, here
-        )
+        config = loading.load_config(folder)
+        try:
+            time = timing.measured(operations, made, config, settings, precision, packed, here)
+        except Exception as error:  # a layer may need what the others hold
+            time = {"seconds_are": f"not estimated: no layer runs alone ({first_line(error)})"}
     return dataclasses.replace(made, **time)
 
 
@@ -144,6 +147,12 @@ class Planner:
             elif settings.method == "full":
                 cause = "as all of them train"
             why += f"; weights sharded over {several} processes, {cause}"
+        if self.memory.uncountable:
+            cause = self.memory.uncountable.partition(";")[0]
+            why += (
+                f"; estimated, since {cause}: training computes the heaviest micro-batch first to "
+                "see that it fits"
+            )
         return self._plan(size, checkpointing, several if sharded else 1, why)
 
     def heaviest(self, made: Plan) -> Heaviest:
@@ -177,9 +186,8 @@ class Planner:
         """
         given = self.settings.micro_batch_tokens
         sizes = MICRO_BATCH_TOKENS if given is None else (given,)
-        choices = {"auto": (False, True), "on": (True,), "off": (False,)}[
-            self.settings.checkpointing
-        ]
+        either = (False, True) if self.memory.can_checkpoint else (False,)
+        choices = {"auto": either, "on": (True,), "off": (False,)}[self.settings.checkpointing]
         least = (sizes[-1], choices[-1])
 
         def fits(size: int, checkpointing: bool) -> bool:
@@ -255,6 +263,7 @@ class Planner:
             is_cuda=self.hardware.type == "cuda",
             precision=str(self._precision),
             parameters=counts.total,
+            active_parameters=counts.active,
             trainable=counts.trainable,
             adapter_bytes_32=4 * counts.trainable,
             adapter_bytes_16=2 * counts.trainable,

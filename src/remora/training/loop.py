@@ -203,6 +203,7 @@ class _State:
             tensors, state = checkpoint.capture(self.best_weights, *self._parts())
             state |= {"progress": asdict(progress)}
             state |= {"checkpointing": self._config.checkpointing, "shard": self._config.shard}
+            state |= {"prompt": self._session.prompt.rendered._asdict()}
             saved = Checkpoint(progress.name, tensors, state)
             checkpoint.save(self._checkpoints, saved, self._session.group)
             self._saved_name = progress.name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset
-from remora.data.prompt import Prompt
+from remora.data.prompt import Prompt, Rendered
 from remora.models import lora
 from remora.models.metadata import AdapterCard
 from remora.models.saved import Trained
@@ -91,6 +91,19 @@ class Session:
         )
 
 
+def _as_rendered_before(
+    prompt: Prompt, card: AdapterCard, resumed: Checkpoint | None, reporter: Reporter
+) -> tuple[Prompt, AdapterCard]:
+    """Return the prompt that a resumed run has been trained with, and the card with it."""
+    rendered = resumed.state.get("prompt") if resumed else None
+    if rendered is None:
+        return prompt, card
+    prompt = prompt.pinned(Rendered(**rendered))
+    if prompt.changed:
+        reporter.say(prompt.changed)
+    return prompt, replace(card, rendered=rendered)
+
+
 @contextlib.contextmanager
 def open_session(
     config: TrainConfig,
@@ -139,6 +152,7 @@ def open_session(
                 memory.map_arrays(device)
             on = torch.device("cpu") if planned.shard else device
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
+            prompt, card = _as_rendered_before(prompt, card, resumed, reporter)
             parameters = lora.count_parameters(model)
             for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)
@@ -149,7 +163,8 @@ def open_session(
             sharding.apply(model, device, group)
         with group.together():
             with accelerator.autocast():
-                check_tree(model, trainable.short_rows(dataset.train, prompt))
+                trees = heaviest.rows, planned.micro_batch_tokens
+                check_tree(model, trainable.short_rows(dataset.train, prompt), *trees)
             trainable.set_up_layers(model, planned)
         if not group.is_first:
             torch.manual_seed(config.seed + group.rank)  # for dropout of its own

@@ -51,6 +51,19 @@ class TokenTree:
         """Answer tokens of all rows: the sum of the edge weights."""
         return int(self.edge_weights.sum())
 
+    def path(self, row: TokenSequence) -> list[int]:
+        """Return the nodes of a row from the root down, [] if the row is not in this tree."""
+        nodes: list[int] = []
+        start, end = 0, self.num_tokens
+        for depth, token in enumerate(row.token_ids):
+            here = (self.position_ids[start:end] == depth) & (self.token_ids[start:end] == token)
+            found = here.nonzero()
+            if not len(found):
+                return []
+            nodes.append(start + int(found[0]))
+            start, end = nodes[-1] + 1, int(self.subtree_end[nodes[-1]])
+        return nodes
+
     def to(self, device: torch.device | str) -> TokenTree:
         """Return the tree with its tensors on `device`."""
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
