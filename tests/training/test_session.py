@@ -63,7 +63,7 @@ def test_a_full_disk_is_refused_where_a_run_needs_it(
 def test_a_model_that_does_not_follow_the_tree_opens_no_session(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(model, rows):
+    def refuse(model, rows, *more):
         raise ModelError("it does not follow")
 
     monkeypatch.setattr(session, "check_tree", refuse)

@@ -18,6 +18,9 @@ from remora.models import hub, quantize, untrusted
 from remora.runtime import memory
 from remora.tree import attention
 
+MAX_MODULES = 100_000
+"""More parts than any model has that transformers builds, and few enough to build in seconds."""
+
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -166,7 +169,7 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
     _refuse_other_kinds(config)
     config._attn_implementation = _attention(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _few_modules():
             make: Any = AutoModelForCausalLM.from_config
             empty = make(config, dtype=dtype)
     except Exception as error:  # its values contradict each other
@@ -178,6 +181,26 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
     if quantized:
         quantize.plan(empty)
     return empty
+
+
+@contextlib.contextmanager
+def _few_modules() -> Iterator[None]:
+    """Refuse to build more modules than any model has, whatever its configuration calls them."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def added(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise ModelError(f"it asks for more than {MAX_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(added)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _refuse_other_kinds(config: Any) -> None:
@@ -198,8 +221,8 @@ def _refuse_other_kinds(config: Any) -> None:
     else:
         return
     raise ModelError(
-        f"{config.model_type} is {kind}; give a causal (decoder-only) language model, such as "
-        "Qwen3-0.6B"
+        f"{config.model_type} is {kind}; give a causal language model (decoder-only), such as "
+        "Qwen/Qwen3-0.6B"
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from remora.config import TrainConfig
 from remora.errors import ConfigError
+from remora.formatting import first_line
 from remora.models import quantize
 from remora.models.fused_lora import is_conv1d, lora_layers, make_fast
 
@@ -69,11 +70,11 @@ def target_modules(model: Any, requested: Sequence[str] = ()) -> list[str]:
         names = list(SEED_RECIPE_MODULES)
     elif not requested:
         names = sorted(present)
-    if taken := _become_experts(model, names):
+    if taken := _not_as_layers(model, names):
         if requested:
             raise ConfigError(
-                f"PEFT takes {taken[0]} of this model for its experts; name those as "
-                f"{', '.join(sorted(experts))}, or leave it out"
+                f"PEFT does not adapt {taken[0]} of this model as a layer; leave it out"
+                + (f", or name its experts {', '.join(sorted(experts))}" if experts else "")
             )
         names = [name for name in names if name not in taken]
     # PEFT adapts every module of a name, so where others share it the paths are given.
@@ -139,10 +140,11 @@ def _width(module: Any) -> int:
     return int(module.nf if is_conv1d(module) else module.out_features)
 
 
-def _become_experts(model: Any, names: Sequence[str]) -> list[str]:
-    """Return those of some names that PEFT takes for the experts of this architecture.
+def _not_as_layers(model: Any, names: Sequence[str]) -> list[str]:
+    """Return those of some names that PEFT does not adapt as layers in this architecture.
 
-    Their layers had such names before transformers stacked them.
+    Some it takes for experts, whose layers had such names before transformers stacked them. Some
+    it refuses, since fused kernels of state-space models read the weights past the adapter.
     """
     import peft
     from peft.utils import transformers_weight_conversion as conversion
@@ -151,6 +153,13 @@ def _become_experts(model: Any, names: Sequence[str]) -> list[str]:
     if converts is None or not names:
         return []
     taken = []
+    config = peft.LoraConfig(target_modules=list(names))
+    for name in names:
+        try:
+            check: Any = peft.LoraModel._check_target_module_compatiblity
+            check(None, config, model, name)
+        except ValueError:
+            taken.append(name)
     for group in (set(names) & set(SEED_RECIPE_MODULES[4:]), *({name} for name in names)):
         if not group:
             continue
@@ -206,7 +215,13 @@ def add_adapter(
     with warnings.catch_warnings():
         # PEFT still reads an attribute that transformers has renamed; users cannot act on it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        adapted = peft.get_peft_model(model, config)
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(
+                f"PEFT refuses this adapter ({first_line(error)}); choose other layers with "
+                "--target-modules"
+            ) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

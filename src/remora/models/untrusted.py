@@ -26,7 +26,7 @@ MAX_LAYERS = 1_000
 MAX_SIZE = 10_000_000
 """Upper limit of any width, vocabulary or context of a model."""
 
-_COUNTS_LAYERS = re.compile(r"(^|_)(layer|block)s?$")
+_COUNTS_LAYERS = re.compile(r"(^|_)(layer|block)(s|_types?)?$")
 """Keys that say how many layers are built; a size of each layer is bounded by the weights' files,
 and other numbers of modules by `loading.load_empty`."""
 
@@ -270,7 +270,7 @@ def _numbers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, f
         for name, item in value.items():
             yield from _numbers(item, str(name), depth + 1)
     elif isinstance(value, list):
-        if "layer" in key and len(value) > MAX_LAYERS:
+        if _COUNTS_LAYERS.search(key) and len(value) > MAX_LAYERS:
             yield key, len(value)
         for item in value:
             yield from _numbers(item, key, depth + 1)

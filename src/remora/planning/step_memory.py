@@ -31,6 +31,7 @@ from remora.tree.forward import model_inputs, text_config
 from remora.tree.loss import loss_sum
 from remora.tree.packing import TokenTree
 
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -107,12 +108,12 @@ class Skeleton:
         with _counting():
             try:
                 return count()
-            except (RuntimeError, TypeError, ValueError) as error:
+            except _FAILURES as error:
                 if isinstance(error, _DATA_DEPENDENT) or not attention.uninstall(self._model):
                     raise _not_countable(error) from error
             try:
                 return count()
-            except (RuntimeError, TypeError, ValueError) as error:
+            except _FAILURES as error:
                 raise _not_countable(error) from error
 
     def _count(self, packed: TokenTree, accumulates: bool) -> StepMemory:

@@ -12,10 +12,14 @@ from torch.nn import functional
 
 from remora.data.prompt import TokenSequence, common_prefix_length
 from remora.errors import ModelError
+from remora.formatting import first_line
 from remora.tree import attention
 from remora.tree.forward import answer_logits, model_inputs, text_config
 from remora.tree.loss import loss_sum
 from remora.tree.packing import build, split
+
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
+"""What a model raises that does not take masks or positions such as a tree's."""
 
 MARGIN = 64
 """Tokens beyond a window that a checked tree has at least."""
@@ -60,12 +64,20 @@ def check_tree(
     try:
         blocked = model(**model_inputs(model, packed, in_blocks=True)).logits[0]
         follows = abs(float(loss_sum(blocked, packed)) - expected) <= tolerance * abs(expected)
-    except (RuntimeError, TypeError, ValueError):
+    except _FAILURES:
         follows = False
     if not follows:
         attention.uninstall(model)
     # The tree as it is computed in training.
-    in_tree = float(loss_sum(answer_logits(model, packed), packed))
+    try:
+        in_tree = float(loss_sum(answer_logits(model, packed), packed))
+    except ModelError:
+        raise
+    except _FAILURES as error:
+        raise ModelError(
+            f"this model cannot compute a token tree ({first_line(error)}); choose another "
+            "architecture"
+        ) from error
     right = abs(in_tree - expected) <= tolerance * abs(expected)
     if right and heaviest:
         reach = _long_rows(text_config(model), heaviest, max_tokens)
