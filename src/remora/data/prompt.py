@@ -150,15 +150,8 @@ class Prompt:
         the whole conversation.
         """
         asked = json.dumps(self._asked, ensure_ascii=False)
-        before, tail, opening, ending = (
-            json.dumps(text, ensure_ascii=False)
-            for text in (
-                self._head.removesuffix(self._asked),
-                self._tail,
-                self._opening,
-                self._ending,
-            )
-        )
+        texts = self._head.removesuffix(self._asked), self._asking, self._opening, self._ending
+        before, tail, opening, ending = (json.dumps(text, ensure_ascii=False) for text in texts)
         return (
             "{%- if messages[0]['role'] != 'user' or messages | length > 2 -%}"
             "{{- raise_exception('this model labels one message of a user') -}}{%- endif -%}"
@@ -171,6 +164,16 @@ class Prompt:
             f"{{{{- {opening} + messages[1]['content'] + {ending} -}}}}"
             f"{{%- elif add_generation_prompt -%}}{{{{- {tail} -}}}}{{%- endif -%}}"
         )
+
+    @property
+    def _asking(self) -> str:
+        """The text after the message in stems: `tail` without what belongs to the answer."""
+        if self._num_dropped == 0:
+            return self._tail
+        (whole,) = self._encode([f"{self._head}{PROBES[0]}{self._tail}"])
+        text = self._tail.removesuffix(self.tokenizer.decode(whole[-self._num_dropped :]))
+        same = self._encode([f"{self._head}{PROBES[0]}{text}"]) == [whole[: -self._num_dropped]]
+        return text if same else self._tail
 
     @property
     def num_fixed_tokens(self) -> int:

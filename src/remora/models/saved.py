@@ -96,7 +96,8 @@ def write_model(
     tokenizer = copy.deepcopy(prompt.tokenizer)
     tokenizer.chat_template = prompt.chat_template
     tokenizer.save_pretrained(folder)
-    card = replace(card, base_sha256=files.weights_sha256(folder))
+    rendered = prompt.rendered._asdict()
+    card = replace(card, base_sha256=files.weights_sha256(folder), rendered=rendered)
     write_json(folder / "remora.json", card.to_dict())
 
 
