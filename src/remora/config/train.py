@@ -170,8 +170,9 @@ class TrainConfig:
     """Learning rate of the adapter's B as a multiple of that of A, such as 16 (LoRA+)."""
 
     target_modules: tuple[str, ...] = ()
-    """Linear layers to adapt; by default q, k, v, o, gate, up and down, or every linear layer but
-    the head in other architectures."""
+    """Linear layers to adapt, several separated by commas; by default q, k, v, o, gate, up and
+    down, or every linear layer but the head and routers in other architectures. Experts of a
+    mixture are adapted if they are named, such as experts.down_proj, and without dropout."""
 
     learning_rate: LearningRate | None = None
     """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
@@ -266,6 +267,8 @@ class TrainConfig:
         given = [self.baselines] if isinstance(self.baselines, str) else self.baselines
         names = (name.strip() for each in given for name in each.split(","))
         object.__setattr__(self, "baselines", tuple(dict.fromkeys(names)))
+        layers = (name.strip() for each in self.target_modules for name in each.split(","))
+        object.__setattr__(self, "target_modules", tuple(dict.fromkeys(filter(None, layers))))
         unknown = [each for each in self.baselines if each not in {*BASELINES, "auto", "none"}]
         check(
             self,

@@ -110,6 +110,7 @@ class Prompt:
         self._head, self._tail, self._opening, self._ending = (
             now if rendered is None else (rendered[:4])
         )
+        self._refuse_long_template()
         self._other_prefix: list[int] = []  # of this tokenizer, in place of which `prefix` stands
 
         # Tokens of the answers and of the common prefix
@@ -326,6 +327,21 @@ class Prompt:
                 )
             seen[answer] = label
 
+    def _refuse_long_template(self) -> None:
+        """Refuse a template that fills the context, before each label is tokenized in it."""
+        length = len(self._encode([f"{self._head}{self._tail}"])[0])
+        if length >= self.max_length:
+            raise ModelError(
+                f"the template takes {length:,} of the {self.max_length:,} tokens of the context, "
+                f"leaving no room for a message; {self._shorter}"
+            )
+
+    @property
+    def _shorter(self) -> str:
+        if self.list_labels:
+            return "leave out --list-labels, or shorten the labels with --label-texts"
+        return "shorten the instruction, or the labels with --label-texts"
+
     def _refuse_short_context(self) -> None:
         if self.num_fixed_tokens < self.max_length:
             return
@@ -334,11 +350,7 @@ class Prompt:
             f"the template and the longest label ({self.labels[longest]!r}, "
             f"{len(self.answers[longest])} tokens) take {self.num_fixed_tokens} of the "
             f"{self.max_length} tokens of the context, leaving no room for a message; "
-            + (
-                "leave out --list-labels, or shorten the labels with --label-texts"
-                if self.list_labels
-                else "shorten the instruction, or the labels with --label-texts"
-            )
+            f"{self._shorter}"
         )
 
 

@@ -285,7 +285,7 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
     """
     tokenizer = load_tokenizer(folder)
     context = context_length(load_config(folder), tokenizer)
-    return Prompt(
+    prompt = Prompt(
         tokenizer,
         labels,
         instruction=settings.instruction,
@@ -293,6 +293,31 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
         label_texts=settings.label_texts,
         max_length=min(settings.max_length or context, context),
     )
+    refuse_longer_vocabulary(prompt, folder)
+    return prompt
+
+
+def refuse_longer_vocabulary(prompt: Prompt, folder: Path) -> None:
+    """Refuse a tokenizer that may write tokens which the model's embedding does not have.
+
+    Special tokens that the prompt does not use do no harm: none comes from a message.
+
+    Raises:
+        ModelError: If there are such tokens.
+    """
+    size = load_config(folder).get_text_config().vocab_size
+    tokenizer = prompt.tokenizer
+    added = tokenizer.added_tokens_decoder.items()
+    special = {number for number, token in added if token.special}
+    used = {*prompt.stems([""])[0], *(token for answer in prompt.answers for token in answer)}
+    possible = {*tokenizer.get_vocab().values()} - (special - used)
+    beyond = [number for number in sorted(possible) if number >= size]
+    if beyond:
+        raise ModelError(
+            f"the tokenizer in {folder} has the token {tokenizer.convert_ids_to_tokens(beyond[0])} "
+            f"with the number {beyond[0]:,}, and the model's embedding has {size:,}; restore the "
+            "tokenizer that belongs to it, or resize the embedding"
+        )
 
 
 def load_base_and_prompt(

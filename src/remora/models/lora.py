@@ -277,15 +277,14 @@ def count_parameters(model: Any) -> ParameterCount:
     )
     total = sum(p.numel() for p in parameters) + packed
     experts = sum(expert_parameters(model).values())
+    wrapped = [m for m in model.modules() if hasattr(m, "parameter_name")]
     used, number = experts_per_token(model.config.get_text_config()), num_experts(model)
     return ParameterCount(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=total,
         modules=modules,
         active=total - experts + experts * used // number if used and experts else None,
-        experts=0
-        if any(hasattr(layer, "parameter_name") for _, layer in lora_layers(model))
-        else experts,
+        experts=0 if wrapped else experts,
     )
 
 

@@ -97,6 +97,25 @@ class BaseHash:
         return self.gguf_sha256 != "" and card.gguf_sha256 == self.gguf_sha256
 
 
+def find_base(card: AdapterCard, given: str | None, folder: Path) -> Path:
+    """Return the folder of an adapter's base model.
+
+    Args:
+        card: The adapter's card, which says where its base was.
+        given: Where it is now; None if it has not moved.
+        folder: The adapter's folder.
+
+    Raises:
+        ModelError: If it is not there, or cannot be fetched.
+    """
+    if given is None and Path(card.base_model).is_absolute() and not Path(card.base_model).exists():
+        raise ModelError(
+            f"{folder} was trained on {card.base_model}, which is not there; say where it is now "
+            "with --model"
+        )
+    return hub.find(given or card.base_model)
+
+
 def adapter_folder(path: Path) -> Path:
     """Return the folder of a run directory's trained model, or the path itself if it is no run.
 

@@ -19,11 +19,12 @@ from remora.config import DeviceName, PrecisionName
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
-from remora.models import fused_lora, gguf, hub, loading, quantize, untrusted
+from remora.models import fused_lora, gguf, loading, quantize, untrusted
 from remora.models.metadata import (
     AdapterCard,
     BaseHash,
     adapter_folder,
+    find_base,
     is_full,
     is_whole,
     parse_card,
@@ -235,13 +236,14 @@ def load_adapter(
     if is_whole(folder):
         return _load_whole(folder, base=base, dtype=dtype, device=device)
     card = read_card(folder)
-    source = hub.find(base or card.base_model)
+    source = find_base(card, base, folder)
     if not BaseHash.of(source).is_base_of(card):
         raise ModelError(
             f"{folder} was trained on other weights than those in {source}; "
             "give its own base model with --model"
         )
     prompt = card.prompt(loading.load_tokenizer(source))
+    loading.refuse_longer_vocabulary(prompt, source)
     loaded = loading.load_base(source, card.method, dtype, device)
     if dequantized:
         quantize.dequantize(loaded)
@@ -263,6 +265,7 @@ def _load_whole(
             "export or train again"
         )
     prompt = card.prompt(loading.load_tokenizer(folder))
+    loading.refuse_longer_vocabulary(prompt, folder)
     return loading.load(folder, dtype).to(device).eval(), prompt, card
 
 
