@@ -51,6 +51,8 @@ class Prompt:
         label_texts: The text written for a label, if other than the label: given by the user, or
             respelled because the tokenizer has no tokens for the label.
         answers: The token ids of each label, the end token last.
+        head: The text before the message, template included.
+        tail: The text between the message and its answer.
         prefix: The token ids that every conversation begins with.
         rendered: The prompt as text and tokens, to be kept with what is trained.
         changed: What the tokenizer would render otherwise than `rendered`, as a line for the user;
@@ -107,7 +109,7 @@ class Prompt:
         content = f"{asked}\n\n{MESSAGE_MARK}" if asked else MESSAGE_MARK
         self._asked = content.removesuffix(MESSAGE_MARK)
         now = _texts(tokenizer, content, rendered)
-        self._head, self._tail, self._opening, self._ending = (
+        self.head, self.tail, self._opening, self._ending = (
             now if rendered is None else (rendered[:4])
         )
         self._refuse_long_template()
@@ -128,7 +130,7 @@ class Prompt:
     @property
     def rendered(self) -> Rendered:
         """The prompt as text and tokens."""
-        texts = self._head, self._tail, self._opening, self._ending
+        texts = self.head, self.tail, self._opening, self._ending
         return Rendered(*texts, list(self.prefix), [list(answer) for answer in self.answers])
 
     def pinned(self, rendered: Rendered) -> Prompt:
@@ -151,7 +153,7 @@ class Prompt:
         the whole conversation.
         """
         asked = json.dumps(self._asked, ensure_ascii=False)
-        texts = self._head.removesuffix(self._asked), self._asking, self._opening, self._ending
+        texts = self.head.removesuffix(self._asked), self._asking, self._opening, self._ending
         before, tail, opening, ending = (json.dumps(text, ensure_ascii=False) for text in texts)
         return (
             "{%- if messages[0]['role'] != 'user' or messages | length > 2 -%}"
@@ -170,11 +172,11 @@ class Prompt:
     def _asking(self) -> str:
         """The text after the message in stems: `tail` without what belongs to the answer."""
         if self._num_dropped == 0:
-            return self._tail
-        (whole,) = self._encode([f"{self._head}{PROBES[0]}{self._tail}"])
-        text = self._tail.removesuffix(self.tokenizer.decode(whole[-self._num_dropped :]))
-        same = self._encode([f"{self._head}{PROBES[0]}{text}"]) == [whole[: -self._num_dropped]]
-        return text if same else self._tail
+            return self.tail
+        (whole,) = self._encode([f"{self.head}{PROBES[0]}{self.tail}"])
+        text = self.tail.removesuffix(self.tokenizer.decode(whole[-self._num_dropped :]))
+        same = self._encode([f"{self.head}{PROBES[0]}{text}"]) == [whole[: -self._num_dropped]]
+        return text if same else self.tail
 
     @property
     def num_fixed_tokens(self) -> int:
@@ -210,9 +212,15 @@ class Prompt:
             for stem in self._stem_ids(batch)
         )
 
+    def is_plain(self, message: str) -> bool:
+        """Whether a message stands in its conversation as it is, not truncated or respelled."""
+        stem = self._stem_ids([message])[0]
+        fits = len(stem) + max(map(len, self.answers)) <= self.max_length
+        return fits and self._without_control_tokens(message) == message
+
     def _stem_ids(self, messages: Sequence[str]) -> list[list[int]]:
         texts = [
-            f"{self._head}{self._without_control_tokens(message.strip())}{self._tail}"
+            f"{self.head}{self._without_control_tokens(message.strip())}{self.tail}"
             for message in messages
         ]
         stems = self._encode(texts)
@@ -255,9 +263,9 @@ class Prompt:
         """Return each label's tokens, and how many tokens of a stem belong to the answer."""
         splits: set[tuple[tuple[tuple[int, ...], ...], int]] = set()
         for probe in PROBES:
-            (stem,) = self._encode([f"{self._head}{probe}{self._tail}"])
+            (stem,) = self._encode([f"{self.head}{probe}{self.tail}"])
             wholes = self._encode(
-                [f"{self._head}{probe}{opening}{text}{ending}" for text in written]
+                [f"{self.head}{probe}{opening}{text}{ending}" for text in written]
             )
             # A tokenizer may merge the end of the prompt with the label; the answer begins before.
             start = min(common_prefix_length(stem, whole) for whole in wholes)
@@ -329,7 +337,7 @@ class Prompt:
 
     def _refuse_long_template(self) -> None:
         """Refuse a template that fills the context, before each label is tokenized in it."""
-        length = len(self._encode([f"{self._head}{self._tail}"])[0])
+        length = len(self._encode([f"{self.head}{self.tail}"])[0])
         if length >= self.max_length:
             raise ModelError(
                 f"the template takes {length:,} of the {self.max_length:,} tokens of the context, "

@@ -154,6 +154,19 @@ def _fetch(name: str) -> Path:
     return hub.fetch(name, hub.HUB_FILES)
 
 
+def as_trained(prompt: Prompt, run: Path) -> Prompt:
+    """Return a prompt as it was rendered for a run's training, if the run says so.
+
+    Raises:
+        ModelError: If the run's card is broken.
+    """
+    folder = adapter_folder(run)
+    card = parse_card(folder) if (folder / "remora.json").is_file() else None
+    if card is None or not card.rendered or card.labels != prompt.labels:
+        return prompt
+    return prompt.pinned(Rendered(**card.rendered))
+
+
 def is_full(path: Path) -> bool:
     """Return whether a run directory or a folder holds a model trained with method full.
 
