@@ -54,13 +54,13 @@ def load_config(folder: Path) -> Any:
     """Return the configuration in a model's folder.
 
     Raises:
-        ModelError: If it cannot be read or its architecture is unknown.
+        ModelError: If it cannot be read, or is of no causal language model that is known.
     """
     from transformers import AutoConfig
 
     untrusted.configuration(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         if "auto_map" in untrusted.read_json(folder / "config.json"):
             raise ModelError(
@@ -71,6 +71,8 @@ def load_config(folder: Path) -> Any:
             f"the configuration in {folder} cannot be read ({first_line(error)}); "
             "give the folder of a Hugging Face causal language model"
         ) from error
+    _refuse_other_kinds(config)
+    return config
 
 
 def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None = None) -> Any:
@@ -166,7 +168,6 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
-    _refuse_other_kinds(config)
     config._attn_implementation = _attention(config)
     try:
         with torch.device("meta"), _few_modules():
