@@ -23,7 +23,7 @@ HEAD = (
     "A tiny random model of each causal architecture of transformers, four layers in float32. Each "
     "is loaded, checked, counted, trained for five steps and asked for labels. Then the gradients "
     "of all adapters are compared in float64 with those of each row alone in the model's own "
-    "forward pass: the last column bounds the largest difference, relative to the largest gradient. "
+    "forward pass; the last column bounds the differences, relative to the largest gradient. "
     "`tests/test_architectures.py` does this and writes the table.\n\n"
     "Memory is *counted* from the model without weights, or *estimated* where the model reads "
     "values while it computes. Experts of a mixture and routers get no adapter by default.\n\n"
