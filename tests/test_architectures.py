@@ -8,6 +8,7 @@ REMORA_WRITE_DOCS=1 python -m pytest -m durability tests/test_architectures.py  
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def line(trial: Trial) -> str:
     rounding in float64.
     """
     if trial.refusal:
-        return f"| {trial.architecture} | refused: {trial.refusal.partition(' (')[0]} | | | | |\n"
+        found = re.split(r"; | \(", trial.refusal)[0]
+        reason = re.sub(r"this model's loss .* so its", "its", found)
+        return f"| {trial.architecture} | refused: {reason} | | | | |\n"
     attention = {"remora": "blocks", "sdpa": "whole masks"}.get(trial.attention, trial.attention)
     exact = "1e-12" if trial.difference < 1e-12 else "1e-6"
     memory = "counted" if trial.counted else "estimated"

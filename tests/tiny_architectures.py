@@ -94,7 +94,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": _FULL_HEADS},
     "dots3_note_text": _FULL_HEADS,
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    **{name: {"layer_types": ["conv", "full_attention"] * 2} for name in ("lfm2", "lfm2_moe")},
     **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _SHARED_CACHE),
     **{name: {"text_config": _SHARED_CACHE} for name in ("gemma4", "gemma4_unified")},
     "qwen4_exp_text": _INDEXED,
