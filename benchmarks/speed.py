@@ -6,6 +6,7 @@ its own and sees the same rows in the same batches; the arms run one after the o
 
     python benchmarks/speed.py                  both prompts, all arms
     python benchmarks/speed.py --list-labels    only the prompt that lists the 77 labels
+    python benchmarks/speed.py --size hybrid-0.8B --layers 4 --arms recipe padded remora
     python benchmarks/speed.py --device cuda --size 1.5B --steps 20 --slow-steps 20
 """
 
@@ -32,7 +33,7 @@ ARMS = {
     "flattened": "Trainer: padding-free, full logits, 16-bit base, no checkpointing",
     "trl-padded": "TRL SFTTrainer: padded, chunked loss, 16-bit base, no checkpointing",
     "trl-padding-free": "TRL SFTTrainer: padding-free, chunked loss, 16-bit base, no checkpointing",
-    "remora": "Remora: token tree, 16-bit base",
+    "remora": "Remora: token tree or padded rows, 16-bit base",
 }
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--slow-steps", type=int, default=2, help="the same for the recipe")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before those measured")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--size", default="0.5B", choices=workload.QWEN)
+    parser.add_argument("--size", default="0.5B", choices=[*workload.QWEN, *workload.HYBRID])
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--micro-batch", type=int, nargs="+", help="rows; the best one is shown")
@@ -166,13 +167,13 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
     from remora.runtime.reporter import Reporter
     from remora.training.micro_batches import MicroBatches
     from remora.training.trainable import accelerator_for
-    from remora.tree import attention
+    from remora.tree import layouts
 
     device = torch.device(options.device)
     base = workload.qwen(options.size, torch.bfloat16, options.layers, options.device)
     model = adapter(base).to(device).train()
     fused_lora.make_fast(model)
-    attention.install(model)
+    layouts.assign(model, layouts.choose("auto", type(base), base.config))
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = True if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=fused)

@@ -55,9 +55,38 @@ QWEN = {
 }
 """The shapes of Qwen2.5."""
 
+HYBRID = {
+    "hybrid-0.8B": {
+        "hidden_size": 1_024,
+        "intermediate_size": 3_584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    }
+}
+"""A shape in the manner of Qwen3.5: three layers of four are gated delta rules."""
+
+
+def hybrid(size: str, dtype: Any, layers: int | None = None) -> Any:
+    """Return a model of a hybrid shape; its random weights are the same in any dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
+
+    shape = {**HYBRID[size], **({"num_hidden_layers": layers} if layers else {})}
+    config = Qwen3_5TextConfig(**shape, vocab_size=151_936, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(dtype)
+
 
 def qwen(size: str, dtype: Any, layers: int | None = None, device: str = "cpu") -> Any:
     """Return a model of a Qwen2.5's shape; its random weights are the same in any dtype."""
+    if size in HYBRID:
+        return hybrid(size, dtype, layers).to(device)
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 import finished
 import gguf_files
 from conftest import WAYS, WORDS, call
+from hybrids import save_base
 from remora.models import gguf, gguf_conversion, quantize
 from remora.runtime import memory
 
@@ -137,6 +138,11 @@ def merge_into_4_bits(shop: Workshop) -> list[str]:
     card = json.loads(path.read_text())
     path.write_text(json.dumps({**card, "base_model": str(base)}))
     return ["export", "copy", "--merge"]
+
+
+def hybrid(shop: Workshop, kind: str) -> str:
+    save_base(kind, shop.folder / kind)
+    return kind
 
 
 def damaged(shop: Workshop, name: str, content: bytes) -> list[str]:
@@ -513,6 +519,16 @@ CASES: list[Case] = [
     ("a folder that holds no model", 4, lambda s: train("good.csv", model="runs")),
     ("a file for a model", 4, lambda s: train("good.csv", model="good.csv")),
     ("a configuration that is not JSON", 4, lambda s: damaged(s, "config.json", b"{")),
+    (
+        "a token tree of a model whose rows cannot branch",
+        4,
+        lambda s: train("good.csv", "--layout", "tree", model=hybrid(s, "lfm2")),
+    ),
+    (
+        "an adapter on a layer that is never called",
+        2,
+        lambda s: train("good.csv", "--target-modules", "dt_proj", model=hybrid(s, "mamba")),
+    ),
     ("an unknown architecture", 4, lambda s: broken_base(s, model_type="unheard-of")),
     (
         "an encoder",

@@ -161,7 +161,7 @@ class Trial:
     """What came of a tiny model: how it was computed, or why it was refused."""
 
     architecture: str
-    layout: str = ""  # tree, or another; "" if it was refused
+    layout: Any = ""  # tree or rows; "" if it was refused
     attention: str = ""  # of transformers
     modules: list[str] = field(default_factory=list)  # that get an adapter by default
     difference: float = float("nan")  # largest relative one of the loss and the gradients
@@ -178,8 +178,8 @@ def try_out(model_type: str, tokenizer: Any, folder: Path, steps: int = 5) -> Tr
     from remora.data.prompt import Prompt
     from remora.models import loading, lora
     from remora.planning.step_memory import NotCountableError, Skeleton
-    from remora.tree import packing
-    from remora.tree.check import check_tree
+    from remora.tree import layouts
+    from remora.tree.check import check_rows, check_tree
     from remora.tree.forward import answer_logits
     from remora.tree.loss import loss_sum
     from remora.tree.scoring import Scorer
@@ -197,21 +197,28 @@ def try_out(model_type: str, tokenizer: Any, folder: Path, steps: int = 5) -> Tr
             loading.load_empty(config, torch.float32), rank=4, alpha=8, dropout=0.05
         )
         try:
-            Skeleton(empty, autocast=None, device="cpu").count(packing.build(rows))
+            counted = layouts.build(layouts.of(empty), rows)
+            Skeleton(empty, autocast=None, device="cpu").count(counted)
         except NotCountableError:
             trial.counted = False
         base = loading.load(folder, torch.float32)
         adapted = lora.add_adapter(base, rank=4, alpha=8, dropout=0.05)
-        check_tree(adapted, rows, rows * 2, 512)
+        if layouts.of(adapted) == "tree":
+            try:
+                check_tree(adapted, rows, rows * 2, 512)
+            except ModelError:
+                layouts.assign(adapted, "rows")
+        if layouts.of(adapted) == "rows":
+            check_rows(adapted, rows)
     except ModelError as error:
         trial.refusal = str(error)
         return trial
     trial.attention = adapted.config.get_text_config()._attn_implementation
-    trial.layout = "tree"
+    trial.layout = layouts.of(adapted)
     trial.modules = sorted({path.rsplit(".", 1)[-1] for path, _ in fused_lora.lora_layers(adapted)})
     optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-3)
     for _ in range(steps):
-        tree = packing.build(rows)
+        tree = layouts.build(trial.layout, rows)
         loss = loss_sum(answer_logits(adapted.train(), tree), tree) / tree.num_supervised_tokens
         loss.backward()
         optimizer.step()
@@ -231,7 +238,7 @@ def exactness(adapted: Any, rows: Any) -> float:
 
     Of all gradients together, since that of a parameter may be zero but for rounding.
     """
-    from remora.tree import packing
+    from remora.tree import layouts
     from remora.tree.forward import answer_logits
     from remora.tree.loss import loss_sum
 
@@ -239,8 +246,8 @@ def exactness(adapted: Any, rows: Any) -> float:
     if inner._can_set_experts_implementation():  # the others compute no float64
         inner.set_experts_implementation("eager")
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    tree = packing.build(rows)
-    loss_sum(answer_logits(adapted, tree), tree).backward()
+    batch = layouts.build(layouts.of(adapted), rows)
+    loss_sum(answer_logits(adapted, batch), batch).backward()
     found = [p.grad for p in trained]
     for p in trained:
         p.grad = None

@@ -29,7 +29,7 @@ from remora.runtime import memory
 from remora.runtime.device import choose_precision
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter, Validation
-from remora.training import feasibility, finish, micro_batches, run, session
+from remora.training import feasibility, finish, layout, micro_batches, run
 from remora.training.progress import Speed
 from remora.training.run import train
 from remora.training.trainable import load_trainable
@@ -453,7 +453,7 @@ def diverging(monkeypatch, steps: set[int]) -> None:
         return loss_sum(logits, packed) * (float("nan") if done[0] in steps else 1.0)
 
     monkeypatch.setattr(micro_batches, "loss_sum", spoilt)
-    monkeypatch.setattr(session, "check_tree", lambda *_: None)
+    monkeypatch.setattr(layout, "check_tree", lambda *_: None)
 
 
 def test_a_diverging_run_ends_with_six_and_says_where_it_began(

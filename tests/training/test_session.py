@@ -11,8 +11,10 @@ import torch
 from remora.config import TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ModelError, ResourceError
-from remora.training import feasibility, loop, session
+from remora.runtime.reporter import Reporter
+from remora.training import feasibility, layout, loop
 from remora.training.session import open_session
+from remora.tree import layouts
 
 
 def test_the_plan_holds_for_training_and_for_scoring(config: TrainConfig) -> None:
@@ -60,18 +62,39 @@ def test_a_full_disk_is_refused_where_a_run_needs_it(
         pass
 
 
-def test_a_model_that_does_not_follow_the_tree_opens_no_session(
+def test_a_model_that_does_not_follow_the_tree_computes_rows_unless_the_tree_is_asked_for(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(model, rows, *more):
-        raise ModelError("it does not follow")
+        raise ModelError("it does not follow; do this")
 
-    monkeypatch.setattr(session, "check_tree", refuse)
+    monkeypatch.setattr(layout, "check_tree", refuse)
     with (
         pytest.raises(ModelError, match="does not follow"),
-        open_session(config, load_data(config)),
+        open_session(replace(config, layout="tree"), load_data(config)),
     ):
         pass
+    said: list[str] = []
+    reporter = Reporter()
+    monkeypatch.setattr(reporter, "say", said.append)
+    with open_session(config, load_data(config), reporter=reporter) as opened:
+        assert opened.plan.layout == opened.card.layout == layouts.of(opened.model) == "rows"
+        assert opened.heaviest.rows
+        assert opened.plan.micro_batch_tokens == config.micro_batch_tokens
+    assert "layout: rows, it does not follow" in said
+
+
+def test_the_layout_that_is_asked_for_is_taken(config: TrainConfig) -> None:
+    said: list[str] = []
+    reporter = Reporter()
+    reporter.say = said.append  # type: ignore[method-assign]
+    for wanted in ("auto", "tree", "rows"):
+        asked = replace(config, layout=wanted)
+        with open_session(asked, load_data(config), reporter=reporter) as opened:
+            assert layouts.of(opened.model) == ("rows" if wanted == "rows" else "tree")
+            assert opened.settings.layout == layouts.of(opened.model)
+    assert "layout: tree, which its attention and positions follow" in said
+    assert "layout: rows, as requested" in said
 
 
 def test_the_loop_takes_a_session_and_little_else() -> None:

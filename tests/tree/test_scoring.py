@@ -23,21 +23,7 @@ from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
 from remora.tree.packed_row import PackedRow
 from remora.tree.scoring import Scorer
-
-
-def exhaustive(model, prompt, messages):
-    """Each message with each label in a sequence of its own, through the stock model."""
-    logs = np.empty((len(messages), len(prompt.labels)))
-    for i, stem in enumerate(prompt.stems(messages)):
-        for j, answer in enumerate(prompt.answers):
-            ids = torch.tensor([[*stem, *answer]])
-            with torch.no_grad():
-                logits = model.eval()(input_ids=ids).logits[0].double().log_softmax(-1)
-            steps = logits[len(stem) - 1 : -1]
-            logs[i, j] = float(steps.gather(1, torch.tensor(answer)[:, None]).sum())
-    scaled = np.exp(logs - logs.max(1, keepdims=True))
-    return scaled / scaled.sum(1, keepdims=True)
-
+from stock import exhaustive
 
 LABELS = ["card arrival", "card arrival late", "card", "refund", "refund not showing up", "top up"]
 MESSAGES = [

@@ -8,7 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from remora.diagnosis.relabel import Suspect
 from remora.diagnosis.verdicts import HeldOut, PairDiagnosis, confused
 from remora.errors import DataError
 from remora.evaluation.predictions import PREDICTIONS, Predictions, read_predictions
+from remora.models import metadata
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
 from remora.tree.features import FEATURES
@@ -203,6 +204,7 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     settings = run_directory.read_settings(config.run)
     if config.model is not None:
         settings = replace(settings, model=config.model)
+    settings = replace(settings, layout=_layout(config.run, settings))
 
     dataset = load_data(settings)
     try:
@@ -217,6 +219,14 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     whole = replace(settings, validation_fraction=0.0, test_fraction=0.0)
     whole = replace(whole, rows_per_class=None, learning_curve=None)
     return settings, dataset, load_data(whole)
+
+
+def _layout(run: Path, settings: TrainConfig) -> Literal["auto", "tree", "rows"]:
+    """Return the layout that a run was trained in, so that it is not found out again."""
+    folder = metadata.adapter_folder(run)
+    if (folder / "remora.json").is_file() and metadata.parse_card(folder).layout == "rows":
+        return "rows"
+    return settings.layout
 
 
 def _need_file(directory: Path, name: str) -> None:

@@ -15,7 +15,7 @@ from remora.models import hub, loading, metadata
 from remora.runtime import files
 from remora.runtime.device import choose_device, choose_precision
 from remora.runtime.reporter import Reporter
-from remora.tree import features
+from remora.tree import features, layouts
 from remora.tree.stems import Stem
 
 BATCH_ROWS = 256
@@ -64,6 +64,8 @@ def frozen_features(
         device = choose_device(settings.device)
         precision = choose_precision(device, settings.precision)
         base = loading.load_base(folder, settings.method, precision.base, device)
+        if settings.layout == "rows":
+            layouts.assign(base, "rows")
         extractor = features.Extractor(base, prompt)
         for start in range(0, len(missing), BATCH_ROWS):
             batch = missing[start : start + BATCH_ROWS]

@@ -32,6 +32,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
 def _lines(plan: Plan) -> tuple[str, ...]:
     """Return the settings with their reasons, a line each."""
     saved = plan.padded_tokens / plan.tree_tokens
+    packed = "trees" if plan.layout == "tree" else "rows sorted by length"
     time = "" if plan.estimated is None else f"{plan.estimated}, "
     active = "" if plan.active_parameters is None else f" ({plan.active_parameters:,} active)"
     return (
@@ -40,7 +41,7 @@ def _lines(plan: Plan) -> tuple[str, ...]:
         f"32 bits, {spoken_bytes(plan.adapter_bytes_16)} in 16 bits",
         f"tokens      {plan.prefix_tokens} shared by all rows, then on average "
         f"{plan.message_tokens:.1f} in a message and {plan.answer_tokens:.1f} in an answer; "
-        f"computed per row: {plan.padded_tokens:.1f} padded, {plan.tree_tokens:.1f} in trees "
+        f"computed per row: {plan.padded_tokens:.1f} padded, {plan.tree_tokens:.1f} in {packed} "
         f"({saved:.1f} times fewer)",
         f"operations  {plan.operations_per_example / 1e9:,.1f} GFLOP per example",
         f"arithmetic  {plan.precision}",

@@ -65,6 +65,7 @@ def memory_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
 def plan_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the device, model, rows and tokens of a plan."""
     fewer = planned["padded_tokens"] / planned["tree_tokens"]
+    packed = "sorted by length" if planned.get("layout") == "rows" else "in trees"
     return [
         ("device", planned["device"]),
         ("parameters", f"{planned['parameters']:,}"),
@@ -72,7 +73,7 @@ def plan_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("training rows", f"{planned['num_rows']:,}"),
         ("steps", f"{planned['num_steps']:,} of {planned['batch_size']:,} rows"),
         ("tokens per row, padded", f"{planned['padded_tokens']:.1f}"),
-        ("tokens per row, in trees", f"{planned['tree_tokens']:.1f} ({fewer:.1f} times fewer)"),
+        (f"tokens per row, {packed}", f"{planned['tree_tokens']:.1f} ({fewer:.1f} times fewer)"),
         ("operations per example", f"{planned['operations_per_example'] / 1e9:,.1f} GFLOP"),
     ]
 

@@ -19,9 +19,10 @@ from remora.data.prompt import Prompt
 from remora.data.table import Table
 from remora.runtime.device import Precision
 from remora.runtime.reporter import Reporter
-from remora.tree import packing
-from remora.tree.forward import model_inputs
+from remora.tree import layouts
+from remora.tree.forward import model_inputs, output, states_at_predictors
 from remora.tree.loss import loss_sum
+from remora.tree.packing import MicroBatch
 
 BATCH_ROWS = 32
 
@@ -77,7 +78,7 @@ def distill(
         for step, chosen in enumerate(batches, 1):
             rows = prompt.rows([table.texts[i] for i in chosen], [table.labels[i] for i in chosen])
             num_supervised = sum(len(row.token_ids) - row.answer_start for row in rows)
-            for part in packing.split(rows, max_tokens):
+            for part in layouts.split(layouts.of(adapted), rows, max_tokens):
                 packed = part.to(parameters[0].device)
                 with torch.no_grad():
                     theirs = _outputs(adapted.eval(), teacher, packed, precision)
@@ -96,7 +97,7 @@ def distill(
 
 
 def _outputs(
-    adapted: Any, adapter: str, packed: packing.TokenTree, precision: Precision
+    adapted: Any, adapter: str, packed: MicroBatch, precision: Precision
 ) -> tuple[Tensor, list[Tensor]]:
     """Return an adapter's outputs at the positions that predict answer tokens.
 
@@ -107,15 +108,16 @@ def _outputs(
     adapted.set_adapter(adapter)
     dtype = precision.autocast
     with torch.autocast(packed.token_ids.device.type, dtype, enabled=dtype is not None):
-        output = adapted(**model_inputs(adapted, packed), output_hidden_states=True)
-    hidden = [states[0, packed.predictors].float() for states in output.hidden_states[1:]]
-    return output.logits[0], hidden
+        inputs = model_inputs(adapted, packed)
+        computed = output(adapted, packed, inputs, output_hidden_states=True)
+    states = computed.hidden_states[1:]
+    return computed.logits[0], [states_at_predictors(packed, each).float() for each in states]
 
 
 def _loss(
     ours: tuple[Tensor, list[Tensor]],
     theirs: tuple[Tensor, list[Tensor]],
-    packed: packing.TokenTree,
+    packed: MicroBatch,
     hidden_weight: float,
 ) -> Tensor:
     """Return the loss of the student's outputs, summed over the answer tokens of all rows, in nats.
@@ -123,7 +125,7 @@ def _loss(
     Args:
         ours: The student's logits and hidden states, as `_outputs` returns them.
         theirs: The teacher's.
-        packed: The token tree that they are of.
+        packed: The micro-batch that they are of.
         hidden_weight: Weight of the hidden states.
     """
     logs, targets = (logits.float().log_softmax(-1) for logits in (ours[0], theirs[0]))

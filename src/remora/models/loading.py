@@ -16,7 +16,8 @@ from remora.errors import ModelError
 from remora.formatting import first_line
 from remora.models import hub, quantize, untrusted
 from remora.runtime import memory
-from remora.tree import attention
+from remora.tree import layouts
+from remora.tree.layouts import Layout
 
 MAX_MODULES = 100_000
 """More parts than any model has that transformers builds, and few enough to build in seconds."""
@@ -135,7 +136,7 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
             f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more; "
             "download the model again"
         )
-    attention.install(loaded)
+    layouts.assign(loaded, layouts.choose("auto", type(loaded), config))
     quantize.install(loaded)
     return loaded
 
@@ -154,10 +155,16 @@ def without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> Any:
+def load_empty(
+    config: Any, dtype: torch.dtype, *, quantized: bool = False, layout: Layout | None = None
+) -> Any:
     """Return the causal language model of a configuration without weights, on the device `meta`.
 
-    With `quantized` its linear layers have the size of 4-bit ones.
+    Args:
+        config: The configuration.
+        dtype: Storage type.
+        quantized: Whether its linear layers have the size of 4-bit ones.
+        layout: Layout to compute it in; None for the one that it declares.
 
     Raises:
         ModelError: If no causal language model has such a configuration.
@@ -178,7 +185,7 @@ def load_empty(config: Any, dtype: torch.dtype, *, quantized: bool = False) -> A
             f"this configuration is of no causal language model ({first_line(error)}); "
             "give the folder of a Hugging Face causal language model"
         ) from error
-    attention.install(empty)
+    layouts.assign(empty, layout or layouts.choose("auto", type(empty), config))
     if quantized:
         quantize.plan(empty)
     return empty
@@ -248,16 +255,18 @@ def set_checkpointing(model: Any, on: bool) -> None:
 
 
 def _attention(config: Any) -> str:
-    """Return the attention implementation of transformers: eager where a model has no other.
+    """Return the attention implementation of transformers; only eager caps the scores."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    fused = getattr(model_class(config), "_supports_sdpa", True)
+    return "eager" if capped or not fused else "sdpa"
 
-    Only eager caps the scores.
-    """
+
+def model_class(config: Any) -> type:
+    """Return the class of the causal language models of a configuration; `object` without one."""
     from transformers import AutoModelForCausalLM
 
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        return "eager"
-    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return mapping[type(config)] if type(config) in mapping else object  # noqa: SIM401
 
 
 def context_length(config: Any, tokenizer: Any) -> int:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import remora
 from remora.config import TrainConfig
@@ -15,6 +15,7 @@ from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import gguf, hub, untrusted
 from remora.runtime import files
+from remora.tree.layouts import Layout
 
 _log = logging.getLogger(__name__)
 
@@ -40,11 +41,17 @@ class AdapterCard:
     gguf_sha256: str = ""  # of the GGUF file that the base was converted from, if it was
     gguf_quantization: str = ""  # of its weights there, such as Q4_K_M
     rendered: Mapping[str, Any] = field(default_factory=dict)  # the prompt as it was rendered
+    layout: Layout = "tree"  # in which it was trained, and is scored
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what remora.json holds: the fields of GGUF files only where there was one."""
+        """Return what remora.json holds.
+
+        Fields of GGUF files are there only where there was one; a layout if it is not the tree.
+        """
         values = asdict(self)
         optional = {"gguf_sha256", "gguf_quantization", "rendered"}
+        if self.layout == "tree":
+            del values["layout"]
         return {k: v for k, v in values.items() if v or k not in optional}
 
     def prompt(self, tokenizer: Any) -> Prompt:
@@ -229,6 +236,7 @@ def parse_card(folder: Path) -> AdapterCard:
     if not (
         all(is_text(text) for text in (*texts, *card.labels))
         and card.method in FOLDERS
+        and card.layout in get_args(Layout)
         and isinstance(card.label_texts, dict)
         and all(is_text(t) and label in card.labels for label, t in card.label_texts.items())
         and 2 <= len(card.labels) == len(set(card.labels))

@@ -33,6 +33,7 @@ from remora.models.metadata import (
 from remora.runtime import files
 from remora.runtime.device import Precision, choose_device, choose_precision
 from remora.runtime.files import disk_errors, folder_bytes, sync, write_json
+from remora.tree import layouts
 from remora.tree.scoring import Scorer
 
 NUM_BEAMS = 4
@@ -245,6 +246,7 @@ def load_adapter(
     prompt = card.prompt(loading.load_tokenizer(source))
     loading.refuse_longer_vocabulary(prompt, source)
     loaded = loading.load_base(source, card.method, dtype, device)
+    layouts.assign(loaded, card.layout)
     if dequantized:
         quantize.dequantize(loaded)
     adapted = _put_adapter(folder, loaded)
@@ -266,7 +268,9 @@ def _load_whole(
         )
     prompt = card.prompt(loading.load_tokenizer(folder))
     loading.refuse_longer_vocabulary(prompt, folder)
-    return loading.load(folder, dtype).to(device).eval(), prompt, card
+    loaded = loading.load(folder, dtype)
+    layouts.assign(loaded, card.layout)
+    return loaded.to(device).eval(), prompt, card
 
 
 def _put_adapter(folder: Path, base: Any) -> Any:

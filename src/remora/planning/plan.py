@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from remora.config import TrainConfig
 from remora.data.prompt import TokenSequence
 from remora.formatting import spoken_seconds
+from remora.tree.layouts import Layout
 
 CUDA_CONTEXT_BYTES = 850_000_000
 CUDA_WORKSPACE_BYTES = 80_000_000
@@ -103,7 +104,7 @@ class Plan:
     message_tokens: float  # mean over rows, like the next ones
     answer_tokens: float
     padded_tokens: float  # computed for each row if batches are padded to their longest
-    tree_tokens: float  # computed for each row in trees of the chosen size
+    tree_tokens: float  # computed for each row in micro-batches of the chosen size
     operations_per_example: float
     num_steps: int
     batch_size: int
@@ -114,8 +115,9 @@ class Plan:
     num_scored_rows: int  # test and validation rows, scored with the weights that were chosen
     scored_tokens: float  # computed for each of these rows, forward only; estimated
     micro_batch_tokens: int
-    largest_micro_batch: int  # tokens of the largest tree
+    largest_micro_batch: int  # tokens of the largest one
     checkpointing: bool
+    layout: Layout = "tree"
     shard: bool  # whether the weights are sharded over several processes
     why: str
     memory: Components
@@ -192,6 +194,7 @@ class Plan:
             micro_batch_tokens=self.micro_batch_tokens,
             checkpointing="on" if self.checkpointing else "off",
             shard="on" if self.shard else "off",
+            layout=self.layout,
         )
 
     def to_dict(self) -> dict[str, Any]:

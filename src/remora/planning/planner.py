@@ -22,6 +22,7 @@ from remora.planning.alternatives import alternatives
 from remora.planning.plan import Components, Heaviest, Plan
 from remora.planning.process_memory import ProcessMemory
 from remora.planning.survey import Survey, effective_batches
+from remora.runtime import memory
 from remora.runtime.device import (
     KNOWN_DEVICES,
     Hardware,
@@ -30,7 +31,8 @@ from remora.runtime.device import (
     choose_precision,
     hardware_here,
 )
-from remora.tree.packing import TokenTree
+from remora.tree import layouts
+from remora.tree.packing import MicroBatch
 
 MICRO_BATCH_TOKENS = (2048, 1024, 512, 256, 128)
 """Sizes to try, largest first, if the user gives none."""
@@ -74,8 +76,11 @@ def make_plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: No
         config = loading.load_config(folder)
         try:
             time = timing.measured(operations, made, config, settings, precision, packed, here)
-        except Exception as error:  # a layer may need what the others hold
-            time = {"seconds_are": f"not estimated: no layer runs alone ({first_line(error)})"}
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if memory.is_exhausted(error):
+                raise
+            say(f"no time is estimated: one layer cannot be computed alone ({first_line(error)})")
+            time = {}
     return dataclasses.replace(made, **time)
 
 
@@ -114,8 +119,10 @@ class Planner:
         self._precision = precision
         self._num_steps = settings.num_steps(len(dataset.train))
         self._model_config = loading.load_config(folder)
+        kind = loading.model_class(self._model_config)
+        self.layout = layouts.choose(settings.layout, kind, self._model_config)
         self._survey = Survey(
-            batches or effective_batches(dataset, prompt, settings, self._num_steps)
+            batches or effective_batches(dataset, prompt, settings, self._num_steps), self.layout
         )
         self.memory = ProcessMemory(
             settings,
@@ -125,6 +132,7 @@ class Planner:
             self._model_config,
             precision,
             hardware,
+            layout=self.layout,
             memory_bytes=memory_bytes or hardware.memory_bytes,
             num_processes=self.num_processes,
         )
@@ -174,7 +182,7 @@ class Planner:
         """Return the floating-point operations of the run's training steps."""
         return made.operations_per_example * self._examples
 
-    def largest_tree(self, size: int) -> TokenTree:
+    def largest_tree(self, size: int) -> MicroBatch:
         """Return the longest of the micro-batches of at most `size` tokens."""
         return self._survey.extremes(size).longest
 
@@ -278,6 +286,7 @@ class Planner:
             micro_batch_tokens=size,
             largest_micro_batch=longest.num_tokens,
             checkpointing=checkpointing,
+            layout=self.layout,
             shard=num_parts > 1,
             why=why,
             memory=components,

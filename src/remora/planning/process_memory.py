@@ -20,6 +20,8 @@ from remora.planning.survey import Survey
 from remora.runtime import memory, sharding
 from remora.runtime.device import Hardware, Precision
 from remora.tree import packing, scoring
+from remora.tree.layouts import Layout
+from remora.tree.packing import TokenTree
 
 
 class ProcessMemory:
@@ -42,6 +44,7 @@ class ProcessMemory:
         precision: Precision,
         hardware: Hardware,
         *,
+        layout: Layout,
         memory_bytes: int | None,
         num_processes: int,
     ) -> None:
@@ -55,6 +58,7 @@ class ProcessMemory:
             model_config: The base model's configuration.
             precision: What is computed in.
             hardware: What it is computed on.
+            layout: How batches are computed.
             memory_bytes: Memory of each device; None to measure what is free here.
             num_processes: Those that train together, one for each device.
         """
@@ -62,9 +66,10 @@ class ProcessMemory:
         self._survey, self._vocabulary = survey, model_config.get_text_config().vocab_size
         self._precision, self._hardware = precision, hardware
         self._given_bytes, self._num_processes = memory_bytes, num_processes
+        self._layout = layout
         with torch.random.fork_rng():
             base = loading.load_empty(
-                model_config, precision.base, quantized=settings.method == "qlora"
+                model_config, precision.base, quantized=settings.method == "qlora", layout=layout
             )
             adapted = lora.adapt(base, settings)
         self.counts = lora.count_parameters(adapted)
@@ -220,13 +225,15 @@ class ProcessMemory:
 
         Not with method full, whose gradients would stay in memory all the time. Not with
         checkpointing, which reads the state of the random numbers as it computes. Not in one of
-        several processes, beside NCCL's threads, where it is untried.
+        several processes, beside NCCL's threads, where it is untried. Nor for padded rows, whose
+        shapes are many.
         """
         return (
             self._hardware.type == "cuda"
             and self._settings.method != "full"
             and not checkpointing
             and self._num_processes == 1
+            and self._layout == "tree"
         )
 
     def _count_step(self, size: int, checkpointing: bool) -> StepMemory:
@@ -234,6 +241,7 @@ class ProcessMemory:
         extremes = self._survey.extremes(size)
         longest, widest, several = extremes.longest, extremes.widest, extremes.are_several
         if self._may_use_graphs(checkpointing):
+            assert isinstance(longest, TokenTree) and isinstance(widest, TokenTree)  # noqa: PT018
             longest, widest, several = packing.filled(longest), packing.filled(widest), True
         try:
             most = self._skeleton.count(longest, checkpointing=checkpointing, accumulates=several)
@@ -259,6 +267,9 @@ class ProcessMemory:
         tokens = max(*lengths, min(size, all_tokens))
         kept = min(tokens, scoring.most_kept(self._vocabulary))
         try:
+            if self._layout == "rows":
+                num_rows = -(-tokens // max(lengths))
+                return self._skeleton.count_scoring_rows(num_rows, max(lengths), kept)
             return self._skeleton.count_scoring(tokens, kept)
         except NotCountableError as error:
             self.uncountable = str(error)

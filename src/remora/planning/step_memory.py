@@ -1,7 +1,7 @@
 """The memory of a training step, and of a scoring pass, counted without weights.
 
 The model is built with fake tensors, which have shapes and no contents, and runs the training
-loop's own steps on a real token tree: forward, loss and backward. A ledger records every storage
+loop's own steps on a real micro-batch: forward, loss and backward. A ledger records every storage
 while it is alive, so that any architecture can be counted.
 """
 
@@ -26,10 +26,11 @@ from remora.errors import ModelError
 from remora.formatting import first_line
 from remora.models import loading
 from remora.planning.ledger import Ledger
-from remora.tree import attention
-from remora.tree.forward import model_inputs, text_config
+from remora.tree import attention, row_search
+from remora.tree.forward import model_inputs, output, text_config
 from remora.tree.loss import loss_sum
-from remora.tree.packing import TokenTree
+from remora.tree.packing import MicroBatch
+from remora.tree.rows import head_at
 
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
@@ -88,7 +89,7 @@ class Skeleton:
         adapted.train()
 
     def count(
-        self, packed: TokenTree, *, checkpointing: bool = False, accumulates: bool = False
+        self, packed: MicroBatch, *, checkpointing: bool = False, accumulates: bool = False
     ) -> StepMemory:
         """Run a micro-batch and return its memory.
 
@@ -116,7 +117,7 @@ class Skeleton:
             except _FAILURES as error:
                 raise _not_countable(error) from error
 
-    def _count(self, packed: TokenTree, accumulates: bool) -> StepMemory:
+    def _count(self, packed: MicroBatch, accumulates: bool) -> StepMemory:
         adapted = self._model
         is_whole = attention.prefers_whole(self._device, packed.num_tokens, packed.num_tokens)
         inputs = model_inputs(adapted, packed, in_blocks=False if is_whole else None)
@@ -140,7 +141,7 @@ class Skeleton:
             # Forward pass and loss; what is alive after them is saved for the backward pass.
             ledger.tag = "forward"
             with torch.autocast("cpu", self._autocast, enabled=self._autocast is not None):
-                logits = adapted(**inputs).logits[0]
+                logits = output(adapted, packed, inputs).logits[0]
             logits_bytes = logits.nbytes
             ledger.retag(lambda tag, size: "logits" if size == logits_bytes else tag)
             loss = loss_sum(logits, packed)
@@ -179,9 +180,25 @@ class Skeleton:
         Raises:
             NotCountableError: If the model reads values while it computes, which fake tensors lack.
         """
+        return self._counted_pass(lambda: self._count_scoring(num_tokens, num_kept))
+
+    def count_scoring_rows(self, num_rows: int, length: int, num_kept: int) -> StepMemory:
+        """Return the memory of a pass of scoring by rows, copies of their states included.
+
+        Args:
+            num_rows: Rows of the pass.
+            length: Tokens of each.
+            num_kept: Positions whose logits are computed.
+
+        Raises:
+            ModelError: If the model reads values while it computes, which fake tensors lack.
+        """
+        return self._counted_pass(lambda: self._count_scoring_rows(num_rows, length, num_kept))
+
+    def _counted_pass(self, count: Callable[[], StepMemory]) -> StepMemory:
         adapted = self._model.eval()
         try:
-            return self._in_blocks_or_whole(lambda: self._count_scoring(num_tokens, num_kept))
+            return self._in_blocks_or_whole(count)
         finally:
             adapted.train()
 
@@ -191,7 +208,7 @@ class Skeleton:
         visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool)
         config = text_config(self._model)
         dtype = self._autocast or next(self._model.parameters()).dtype
-        arguments = attention.inputs(config, lambda _: visible, dtype)
+        arguments = attention.inputs(config, lambda *_: visible, dtype)
         ledger = Ledger([*self._model.parameters(), *self._model.buffers()])
         with self._mode, ledger, torch.no_grad():
             arguments = self._faked(arguments)
@@ -216,6 +233,29 @@ class Skeleton:
             operations=ledger.operations,
             heap=ledger.most_heap,
             mapped=ledger.most_mapped,
+            largest=ledger.largest,
+        )
+
+    def _count_scoring_rows(self, num_rows: int, length: int, num_kept: int) -> StepMemory:
+        ledger = Ledger([*self._model.parameters(), *self._model.buffers()])
+        with self._mode, ledger, torch.no_grad():
+            ids = torch.zeros(num_rows, length, dtype=torch.int64)
+            with (
+                torch.autocast("cpu", self._autocast, enabled=self._autocast is not None),
+                head_at(self._model, torch.arange(num_kept)),
+            ):
+                output = self._model(input_ids=ids, use_cache=True)
+            logits_bytes = output.logits.nbytes
+            ledger.retag(lambda tag, size: "logits" if size == logits_bytes else tag)
+        states = sum(ledger.totals.values()) - ledger.totals["logits"]
+        return StepMemory(
+            gradients=0,
+            saved=row_search.CACHED * states,
+            logits=ledger.totals["logits"],
+            workspace=ledger.peak - ledger.totals["logits"],
+            operations=ledger.operations,
+            heap=ledger.most_heap,
+            mapped=ledger.most_mapped + row_search.CACHED * states,
             largest=ledger.largest,
         )
 

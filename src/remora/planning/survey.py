@@ -10,8 +10,9 @@ from remora.config import TrainConfig
 from remora.data import splits
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
-from remora.tree import packing
-from remora.tree.packing import TokenTree
+from remora.tree import layouts
+from remora.tree.layouts import Layout
+from remora.tree.packing import MicroBatch
 
 MAX_SURVEYED_ROWS = 100_000
 """Rows whose batches are searched for the heaviest one; the rest are taken to be like them."""
@@ -34,8 +35,8 @@ def effective_batches(
 class Extremes:
     """The micro-batches of one size that decide how much memory a step needs."""
 
-    longest: TokenTree  # the one with most tokens
-    widest: TokenTree  # the one with most predictors
+    longest: MicroBatch  # the one with most tokens
+    widest: MicroBatch  # the one with most predictors
     num_tokens: int  # of all micro-batches together
     are_several: bool  # whether any effective batch has more than one
 
@@ -43,8 +44,8 @@ class Extremes:
 class Survey:
     """The token trees that a run's effective batches are cut into, at each size asked for."""
 
-    def __init__(self, batches: list[list[TokenSequence]]) -> None:
-        self.batches = batches
+    def __init__(self, batches: list[list[TokenSequence]], layout: Layout = "tree") -> None:
+        self.batches, self._layout = batches, layout
         self.extremes = functools.cache(self._find_extremes)
 
     @functools.cached_property
@@ -52,10 +53,10 @@ class Survey:
         """The rows of all batches, one after the other."""
         return [row for batch in self.batches for row in batch]
 
-    def trees(self, size: int) -> Iterator[tuple[list[TokenSequence], list[TokenTree]]]:
+    def trees(self, size: int) -> Iterator[tuple[list[TokenSequence], list[MicroBatch]]]:
         """Yield each batch with its trees of at most `size` tokens."""
         for batch in self.batches:
-            yield batch, packing.split(batch, size)
+            yield batch, layouts.split(self._layout, batch, size)
 
     def tree_tokens(self, size: int) -> float:
         """Return the tokens computed for each row in trees of at most `size` tokens."""

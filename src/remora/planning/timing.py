@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -18,7 +19,7 @@ from remora.planning.plan import Plan, Rates
 from remora.runtime.device import Hardware, Precision
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
-from remora.tree.packing import TokenTree
+from remora.tree.packing import MicroBatch
 
 MAX_TOKENS = 512
 """Most tokens of the tree that a layer is timed with."""
@@ -92,7 +93,7 @@ def measured(
     model_config: Any,
     settings: TrainConfig,
     precision: Precision,
-    packed: TokenTree,
+    packed: MicroBatch,
     device: torch.device,
 ) -> dict[str, Any]:
     """Return the seconds at the measured rate of one layer, by the names of `Plan`.
@@ -113,8 +114,9 @@ def measured(
     cut = copy.deepcopy(model_config)
     text = cut.get_text_config()
     text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
+    with contextlib.suppress(AttributeError):  # some configurations derive it
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:1]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
     text.vocab_size = vocabulary = min(text.vocab_size, VOCABULARY)
@@ -152,7 +154,7 @@ def measured(
     }
 
 
-def _seconds(layer: Any, packed: TokenTree, device: torch.device, precision: Precision) -> float:
+def _seconds(layer: Any, packed: MicroBatch, device: torch.device, precision: Precision) -> float:
     """Return the seconds of a forward pass, and of the backward pass unless in inference mode."""
     dtype = precision.autocast
     began = time.perf_counter()

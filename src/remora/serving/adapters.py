@@ -19,6 +19,7 @@ from remora.models import fused_lora, loading, metadata, saved, untrusted
 from remora.runtime.device import Precision
 from remora.serving import snapshot
 from remora.serving.snapshot import Snapshot
+from remora.tree import layouts
 from remora.tree.scoring import Scorer
 
 
@@ -130,7 +131,7 @@ class AdapterSet:
             sha256=card.base_sha256,
             labels=card.labels,
             module="",
-            scorer=self._scorer(whole, prompt),
+            scorer=self._scorer(whole, prompt, card),
         )
 
     def _load_adapters(self, base: str | None) -> None:
@@ -145,6 +146,7 @@ class AdapterSet:
             self._refuse_other_base(name, card)
         self._tokenizer = loading.load_tokenizer(source)
         self._base = loading.load_base(source, self._method, self._precision.base, self._device)
+        layouts.assign(self._base, next(iter(cards.values())).layout)
         # The base's names and shapes without adapters, which new adapters are checked against.
         self._skeleton = loading.load_empty(loading.load_config(source), self._precision.base)
         for name in self._folders:
@@ -204,7 +206,7 @@ class AdapterSet:
             sha256=copied.sha256,
             labels=copied.card.labels,
             module=module,
-            scorer=self._scorer(self._adapted, prompt),
+            scorer=self._scorer(self._adapted, prompt, copied.card),
         )
 
     def _refuse_missing(self, module: str, folder: Path) -> None:
@@ -232,11 +234,12 @@ class AdapterSet:
             if f".{module}." in f"{name}.":  # a weight of a dictionary ends with it
                 parameter.data = parameter.data.clone()
 
-    def _scorer(self, scored: Any, prompt: Prompt) -> Scorer:
+    def _scorer(self, scored: Any, prompt: Prompt, card: metadata.AdapterCard) -> Scorer:
         return Scorer(
             scored,
             prompt,
             max_tokens=self._micro_batch_tokens,
             tolerance=self._tolerance,
             autocast=self._precision.autocast,
+            layout=card.layout,
         )

@@ -101,6 +101,8 @@ def evaluate_adapter(
 
     # Score and measure
     reporter.say(f"{len(table):,} rows; {trained.precision}")
+    if scorer.remark:
+        reporter.say(scorer.remark)
     scored = scoring.score_rows(scorer, table, "test", reporter)
     reliability = calibration.assess(
         scored,

@@ -204,6 +204,7 @@ class _State:
             state |= {"progress": asdict(progress)}
             state |= {"checkpointing": self._config.checkpointing, "shard": self._config.shard}
             state |= {"prompt": self._session.prompt.rendered._asdict()}
+            state |= {"layout": self._config.layout}
             saved = Checkpoint(progress.name, tensors, state)
             checkpoint.save(self._checkpoints, saved, self._session.group)
             self._saved_name = progress.name

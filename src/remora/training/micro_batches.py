@@ -16,10 +16,11 @@ from remora.runtime import memory, sharding
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.training.checkpoint import random_state, set_random_state
-from remora.tree import packing
+from remora.tree import layouts
 from remora.tree.cuda_graphs import Graphs
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
+from remora.tree.packing import MicroBatch
 
 Result = TypeVar("Result")
 
@@ -65,6 +66,7 @@ class MicroBatches:
         self._heaviest, self._group = heaviest, group
         self._bytes_per_token = heaviest.bytes_per_token if heaviest else 0.0
         self._said = False
+        self._layout = layouts.of(adapted)
         self._is_sharded = sharding.has_shards(adapted)
         self._graphs = Graphs(adapted, accelerator, reporter.say) if graphs else None
 
@@ -132,7 +134,9 @@ class MicroBatches:
 
     def _halve(self, batch: Sequence[TokenSequence]) -> None:
         longest = max(len(row.token_ids) for row in batch)
-        largest = max(packed.num_tokens for packed in packing.split(batch, self.max_tokens))
+        largest = max(
+            packed.num_tokens for packed in layouts.split(self._layout, batch, self.max_tokens)
+        )
         if largest <= longest:
             raise ResourceError(
                 f"out of memory: a single row of {longest} tokens does not fit; use a smaller "
@@ -147,7 +151,7 @@ class MicroBatches:
             self._said = True
 
     def _add_gradients(self, rows: Sequence[TokenSequence], num_supervised: int) -> float:
-        trees = packing.split(rows, self.max_tokens)
+        trees = layouts.split(self._layout, rows, self.max_tokens)
         if self._graphs:
             self._graphs.begin()
         return float(sum(self._backward(packed, num_supervised) for packed in trees))
@@ -156,16 +160,16 @@ class MicroBatches:
         self, own: Sequence[TokenSequence], batch: Sequence[TokenSequence], num_supervised: int
     ) -> float:
         """Do the same in as many micro-batches as the process with the most."""
-        trees = packing.split(own, self.max_tokens)
+        trees = layouts.split(self._layout, own, self.max_tokens)
         num_trees = max(self._group.gather(len(trees)))
         loss = float(sum(self._backward(packed, num_supervised) for packed in trees))
         shortest = min(batch, key=lambda row: len(row.token_ids))
         for _ in range(num_trees - len(trees)):
-            self._backward(packing.build([shortest]), num_supervised, counts=False)
+            self._backward(layouts.build(self._layout, [shortest]), num_supervised, counts=False)
         return loss
 
     def _time_largest(self, batch: Sequence[TokenSequence]) -> plan.Rates:
-        trees = packing.split(batch, self.max_tokens)
+        trees = layouts.split(self._layout, batch, self.max_tokens)
         largest = max(trees, key=lambda packed: packed.num_tokens)
         if self._graphs:
             self._graphs.begin()
@@ -185,9 +189,7 @@ class MicroBatches:
         scoring = timing.SEARCH_COST * forward
         return plan.Rates(seconds / largest.num_tokens, scoring / largest.num_tokens)
 
-    def _backward(
-        self, packed: packing.TokenTree, num_supervised: int, *, counts: bool = True
-    ) -> Tensor:
+    def _backward(self, packed: MicroBatch, num_supervised: int, *, counts: bool = True) -> Tensor:
         """Add the gradients of a micro-batch; return its part of the mean loss, []."""
         device = self._accelerator.device
         if self._graphs:

@@ -32,6 +32,7 @@ FREE = {
         "checkpointing",
         "devices",
         "shard",
+        "layout",
     ),  # change no result but by rounding
 }
 """Settings that may differ when a run resumes."""
@@ -117,6 +118,7 @@ def as_before(config: TrainConfig, resumed: Checkpoint | None) -> TrainConfig:
         micro_batch_tokens=min(tokens, config.micro_batch_tokens or tokens),
         checkpointing=resumed.state["checkpointing"],
         shard=resumed.state.get("shard", config.shard),
+        layout=resumed.state.get("layout", config.layout),
     )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +26,9 @@ from remora.runtime.device import Precision
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
-from remora.training import feasibility, resume, trainable
+from remora.training import feasibility, layout, resume, trainable
 from remora.training.checkpoint import Checkpoint
-from remora.tree.check import check_tree
+from remora.tree import layouts
 from remora.tree.features import Extractor
 from remora.tree.scoring import Scorer
 
@@ -133,16 +134,16 @@ def open_session(
     Raises:
         ConfigError: If the device is missing, or the processes differ.
         ResourceError: If memory or disk do not suffice.
-        ModelError: If the model cannot be used, or does not follow the token tree.
+        ModelError: If the model cannot be used, or does not follow the layout that is asked for.
     """
     group, stop, reporter = group or ProcessGroup(), stop or Stop(), reporter or Reporter()
     with contextlib.ExitStack() as stack:
         with group.together():
             device, precision = feasibility.choose_arithmetic(config, group.size, reporter)
             before = resume.as_before(config, resumed)
-            planned, heaviest = feasibility.plan_run(
-                before, dataset, precision, device, reporter, num_processes=group.size
-            )
+            plan = functools.partial(feasibility.plan_run, num_processes=group.size)
+            settings = dataset, precision, device, reporter
+            planned, heaviest = plan(before, *settings)
             if needs_disk:
                 feasibility.refuse_full_disk(planned, config)
             # Weights and adapter
@@ -157,14 +158,16 @@ def open_session(
             for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)
             accelerator = stack.enter_context(trainable.accelerator_for(precision, device))
-        # The same in every process
         group.refuse_differences({"base model": card.base_sha256, "shard": planned.shard})
         if planned.shard:
             sharding.apply(model, device, group)
+        layouts.assign(model, planned.layout)
+        rows = dataset.train, (heaviest.rows, planned.micro_batch_tokens)
+        layout.settle(model, prompt, *rows, config.layout, accelerator, group, reporter)
         with group.together():
-            with accelerator.autocast():
-                trees = heaviest.rows, planned.micro_batch_tokens
-                check_tree(model, trainable.short_rows(dataset.train, prompt), *trees)
+            if planned.layout != layouts.of(model):
+                again = replace(before, layout="rows", shard="on" if planned.shard else "off")
+                planned, heaviest = plan(again, *settings)
             trainable.set_up_layers(model, planned)
         if not group.is_first:
             torch.manual_seed(config.seed + group.rank)  # for dropout of its own
@@ -177,7 +180,7 @@ def open_session(
             heaviest=heaviest,
             model=model,
             prompt=prompt,
-            card=card,
+            card=replace(card, layout=planned.layout),
             base_folder=folder,
             parameters=parameters,
             accelerator=accelerator,

@@ -1,4 +1,4 @@
-from .check import check_tree
+from .check import check_rows, check_tree
 from .forward import answer_logits
 from .loss import loss_sum
 from .packing import TokenTree, build, split
@@ -9,6 +9,7 @@ __all__ = [
     "TokenTree",
     "answer_logits",
     "build",
+    "check_rows",
     "check_tree",
     "loss_sum",
     "split",

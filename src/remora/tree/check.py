@@ -1,4 +1,4 @@
-"""The start-up check: whether a model's attention and positions follow the token tree."""
+"""The start-up check: whether a model computes a batch in its layout as it computes each row."""
 
 from __future__ import annotations
 
@@ -13,16 +13,30 @@ from torch.nn import functional
 from remora.data.prompt import TokenSequence, common_prefix_length
 from remora.errors import ModelError
 from remora.formatting import first_line
-from remora.tree import attention
+from remora.runtime import memory
+from remora.tree import attention, layouts, packing
 from remora.tree.forward import answer_logits, model_inputs, text_config
 from remora.tree.loss import loss_sum
-from remora.tree.packing import build, split
+from remora.tree.packing import split
+from remora.tree.rows import build
 
-_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
+_FAILURES = (
+    *(RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError),
+)
 """What a model raises that does not take masks or positions such as a tree's."""
 
 MARGIN = 64
 """Tokens beyond a window that a checked tree has at least."""
+
+
+def check_layout(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
+    """Make sure that a model computes rows together, in its layout, as it computes each alone.
+
+    Raises:
+        ModelError: If they differ by more than rounding.
+    """
+    check = check_tree if layouts.of(model) == "tree" else check_rows
+    check(model, rows)
 
 
 @torch.no_grad()
@@ -46,16 +60,16 @@ def check_tree(
         max_tokens: Most tokens of a tree.
 
     Raises:
-        ModelError: If they differ by more than rounding.
+        ModelError: If they differ by more than rounding, or the model takes no such inputs.
     """
     was_training = model.training
     model.eval()
-    packed = build(rows).to(next(model.parameters()).device)
+    packed = packing.build(rows).to(next(model.parameters()).device)
     # Each row alone.
     expected, is_wide = 0.0, True
     for row in rows:
         ids = torch.tensor([list(row.token_ids)], device=packed.token_ids.device)
-        alone = model(input_ids=ids, use_cache=False).logits[0, row.answer_start - 1 : -1]
+        alone = _alone(model, row)
         is_wide = alone.dtype in {torch.float32, torch.float64}
         targets = ids[0, row.answer_start :]
         expected += float(functional.cross_entropy(alone.float(), targets, reduction="sum"))
@@ -71,12 +85,12 @@ def check_tree(
     # The tree as it is computed in training.
     try:
         in_tree = float(loss_sum(answer_logits(model, packed), packed))
-    except ModelError:
-        raise
     except _FAILURES as error:
+        model.train(was_training)
+        if isinstance(error, ModelError) or memory.is_exhausted(error):
+            raise
         raise ModelError(
-            f"this model cannot compute a token tree ({first_line(error)}); choose another "
-            "architecture"
+            f"this model computes no token tree ({first_line(error)}); use --layout rows"
         ) from error
     right = abs(in_tree - expected) <= tolerance * abs(expected)
     if right and heaviest:
@@ -86,7 +100,7 @@ def check_tree(
     if not right:
         raise ModelError(
             f"this model's loss is {in_tree:.4f} in a token tree and {expected:.4f} row by row, so "
-            "its attention or positions do not follow the tree; choose another architecture"
+            "its attention or positions do not follow the tree; use --layout rows"
         )
 
 
@@ -160,3 +174,44 @@ def _row_loss(logits: Tensor, row: TokenSequence) -> float:
     """Return the summed loss of a row's answer; logits [answer tokens, vocabulary]."""
     targets = torch.tensor(list(row.token_ids[row.answer_start :]), device=logits.device)
     return float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
+
+
+@torch.no_grad()
+def check_rows(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
+    """Make sure that padding on the right changes no prediction, and that the head is where it is.
+
+    Compares the logits of some rows, padded to the longest, with those of each row alone.
+
+    Raises:
+        ModelError: If they differ by more than rounding, which a causal model's do not.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    together = answer_logits(model, build(rows).to(device))
+    alone = torch.cat([_alone(model, row) for row in rows])
+    model.train(was_training)
+    if not same_logits(together, alone):
+        raise ModelError(
+            "this model predicts something else if rows are padded on the right, so it is no "
+            "causal language model; choose another"
+        )
+
+
+def same_logits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two arrays of logits differ by no more than rounding."""
+    difference = (one.float() - other.float()).abs().max()
+    return bool(difference <= _tolerance(one.dtype) * other.float().abs().max())
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-3 if dtype in {torch.float32, torch.float64} else 3e-2
+
+
+def _alone(model: Any, row: TokenSequence) -> torch.Tensor:
+    """Return a row's answer logits by the model's own ordinary forward pass, [answer, V]."""
+    ids = torch.tensor([list(row.token_ids)], device=next(model.parameters()).device)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[
+        0, row.answer_start - 1 : -1
+    ]
+    return logits

@@ -21,7 +21,7 @@ from remora.runtime import memory
 from remora.tree import attention, packing
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
-from remora.tree.packing import TokenTree
+from remora.tree.packing import MicroBatch, TokenTree
 
 MAX_GRAPHS = 16
 """Shapes that are recorded, in the order of their arrival; others launch kernel by kernel."""
@@ -70,8 +70,9 @@ class Graphs:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
 
-    def add_gradients(self, packed: TokenTree, num_supervised: int) -> Tensor:
+    def add_gradients(self, packed: MicroBatch, num_supervised: int) -> Tensor:
         """Add the gradients of a micro-batch in CPU memory; return its part of the mean loss."""
+        assert isinstance(packed, TokenTree), "only trees are recorded"
         packed = packing.filled(packed)
         arrays = {name: x for name, x in vars(packed).items() if isinstance(x, Tensor)}
         sizes = tuple(map(len, arrays.values()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from remora.data.prompt import Prompt
 from remora.runtime import files, memory
+from remora.tree import layouts, rows
 from remora.tree.stems import Stem, StemPacker
 
 FEATURES = "features.safetensors"
@@ -75,24 +77,39 @@ class Extractor:
         self._model.eval()
         found: dict[Stem, NDArray[np.float16]] = {}
         with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-            for group in self._packer.groups(
-                sorted(set(stems)), lambda stem: (stem, 1), self._max_tokens
-            ):
+            for group in self._groups(sorted(set(stems))):
                 if self._limit_bytes is not None:
                     memory.keep_within(self._device, self._limit_bytes)
                 found |= zip(group, self._of_group(group), strict=True)
         self._model.train(was_training)
-        rows = [found[stem] for stem in stems]
-        return np.stack(rows) if rows else np.empty((0, NUM_PARTS, 0), np.float16)
+        wanted = [found[stem] for stem in stems]
+        return np.stack(wanted) if wanted else np.empty((0, NUM_PARTS, 0), np.float16)
 
-    def _of_group(self, group: Sequence[Stem]) -> NDArray[np.float16]:
+    def _groups(self, stems: Sequence[Stem]) -> Iterator[list[Stem]]:
+        """Cut sorted stems into groups that are computed together."""
+        if layouts.of(self._model) == "rows":
+            by_length = sorted(stems, key=len)
+            return rows.groups(by_length, lambda stem: stem, self._max_tokens)
+        return self._packer.groups(stems, lambda stem: (stem, 1), self._max_tokens)
+
+    def _computed(self, group: Sequence[Stem]) -> tuple[Sequence[Tensor], list[list[int]]]:
+        """Return the hidden states of all layers, [tokens, H] each, and the places of each stem.
+
+        Of a prefix that was computed before there are none, and its places are negative.
+        """
+        if layouts.of(self._model) == "rows":
+            return rows.hidden_states(self._model, group)
         row, new, paths = self._packer.pack(group, group)
         begin = row.length  # the positions of new tokens follow those of the prefix
         states = row.extend_states(new)
-        ends = torch.tensor([path[-1] - begin for path in paths], device=self._device)
+        return states, [[place - begin for place in path] for path in paths]
+
+    def _of_group(self, group: Sequence[Stem]) -> NDArray[np.float16]:
+        states, paths = self._computed(group)
+        ends = torch.tensor([path[-1] for path in paths], device=self._device)
         parts = [states[-1][ends].float(), states[-2][ends].float()]  # [group, H]
         own = [
-            torch.tensor(path[min(self._start, len(path) - 1) :], device=self._device) - begin
+            torch.tensor(path[min(self._start, len(path) - 1) :], device=self._device)
             for path in paths
         ]
         parts += [

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from remora.data.prompt import Prompt
+from remora.runtime import memory
 
 
 @dataclass(slots=True)
@@ -29,7 +33,7 @@ class Open:
     node: Node
     token: int
     log_probability: float
-    parent: int  # position of the token before in the packed row
+    parent: int  # position of the token before, in the packed row or among the paths of a group
 
 
 @dataclass(slots=True)
@@ -169,3 +173,85 @@ def trie(answers: Sequence[Sequence[int]]) -> Node:
             node.labels_below.append(label)
         node.label = label
     return root
+
+
+Asked: TypeAlias = "tuple[tuple[int, ...], int | None]"
+"""A stem, and its true label to evaluate it, None for the probabilities of all labels."""
+
+
+@dataclass(kw_only=True)
+class LabelSearch(ABC):
+    """Searches the labels of messages with one model, in one of the layouts.
+
+    Attributes:
+        model: A causal language model, in evaluation mode while it is searched.
+        prompt: How messages are asked and labels are answered.
+        max_tokens: Most tokens computed at once, unless one message needs more.
+        tolerance: Maximum total probability left on unexplored labels.
+        autocast: 16-bit type to compute in.
+        limit_bytes: Memory of the process above which freed CPU memory is given back.
+        most_kept: Most positions at which a pass computes logits.
+    """
+
+    model: Any
+    prompt: Prompt
+    max_tokens: int
+    tolerance: float
+    autocast: torch.dtype | None
+    limit_bytes: int | None
+    most_kept: int
+
+    def __post_init__(self) -> None:
+        """Prepare the trie of the labels."""
+        self._root = trie(self.prompt.answers)
+
+    @abstractmethod
+    def groups(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+        """Cut sorted stems into groups that are searched together."""
+
+    @abstractmethod
+    def search(self, asked: Sequence[Asked]) -> list[Search]:
+        """Return the finished searches of a group."""
+
+    @property
+    def remark(self) -> str | None:
+        """What a user should know of this search; None if it is the usual one."""
+        return None
+
+    def begin(self, true: int | None) -> Search:
+        """Return a new search: of all labels, or whether the true one is the most probable."""
+        unknown = np.full(len(self.prompt.labels), -np.inf)
+        return Search(unknown) if true is None else TrueLabelSearch(unknown, true=true)
+
+    def nodes(self, tokens: Sequence[int]) -> list[Node]:
+        """Return the nodes of the label trie from its root along some tokens."""
+        nodes = [self._root]
+        for token in tokens:
+            nodes.append(nodes[-1].children[token])
+        return nodes
+
+    def choose(self, searches: Sequence[Search]) -> list[Chosen]:
+        """Return the paths that some searches need next."""
+        return [
+            (search, opened, chain(opened.node))
+            for search in searches
+            for opened in search.choose(self.tolerance)
+        ]
+
+    def passes(self, chosen: Sequence[Chosen]) -> Iterator[list[Chosen]]:
+        """Split the paths to compute so that no pass has too many logits."""
+        part: list[Chosen] = []
+        num_kept = 0
+        for path in chosen:
+            num_new = len(path[2])
+            if part and num_kept + num_new > self.most_kept:
+                yield part
+                part, num_kept = [], 0
+            part.append(path)
+            num_kept += num_new
+        yield part
+
+    def keep_within(self) -> None:
+        """Give freed memory back if the process has more than its limit."""
+        if self.limit_bytes is not None:
+            memory.keep_within(next(self.model.parameters()).device, self.limit_bytes)

@@ -1,4 +1,4 @@
-"""The cross entropy of a token tree."""
+"""The cross entropy of a micro-batch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remora.tree.packing import TokenTree
+from remora.tree.packing import MicroBatch
 
 
-def loss_sum(logits: Tensor, tree: TokenTree) -> Tensor:
-    """Return sum(weight * cross entropy) over the tree's edges, in nats, computed in float32.
+def loss_sum(logits: Tensor, batch: MicroBatch) -> Tensor:
+    """Return sum(weight * cross entropy) over a batch's edges, in nats, computed in float32.
 
     Divide by the sum of the weights over the whole effective batch to get its mean loss.
 
     Args:
         logits: [P, vocabulary], from `answer_logits`.
-        tree: The tree of these logits.
+        batch: The batch of these logits.
     """
     loss: Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
-        logits, tree.edge_predictors, tree.edge_targets, tree.edge_weights
+        logits, batch.edge_predictors, batch.edge_targets, batch.edge_weights
     )
     return loss
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,30 +27,44 @@ from torch.nn import functional
 
 from remora.data.prompt import TokenSequence, common_prefix_length
 
+if TYPE_CHECKING:  # typing has it from Python 3.11 on
+    from typing_extensions import Self
+
 
 @dataclass(frozen=True, kw_only=True)
-class TokenTree:
-    """A batch of sequences, packed. N nodes, P predictors, E supervised edges."""
+class MicroBatch:
+    """Sequences that are computed at once, in either layout. P predictors, E supervised edges."""
 
-    token_ids: Tensor  # [N] int64
-    position_ids: Tensor  # [N] int64
-    subtree_end: Tensor  # [N] int64
-    predictors: Tensor  # [P] int64, nodes where the head is computed
+    token_ids: Tensor  # int64, [N] in a tree, [B, S] in padded rows
+    predictors: Tensor  # [P] int64, places among all tokens where the head is computed
     edge_predictors: Tensor  # [E] int64, indices into `predictors`
     edge_targets: Tensor  # [E] int64, the token that the edge leads to
     edge_weights: Tensor  # [E] float32, how many rows are supervised on the edge
     num_rows: int
-    num_row_tokens: int  # tokens of all rows before packing
+    num_row_tokens: int  # tokens of all rows before packing, without padding
 
     @property
     def num_tokens(self) -> int:
-        """N, the number of tokens that are computed."""
-        return len(self.token_ids)
+        """The number of tokens that are computed, padding included."""
+        return self.token_ids.numel()
 
     @property
     def num_supervised_tokens(self) -> int:
         """Answer tokens of all rows: the sum of the edge weights."""
         return int(self.edge_weights.sum())
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same with its tensors on `device`."""
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTree(MicroBatch):
+    """A batch of sequences, packed. N nodes."""
+
+    position_ids: Tensor  # [N] int64
+    subtree_end: Tensor  # [N] int64
 
     def path(self, row: TokenSequence) -> list[int]:
         """Return the nodes of a row from the root down, [] if the row is not in this tree."""
@@ -63,11 +78,6 @@ class TokenTree:
             nodes.append(start + int(found[0]))
             start, end = nodes[-1] + 1, int(self.subtree_end[nodes[-1]])
         return nodes
-
-    def to(self, device: torch.device | str) -> TokenTree:
-        """Return the tree with its tensors on `device`."""
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 def build(rows: Sequence[TokenSequence]) -> TokenTree:

@@ -1,8 +1,8 @@
 """Closed-set scoring: the probability of each label as the answer to a message.
 
-A label's probability is that of its whole token sequence, end token included. All messages of a
-batch, and below each of them the trie of the labels, form one packed row; the prefix that all
-messages share is computed once and kept as a key-value cache.
+A label's probability is that of its whole token sequence, end token included. The prefix that all
+messages share is computed once and kept, and each message once; `tree_search` and `row_search` say
+how, in either layout.
 
 Most labels need not be explored. Probabilities only fall along a path, so the probability of a node
 bounds every label below it, and also their sum. Best-first search with this bound finds the exact
@@ -27,27 +27,19 @@ from remora.runtime import memory, sharding
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
+from remora.tree import layouts
 from remora.tree.forward import text_config
-from remora.tree.label_search import (
-    Chosen,
-    Node,
-    Search,
-    TrueLabelSearch,
-    chain,
-    look_below,
-    trie,
-)
-from remora.tree.packed_row import PackedRow
-from remora.tree.stems import Stem, StemPacker
+from remora.tree.label_search import Asked, Search, TrueLabelSearch
+from remora.tree.layouts import Layout
+from remora.tree.row_search import RowSearch
+from remora.tree.stems import Stem
+from remora.tree.tree_search import TreeSearch
 
 LOGIT_ELEMENTS = 1 << 25
 """Most logits that a scoring pass computes: 220 positions of a 151,936-word vocabulary."""
 
 BATCH_ROWS = 256
 """Messages that are scored at a time."""
-
-Asked: TypeAlias = "tuple[Stem, int | None]"
-"""A stem, and its true label to evaluate it, None for the probabilities of all labels."""
 
 Advance: TypeAlias = Callable[[int], object]
 """Takes the number of messages that are done now."""
@@ -77,6 +69,7 @@ class Scorer:
         tolerance: float = 1e-2,
         autocast: torch.dtype | None = None,
         limit_bytes: int | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Prepare the trie of labels; the prefix is computed with the first batch.
 
@@ -88,6 +81,7 @@ class Scorer:
                 1 stops as soon as the most probable label is certain.
             autocast: 16-bit type to compute in.
             limit_bytes: Memory of the process above which freed CPU memory is given back.
+            layout: How messages are computed together; by default in the model's layout.
         """
         self.model = model
         self.prompt = prompt
@@ -95,9 +89,21 @@ class Scorer:
         self.tolerance = tolerance
         self.autocast = autocast
         self.limit_bytes = limit_bytes
-        self._root = trie(prompt.answers)
-        self._most_kept = most_kept(text_config(model).vocab_size)
-        self._packer = StemPacker(model, prompt, max_tokens=max_tokens, autocast=autocast)
+        kind = TreeSearch if (layout or layouts.of(model)) == "tree" else RowSearch
+        self._searching = kind(
+            model=model,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            tolerance=tolerance,
+            autocast=autocast,
+            limit_bytes=limit_bytes,
+            most_kept=most_kept(text_config(model).vocab_size),
+        )
+
+    @property
+    def remark(self) -> str | None:
+        """What a user should know of how this model is scored; None if it is the usual way."""
+        return self._searching.remark
 
     def probabilities(
         self, messages: Sequence[str], advance: Advance = ignore
@@ -163,8 +169,8 @@ class Scorer:
         counts = Counter(asked)
         found: dict[Asked, Search] = {}
         with self._arithmetic():
-            for group in self._packer.groups(sorted(counts), self._size, self._most_kept):
-                found |= zip(group, self._search(group), strict=True)
+            for group in self._searching.groups(sorted(counts)):
+                found |= zip(group, self._searching.search(group), strict=True)
                 advance(sum(counts[each] for each in group))
         self.model.train(was_training)
         return [found[each] for each in asked]
@@ -173,95 +179,6 @@ class Scorer:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast)
-
-    def _path(self, asked: Asked) -> tuple[tuple[int, ...], list[Node]]:
-        """Return the tokens to compute first, and the nodes of the label trie among them.
-
-        Those are the conversation up to its answer, and the true label where it is known.
-        """
-        stem, true = asked
-        answer = () if true is None else self.prompt.answers[true][:-1]
-        nodes = [self._root]
-        for token in answer:
-            nodes.append(nodes[-1].children[token])
-        return (*stem, *answer), nodes
-
-    def _size(self, asked: Asked) -> tuple[Stem, int]:
-        """Return the tokens to compute first, and at how many of them logits are."""
-        tokens, nodes = self._path(asked)
-        return tokens, len(nodes)
-
-    def _search(self, asked: Sequence[Asked]) -> list[Search]:
-        """Search the label trie below each of some sorted stems, one forward pass per round."""
-        paths = [self._path(each) for each in asked]
-        row, new, positions = self._packer.pack(
-            [stem for stem, _ in asked], [tokens for tokens, _ in paths]
-        )
-        chains: list[tuple[Search, list[Node], float, list[int]]] = []
-        for (stem, true), (_, nodes), places in zip(asked, paths, positions, strict=True):
-            unknown = np.full(len(self.prompt.labels), -np.inf)
-            search = Search(unknown) if true is None else TrueLabelSearch(unknown, true=true)
-            chains.append((search, nodes, 0.0, places[len(stem) - 1 :]))
-        logits = row.extend(new, [position for chain in chains for position in chain[3]])
-        look_below(chains, logits)
-        searches = [chain[0] for chain in chains]
-        waiting: list[tuple[PackedRow, Sequence[Search]]] = [(row, searches)]
-        del row
-        self._descend(waiting)
-        return searches
-
-    def _descend(self, waiting: list[tuple[PackedRow, Sequence[Search]]]) -> None:
-        """Continue searches, one forward pass or a few per round, until all are within tolerance.
-
-        Each row leaves the list before it is split, so that it is freed while its parts stay.
-        """
-        while waiting:
-            row, searches = waiting.pop()
-            chosen = [
-                (search, opened, chain(opened.node))
-                for search in searches
-                for opened in search.choose(self.tolerance)
-            ]
-            num_new = sum(len(nodes) for _, _, nodes in chosen)
-            if row.length + num_new > self.max_tokens and len(searches) > 1:
-                # Messages do not see each other: split them, so that no row grows too long.
-                for search, opened, _ in chosen:
-                    search.frontier.append(opened)
-                halves = (searches[1::2], searches[::2])
-                waiting += [(row.keep_only(half), half) for half in halves]
-            elif chosen:
-                for paths in self._passes(chosen):
-                    self._extend(row, paths)
-                waiting.append((row, searches))
-
-    def _passes(self, chosen: Sequence[Chosen]) -> Iterator[list[Chosen]]:
-        """Split the paths to compute so that no pass has too many logits."""
-        part: list[Chosen] = []
-        num_kept = 0
-        for path in chosen:
-            num_new = len(path[2])
-            if part and num_kept + num_new > self._most_kept:
-                yield part
-                part, num_kept = [], 0
-            part.append(path)
-            num_kept += num_new
-        yield part
-
-    def _extend(self, row: PackedRow, chosen: Sequence[Chosen]) -> None:
-        """Compute paths below open nodes, in one pass."""
-        if self.limit_bytes is not None:
-            memory.keep_within(next(self.model.parameters()).device, self.limit_bytes)
-        new: list[tuple[int, int]] = []
-        chains = []
-        for search, opened, nodes in chosen:
-            start = row.length + len(new)
-            tokens = [opened.token, *(next(iter(node.children)) for node in nodes[:-1])]
-            parents = [opened.parent, *range(start, start + len(nodes) - 1)]
-            new.extend(zip(tokens, parents, strict=True))
-            positions = list(range(start, start + len(nodes)))
-            chains.append((search, nodes, opened.log_probability, positions))
-        logits = row.extend(new, [position for chain in chains for position in chain[3]])
-        look_below(chains, logits)
 
 
 def evaluate_rows(
