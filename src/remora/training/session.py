@@ -146,7 +146,6 @@ def open_session(
             planned, heaviest = plan(before, *settings)
             if needs_disk:
                 feasibility.refuse_full_disk(planned, config)
-            # Weights and adapter
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(config.seed)
             if planned.shard:
@@ -162,8 +161,8 @@ def open_session(
         if planned.shard:
             sharding.apply(model, device, group)
         layouts.assign(model, planned.layout)
-        rows = dataset.train, (heaviest.rows, planned.micro_batch_tokens)
-        layout.settle(model, prompt, *rows, config.layout, accelerator, group, reporter)
+        largest = heaviest.rows, planned.micro_batch_tokens
+        layout.settle(model, prompt, dataset.train, largest, config, accelerator, group, reporter)
         with group.together():
             if planned.layout != layouts.of(model):
                 again = replace(before, layout="rows", shard="on" if planned.shard else "off")
