@@ -92,6 +92,14 @@ class Session:
         )
 
 
+def _where_to_load(planned: Plan, device: torch.device) -> torch.device:
+    """Return the device to load weights on: those that are sharded are put there in parts."""
+    if not planned.shard:
+        return device
+    memory.map_arrays(device)
+    return torch.device("cpu")
+
+
 def _as_rendered_before(
     prompt: Prompt, card: AdapterCard, resumed: Checkpoint | None, reporter: Reporter
 ) -> tuple[Prompt, AdapterCard]:
@@ -148,9 +156,7 @@ def open_session(
                 feasibility.refuse_full_disk(planned, config)
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(config.seed)
-            if planned.shard:
-                memory.map_arrays(device)
-            on = torch.device("cpu") if planned.shard else device
+            on = _where_to_load(planned, device)
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
             prompt, card = _as_rendered_before(prompt, card, resumed, reporter)
             parameters = lora.count_parameters(model)
