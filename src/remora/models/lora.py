@@ -141,10 +141,9 @@ def _width(module: Any) -> int:
 
 
 def _not_as_layers(model: Any, names: Sequence[str]) -> list[str]:
-    """Return those of some names that PEFT does not adapt as layers in this architecture.
+    """Return those of some names that PEFT takes for the experts of this architecture.
 
-    Some it takes for experts, whose layers had such names before transformers stacked them. Some
-    it refuses, since fused kernels of state-space models read the weights past the adapter.
+    Their layers had such names before transformers stacked them.
     """
     import peft
     from peft.utils import transformers_weight_conversion as conversion
@@ -153,13 +152,6 @@ def _not_as_layers(model: Any, names: Sequence[str]) -> list[str]:
     if converts is None or not names:
         return []
     taken = []
-    config = peft.LoraConfig(target_modules=list(names))
-    for name in names:
-        try:
-            check: Any = peft.LoraModel._check_target_module_compatiblity
-            check(None, config, model, name)
-        except ValueError:
-            taken.append(name)
     for group in (set(names) & set(SEED_RECIPE_MODULES[4:]), *({name} for name in names)):
         if not group:
             continue
