@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 import finished
 import gguf_files
@@ -119,6 +120,34 @@ def broken_base(shop: Workshop, **changes: object) -> list[str]:
     path = shop.copy_of_base() / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return train("good.csv", model="copy")
+
+
+LAYERS = ("--target-modules", "q_proj,w_pack")
+
+
+def longer_tokenizer(shop: Workshop) -> list[str]:
+    folder = shop.copy_of_base()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder)
+    return train("good.csv", model="copy")
+
+
+def moved_base(shop: Workshop) -> list[str]:
+    path = shop.copy_of_run() / "adapter" / "remora.json"
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps({**card, "base_model": str(shop.folder / "gone")}))
+    return ["eval", "copy", "good.csv"]
+
+
+def merge_into_4_bits(shop: Workshop) -> list[str]:
+    base, path = shop.copy_of_base(), shop.copy_of_run() / "adapter" / "remora.json"
+    config = json.loads((base / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps({**card, "base_model": str(base)}))
+    return ["export", "copy", "--merge"]
 
 
 def hybrid(shop: Workshop, kind: str) -> str:
@@ -585,6 +614,27 @@ CASES: list[Case] = [
         lambda s: train("good.csv", "--target-modules", "dt_proj", model=hybrid(s, "mamba")),
     ),
     ("an unknown architecture", 4, lambda s: broken_base(s, model_type="unheard-of")),
+    (
+        "an encoder",
+        4,
+        lambda s: broken_base(s, model_type="bert", architectures=["BertForMaskedLM"]),
+    ),
+    ("an encoder-decoder", 4, lambda s: broken_base(s, model_type="t5")),
+    ("a vision model", 4, lambda s: broken_base(s, model_type="vit")),
+    (
+        "a model that brings its own code",
+        4,
+        lambda s: broken_base(s, model_type="own", auto_map={"AutoConfig": "own.Config"}),
+    ),
+    ("a tokenizer longer than the embedding", 4, longer_tokenizer),
+    ("an adapter whose base model has moved", 4, moved_base),
+    (
+        "a list of labels that fills the context",
+        4,
+        lambda s: train("good.csv", "--list-labels", "--max-length", "20"),
+    ),
+    ("merging into a base that is stored in 4 bits", 4, merge_into_4_bits),
+    ("a layer that the model does not have", 2, lambda s: train("good.csv", *LAYERS)),
     ("a configuration of a billion layers", 4, lambda s: broken_base(s, num_hidden_layers=10**9)),
     (
         "a configuration wider than its weights",

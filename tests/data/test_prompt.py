@@ -365,3 +365,51 @@ def test_the_answer_ends_with_a_control_token_not_with_any_added_one() -> None:
     tokenizer.add_tokens(["~"])
     prompt = Prompt(tokenizer, ["a", "b"], instruction="Sort this.", max_length=200)
     assert tokenizer.decode(prompt.answers[0]) == "a~<|im_end|>"
+
+
+def test_the_prompt_of_training_is_used_on_another_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import chat_template_utils
+
+    class Day:
+        today = "01 Jan 2026"
+
+        @classmethod
+        def now(cls) -> Any:
+            return cls
+
+        @classmethod
+        def strftime(cls, _: str) -> str:
+            return cls.today
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    dated = with_template("Today is {{ strftime_now('%d %b %Y') }}. " + CHAT_TEMPLATE)
+    trained = make(dated)
+    same = trained.pinned(trained.rendered)
+    assert (same.stems(MESSAGES), same.changed) == (trained.stems(MESSAGES), "")
+    Day.today = "02 Feb 2027"
+    assert make(dated).stems(MESSAGES) != trained.stems(MESSAGES)
+    later = make(dated, rendered=trained.rendered)
+    assert later.stems(MESSAGES) == trained.stems(MESSAGES)
+    assert (later.answers, later.prefix) == (trained.answers, trained.prefix)
+    assert "02 Feb 2027" in later.changed
+    assert "01 Jan 2026" in later.changed
+    assert later.rendered == trained.rendered
+
+
+def test_tokens_of_training_are_used_with_another_tokenizer() -> None:
+    trained = make(build_tokenizer())
+    other = trained.rendered._replace(
+        prefix=[7, *trained.prefix[1:]], answers=[[9, *answer] for answer in trained.answers]
+    )
+    prompt = make(build_tokenizer(), rendered=other)
+    stems = trained.stems(MESSAGES)
+    assert prompt.stems(MESSAGES) == [[7, *stem[1:]] for stem in stems]
+    assert [list(answer) for answer in prompt.answers] == other.answers
+    assert "other tokens" in prompt.changed
+
+
+def test_a_template_that_is_broken_after_training_does_no_harm() -> None:
+    trained = make(build_tokenizer())
+    broken = make(with_template("{{ nothing.at.all }}"), rendered=trained.rendered)
+    assert broken.stems(MESSAGES) == trained.stems(MESSAGES)
+    assert broken.changed

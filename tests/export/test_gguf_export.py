@@ -107,19 +107,6 @@ def test_the_grammar_and_the_modelfile_hold_any_label_and_prompt(exported: Path)
     assert 'PARAMETER stop "<|im_end|>"' in text
 
 
-@pytest.mark.parametrize("marks", ["{{ x }}", "{% raw %}", "{# a #}", "{ plain }", "'\"\\ \n\n"])
-def test_the_chat_template_renders_the_trained_prompt(original: Path, marks: str) -> None:
-    prompt = saved.open_trained(original / "run", device="cpu").prompt
-    prompt.head, tokenizer = f"{marks}{prompt.head}", prompt.tokenizer
-    tokenizer.chat_template = gguf.chat_template(prompt)
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": " where {{ y }} \n"}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    assert rendered == f"{prompt.head}where {{{{ y }}}}{prompt.tail}"
-
-
 @STAND_IN
 @pytest.mark.parametrize(
     ("broken", "code", "wanted"),

@@ -47,6 +47,15 @@ def test_stock_transformers_loads_the_merged_model_alone(place: Path, capsys) ->
     torch.testing.assert_close(merged(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)
 
 
+THINKING = (
+    "Today is {{ strftime_now('%d %B %Y') }}, \"{{ 'quoted' }}\" \\ {{ '{' }}{ é 😀\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>\n"
+    "{% endif %}{% endif %}"
+)
+
+
 def test_stock_generate_writes_the_labels_that_predict_gives(place: Path) -> None:
     """By the merged model's own settings: a chat model's would draw them, and avoid repetition."""
     chat = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
@@ -84,8 +93,34 @@ def test_the_merged_base_is_the_base_and_the_tokenizer_its_own(place: Path) -> N
         torch.testing.assert_close(merged[name], weight + 4 * (b @ a), rtol=1e-5, atol=1e-5)
         assert not torch.equal(merged[name], weight)
     first, second = (AutoTokenizer.from_pretrained(name) for name in ("base", "out"))
-    assert first.chat_template == second.chat_template
     assert first.get_vocab() == second.get_vocab()
+
+
+def test_stock_rendering_of_a_merged_thinking_model_is_the_trained_prompt(place: Path) -> None:
+    """Without an argument, on another day, with the instruction or without it."""
+    base = AutoTokenizer.from_pretrained("base")
+    base.chat_template = THINKING
+    base.save_pretrained("base")
+    card = json.loads(Path("run/adapter/remora.json").read_text())
+    del card["rendered"]  # as it was before, so that the base's template is rendered
+    Path("run/adapter/remora.json").write_text(json.dumps(card))
+    assert remora("run", "--merge", "--output", "out") == 0
+    prompt = saved.open_trained("out", device="cpu").prompt
+    merged = AutoTokenizer.from_pretrained("out")
+    for message in MESSAGES:
+        (stem,) = prompt.stems([message])
+        for content in (message, f"{card['instruction']}\n\n{message}"):
+            asked = [{"role": "user", "content": content}]
+            for more in ({}, {"enable_thinking": True}):
+                ids = merged.apply_chat_template(asked, add_generation_prompt=True, **more)
+                assert ids["input_ids"] == stem
+        text = merged.apply_chat_template(
+            [*asked, {"role": "assistant", "content": "refund"}], tokenize=False
+        )
+        answer = prompt.answers[prompt.labels.index("refund")]
+        assert merged(text, add_special_tokens=False).input_ids == [*stem, *answer]
+    with pytest.raises(Exception, match="one message"):
+        merged.apply_chat_template([{"role": "system", "content": "x"}, *asked], tokenize=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -275,3 +310,21 @@ def test_what_no_answer_depends_on_is_not_compared() -> None:
 def test_merging_needs_the_rows_but_not_the_table(place: Path) -> None:
     Path("data.csv").unlink()
     assert remora("run", "--merge") == 0
+
+
+def test_a_template_edited_after_training_changes_no_label(place: Path, caplog) -> None:
+    before = labels(Path("run"))
+    assert not caplog.records
+    base = AutoTokenizer.from_pretrained("base")
+    base.chat_template = "Sort it! " + base.chat_template.replace("assistant", "expert")
+    base.save_pretrained("base")
+    assert labels(Path("run")) == before
+    (record,) = caplog.records
+    assert "'Sort it! <|im" in record.getMessage()
+    assert record.getMessage().endswith("; what was trained is used")
+    # A card of an earlier version has no prompt: the template of today is used, without a word.
+    card = json.loads(Path("run/adapter/remora.json").read_text())
+    del card["rendered"]
+    Path("run/adapter/remora.json").write_text(json.dumps(card))
+    assert labels(Path("run")) != before
+    assert len(caplog.records) == 1

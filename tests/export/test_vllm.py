@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import exporting
 from exporting import remora
+from remora.data.prompt import Prompt
 from remora.evaluation import results
 from remora.models import saved
 
@@ -68,9 +69,7 @@ def test_the_folder_has_the_trained_prompt_inside(place: Path, capsys) -> None:
 
 
 def test_another_prompt_is_not_written(place: Path, capsys, monkeypatch) -> None:
-    from remora.export import gguf
-
-    monkeypatch.setattr(gguf, "chat_template", lambda prompt: "{{ messages[-1]['content'] }}")
+    monkeypatch.setattr(Prompt, "chat_template", "{{ messages[-1]['content'] }}")
     assert remora("run", "--vllm") == 4
     assert "renders another prompt than the adapter was trained with" in capsys.readouterr().err
     assert not Path("run/vllm").exists()

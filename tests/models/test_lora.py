@@ -5,7 +5,9 @@ Also covers remora.models.fused_lora.
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from conftest import ARCHITECTURES, randomize_adapter, tiny_model
-from remora.errors import ConfigError
-from remora.models import fused_lora, lora
+from remora.errors import ConfigError, ModelError
+from remora.models import fused_lora, lora, untrusted
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 5, 40, 41, 42, 43, 3]])
 
@@ -496,3 +498,98 @@ def test_a_gated_mlp_of_another_form_keeps_its_own_forward() -> None:
     randomize_adapter(model)
     logits = model(input_ids=IDS).logits
     torch.testing.assert_close(as_stock(model)(input_ids=IDS).logits, logits)
+
+
+def mixture(dtype: torch.dtype = torch.float32) -> Any:
+    """A random mixture of experts, stacked as [experts, out, in], with a shared one."""
+    from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def test_experts_and_routers_stay_frozen_by_default() -> None:
+    model = mixture()
+    held = 1 * 4 * (2 * 8 * 16 + 16 * 8)  # layers, experts, gate and up, down
+    assert sum(lora.expert_parameters(model).values()) == held
+    total = sum(p.numel() for p in model.parameters())
+    model = lora.add_adapter(model, rank=2, alpha=4, dropout=0.1)
+    trained = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert not any(".experts" in name or name.endswith("gate") for name in trained)
+    counts = lora.count_parameters(model)
+    assert counts.experts == held
+    assert counts.active == counts.total - held // 2  # two of four
+    assert counts.total == total + counts.trainable
+
+
+def test_experts_are_adapted_on_request_and_come_back(tmp_path: Path) -> None:
+    names = ["q_proj", "experts.gate_up_proj", "experts.down_proj"]
+    model = lora.add_adapter(mixture(), rank=2, alpha=4, dropout=0.1, modules=names)
+    # [r * experts, in] and [out, r * experts] for each stack, as PEFT has them
+    shapes = {
+        tuple(p.shape) for n, p in model.named_parameters() if ".experts" in n and "lora" in n
+    }
+    assert shapes == {(8, 16), (16, 8), (8, 8)}
+    counts = lora.count_parameters(model)
+    assert counts.modules == {
+        "q_proj": 2 * (16 + 16),
+        "gate_up_proj": 8 * (16 + 16),
+        "down_proj": 8 * (8 + 16),
+    }
+    assert counts.trainable == sum(counts.modules.values())
+    assert counts.experts == 0
+    randomize_adapter(model)
+    expected = model.eval()(input_ids=IDS).logits
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    (tmp_path / "remora.json").write_text("{}")
+    untrusted.adapter(tmp_path, mixture())
+    stock = peft.PeftModel.from_pretrained(mixture(), tmp_path).eval()
+    assert torch.equal(stock(input_ids=IDS).logits, expected)
+    merged = model.merge_and_unload()(input_ids=IDS).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_of_other_shapes_are_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    model = lora.add_adapter(mixture(), rank=2, alpha=4, dropout=0.0, modules=["experts.down_proj"])
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    (tmp_path / "remora.json").write_text("{}")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 10**6}))
+    with pytest.raises(ModelError, match="experts"):
+        untrusted.adapter(tmp_path, mixture())
+
+
+def test_dora_on_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="use_dora"):
+        lora.add_adapter(
+            mixture(), rank=2, alpha=4, dropout=0.0, use_dora=True, modules=["experts.down_proj"]
+        )
+
+
+def test_only_the_text_part_of_a_multimodal_model_is_adapted() -> None:
+    from tiny_architectures import tiny_model_of
+
+    model = tiny_model_of("gemma3", 50)
+    others = [n for n, m in model.named_modules() if n.endswith("q_proj") and "vision" in n]
+    assert others
+    adapted = lora.add_adapter(model, rank=2, alpha=4, dropout=0.0)
+    paths = [path for path, _ in fused_lora.lora_layers(adapted)]
+    assert len(paths) == 4 * 7  # layers, and q, k, v, o, gate, up, down
+    assert all("language_model" in path for path in paths)
+    adapted(input_ids=IDS).logits.sum().backward()
+    gradients = [p.grad for p in adapted.parameters() if p.requires_grad]
+    assert all(gradient is not None for gradient in gradients)

@@ -25,6 +25,7 @@ from remora.planning import allocator, step_memory
 from remora.tree import attention, packing
 from remora.tree.forward import model_inputs
 from remora.tree.loss import loss_sum
+from tiny_architectures import tiny_config_of
 
 ROWS = [
     TokenSequence([1, 5, 6, 7, *message, 9, 20 + i, 2], 5 + len(message))
@@ -180,3 +181,26 @@ def test_operations_are_those_of_the_matrix_products() -> None:
     forward = 2 * n * layers + 2 * p * h * 97
     counted = skeleton("qwen2", rank=1).count(packed).operations
     assert 2 * forward < counted < 2.8 * forward  # and attention, and the adapter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_mixture_of_experts_is_counted_in_its_own_precision(dtype: torch.dtype, caplog) -> None:
+    config = tiny_config_of("olmoe", 97)
+    empty = lora.add_adapter(loading.load_empty(config, dtype), rank=4, alpha=8, dropout=0.0)
+    counted = step_memory.Skeleton(empty, autocast=None, device="cpu").count(packing.build(ROWS))
+    # The products of two of four experts, forward and backward: 4 layers, 3 matrices of 32 by 48.
+    tokens = packing.build(ROWS).num_tokens
+    assert counted.operations > 4 * 2 * 2 * tokens * 2 * 3 * 32 * 48
+    wide = loading.load_empty(config, torch.float32)
+    wide = lora.add_adapter(wide, rank=4, alpha=8, dropout=0.0)
+    expected = step_memory.Skeleton(wide, autocast=None, device="cpu").count(packing.build(ROWS))
+    assert counted.operations == expected.operations
+    assert counted.saved < expected.saved or dtype is torch.float32
+
+
+def test_a_model_that_cannot_be_counted_ends_no_plan_and_logs_nothing(caplog) -> None:
+    config = tiny_config_of("dbrx", 97)
+    empty = lora.add_adapter(loading.load_empty(config, torch.float32), rank=4, alpha=8, dropout=0)
+    with pytest.raises(step_memory.NotCountableError, match="cannot be counted"):
+        step_memory.Skeleton(empty, autocast=None, device="cpu").count(packing.build(ROWS))
+    assert not [record for record in caplog.records if record.name.startswith("torch")]

@@ -65,7 +65,7 @@ def test_a_full_disk_is_refused_where_a_run_needs_it(
 def test_a_model_that_does_not_follow_the_tree_computes_rows_unless_the_tree_is_asked_for(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(model, rows):
+    def refuse(model, rows, *more):
         raise ModelError("it does not follow; do this")
 
     monkeypatch.setattr(layout, "check_tree", refuse)

@@ -109,6 +109,44 @@ def test_under_autocast_blocks_give_what_the_whole_mask_gives(
     assert (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()
 
 
+def test_chunks_are_counted_in_positions() -> None:
+    """Against a loop over the pairs: keys of the own chunk among the ancestors."""
+    packed = many_rows()
+    mask = attention.tree_mask(packed, None, 5)
+    depth, end = packed.position_ids.tolist(), packed.subtree_end.tolist()
+    for query in range(packed.num_tokens):
+        for key in range(packed.num_tokens):
+            seen = key <= query < end[key] and depth[key] // 5 == depth[query] // 5
+            assert bool(mask[query, key]) == seen
+
+
+def test_the_check_reaches_a_window_that_only_long_trees_exceed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model whose window counts neighbours in the packed row, and is longer than short rows."""
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+    stock = GPT2Attention.forward
+
+    def windowed(self: Any, states: Any, *args: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        if attention_mask is not None:
+            index = torch.arange(attention_mask.shape[-1])
+            attention_mask = attention_mask & (index[:, None] - index[None, :] < 100)
+        return stock(self, states, *args, attention_mask=attention_mask, **kwargs)
+
+    model = tiny_model("gpt2", torch.float32)
+    model.set_attn_implementation("sdpa")
+    ids = [*PREFIX, 50, 51, 3, 4, 2]
+    rows = [TokenSequence(ids, 23), TokenSequence([*PREFIX, 52, 3, 4, 2], 22)]
+    model.config.window_size = 100
+    check_tree(model, rows, rows, 400)
+    monkeypatch.setattr(GPT2Attention, "forward", windowed)
+    check_tree(model, rows)  # the rows are too short to tell
+    check_tree(model, rows, rows, 100)  # and no tree is longer
+    with pytest.raises(ModelError, match="do not follow the tree"):
+        check_tree(model, rows, rows, 400)
+
+
 @pytest.mark.parametrize("passes_on", [True, False])
 def test_a_model_that_drops_the_blocks_computes_whole_masks(
     passes_on: bool, monkeypatch: pytest.MonkeyPatch

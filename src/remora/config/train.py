@@ -193,8 +193,9 @@ class TrainConfig:
     """Learning rate of the adapter's B as a multiple of that of A, such as 16 (LoRA+)."""
 
     target_modules: tuple[str, ...] = ()
-    """Linear layers to adapt; by default q, k, v, o, gate, up and down, or every linear layer but
-    the head in other architectures."""
+    """Linear layers to adapt, several separated by commas; by default q, k, v, o, gate, up and
+    down, or every linear layer but the head and routers in other architectures. Experts of a
+    mixture are adapted if they are named, such as experts.down_proj, and without dropout."""
 
     learning_rate: LearningRate | None = None
     """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
@@ -301,8 +302,9 @@ class TrainConfig:
             ConfigError: Naming everything that is wrong.
         """
         object.__setattr__(self, "text_column", as_names(self.text_column))
-        for name in ("baselines", "columns"):
+        for name in ("baselines", "columns", "target_modules"):
             object.__setattr__(self, name, split_names(getattr(self, name)))
+        object.__setattr__(self, "target_modules", tuple(filter(None, self.target_modules)))
         unknown = [each for each in self.baselines if each not in {*BASELINES, "auto", "none"}]
         check(
             self,

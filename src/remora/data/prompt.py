@@ -8,6 +8,7 @@ and the end token). The loss covers the answer only.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,20 @@ class TokenSequence(NamedTuple):
     weight: float = 1.0  # of the row in the loss
 
 
+class Rendered(NamedTuple):
+    """A prompt as it was rendered for training: its text, and its tokens.
+
+    A template may hold today's date, and may be edited; what a model was trained with stays.
+    """
+
+    head: str  # before the message
+    tail: str  # after the message, up to where the answer begins
+    opening: str  # between message and answer in a whole conversation
+    ending: str  # after the answer
+    prefix: list[int]  # tokens that all conversations begin with
+    answers: list[list[int]]  # tokens of each label, in their order
+
+
 class Prompt:
     """The prompt for a message and the answer for a label, for one tokenizer and label set.
 
@@ -40,6 +55,9 @@ class Prompt:
         head: The text before the message, template included.
         tail: The text between the message and its answer.
         prefix: The token ids that every conversation begins with.
+        rendered: The prompt as text and tokens, to be kept with what is trained.
+        changed: What the tokenizer would render otherwise than `rendered`, as a line for the user;
+            "" if nothing.
         max_length: The longest sequence, in tokens, answer included.
     """
 
@@ -52,6 +70,7 @@ class Prompt:
         list_labels: bool = False,
         label_texts: Mapping[str, str] | None = None,
         max_length: int,
+        rendered: Rendered | None = None,
     ) -> None:
         """Render the template and find where answers begin.
 
@@ -62,6 +81,7 @@ class Prompt:
             list_labels: Whether the instruction ends with the list of labels.
             label_texts: The text that the model writes for a label, if other than the label.
             max_length: The longest sequence in tokens; longer messages are truncated.
+            rendered: The prompt that a model was trained with, which is used instead.
 
         Raises:
             ConfigError: If `label_texts` names a label that does not exist.
@@ -88,14 +108,76 @@ class Prompt:
         if list_labels:
             asked = f"{instruction} Labels: {', '.join(written)}.".strip()
         content = f"{asked}\n\n{MESSAGE_MARK}" if asked else MESSAGE_MARK
-        self.head, self.tail = _ask(tokenizer, content)
-        opening, ending = _answer(tokenizer, content)
+        self._asked = content.removesuffix(MESSAGE_MARK)
+        now = _texts(tokenizer, content, rendered)
+        self.head, self.tail, self._opening, self._ending = (
+            now if rendered is None else (rendered[:4])
+        )
+        self._refuse_long_template()
+        self._other_prefix: list[int] = []  # of this tokenizer, in place of which `prefix` stands
 
         # Tokens of the answers and of the common prefix
-        self.answers, self._num_dropped = self._find_answers(opening, ending, written)
-        self._refuse_equal_answers()
+        self.answers, self._num_dropped = self._find_answers(self._opening, self._ending, written)
         self.prefix = self._find_prefix()
+        self.changed = ""
+        if rendered is not None:
+            self.changed = self._find_change(now, rendered)
+            if (prefix := tuple(rendered.prefix)) != self.prefix:
+                self._other_prefix, self.prefix = list(self.prefix), prefix
+            self.answers = tuple(tuple(answer) for answer in rendered.answers)
+        self._refuse_equal_answers()
         self._refuse_short_context()
+
+    @property
+    def rendered(self) -> Rendered:
+        """The prompt as text and tokens."""
+        texts = self.head, self.tail, self._opening, self._ending
+        return Rendered(*texts, list(self.prefix), [list(answer) for answer in self.answers])
+
+    def pinned(self, rendered: Rendered) -> Prompt:
+        """Return the same prompt as it was rendered before."""
+        return Prompt(
+            self.tokenizer,
+            self.labels,
+            instruction=self.instruction,
+            list_labels=self.list_labels,
+            label_texts=self.label_texts,
+            max_length=self.max_length,
+            rendered=rendered,
+        )
+
+    @property
+    def chat_template(self) -> str:
+        """A chat template that renders this very prompt for a message, whatever the day.
+
+        The message may have the instruction before it or not. With an assistant's answer it renders
+        the whole conversation.
+        """
+        asked = json.dumps(self._asked, ensure_ascii=False)
+        texts = self.head.removesuffix(self._asked), self._asking, self._opening, self._ending
+        before, tail, opening, ending = (json.dumps(text, ensure_ascii=False) for text in texts)
+        return (
+            "{%- if messages[0]['role'] != 'user' or messages | length > 2 -%}"
+            "{{- raise_exception('this model labels one message of a user') -}}{%- endif -%}"
+            "{%- set content = messages[0]['content'] -%}"
+            f"{{%- set asked = {asked} -%}}"
+            "{%- if asked and content.startswith(asked) -%}"
+            "{%- set content = content[asked | length:] -%}{%- endif -%}"
+            f"{{{{- {before} + asked + content | trim -}}}}"
+            "{%- if messages | length == 2 -%}"
+            f"{{{{- {opening} + messages[1]['content'] + {ending} -}}}}"
+            f"{{%- elif add_generation_prompt -%}}{{{{- {tail} -}}}}{{%- endif -%}}"
+        )
+
+    @property
+    def _asking(self) -> str:
+        """The text after the message in stems: `tail` without what belongs to the answer."""
+        if self._num_dropped == 0:
+            return self.tail
+        (whole,) = self._encode([f"{self.head}{PROBES[0]}{self.tail}"])
+        text = self.tail.removesuffix(self.tokenizer.decode(whole[-self._num_dropped :]))
+        same = self._encode([f"{self.head}{PROBES[0]}{text}"]) == [whole[: -self._num_dropped]]
+        return text if same else self.tail
 
     @property
     def num_fixed_tokens(self) -> int:
@@ -143,7 +225,13 @@ class Prompt:
             for message in messages
         ]
         stems = self._encode(texts)
-        return [stem[: len(stem) - self._num_dropped] for stem in stems]
+        stems = [stem[: len(stem) - self._num_dropped] for stem in stems]
+        if other := self._other_prefix:
+            stems = [
+                [*self.prefix, *stem[len(other) :]] if stem[: len(other)] == other else stem
+                for stem in stems
+            ]
+        return stems
 
     def _without_control_tokens(self, message: str) -> str:
         """Break control tokens in a message into text, so that none can end its turn."""
@@ -197,6 +285,23 @@ class Prompt:
             prefix = prefix[: common_prefix_length(prefix, other)]
         return tuple(prefix)
 
+    def _find_change(self, now: tuple[str, ...], rendered: Rendered) -> str:
+        """Return a line on what this tokenizer renders otherwise, "" if nothing."""
+        for text, trained in zip(now, rendered[:4], strict=True):
+            if text != trained:
+                start = max(0, common_prefix_length(text, trained) - 12)
+                return (
+                    f"the chat template now renders {text[start : start + 40]!r} where the model "
+                    f"was trained with {trained[start : start + 40]!r}; what was trained is used"
+                )
+        own = list(self.prefix), [list(answer) for answer in self.answers]
+        if own != (rendered.prefix, rendered.answers):
+            return (
+                "the tokenizer now gives other tokens for the prompt than in training; those of "
+                "training are used"
+            )
+        return ""
+
     def _respell(self) -> dict[str, str]:
         """Return texts for labels with characters that the tokenizer has no tokens for.
 
@@ -231,6 +336,21 @@ class Prompt:
                 )
             seen[answer] = label
 
+    def _refuse_long_template(self) -> None:
+        """Refuse a template that fills the context, before each label is tokenized in it."""
+        length = len(self._encode([f"{self.head}{self.tail}"])[0])
+        if length >= self.max_length:
+            raise ModelError(
+                f"the template takes {length:,} of the {self.max_length:,} tokens of the context, "
+                f"leaving no room for a message; {self._shorter}"
+            )
+
+    @property
+    def _shorter(self) -> str:
+        if self.list_labels:
+            return "leave out --list-labels, or shorten the labels with --label-texts"
+        return "shorten the instruction, or the labels with --label-texts"
+
     def _refuse_short_context(self) -> None:
         if self.num_fixed_tokens < self.max_length:
             return
@@ -239,11 +359,7 @@ class Prompt:
             f"the template and the longest label ({self.labels[longest]!r}, "
             f"{len(self.answers[longest])} tokens) take {self.num_fixed_tokens} of the "
             f"{self.max_length} tokens of the context, leaving no room for a message; "
-            + (
-                "leave out --list-labels, or shorten the labels with --label-texts"
-                if self.list_labels
-                else "shorten the instruction, or the labels with --label-texts"
-            )
+            f"{self._shorter}"
         )
 
 
@@ -252,6 +368,16 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
     special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
     longest_first = sorted((t for t in special if len(t) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _texts(tokenizer: Any, content: str, rendered: Rendered | None) -> tuple[str, ...]:
+    """Return head, tail, opening and ending as a tokenizer renders them now."""
+    try:
+        return (*_ask(tokenizer, content), *_answer(tokenizer, content))
+    except ModelError:
+        if rendered is None:
+            raise
+        return ("", "", "", "")  # the template was broken since
 
 
 def _ask(tokenizer: Any, content: str) -> tuple[str, str]:
@@ -305,7 +431,7 @@ def _render(tokenizer: Any, conversation: list[dict[str, str]], *, generate: boo
     return text
 
 
-def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Return the number of leading elements in which two sequences agree."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remora.config import TrainConfig
-from remora.models import hub, loading
+from remora.models import hub, loading, metadata
 from remora.runtime import files
 from remora.runtime.device import choose_device, choose_precision
 from remora.runtime.reporter import Reporter
@@ -50,6 +50,8 @@ def frozen_features(
 
     folder = hub.find(settings.model)
     prompt = loading.load_prompt(settings, labels, folder)
+    if kept is not None:
+        prompt = metadata.as_trained(prompt, kept.parent)
     stems = [tuple(stem) for stem in prompt.stems(texts)]
     found: dict[Stem, NDArray[np.float16]] = {}
     if kept is not None and kept.is_file():

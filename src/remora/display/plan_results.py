@@ -34,8 +34,9 @@ def _lines(plan: Plan) -> tuple[str, ...]:
     saved = plan.padded_tokens / plan.tree_tokens
     packed = "trees" if plan.layout == "tree" else "rows sorted by length"
     time = "" if plan.estimated is None else f"{plan.estimated}, "
+    active = "" if plan.active_parameters is None else f" ({plan.active_parameters:,} active)"
     return (
-        f"\nparameters  {plan.parameters:,}, of which {plan.trainable:,} trainable "
+        f"\nparameters  {plan.parameters:,}{active}, of which {plan.trainable:,} trainable "
         f"({plan.trainable / plan.parameters:.2%}): {spoken_bytes(plan.adapter_bytes_32)} in "
         f"32 bits, {spoken_bytes(plan.adapter_bytes_16)} in 16 bits",
         f"tokens      {plan.prefix_tokens} shared by all rows, then on average "

@@ -118,16 +118,6 @@ def write_gguf(config: ExportConfig, folder: Path, results: Results, reporter: R
     return written
 
 
-def chat_template(prompt: Prompt) -> str:
-    """Return a Jinja chat template that renders a message exactly as in training."""
-    head, tail = (
-        text.replace("{", "{{ '{' }}") if any(m in text for m in ("{{", "{%", "{#")) else text
-        for text in (prompt.head, prompt.tail)
-    )
-    # A template's last line break is dropped, so it does not end with one.
-    return f"{head}{{{{ messages[-1]['content'] | trim }}}}{tail}{{{{ '' }}}}"
-
-
 def modelfile(prompt: Prompt, name: str) -> str:
     """Return Ollama's description of a model; its template is written in Go's language."""
     head, tail = (
@@ -247,7 +237,7 @@ def pin_prompt(prompt: Prompt, model: Path) -> None:
     """Write a model's tokenizer with the trained prompt as its chat template, nothing added."""
     tokenizer = prompt.tokenizer
     before = tokenizer.chat_template
-    tokenizer.chat_template = chat_template(prompt)
+    tokenizer.chat_template = prompt.chat_template
     try:
         for path in model.iterdir():
             if path.is_symlink() and path.suffix != ".safetensors":
@@ -405,7 +395,7 @@ def _write_beside(folder: Path, prompt: Prompt, written: Gguf, *, is_adapter: bo
     first = written.files[0].name
     start = f"llama-server -m {first} --jinja"
     if is_adapter:
-        files.write_text(folder / "chat_template.jinja", chat_template(prompt))
+        files.write_text(folder / "chat_template.jinja", prompt.chat_template)
         start = (
             f"llama-server -m BASE.gguf --lora {first} --jinja "
             "--chat-template-file chat_template.jinja"

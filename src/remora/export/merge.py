@@ -16,7 +16,7 @@ from remora.config import ExportConfig
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.evaluation.results import Results
-from remora.models import hub, loading, metadata
+from remora.models import loading, metadata
 from remora.models.saved import Trained, open_trained, write_model
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
@@ -71,9 +71,16 @@ def merge(config: ExportConfig, folder: Path, results: Results, reporter: Report
     open_run = functools.partial(
         open_trained, config.run, base=config.model, device=config.device, precision="float32"
     )
+    card = metadata.read_card(metadata.adapter_folder(config.run))
+    source = metadata.find_base(card, config.model, config.run)
+    base = loading.load_config(source)
+    if getattr(base, "quantization_config", None) is not None:
+        raise ModelError(
+            f"the weights in {source} are stored quantized, so a merged update would be rounded "
+            "away; use the adapter as it is, or train on the original weights with --method qlora"
+        )
     trained = open_run()
-    source = hub.find(config.model or trained.card.base_model)
-    stored = loading.load_config(source).dtype or torch.float32
+    stored = base.dtype or torch.float32
     dtype = getattr(torch, config.dtype) if config.dtype else stored
     name = str(dtype).removeprefix("torch.")
     reporter.say(f"merging in float32, storing in {name}")

@@ -115,6 +115,7 @@ def read(folder: Path) -> Adapter:
 
     # Only A and B of plain LoRA make up the whole update
     plain = isinstance(config, peft.LoraConfig) and not config.use_rslora
+    plain = plain and not config.target_parameters  # of experts: many updates in one pair
     names = {name.replace(".lora_B.", ".lora_A.") for name in tensors}
     if not plain or not names or 2 * len(names) != len(tensors):
         raise ModelError(

@@ -26,6 +26,8 @@ def make_fast(model: Any) -> None:
     on a plain linear layer keep PEFT's forward.
     """
     for _, layer in lora_layers(model):
+        if hasattr(layer, "parameter_name"):  # of experts, which PEFT adapts in a way of its own
+            continue
         layer.forward = types.MethodType(_forward, layer)
     is_gated: dict[type, bool] = {}
     for module in model.modules():

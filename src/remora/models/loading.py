@@ -19,6 +19,9 @@ from remora.runtime import memory
 from remora.tree import layouts
 from remora.tree.layouts import Layout
 
+MAX_MODULES = 100_000
+"""More parts than any model has that transformers builds, and few enough to build in seconds."""
+
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -52,18 +55,25 @@ def load_config(folder: Path) -> Any:
     """Return the configuration in a model's folder.
 
     Raises:
-        ModelError: If it cannot be read or its architecture is unknown.
+        ModelError: If it cannot be read, or is of no causal language model that is known.
     """
     from transformers import AutoConfig
 
     untrusted.configuration(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if "auto_map" in untrusted.read_json(folder / "config.json"):
+            raise ModelError(
+                f"the model in {folder} needs code of its own, which is never run; give a model "
+                "that transformers has the code of"
+            ) from error
         raise ModelError(
             f"the configuration in {folder} cannot be read ({first_line(error)}); "
             "give the folder of a Hugging Face causal language model"
         ) from error
+    _refuse_other_kinds(config)
+    return config
 
 
 def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None = None) -> Any:
@@ -167,7 +177,7 @@ def load_empty(
     config = copy.deepcopy(config)
     config._attn_implementation = _attention(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _few_modules():
             make: Any = AutoModelForCausalLM.from_config
             empty = make(config, dtype=dtype)
     except Exception as error:  # its values contradict each other
@@ -179,6 +189,49 @@ def load_empty(
     if quantized:
         quantize.plan(empty)
     return empty
+
+
+@contextlib.contextmanager
+def _few_modules() -> Iterator[None]:
+    """Refuse to build more modules than any model has, whatever its configuration calls them."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def added(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise ModelError(f"it asks for more than {MAX_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(added)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_other_kinds(config: Any) -> None:
+    """Refuse the configuration of a model that is not a causal language model.
+
+    Raises:
+        ModelError: If it is of an encoder, an encoder-decoder or of no language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    if getattr(text, "is_encoder_decoder", False):
+        kind = "an encoder-decoder"
+    elif getattr(text, "is_decoder", True) is False:
+        kind = "an encoder"
+    elif type(config) not in AutoModelForCausalLM._model_mapping:
+        kind = "no language model that writes text"
+    else:
+        return
+    raise ModelError(
+        f"{config.model_type} is {kind}; give a causal language model (decoder-only), such as "
+        "Qwen/Qwen3-0.6B"
+    )
 
 
 def set_checkpointing(model: Any, on: bool) -> None:
@@ -242,7 +295,7 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
     """
     tokenizer = load_tokenizer(folder)
     context = context_length(load_config(folder), tokenizer)
-    return Prompt(
+    prompt = Prompt(
         tokenizer,
         labels,
         instruction=settings.instruction,
@@ -250,6 +303,31 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
         label_texts=settings.label_texts,
         max_length=min(settings.max_length or context, context),
     )
+    refuse_longer_vocabulary(prompt, folder)
+    return prompt
+
+
+def refuse_longer_vocabulary(prompt: Prompt, folder: Path) -> None:
+    """Refuse a tokenizer that may write tokens which the model's embedding does not have.
+
+    Special tokens that the prompt does not use do no harm: none comes from a message.
+
+    Raises:
+        ModelError: If there are such tokens.
+    """
+    size = load_config(folder).get_text_config().vocab_size
+    tokenizer = prompt.tokenizer
+    added = tokenizer.added_tokens_decoder.items()
+    special = {number for number, token in added if token.special}
+    used = {*prompt.stems([""])[0], *(token for answer in prompt.answers for token in answer)}
+    possible = {*tokenizer.get_vocab().values()} - (special - used)
+    beyond = [number for number in sorted(possible) if number >= size]
+    if beyond:
+        raise ModelError(
+            f"the tokenizer in {folder} has the token {tokenizer.convert_ids_to_tokens(beyond[0])} "
+            f"with the number {beyond[0]:,}, and the model's embedding has {size:,}; restore the "
+            "tokenizer that belongs to it, or resize the embedding"
+        )
 
 
 def load_base_and_prompt(

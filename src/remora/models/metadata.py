@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import remora
 from remora.config import TrainConfig
-from remora.data.prompt import Prompt
+from remora.data.prompt import Prompt, Rendered
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import gguf, hub, untrusted
 from remora.runtime import files
 from remora.tree.layouts import Layout
+
+_log = logging.getLogger(__name__)
 
 SCHEMA = 1
 FOLDERS = {"lora": "adapter", "qlora": "adapter", "full": "model"}
@@ -37,6 +40,7 @@ class AdapterCard:
     schema: int = SCHEMA
     gguf_sha256: str = ""  # of the GGUF file that the base was converted from, if it was
     gguf_quantization: str = ""  # of its weights there, such as Q4_K_M
+    rendered: Mapping[str, Any] = field(default_factory=dict)  # the prompt as it was rendered
     layout: Layout = "tree"  # in which it was trained, and is scored
     text_columns: tuple[str, ...] = ()  # of the training table; a text has several by their names
     label_column: str = ""
@@ -48,21 +52,25 @@ class AdapterCard:
         the tree.
         """
         values = asdict(self)
+        optional = {"gguf_sha256", "gguf_quantization", "rendered", "text_columns", "label_column"}
         if self.layout == "tree":
             del values["layout"]
-        optional = ("gguf_sha256", "gguf_quantization", "text_columns", "label_column")
         return {k: v for k, v in values.items() if v or k not in optional}
 
     def prompt(self, tokenizer: Any) -> Prompt:
-        """Return the prompt that the model was trained with."""
-        return Prompt(
+        """Return the prompt that the model was trained with, and say what would differ now."""
+        prompt = Prompt(
             tokenizer,
             self.labels,
             instruction=self.instruction,
             list_labels=self.list_labels,
             label_texts=self.label_texts,
             max_length=self.max_length,
+            rendered=Rendered(**self.rendered) if self.rendered else None,
         )
+        if prompt.changed:
+            _log.warning(prompt.changed)
+        return prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +105,25 @@ class BaseHash:
         if card.base_sha256 == self.weights_sha256:
             return True
         return self.gguf_sha256 != "" and card.gguf_sha256 == self.gguf_sha256
+
+
+def find_base(card: AdapterCard, given: str | None, folder: Path) -> Path:
+    """Return the folder of an adapter's base model.
+
+    Args:
+        card: The adapter's card, which says where its base was.
+        given: Where it is now; None if it has not moved.
+        folder: The adapter's folder.
+
+    Raises:
+        ModelError: If it is not there, or cannot be fetched.
+    """
+    if given is None and Path(card.base_model).is_absolute() and not Path(card.base_model).exists():
+        raise ModelError(
+            f"{folder} was trained on {card.base_model}, which is not there; say where it is now "
+            "with --model"
+        )
+    return hub.find(given or card.base_model)
 
 
 def adapter_folder(path: Path) -> Path:
@@ -135,6 +162,19 @@ def _fetch(name: str) -> Path:
             "give a model that `remora push` has published"
         )
     return hub.fetch(name, hub.HUB_FILES)
+
+
+def as_trained(prompt: Prompt, run: Path) -> Prompt:
+    """Return a prompt as it was rendered for a run's training, if the run says so.
+
+    Raises:
+        ModelError: If the run's card is broken.
+    """
+    folder = adapter_folder(run)
+    card = parse_card(folder) if (folder / "remora.json").is_file() else None
+    if card is None or not card.rendered or card.labels != prompt.labels:
+        return prompt
+    return prompt.pinned(Rendered(**card.rendered))
 
 
 def is_full(path: Path) -> bool:
@@ -208,9 +248,31 @@ def parse_card(folder: Path) -> AdapterCard:
         and isinstance(card.list_labels, bool)
         and isinstance(card.max_length, int)
         and 1 <= card.max_length <= untrusted.MAX_SIZE
+        and _is_rendered(card.rendered, len(card.labels))
     ):
         raise ModelError(f"{path} is broken (a value has the wrong type); restore it")
     return card
+
+
+def _is_rendered(value: Any, num_labels: int) -> bool:
+    """Return whether a value is a rendered prompt as `Rendered` has it, or none."""
+    if value == {}:
+        return True
+    if not isinstance(value, dict) or set(value) != set(Rendered._fields):
+        return False
+    sequences = value["answers"]
+    return (
+        all(is_text(value[name]) for name in ("head", "tail", "opening", "ending"))
+        and isinstance(sequences, list)
+        and len(sequences) == num_labels
+        and all(isinstance(tokens, list) for tokens in (value["prefix"], *sequences))
+        and all(sequences)
+        and all(
+            type(token) is int and 0 <= token < untrusted.MAX_SIZE
+            for tokens in (value["prefix"], *sequences)
+            for token in tokens
+        )
+    )
 
 
 def is_text(value: Any) -> bool:

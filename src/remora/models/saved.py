@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from remora.config import DeviceName, PrecisionName
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
-from remora.models import fused_lora, gguf, hub, loading, quantize, untrusted
+from remora.models import fused_lora, gguf, loading, quantize, untrusted
 from remora.models.metadata import (
     AdapterCard,
     BaseHash,
     adapter_folder,
+    find_base,
     is_full,
     is_whole,
     parse_card,
@@ -93,8 +95,11 @@ def write_model(
     whole.generation_config = _writing_labels(whole.generation_config, prompt)
     with loading.without_progress_bar():
         whole.save_pretrained(folder, state_dict=weights)
-    prompt.tokenizer.save_pretrained(folder)
-    card = replace(card, base_sha256=files.weights_sha256(folder))
+    tokenizer = copy.deepcopy(prompt.tokenizer)
+    tokenizer.chat_template = prompt.chat_template
+    tokenizer.save_pretrained(folder)
+    rendered = prompt.rendered._asdict()
+    card = replace(card, base_sha256=files.weights_sha256(folder), rendered=rendered)
     write_json(folder / "remora.json", card.to_dict())
 
 
@@ -232,13 +237,14 @@ def load_adapter(
     if is_whole(folder):
         return _load_whole(folder, base=base, dtype=dtype, device=device)
     card = read_card(folder)
-    source = hub.find(base or card.base_model)
+    source = find_base(card, base, folder)
     if not BaseHash.of(source).is_base_of(card):
         raise ModelError(
             f"{folder} was trained on other weights than those in {source}; "
             "give its own base model with --model"
         )
     prompt = card.prompt(loading.load_tokenizer(source))
+    loading.refuse_longer_vocabulary(prompt, source)
     loaded = loading.load_base(source, card.method, dtype, device)
     layouts.assign(loaded, card.layout)
     if dequantized:
@@ -261,6 +267,7 @@ def _load_whole(
             "export or train again"
         )
     prompt = card.prompt(loading.load_tokenizer(folder))
+    loading.refuse_longer_vocabulary(prompt, folder)
     loaded = loading.load(folder, dtype)
     layouts.assign(loaded, card.layout)
     return loaded.to(device).eval(), prompt, card

@@ -26,13 +26,18 @@ MAX_LAYERS = 1_000
 MAX_SIZE = 10_000_000
 """Upper limit of any width, vocabulary or context of a model."""
 
+_COUNTS_LAYERS = re.compile(r"(^|_)(layer|block)(s|_types?)?$")
+"""Keys that say how many layers are built; a size of each layer is bounded by the weights' files,
+and other numbers of modules by `loading.load_empty`."""
+
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.]{0,200}")
 
 # Keys of LoraConfig. Every other key must be empty or have its default.
 _ADAPTER_KEYS = {
     *("alpha_pattern", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
     *("init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "peft_version", "r"),
-    *("rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
+    *("rank_pattern", "revision", "target_modules", "target_parameters", "task_type"),
+    *("use_dora", "use_rslora"),
 }
 
 
@@ -44,7 +49,7 @@ def adapter(folder: Path, base: Any) -> None:
     """
     for name in ADAPTER_FILES:
         followed(folder / name)
-    ranks, default, targets, is_dora = _read_ranks(folder / "adapter_config.json")
+    ranks, default, targets, parameters, is_dora = _read_ranks(folder / "adapter_config.json")
     shapes = read_shapes([folder / "adapter_model.safetensors"])
     for name, module in base.named_modules():
         if not _ends_with(name, targets):
@@ -69,6 +74,33 @@ def adapter(folder: Path, base: Any) -> None:
                 raise _misfit(folder, f"lacks {key}")
             if shapes[key] != shape:
                 raise _misfit(folder, f"has {key} with the shape {shapes[key]}, not {shape}")
+    _check_experts(folder, base, shapes, parameters, default)
+
+
+def _check_experts(
+    folder: Path, base: Any, shapes: Mapping[str, tuple[int, ...]], targets: list[str], rank: int
+) -> None:
+    """Refuse adapters of stacked expert weights whose shapes are not those of the configuration."""
+    for name, module in base.named_modules():
+        wanted: list[tuple[int, ...]] = []
+        for part, parameter in module.named_parameters(recurse=False):
+            if not _ends_with(f"{name}.{part}", targets):
+                continue
+            if parameter.dim() != 3:
+                raise ModelError(
+                    f"{folder} adapts {name}.{part}, which are not experts of its base; {AGAIN}"
+                )
+            number, *sides = parameter.shape
+            out, into = reversed(sides) if getattr(module, "is_transposed", False) else sides
+            wanted += [(rank * number, into), (out, rank * number)]
+        # PEFT puts one wrapper around another, each with a pair of matrices.
+        found = [
+            shape
+            for key, shape in shapes.items()
+            if key.startswith(f"base_model.model.{name}.") and ".lora_" in key
+        ]
+        if wanted and sorted(found) != sorted(wanted):
+            raise _misfit(folder, f"has other shapes for the experts in {name}")
 
 
 def configuration(folder: Path) -> None:
@@ -80,7 +112,7 @@ def configuration(folder: Path) -> None:
     path = folder / "config.json"
     values = read_json(path)
     for key, value in _numbers(values):
-        limit = MAX_LAYERS if "layer" in key else MAX_SIZE
+        limit = MAX_LAYERS if _COUNTS_LAYERS.search(key) else MAX_SIZE
         if value > limit and not key.endswith("_id") and "theta" not in key:
             raise ModelError(f"{path} has {key} {value:g}, more than {limit:,}; restore it")
 
@@ -175,8 +207,8 @@ def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str], bool]:
-    """Return an adapter's ranks by layer, its default rank, its layers, and whether it is DoRA."""
+def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str], list[str], bool]:
+    """Return an adapter's ranks by layer, default rank, layers, experts, and whether it is DoRA."""
     from peft import LoraConfig
 
     values = read_json(path)
@@ -187,12 +219,14 @@ def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str], bool]:
         if key not in _ADAPTER_KEYS and value and value != usual.get(key):
             raise ModelError(f"{path} sets {key}, which Remora's adapters do not have; {AGAIN}")
     targets, rank = values.get("target_modules"), values.get("r")
+    parameters = values.get("target_parameters") or []
     ranks, scales = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
     if not (
         isinstance(targets, list)
+        and isinstance(parameters, list)
         and isinstance(ranks, dict)
         and isinstance(scales, dict)
-        and all(_is_plain(name) for name in (*targets, *ranks, *scales))
+        and all(_is_plain(name) for name in (*targets, *parameters, *ranks, *scales))
     ):
         raise ModelError(f"{path} does not name its layers by plain names; {AGAIN}")
     if not all(_is_rank(number) for number in (rank, *ranks.values())):
@@ -205,7 +239,7 @@ def _read_ranks(path: Path) -> tuple[dict[str, int], int, list[str], bool]:
             f"{path} has an alpha or dropout that is not a number below 1,000,000; {AGAIN}"
         )
     assert isinstance(rank, int)
-    return ranks, rank, targets, values.get("use_dora") is True
+    return ranks, rank, targets, parameters, values.get("use_dora") is True
 
 
 def _misfit(folder: Path, what: str) -> ModelError:
@@ -236,7 +270,7 @@ def _numbers(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, f
         for name, item in value.items():
             yield from _numbers(item, str(name), depth + 1)
     elif isinstance(value, list):
-        if "layer" in key and len(value) > MAX_LAYERS:
+        if _COUNTS_LAYERS.search(key) and len(value) > MAX_LAYERS:
             yield key, len(value)
         for item in value:
             yield from _numbers(item, key, depth + 1)

@@ -130,6 +130,7 @@ class Plan:
     test_seconds: float | None  # of scoring test and validation rows
     seconds_are: str
     alternatives: tuple[str, ...]  # that would fit, the cheapest first; empty if the run fits
+    active_parameters: int | None = None  # that a token uses, in a mixture of experts
 
     @property
     def estimated(self) -> Duration | None:

@@ -155,6 +155,12 @@ class Planner:
             elif settings.method == "full":
                 cause = "as all of them train"
             why += f"; weights sharded over {several} processes, {cause}"
+        if self.memory.uncountable:
+            cause = self.memory.uncountable.partition(";")[0]
+            why += (
+                f"; estimated, since {cause}: training computes the heaviest micro-batch first to "
+                "see that it fits"
+            )
         return self._plan(size, checkpointing, several if sharded else 1, why)
 
     def heaviest(self, made: Plan) -> Heaviest:
@@ -188,9 +194,8 @@ class Planner:
         """
         given = self.settings.micro_batch_tokens
         sizes = MICRO_BATCH_TOKENS if given is None else (given,)
-        choices = {"auto": (False, True), "on": (True,), "off": (False,)}[
-            self.settings.checkpointing
-        ]
+        either = (False, True) if self.memory.can_checkpoint else (False,)
+        choices = {"auto": either, "on": (True,), "off": (False,)}[self.settings.checkpointing]
         least = (sizes[-1], choices[-1])
 
         def fits(size: int, checkpointing: bool) -> bool:
@@ -266,6 +271,7 @@ class Planner:
             is_cuda=self.hardware.type == "cuda",
             precision=str(self._precision),
             parameters=counts.total,
+            active_parameters=counts.active,
             trainable=counts.trainable,
             adapter_bytes_32=4 * counts.trainable,
             adapter_bytes_16=2 * counts.trainable,

@@ -15,7 +15,7 @@ from remora.errors import ConfigError
 from remora.models import loading, lora
 from remora.planning import allocator
 from remora.planning.plan import CUDA_CONTEXT_BYTES, CUDA_WORKSPACE_BYTES, Components
-from remora.planning.step_memory import Skeleton, StepMemory
+from remora.planning.step_memory import NotCountableError, Skeleton, StepMemory
 from remora.planning.survey import Survey
 from remora.runtime import memory, sharding
 from remora.runtime.device import Hardware, Precision
@@ -29,6 +29,8 @@ class ProcessMemory:
 
     Attributes:
         counts: The parameters, and how many of them train.
+        uncountable: Why this model's memory is estimated, "" if it is counted.
+        can_checkpoint: Whether layers can be computed again in the backward pass.
         sizes: Sizes of the weights that can be sharded; None if they cannot or must not be.
     """
 
@@ -71,6 +73,9 @@ class ProcessMemory:
             )
             adapted = lora.adapt(base, settings)
         self.counts = lora.count_parameters(adapted)
+        self.uncountable = ""
+        self.can_checkpoint = bool(getattr(adapted, "supports_gradient_checkpointing", True))
+        self._config = model_config.get_text_config()
         self._base_bytes = sum(
             t.nbytes for t in [*adapted.parameters(), *adapted.buffers()] if not t.requires_grad
         )
@@ -238,7 +243,11 @@ class ProcessMemory:
         if self._may_use_graphs(checkpointing):
             assert isinstance(longest, TokenTree) and isinstance(widest, TokenTree)  # noqa: PT018
             longest, widest, several = packing.filled(longest), packing.filled(widest), True
-        most = self._skeleton.count(longest, checkpointing=checkpointing, accumulates=several)
+        try:
+            most = self._skeleton.count(longest, checkpointing=checkpointing, accumulates=several)
+        except NotCountableError as error:
+            self.uncountable = str(error)
+            return self._estimated(longest.num_tokens, len(widest.predictors), checkpointing)
         # The widest tree may need more, if its logits outweigh the tokens that it has fewer.
         per_token = (most.peak - most.logits - most.gradients) / longest.num_tokens
         per_predictor = most.logits / len(longest.predictors)
@@ -257,9 +266,42 @@ class ProcessMemory:
         all_tokens = num_rows * (sum(lengths) // len(lengths) + below)
         tokens = max(*lengths, min(size, all_tokens))
         kept = min(tokens, scoring.most_kept(self._vocabulary))
-        if self._layout == "rows":
-            return self._skeleton.count_scoring_rows(-(-tokens // max(lengths)), max(lengths), kept)
-        return self._skeleton.count_scoring(tokens, kept)
+        try:
+            if self._layout == "rows":
+                num_rows = -(-tokens // max(lengths))
+                return self._skeleton.count_scoring_rows(num_rows, max(lengths), kept)
+            return self._skeleton.count_scoring(tokens, kept)
+        except NotCountableError as error:
+            self.uncountable = str(error)
+            return dataclasses.replace(
+                self._estimated(tokens, kept, checkpointing=True), gradients=0, saved=0
+            )
+
+    def _estimated(self, tokens: int, predictors: int, checkpointing: bool) -> StepMemory:
+        """Estimate a micro-batch of a model that cannot be counted.
+
+        A transformer layer keeps 34 bytes for each token and width, and 5 for each head and pair of
+        tokens, if it computes in 16 bits (Korthikanti et al. 2022,
+        https://arxiv.org/abs/2205.05198). Experts keep as much again for each that a token uses.
+        """
+        computed = self._precision.autocast or self._precision.base
+        config, scale = self._config, computed.itemsize / 2
+        width, layers = config.hidden_size, config.num_hidden_layers
+        pairs = 5 * getattr(config, "num_attention_heads", 1) * tokens * tokens
+        layer = int(scale * (34 * tokens * width * max(1, lora.experts_per_token(config)) + pairs))
+        saved = layers * (int(2 * scale * tokens * width) if checkpointing else layer)
+        logits = int(2 * scale * predictors * self._vocabulary)
+        share = 6 if self._settings.method == "full" else 4  # operations a weight and token
+        return StepMemory(
+            gradients=4 * self.counts.trainable,
+            saved=saved,
+            logits=2 * logits,
+            workspace=2 * layer,
+            operations=share * (self.counts.active or self.counts.total) * tokens,
+            heap=0,
+            mapped=4 * self.counts.trainable + saved + 2 * logits + 2 * layer,
+            largest=max(layer, logits),
+        )
 
 
 def _shardable(adapted: Any, settings: TrainConfig) -> sharding.Sizes | None:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from remora.errors import ModelError
 from remora.formatting import first_line
@@ -26,6 +31,13 @@ from remora.tree.forward import model_inputs, output, text_config
 from remora.tree.loss import loss_sum
 from remora.tree.packing import MicroBatch
 from remora.tree.rows import head_at
+
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+class NotCountableError(ModelError):
+    """A model reads values while it computes, which fake tensors lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +99,23 @@ class Skeleton:
             accumulates: Whether gradients of an earlier micro-batch exist already.
 
         Raises:
-            ModelError: If the model reads values while it computes, which fake tensors lack.
+            NotCountableError: If the model reads values while it computes, which fake tensors lack.
         """
         loading.set_checkpointing(self._model, checkpointing)
-        with _model_errors():
-            return self._count(packed, accumulates)
+        return self._in_blocks_or_whole(lambda: self._count(packed, accumulates))
+
+    def _in_blocks_or_whole(self, count: Callable[[], StepMemory]) -> StepMemory:
+        """Count; where a model cannot attend in blocks, with whole masks, as in training."""
+        with _counting():
+            try:
+                return count()
+            except _FAILURES as error:
+                if isinstance(error, _DATA_DEPENDENT) or not attention.uninstall(self._model):
+                    raise _not_countable(error) from error
+            try:
+                return count()
+            except _FAILURES as error:
+                raise _not_countable(error) from error
 
     def _count(self, packed: MicroBatch, accumulates: bool) -> StepMemory:
         adapted = self._model
@@ -154,7 +178,7 @@ class Skeleton:
             num_kept: Positions whose logits are computed.
 
         Raises:
-            ModelError: If the model reads values while it computes, which fake tensors lack.
+            NotCountableError: If the model reads values while it computes, which fake tensors lack.
         """
         return self._counted_pass(lambda: self._count_scoring(num_tokens, num_kept))
 
@@ -173,10 +197,10 @@ class Skeleton:
 
     def _counted_pass(self, count: Callable[[], StepMemory]) -> StepMemory:
         adapted = self._model.eval()
-        with _model_errors():
-            counted = count()
-        adapted.train()
-        return counted
+        try:
+            return self._in_blocks_or_whole(count)
+        finally:
+            adapted.train()
 
     def _count_scoring(self, num_tokens: int, num_kept: int) -> StepMemory:
         from transformers import DynamicCache
@@ -184,7 +208,7 @@ class Skeleton:
         visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool)
         config = text_config(self._model)
         dtype = self._autocast or next(self._model.parameters()).dtype
-        arguments = attention.inputs(config, lambda _: visible, dtype)
+        arguments = attention.inputs(config, lambda *_: visible, dtype)
         ledger = Ledger([*self._model.parameters(), *self._model.buffers()])
         with self._mode, ledger, torch.no_grad():
             arguments = self._faked(arguments)
@@ -246,16 +270,35 @@ class Skeleton:
         return value
 
 
+def _not_countable(error: Exception) -> NotCountableError:
+    """Return torch's error about values that fake tensors lack, in one line."""
+    return NotCountableError(
+        f"the memory of this model cannot be counted ({first_line(error)}); "
+        "choose --micro-batch-tokens yourself"
+    )
+
+
 @contextlib.contextmanager
-def _model_errors() -> Iterator[None]:
-    """Raise torch's errors about values that fake tensors lack as a ModelError of one line."""
+def _counting() -> Iterator[None]:
+    """Let fake tensors compute experts, and keep torch from logging what it raises anyway."""
+    from transformers.integrations import moe
+
+    log, stock = logging.getLogger("torch._subclasses.fake_tensor"), moe._grouped_mm
+    was_disabled, log.disabled = log.disabled, True
+    moe._grouped_mm = _one_product  # type: ignore[assignment]  # of other argument names
     try:
         yield
-    except RuntimeError as error:
-        raise ModelError(
-            f"the memory of this model cannot be counted ({first_line(error)}); "
-            "choose --micro-batch-tokens yourself"
-        ) from error
+    finally:
+        log.disabled, moe._grouped_mm = was_disabled, stock
+
+
+def _one_product(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Compute the product of each row and its expert: all rows and one expert, of the same size.
+
+    Fake tensors know the grouped product in bfloat16 only.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.to(weight.dtype) @ weight[0]
 
 
 def _make_fake(module: nn.Module) -> None:

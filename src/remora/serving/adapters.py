@@ -15,7 +15,7 @@ from safetensors import safe_open
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import one_line
-from remora.models import fused_lora, hub, loading, metadata, saved, untrusted
+from remora.models import fused_lora, loading, metadata, saved, untrusted
 from remora.runtime.device import Precision
 from remora.serving import snapshot
 from remora.serving.snapshot import Snapshot
@@ -139,7 +139,8 @@ class AdapterSet:
     def _load_adapters(self, base: str | None) -> None:
         """Load the base model, and all adapters around it."""
         cards = {name: metadata.read_card(folder) for name, folder in self._folders.items()}
-        source = hub.find(base or next(iter(cards.values())).base_model)
+        name, card = next(iter(cards.items()))
+        source = metadata.find_base(card, base, self._folders[name])
         self._base_hash = metadata.BaseHash.of(source)
         self.base_sha256 = self._base_hash.weights_sha256
         self._method = next(iter(cards.values())).method

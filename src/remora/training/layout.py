@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from remora.data.prompt import Prompt
+from remora.config import TrainConfig
+from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
 from remora.errors import ModelError
 from remora.runtime.process_group import ProcessGroup
@@ -19,7 +21,8 @@ def settle(
     model: Any,
     prompt: Prompt,
     table: Table,
-    requested: str,
+    heaviest: tuple[Sequence[TokenSequence], int],
+    config: TrainConfig,
     accelerator: Any,
     group: ProcessGroup,
     reporter: Reporter,
@@ -30,7 +33,8 @@ def settle(
         model: The model, with its adapter.
         prompt: Its prompt.
         table: Rows to check it with.
-        requested: The setting: auto, tree or rows.
+        heaviest: The batch with the largest micro-batch, and the most tokens of one.
+        config: The settings; `layout` is auto, tree or rows.
         accelerator: accelerate's Accelerator, for the arithmetic of the run.
         group: The processes that train together, which all get the same layout.
         reporter: Told which layout it is, and why.
@@ -40,15 +44,17 @@ def settle(
     """
     with accelerator.autocast():
         why = "which its attention and positions follow"
-        if layouts.of(model) == "tree" and (refusal := _refused(model, prompt, table, group)):
+        if layouts.of(model) == "tree" and (
+            refusal := _refused(model, prompt, table, heaviest, group)
+        ):
             with group.together():
-                if requested != "auto":
+                if config.layout != "auto":
                     raise refusal
             layouts.assign(model, "rows")
             why = str(refusal).split(";")[0]
         elif layouts.of(model) == "rows":
             declared = layouts.why_rows(type(layouts.base_of(model)), model.config)
-            why = (declared or "as before") if requested == "auto" else "as requested"
+            why = (declared or "as before") if config.layout == "auto" else "as requested"
         if layouts.of(model) == "rows":
             with group.together():
                 check_rows(model, trainable.short_rows(table, prompt))
@@ -56,11 +62,17 @@ def settle(
     reporter.say(f"layout: {layouts.of(model)}, {why}" + (f"; {remark}" if remark else ""))
 
 
-def _refused(model: Any, prompt: Prompt, table: Table, group: ProcessGroup) -> ModelError | None:
+def _refused(
+    model: Any,
+    prompt: Prompt,
+    table: Table,
+    heaviest: tuple[Sequence[TokenSequence], int],
+    group: ProcessGroup,
+) -> ModelError | None:
     """Return why a model does not follow the tree, in some process; None if it does in all."""
     refusal: ModelError | None = None
     try:
-        check_tree(model, trainable.short_rows(table, prompt))
+        check_tree(model, trainable.short_rows(table, prompt), *heaviest)
     except ModelError as error:
         refusal = error
     if not group.any(refusal is not None):

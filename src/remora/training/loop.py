@@ -206,6 +206,7 @@ class _State:
             tensors, state = checkpoint.capture(self.best_weights, *self._parts())
             state |= {"progress": asdict(progress)}
             state |= {"checkpointing": self._config.checkpointing, "shard": self._config.shard}
+            state |= {"prompt": self._session.prompt.rendered._asdict()}
             state |= {"layout": self._config.layout}
             saved = Checkpoint(progress.name, tensors, state)
             checkpoint.save(self._checkpoints, saved, self._session.group)

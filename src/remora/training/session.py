@@ -16,7 +16,7 @@ import torch
 
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset
-from remora.data.prompt import Prompt
+from remora.data.prompt import Prompt, Rendered
 from remora.models import lora
 from remora.models.metadata import AdapterCard
 from remora.models.saved import Trained
@@ -92,6 +92,27 @@ class Session:
         )
 
 
+def _where_to_load(planned: Plan, device: torch.device) -> torch.device:
+    """Return the device to load weights on: those that are sharded are put there in parts."""
+    if not planned.shard:
+        return device
+    memory.map_arrays(device)
+    return torch.device("cpu")
+
+
+def _as_rendered_before(
+    prompt: Prompt, card: AdapterCard, resumed: Checkpoint | None, reporter: Reporter
+) -> tuple[Prompt, AdapterCard]:
+    """Return the prompt that a resumed run has been trained with, and the card with it."""
+    rendered = resumed.state.get("prompt") if resumed else None
+    if rendered is None:
+        return prompt, card
+    prompt = prompt.pinned(Rendered(**rendered))
+    if prompt.changed:
+        reporter.say(prompt.changed)
+    return prompt, replace(card, rendered=rendered)
+
+
 @contextlib.contextmanager
 def open_session(
     config: TrainConfig,
@@ -133,14 +154,12 @@ def open_session(
             planned, heaviest = plan(before, *settings)
             if needs_disk:
                 feasibility.refuse_full_disk(planned, config)
-            # Weights and adapter
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(config.seed)
-            if planned.shard:
-                memory.map_arrays(device)
-            on = torch.device("cpu") if planned.shard else device
+            on = _where_to_load(planned, device)
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
             card = _with_columns(card, dataset)
+            prompt, card = _as_rendered_before(prompt, card, resumed, reporter)
             parameters = lora.count_parameters(model)
             for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)
@@ -149,7 +168,8 @@ def open_session(
         if planned.shard:
             sharding.apply(model, device, group)
         layouts.assign(model, planned.layout)
-        layout.settle(model, prompt, dataset.train, config.layout, accelerator, group, reporter)
+        largest = heaviest.rows, planned.micro_batch_tokens
+        layout.settle(model, prompt, dataset.train, largest, config, accelerator, group, reporter)
         with group.together():
             if planned.layout != layouts.of(model):
                 again = replace(before, layout="rows", shard="on" if planned.shard else "off")

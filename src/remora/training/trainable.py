@@ -61,6 +61,7 @@ def load_trainable(
         method=config.method,
         gguf_sha256=base_hash.gguf_sha256,
         gguf_quantization=base_hash.gguf_quantization,
+        rendered=prompt.rendered._asdict(),
     )
     return adapted, prompt, card, folder
 
@@ -119,6 +120,10 @@ def introduce(
     """Yield what will be trained, each derived setting with its origin."""
     layers = ", ".join(f"{name} {count:,}" for name, count in parameters.modules.items())
     trained = "all weights" if config.method == "full" else f"r={config.rank}: {layers}"
+    if config.dropout and any(hasattr(layer, "parameter_name") for layer in adapted.modules()):
+        trained += "; dropout 0, since PEFT adapts experts without it"
+    if parameters.experts and config.method != "full":
+        trained += f"; {parameters.experts:,} in experts stay frozen"
     if config.method == "qlora":
         trained += "; the base model is quantized to 4 bits"
     yield (

@@ -33,6 +33,9 @@ from remora.tree.packing import TokenTree
 NAME = "remora"
 """Name of the attention in transformers."""
 
+_NARROW = {"sliding_attention", "chunked_attention"}
+"""Types of layers for which a model takes a mask each."""
+
 BLOCK_SIZES = (32, 64, 128)
 """Queries in a block; the size with the lowest cost is chosen."""
 
@@ -69,13 +72,15 @@ def install(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
-def uninstall(model: Any) -> None:
-    """Restore a model's scaled-dot-product attention over whole masks."""
-    if model.config.get_text_config()._attn_implementation == NAME:
-        model.set_attn_implementation("sdpa")
+def uninstall(model: Any) -> bool:
+    """Restore a model's attention over whole masks; return whether it was another."""
+    if model.config.get_text_config()._attn_implementation != NAME:
+        return False
+    model.set_attn_implementation("sdpa")
+    return True
 
 
-def tree_mask(tree: TokenTree, window: int | None = None) -> Tensor:
+def tree_mask(tree: TokenTree, window: int | None = None, chunk: int | None = None) -> Tensor:
     """Return which key each query of a tree sees, a boolean mask [N, N], rows are queries.
 
     Query q sees key k if k is q or one of its ancestors: k <= q < subtree_end[k].
@@ -84,17 +89,21 @@ def tree_mask(tree: TokenTree, window: int | None = None) -> Tensor:
         tree: The tree.
         window: Width of a sliding window: a key is seen from at most `window - 1` positions on.
             Measured in positions, since neighbours in the packed row may be far apart in depth.
+        chunk: Length of chunks of positions: a key is seen only from its own chunk.
     """
     index = torch.arange(tree.num_tokens, device=tree.token_ids.device)
     mask = (index[None, :] <= index[:, None]) & (index[:, None] < tree.subtree_end[None, :])
     if window is not None:
         mask &= tree.position_ids[:, None] - tree.position_ids[None, :] < window
+    if chunk is not None:
+        chunks = tree.position_ids // chunk
+        mask &= chunks[:, None] == chunks[None, :]
     return mask
 
 
 def inputs(
     config: Any,
-    visible: Callable[[int | None], Tensor],
+    visible: Callable[..., Tensor],
     dtype: torch.dtype,
     *,
     in_blocks: bool | None = None,
@@ -103,7 +112,8 @@ def inputs(
 
     Args:
         config: The model's (text) configuration; it names the attention of each layer.
-        visible: Returns the boolean mask [queries, keys] for a sliding window; None is no window.
+        visible: Returns the boolean mask [queries, keys] for a sliding window, None for no window,
+            and for chunks of positions if they are given after it.
         dtype: Type of the additive mask that models without scaled-dot-product attention need.
         in_blocks: Whether to compute in blocks; None to do so if it costs less.
 
@@ -113,18 +123,7 @@ def inputs(
     Raises:
         ModelError: If a layer's attention cannot follow the tree.
     """
-    # The window of each type of layer.
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if unknown := layer_types - {"full_attention", "sliding_attention"}:
-        raise ModelError(
-            f"the model has {', '.join(sorted(unknown))} layers, which cannot follow a token tree; "
-            "choose a model with full or sliding-window attention only"
-        )
-    window = getattr(config, "sliding_window", None)
-    # Layers without named types all have the same window.
-    every = {"every layer": window}
-    named = {"full_attention": None, "sliding_attention": window}
-    windows = {kind: named[kind] for kind in layer_types} or every
+    reaches = _reaches(config)
     # The blocks, if they cost less than whole masks.
     dense = visible(None)
     if in_blocks is None and prefers_whole(dense.device.type, *dense.shape):
@@ -134,8 +133,8 @@ def inputs(
         blocks = _choose_blocks(dense, forced=bool(in_blocks))
     # A mask for each type of layer.
     masks = {}
-    for kind, width in windows.items():
-        mask = dense if width is None else visible(width)
+    for kind, reach in reaches.items():
+        mask = dense if reach == (None, None) else visible(*reach)
         if blocks:
             masks[kind] = _block_mask(mask, blocks)
         elif config._attn_implementation == "eager":
@@ -145,9 +144,31 @@ def inputs(
         else:
             masks[kind] = mask[None, None]
     return {
-        "attention_mask": masks if "sliding_attention" in masks else next(iter(masks.values())),
+        "attention_mask": masks if masks.keys() & _NARROW else next(iter(masks.values())),
         **({"tree_blocks": blocks} if blocks else {}),
     }
+
+
+def _reaches(config: Any) -> dict[str, tuple[int | None, int | None]]:
+    """Return the sliding window and the chunk of each type of layer, None where it has none.
+
+    Raises:
+        ModelError: If a layer's attention cannot follow the tree.
+    """
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    known = {
+        "full_attention": (None, None),
+        "sliding_attention": (window, None),
+        "chunked_attention": (None, getattr(config, "attention_chunk_size", None)),
+    }
+    if unknown := layer_types - known.keys():
+        raise ModelError(
+            f"the model has {', '.join(sorted(unknown))} layers, which cannot follow a token tree; "
+            "choose a model with full, sliding-window or chunked attention only"
+        )
+    # Layers without named types all have the same window.
+    return {kind: known[kind] for kind in layer_types} or {"every layer": (window, None)}
 
 
 def prefers_whole(device: str, num_queries: int, num_keys: int) -> bool:

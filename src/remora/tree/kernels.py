@@ -95,21 +95,21 @@ def attend_by_products(
     if torch.is_autocast_enabled(query.device.type):  # a float32 base: its rotary positions are too
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    groups, heads, size, width = query.shape
-    stacked = query.reshape(groups, key.shape[1], -1, width)  # [G, H', H / H' * B, D]
+    groups, heads, size, _ = query.shape
+    stacked = query.reshape(groups, key.shape[1], -1, query.shape[-1])  # [G, H', H / H' * B, D]
     additive = torch.zeros_like(mask, dtype=query.dtype)
     additive.masked_fill_(~mask, torch.finfo(query.dtype).min)
     output: Tensor = BlockAttention.apply(  # type: ignore[no-untyped-call]
         stacked, key, value, additive, index, scale
     )
-    return output.view(groups, heads, size, width).transpose(1, 2)
+    return output.view(groups, heads, size, -1).transpose(1, 2)
 
 
 class BlockAttention(torch.autograd.Function):
     """softmax(scale * Q K' + mask) V for each block, computed again in the backward pass.
 
     Heads that share a key are stacked as queries of it, R = H / H' * B. Shapes: query
-    [G, H', R, D], key and value [1, H', K, D], mask [G, 1, B, L], index [G, L].
+    [G, H', R, D], key [1, H', K, D], value [1, H', K, D'], mask [G, 1, B, L], index [G, L].
     """
 
     CHUNK_ELEMENTS = 1 << 21  # attention weights at a time, which stay in a CPU's cache
@@ -127,7 +127,7 @@ class BlockAttention(torch.autograd.Function):
         """Compute it; see the class."""
         ctx.save_for_backward(query, key, value, mask, index)
         ctx.scale = scale
-        output = torch.empty_like(query)
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
         for part in _parts(query, index):
             keys, values = _gather(key, index[part]), _gather(value, index[part])
             weights = BlockAttention.weights(query[part], keys, mask[part], scale)
@@ -148,7 +148,7 @@ class BlockAttention(torch.autograd.Function):
         wide = torch.promote_types(key.dtype, torch.float32)
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros_like(key[0].transpose(0, 1), dtype=wide)  # [K, H', D]
-        grad_value = torch.zeros_like(grad_key)
+        grad_value = torch.zeros_like(value[0].transpose(0, 1), dtype=wide)
         for part in _parts(query, index):
             keys, values = _gather(key, index[part]), _gather(value, index[part])
             gradient = grad_outputs[0][part]

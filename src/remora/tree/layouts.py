@@ -6,6 +6,7 @@ and logits here, and does not know which layout it is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -18,7 +19,7 @@ Layout: TypeAlias = Literal["tree", "rows"]
 
 _MARK = "remora_layout"
 
-FOLLOWING = {"full_attention", "sliding_attention"}
+FOLLOWING = {"full_attention", "sliding_attention", "chunked_attention"}
 """Types of layers that compute only what a mask and positions say, so that a row can branch."""
 
 
@@ -37,7 +38,11 @@ def why_rows(kind: type, config: Any) -> str | None:
     if getattr(config.get_text_config(), "alibi", False):
         return "its attention measures distances by index (ALiBi), which a tree changes"
     takes_masks = ("_supports_sdpa", "_supports_attention_backend")
-    if not any(getattr(kind, name, False) for name in takes_masks):
+    is_own = not any(getattr(kind, name, False) for name in takes_masks)
+    takes_positions = (
+        "position_ids" in inspect.signature(getattr(kind, "forward", object)).parameters
+    )
+    if is_own and (not takes_positions or hasattr(config.get_text_config(), "window_size")):
         return "its attention is of its own kind, and may not follow the mask of a tree"
     return None
 

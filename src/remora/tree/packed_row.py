@@ -106,7 +106,9 @@ class PackedRow:
         mask = torch.from_numpy(visible).to(self._device)
         depths = torch.tensor(self._depths, device=self._device)
 
-        def within(window: int | None) -> Tensor:
+        def within(window: int | None, chunk: int | None = None) -> Tensor:
+            if chunk is not None:
+                return mask & (depths[start:, None] // chunk == depths[None, :] // chunk)
             if window is None:
                 return mask
             return mask & (depths[start:, None] - depths[None, :] < window)

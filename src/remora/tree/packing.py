@@ -66,6 +66,19 @@ class TokenTree(MicroBatch):
     position_ids: Tensor  # [N] int64
     subtree_end: Tensor  # [N] int64
 
+    def path(self, row: TokenSequence) -> list[int]:
+        """Return the nodes of a row from the root down, [] if the row is not in this tree."""
+        nodes: list[int] = []
+        start, end = 0, self.num_tokens
+        for depth, token in enumerate(row.token_ids):
+            here = (self.position_ids[start:end] == depth) & (self.token_ids[start:end] == token)
+            found = here.nonzero()
+            if not len(found):
+                return []
+            nodes.append(start + int(found[0]))
+            start, end = nodes[-1] + 1, int(self.subtree_end[nodes[-1]])
+        return nodes
+
 
 def build(rows: Sequence[TokenSequence]) -> TokenTree:
     """Pack rows into one token tree.
