@@ -15,6 +15,9 @@ def test_it_runs_and_measures(tmp_path: Path) -> None:
     settings = notebook.cells[1]
     assert "EPOCHS = 5 if" in settings.source
     settings.source += "\nEPOCHS = 1"
+    (training,) = [cell for cell in notebook.cells if "train(TrainConfig(" in cell.source]
+    training.source = training.source.replace("epochs=EPOCHS", "epochs=EPOCHS, rows_per_class=20")
+    assert "rows_per_class" in training.source  # a part of the table, which tests the same cells
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
     shown = "\n".join(
         output.text

@@ -181,7 +181,14 @@ def test_the_base_of_full_fine_tuning_is_fresh_for_each_size(
     assert (result.directory / weights).read_bytes() == (alone.directory / weights).read_bytes()
 
 
-@pytest.mark.parametrize("stop_at", [(1, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    "stop_at",
+    [
+        pytest.param((1, 2), marks=pytest.mark.durability),
+        (2, 3),
+        pytest.param((3, 1), marks=pytest.mark.durability),
+    ],
+)
 def test_a_stopped_curve_goes_on_where_it_stopped(
     config: TrainConfig, tmp_path: Path, stop_at: tuple[int, int]
 ) -> None:

@@ -442,6 +442,33 @@ def test_importing_bitsandbytes_fetches_nothing_and_says_nothing(tmp_path: Path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_plain_weights_do_without_bitsandbytes_until_something_imports_it() -> None:
+    """Its import takes seconds of every start."""
+    program = """
+import sys, torch
+from torch import nn
+from remora.models import quantize
+quantize.import_peft()
+import peft
+def adapted():
+    config = peft.LoraConfig(target_modules=["0"])
+    return peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+adapted()
+assert "bitsandbytes" not in sys.modules
+quantize.import_quietly()
+import bitsandbytes
+linear = bitsandbytes.nn.Linear4bit(64, 64, bias=False).to("cpu")
+base = nn.Sequential(linear)
+base.is_loaded_in_4bit = True
+found = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"]))
+assert type(found.base_model.model[0]).__module__ == "peft.tuners.lora.bnb"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_base_that_is_quantized_already_is_refused(wide: Path, tmp_path: Path) -> None:
     for path in wide.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -97,7 +97,7 @@ def read(folder: Path) -> Adapter:
     Raises:
         ModelError: If it cannot be read or is not plain LoRA.
     """
-    quantize.import_quietly()
+    quantize.import_peft()
     import peft
     from peft.utils.other import get_pattern_key
 

@@ -88,9 +88,6 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
         ConfigError: If 4-bit weights are not supported here.
         ModelError: If it is not a causal language model or its weights cannot be read.
     """
-    quantize.import_quietly()
-    from transformers import AutoModelForCausalLM
-
     # Check the files before anything is allocated.
     config = load_config(folder)
     if not any(folder.glob("*.safetensors")):
@@ -100,6 +97,10 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
         )
     parameters = {id(p): p.numel() for p in load_empty(config, dtype).parameters()}
     quantized = getattr(config, "quantization_config", None) is not None
+    if quantized or quantize_on is not None:
+        quantize.import_quietly()
+    from transformers import AutoModelForCausalLM
+
     untrusted.weights(folder, sum(parameters.values()), quantized=quantized)
     # Quantize while loading.
     how: dict[str, Any] = {}
@@ -171,7 +172,10 @@ def load_empty(
     """
     # All models pass here before they compute: `load` counts its parameters by this.
     memory.limit_kernel_caches()
-    quantize.import_quietly()
+    if quantized:
+        quantize.import_quietly()
+    else:
+        quantize.import_peft()
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)

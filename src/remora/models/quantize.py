@@ -51,6 +51,29 @@ def is_installed() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
+def import_peft() -> None:
+    """Import PEFT without bitsandbytes, which takes seconds and only 4-bit weights need.
+
+    PEFT imports it wherever it is installed. Afterwards PEFT finds it as soon as something else
+    has imported it, as loading 4-bit weights does.
+    """
+    is_new = "peft" not in sys.modules and "bitsandbytes" not in sys.modules
+    if is_new:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # its import fails
+    try:
+        from peft.tuners.lora import model
+    finally:
+        if is_new:
+            del sys.modules["bitsandbytes"]
+    for name in ("is_bnb_available", "is_bnb_4bit_available"):
+        if hasattr(model, name):
+            setattr(model, name, _is_imported)
+
+
+def _is_imported() -> bool:
+    return "bitsandbytes" in sys.modules
+
+
 def import_quietly() -> None:
     """Import bitsandbytes, if it is installed, without a download; otherwise PEFT imports it.
 
