@@ -93,10 +93,11 @@ class Page:
                 assert "error" not in answer, answer
                 return answer["result"]
 
-    def open(self, path: Path) -> float:
-        """Open a file; return the seconds until it was loaded."""
+    def open(self, path: Path | str) -> float:
+        """Open a file, or a URL; return the seconds until it was loaded."""
         began = time.monotonic()
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        url = path if isinstance(path, str) else path.resolve().as_uri()
+        self.send("Page.navigate", url=url)
         while self._receive().get("method") != "Page.loadEventFired":
             pass
         return time.monotonic() - began
@@ -106,6 +107,27 @@ class Page:
         result = self.send("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def wait(self, script: str) -> Any:
+        """Return what a JavaScript expression is worth once it is something."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not (value := self.run(script)):
+            assert time.monotonic() < end, script
+            time.sleep(0.05)
+        return value
+
+    def violations(self) -> list[str]:
+        """Return what axe-core finds against WCAG, as rule and element."""
+        import axe_core_python
+
+        rules = Path(axe_core_python.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
+        self.run(rules + ";null")
+        self.run("axe.run().then(found => { window.axeFound = found.violations })")
+        self.wait("window.axeFound !== undefined")
+        found = self.run(
+            "window.axeFound.flatMap(v => v.nodes.map(n => `${v.id}: ${n.target.join(' ')}`))"
+        )
+        return list(found)
 
     def click(self, script: str) -> None:
         """Click where an element is, as a mouse does."""

@@ -325,6 +325,13 @@ CASES: list[Case] = [
         2,
         lambda s: ["export", "runs/good", "--merge", "--compress"],
     ),
+    ("GGUF files without a converter", 2, lambda s: ["export", "runs/good", "--gguf", "f16"]),
+    ("an unknown type of GGUF files", 2, lambda s: ["export", "runs/good", "--gguf", "q9"]),
+    (
+        "llama.cpp in another folder",
+        2,
+        lambda s: ["export", "runs/good", "--gguf", "f16", "--llama-cpp", "base"],
+    ),
     (
         "an export to a folder that is not empty",
         2,

@@ -36,8 +36,8 @@ def test_no_pickle_is_read(place: Path, monkeypatch, capsys) -> None:
 
 
 BAD = {
-    "neither": (2, "neither merge nor compress is given; give --merge or --compress", []),
-    "both": (2, "merge and compress are both given; give", ["--merge", "--compress"]),
+    "neither": (2, "nothing is to be written; give one of --merge, --compress, --gguf,", []),
+    "both": (2, "merge and compress are given together; give", ["--merge", "--compress"]),
     "a budget to merge": (2, "budget and ratio need compress", ["--merge", "--budget", "3MB"]),
     "a merge that learns": (2, "distill needs compress", ["--merge", "--distill"]),
     "8 bits merged": (2, "dtype float8 needs compress", ["--merge", "--dtype", "float8"]),
@@ -137,6 +137,6 @@ def test_files_are_on_the_disk_before_they_take_their_place(place: Path, monkeyp
 
 
 def test_several_problems_are_told_at_once() -> None:
-    both = r"ratio is -1; .*; neither merge nor compress is given"
+    both = r"ratio is -1; .*; nothing is to be written"
     with pytest.raises(ConfigError, match=both):
         ExportConfig(Path("run"), ratio=-1)

@@ -36,6 +36,8 @@ class Prompt:
         label_texts: The text written for a label, if other than the label: given by the user, or
             respelled because the tokenizer has no tokens for the label.
         answers: The token ids of each label, the end token last.
+        head: The text before the message, template included.
+        tail: The text between the message and its answer.
         prefix: The token ids that every conversation begins with.
         max_length: The longest sequence, in tokens, answer included.
     """
@@ -85,7 +87,7 @@ class Prompt:
         if list_labels:
             asked = f"{instruction} Labels: {', '.join(written)}.".strip()
         content = f"{asked}\n\n{MESSAGE_MARK}" if asked else MESSAGE_MARK
-        self._head, self._tail = _ask(tokenizer, content)
+        self.head, self.tail = _ask(tokenizer, content)
         opening, ending = _answer(tokenizer, content)
 
         # Tokens of the answers and of the common prefix
@@ -128,9 +130,15 @@ class Prompt:
             for stem in self._stem_ids(batch)
         )
 
+    def is_plain(self, message: str) -> bool:
+        """Whether a message stands in its conversation as it is, not truncated or respelled."""
+        stem = self._stem_ids([message])[0]
+        fits = len(stem) + max(map(len, self.answers)) <= self.max_length
+        return fits and self._without_control_tokens(message) == message
+
     def _stem_ids(self, messages: Sequence[str]) -> list[list[int]]:
         texts = [
-            f"{self._head}{self._without_control_tokens(message.strip())}{self._tail}"
+            f"{self.head}{self._without_control_tokens(message.strip())}{self.tail}"
             for message in messages
         ]
         stems = self._encode(texts)
@@ -167,9 +175,9 @@ class Prompt:
         """Return each label's tokens, and how many tokens of a stem belong to the answer."""
         splits: set[tuple[tuple[tuple[int, ...], ...], int]] = set()
         for probe in PROBES:
-            (stem,) = self._encode([f"{self._head}{probe}{self._tail}"])
+            (stem,) = self._encode([f"{self.head}{probe}{self.tail}"])
             wholes = self._encode(
-                [f"{self._head}{probe}{opening}{text}{ending}" for text in written]
+                [f"{self.head}{probe}{opening}{text}{ending}" for text in written]
             )
             # A tokenizer may merge the end of the prompt with the label; the answer begins before.
             start = min(common_prefix_length(stem, whole) for whole in wholes)

@@ -12,6 +12,7 @@ from remora.display.console import (
 )
 from remora.export.compress import Compressed
 from remora.export.export import Exported
+from remora.export.gguf import Gguf
 from remora.export.merge import Parity
 from remora.export.push import Pushed
 
@@ -22,6 +23,8 @@ def show_export(exported: Exported, console: Console | None = None) -> None:
     result, rows = exported.result, f"{exported.result.num_rows:,} {exported.measured_on} rows"
     if isinstance(result, Parity):
         _show_parity(result, rows, console)
+    elif isinstance(result, Gguf):
+        _show_gguf(result, rows, console)
     else:
         _show_compressed(result, rows, console)
     size = spoken_file_bytes(exported.num_bytes)
@@ -40,6 +43,25 @@ def _show_parity(parity: Parity, rows: str, console: Console) -> None:
         f"{parity.largest_difference:.2g}, {parity.allowed:.2g} allowed",
     )
     print_line(console, f"stored in  {parity.dtype}")
+
+
+def _show_gguf(written: Gguf, rows: str, console: Console) -> None:
+    """Print what llama.cpp answers with each file."""
+    print_line(console, f"llama.cpp on {rows}, the adapter {written.adapter_accuracy:.2%}:")
+    table = figures_table(
+        "file", "size", "accuracy", "other labels", "token by token", "other labels", "rows/s"
+    )
+    for each in written.files:
+        table.add_row(
+            each.name,
+            spoken_file_bytes(each.num_bytes),
+            f"{each.accuracy:.2%}",
+            f"{each.num_differing:,}",
+            f"{each.greedy_accuracy:.2%}",
+            f"{each.num_greedy_differing:,}",
+            f"{each.rows_per_second:.1f}",
+        )
+    console.print(table)
 
 
 def _show_compressed(compressed: Compressed, rows: str, console: Console) -> None:

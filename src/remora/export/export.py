@@ -1,6 +1,6 @@
-"""The verb export: a run as one plain model folder, or as a smaller adapter, measured first.
+"""The verb export: a run as a plain model folder, a smaller adapter or GGUF files, measured first.
 
-Either is written to a temporary folder beside its own, read back, measured on the rows that the run
+Each is written to a temporary folder beside its own, read back, measured on the rows that the run
 was measured on, and only then renamed.
 """
 
@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import ExportConfig
+from remora.config.export import WAYS
 from remora.errors import ConfigError, ModelError
 from remora.evaluation import charts, report, results
 from remora.export.compress import Compressed, compress
+from remora.export.gguf import Gguf, write_gguf
 from remora.export.merge import Parity, merge
+from remora.export.vllm import write_vllm
 from remora.models import metadata
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
@@ -31,7 +34,7 @@ class Exported:
     directory: Path
     num_bytes: int
     measured_on: str  # "test" or "validation" rows
-    result: Parity | Compressed
+    result: Parity | Compressed | Gguf
     plot: Path | None  # accuracy against size, if several sizes were measured
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,18 +55,17 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
         ResourceError: If the disk fails.
     """
     reporter = reporter or Reporter()
-    output = (config.output or config.run / ("merged" if config.merge else "compressed")).absolute()
+    output = (config.output or config.run / _default_name(config)).absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} exists already; give another --output or remove it")
-    if metadata.is_full(config.run):
+    if metadata.is_full(config.run) and not config.gguf:
         raise ModelError(
             f"{config.run} trained all weights and has no adapter to merge or compress; use "
             f"{metadata.adapter_folder(config.run)}, which is a plain model folder already"
         )
     measured = results.read(config.run)
-    export_into = merge if config.merge else compress
     with _placed(output) as folder:
-        result = export_into(config, folder, measured, reporter)
+        result = _export_into(config, folder, measured, reporter)
         plot = None
         if isinstance(result, Compressed) and result.frontier:
             plot = output.with_name(f"{output.name}.svg")
@@ -75,6 +77,24 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
         result=result,
         plot=plot,
     )
+
+
+def _default_name(config: ExportConfig) -> str:
+    names = {"merge": "merged", "compress": "compressed"}
+    (way,) = (way for way in WAYS if getattr(config, way))
+    return names.get(way, way.replace("_", "-"))
+
+
+def _export_into(
+    config: ExportConfig, folder: Path, measured: results.Results, reporter: Reporter
+) -> Parity | Compressed | Gguf:
+    if config.merge:
+        return merge(config, folder, measured, reporter)
+    if config.compress:
+        return compress(config, folder, measured, reporter)
+    if config.vllm:
+        return write_vllm(config, folder, measured, reporter)
+    return write_gguf(config, folder, measured, reporter)
 
 
 def _frontier(compressed: Compressed) -> charts.Chart:

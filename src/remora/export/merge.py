@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from remora.config import ExportConfig
+from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.evaluation.results import Results
-from remora.models import hub, loading
+from remora.models import hub, loading, metadata
 from remora.models.saved import Trained, open_trained, write_model
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
@@ -96,8 +97,7 @@ def merge(config: ExportConfig, folder: Path, results: Results, reporter: Report
         del trained
         gc.collect()
         trained = open_run(dequantized=True)
-    with files.disk_errors(folder):
-        _write(trained, dtype, folder)
+    _write(trained, dtype, folder)
     del trained
     gc.collect()  # the layers hold references to themselves
 
@@ -112,6 +112,28 @@ def merge(config: ExportConfig, folder: Path, results: Results, reporter: Report
     return parity
 
 
+def write_merged(config: ExportConfig, dtype: torch.dtype, folder: Path) -> Prompt:
+    """Write base model and adapter as one into an empty folder, unchecked; return the prompt.
+
+    Raises:
+        ModelError: If adapter or base model cannot be used.
+        ResourceError: If the disk fails.
+    """
+    is_quantized = metadata.read_card(metadata.adapter_folder(config.run)).method == "qlora"
+    trained = open_trained(
+        config.run,
+        base=config.model,
+        device="cpu",
+        precision="float32",
+        dequantized=is_quantized,  # merged into 4 bits, the update would be rounded away
+    )
+    prompt = trained.prompt
+    _write(trained, dtype, folder)
+    del trained
+    gc.collect()  # the layers hold references to themselves
+    return prompt
+
+
 def _write(trained: Trained, dtype: torch.dtype, folder: Path) -> None:
     """Merge an adapter into its base, in place, and write the model with its tokenizer and card."""
     merged = trained.model.merge_and_unload().to(dtype)
@@ -120,7 +142,8 @@ def _write(trained: Trained, dtype: torch.dtype, folder: Path) -> None:
             f"the merged model has weights that are not finite in {dtype}; use --dtype float32, or "
             "train the adapter again"
         )
-    write_model(merged, trained.prompt, trained.card, folder)
+    with files.disk_errors(folder):
+        write_model(merged, trained.prompt, trained.card, folder)
 
 
 def _effect(

@@ -14,7 +14,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 import remora
-from remora.serving import routes
+from remora.serving import compatible, pages, routes
 from remora.serving.limits import BodyReader, Guard, problem
 from remora.serving.state import State
 
@@ -37,7 +37,8 @@ def application(state: State) -> Any:
     )
     app.state.service = state
     app.state.bodies = BodyReader(state.config)
-    app.include_router(routes.router)
+    for module in (routes, compatible, pages):
+        app.include_router(module.router)
     return Guard(app, state)
 
 

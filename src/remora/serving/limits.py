@@ -15,8 +15,11 @@ from fastapi.routing import APIRoute
 from remora.config import ServeConfig
 from remora.serving.state import State
 
-OPEN_ROUTE = "/health"
-"""The one route that needs no token."""
+OPEN_ROUTES = ("/health", "/")
+"""The routes that need no token: the page holds nothing, and asks for it."""
+
+CLASSIFYING = ("/v1/classify", "/classify", "/v1/chat/completions")
+"""The routes whose texts wait in the queue."""
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 RETRY_SECONDS = 1
@@ -83,14 +86,14 @@ class Guard:
             if name.strip("[]").lower() not in (*LOCAL_NAMES, state.config.host.lower()):
                 # DNS rebinding: a web page may point a name of its own at this machine.
                 return problem(403, "the Host header does not name this machine")
-        elif path != OPEN_ROUTE:
+        elif path not in OPEN_ROUTES:
             wanted = b"Bearer " + state.token
             if not hmac.compare_digest(headers.get(b"authorization", b""), wanted):
                 return problem(401, "the token is missing or wrong", {"www-authenticate": "Bearer"})
-        if state.is_draining and path.startswith("/v1/"):
+        if state.is_draining and (path.startswith("/v1/") or path in CLASSIFYING):
             headers_back = {"retry-after": str(RETRY_SECONDS), "connection": "close"}
             return problem(503, "the service is stopping", headers_back)
-        if path == "/v1/classify" and state.engine.is_full:
+        if path in CLASSIFYING and state.engine.is_full:
             return problem(503, FULL, {"retry-after": str(RETRY_SECONDS)})
         return None
 

@@ -28,11 +28,6 @@ from remora.serving.schemas import (
 )
 from remora.serving.state import State
 
-PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
-    "x-content-type-options": "nosniff",
-}
-
 # The docstrings of the routes are their descriptions in /openapi.json.
 router = APIRouter(route_class=StrictRoute)
 
@@ -45,16 +40,17 @@ async def _state(request: Request) -> State:
 SharedState = Annotated[State, Depends(_state)]
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the description of error answers."""
     return {status: {"model": Problem} for status in statuses}
 
 
-@router.post("/v1/classify", responses=_problems(400, 404, 408, 413, 422, 503))
+@router.post("/v1/classify", responses=problems(400, 404, 408, 413, 422, 503))
 async def classify(body: Classify, state: SharedState) -> Classified:
     """Give the likeliest labels for each text."""
-    name = _adapter_name(state, body.adapter)
-    _check_texts(state, body.texts)
-    answer = await _answer(state, name, body.texts)
+    name = adapter_name(state, body.adapter)
+    check_texts(state, body.texts)
+    answer = await wait_for_answer(state, name, body.texts)
     num_labels = len(answer.labels)
     if body.top_k > num_labels:
         raise RefusedError(422, f"top_k is {body.top_k}; the adapter has {num_labels} labels")
@@ -70,13 +66,13 @@ async def classify(body: Classify, state: SharedState) -> Classified:
     return Classified(adapter=name, sha256=answer.sha256, results=results)
 
 
-@router.get("/v1/labels", responses=_problems(404, 422))
+@router.get("/v1/labels", responses=problems(404, 422))
 async def labels(
     state: SharedState,
     adapter: Annotated[str | None, Query(description="As in /v1/classify.")] = None,
 ) -> Labels:
     """List the labels of an adapter."""
-    name = _adapter_name(state, adapter)
+    name = adapter_name(state, adapter)
     generation = state.engine.generations[name]
     return Labels(adapter=name, sha256=generation.sha256, labels=list(generation.labels))
 
@@ -93,10 +89,10 @@ async def adapters(state: SharedState) -> Adapters:
     )
 
 
-@router.post("/v1/adapters/{adapter}/reload", responses=_problems(404, 409, 503))
+@router.post("/v1/adapters/{adapter}/reload", responses=problems(404, 409, 503))
 async def reload(adapter: str, state: SharedState) -> Reloaded:
     """Read an adapter's folder again; requests that follow are answered by what is there."""
-    name = _adapter_name(state, adapter)
+    name = adapter_name(state, adapter)
     if state.reloading.locked():
         raise busy("another adapter is being read")
     async with state.reloading:
@@ -131,14 +127,7 @@ async def metrics(state: SharedState) -> Response:
     return Response(state.metrics.write(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
-@router.get("/docs", include_in_schema=False)
-async def docs(request: Request) -> Response:
-    """Show the OpenAPI description as a page."""
-    page = _openapi_page(request.app.openapi())
-    return Response(page, headers=PAGE_HEADERS, media_type="text/html")
-
-
-def _adapter_name(state: State, wanted: str | None) -> str:
+def adapter_name(state: State, wanted: str | None) -> str:
     """Return the adapter that a request asks, which may name none where there is only one."""
     names = list(state.engine.generations)
     if wanted is None and len(names) == 1:
@@ -150,7 +139,7 @@ def _adapter_name(state: State, wanted: str | None) -> str:
     return wanted
 
 
-def _check_texts(state: State, texts: list[str]) -> None:
+def check_texts(state: State, texts: list[str]) -> None:
     """Refuse more or longer texts than the settings allow, and blank or broken ones."""
     config = state.config
     if len(texts) > config.max_texts:
@@ -168,7 +157,7 @@ def _check_texts(state: State, texts: list[str]) -> None:
             raise RefusedError(422, f"text {place} holds half of a surrogate pair; correct it")
 
 
-async def _answer(state: State, adapter: str, texts: list[str]) -> Answer:
+async def wait_for_answer(state: State, adapter: str, texts: list[str]) -> Answer:
     """Wait for the engine's answer; a full queue, memory or clock gets 503 with Retry-After."""
     try:
         future = state.engine.classify(adapter, texts)
@@ -182,11 +171,3 @@ async def _answer(state: State, adapter: str, texts: list[str]) -> Answer:
         if not memory.is_exhausted(error):
             raise
         raise busy("the memory does not suffice for this request") from None
-
-
-def _openapi_page(description: dict[str, Any]) -> str:
-    """Return the OpenAPI description as a page, which needs no script and fetches nothing."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("remora"), autoescape=True)
-    return environment.get_template("openapi.html").render(description=description)

@@ -1,0 +1,223 @@
+"""GGUF files of a run, answered by a real llama.cpp.
+
+llama.cpp's converters are scripts of its repository. Where REMORA_LLAMA_CPP names that, they run;
+otherwise a script that writes as they do takes their place.
+
+Also covers remora.export.gguf, remora.export.llama_cpp and remora.export.llama_cpp_client.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import exporting
+from exporting import contents, refused, remora
+from remora.evaluation import results
+from remora.export import gguf, llama_cpp
+from remora.models import saved
+
+original, place = exporting.original, exporting.place
+
+CONVERTER = """
+import os, sys
+if os.environ.get("BROKEN") == "architecture":
+    sys.exit("ERROR:hf-to-gguf:Model MambaForCausalLM is not supported")
+if os.environ.get("BROKEN") == "disk":
+    sys.exit("OSError: [Errno 28] No space left on device")
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import gguf, gguf_files
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, (_, path, _, kind) = sys.argv[1], sys.argv[2:]
+model = AutoModelForCausalLM.from_pretrained(folder).float()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+more = {{"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.bos_token_id": 0}}
+if os.environ.get("BROKEN") == "token":
+    more["tokenizer.ggml.add_bos_token"] = True
+if os.environ.get("BROKEN") == "template":
+    more["tokenizer.chat_template"] = tokenizer.chat_template.replace("Classify", "Sort")
+kind = getattr(gguf.GGMLQuantizationType, kind.upper())
+gguf_files.write(Path(path), model, tokenizer, kind, metadata=more)
+"""
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama.cpp's source, or a folder with what stands in for it."""
+    if "REMORA_LLAMA_CPP" in os.environ:
+        return Path(os.environ["REMORA_LLAMA_CPP"])
+    folder = tmp_path_factory.mktemp("llama.cpp")
+    tests = str(Path(__file__).parents[1])
+    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER.format(tests=tests))
+    return folder
+
+
+STAND_IN = pytest.mark.skipif("REMORA_LLAMA_CPP" in os.environ, reason="breaks the stand-in")
+
+
+def test_llama_cpp_gives_the_adapters_labels(place: Path, source: Path, capsys) -> None:
+    assert remora("run", "--gguf", "f16", "--llama-cpp", source, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    folder = place / "run" / "gguf"
+    assert told["directory"] == str(folder)
+    (file,) = told["files"]
+    assert file["name"] == "run-f16.gguf"
+    assert file["num_bytes"] == (folder / "run-f16.gguf").stat().st_size
+    assert (file["num_differing"], file["accuracy"]) == (0, told["adapter_accuracy"])
+    assert told["num_rows"] == len(results.read(Path("run")).texts)
+    written = {"Modelfile", "README.md", "client.py", "labels.gbnf", "labels.json", file["name"]}
+    assert {path.name for path in folder.iterdir()} == written
+    assert "run-f16.gguf --jinja --port" in (folder / "README.md").read_text()
+
+
+@pytest.fixture(scope="session")
+def exported(original: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("gguf") / "out"
+    arguments = [original / "run", "--gguf", "f32", "--llama-cpp", source, "--output", output]
+    assert remora(*arguments) == 0
+    return output
+
+
+def test_the_exported_client_answers_alone(exported: Path, original: Path) -> None:
+    """As a user runs it: a plain Python, the files of the folder, a server."""
+    run = results.read(original / "run")
+    prompt = saved.open_trained(original / "run", device="cpu").prompt
+    model = llama_cpp.Model(path=exported / "run-f32.gguf", context=prompt.max_length, threads=1)
+    with llama_cpp.LlamaCpp(model) as engine:
+        command = [sys.executable, "-I", exported / "client.py", engine._url, *run.texts]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == run.predicted
+
+
+def test_the_grammar_and_the_modelfile_hold_any_label_and_prompt(exported: Path) -> None:
+    hostile = ['say "no"', "a\\b", "two\nlines", "ünï {{ x }}"]
+    rule = llama_cpp.grammar(hostile).removeprefix("root ::= ").strip()
+    assert [json.loads(each) for each in rule.split(" | ")] == hostile
+    text = (exported / "Modelfile").read_text()
+    assert text.startswith("FROM ./run-f32.gguf\nTEMPLATE ")
+    assert "Classify the message.\n\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n" in text
+    assert 'PARAMETER stop "<|im_end|>"' in text
+
+
+@pytest.mark.parametrize("marks", ["{{ x }}", "{% raw %}", "{# a #}", "{ plain }", "'\"\\ \n\n"])
+def test_the_chat_template_renders_the_trained_prompt(original: Path, marks: str) -> None:
+    prompt = saved.open_trained(original / "run", device="cpu").prompt
+    prompt.head, tokenizer = f"{marks}{prompt.head}", prompt.tokenizer
+    tokenizer.chat_template = gguf.chat_template(prompt)
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": " where {{ y }} \n"}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert rendered == f"{prompt.head}where {{{{ y }}}}{prompt.tail}"
+
+
+@STAND_IN
+@pytest.mark.parametrize(
+    ("broken", "code", "wanted"),
+    [
+        ("template", 4, "llama.cpp reads another prompt from run-f16.gguf"),
+        ("token", 4, "llama.cpp reads another prompt from run-f16.gguf"),
+        ("architecture", 4, "cannot write this model ('ERROR:hf-to-gguf:Model MambaForCausalLM"),
+        ("disk", 5, "no space left for the GGUF file; choose another --output"),
+    ],
+)
+def test_what_answers_otherwise_is_not_written(
+    place: Path,
+    source: Path,
+    capsys,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+    code: int,
+    wanted: str,
+) -> None:
+    monkeypatch.setenv("BROKEN", broken)
+    before = contents(place)
+    assert remora("run", "--gguf", "f16", "--llama-cpp", source) == code
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert wanted in line
+    assert contents(place) == before
+
+
+@STAND_IN
+def test_an_adapter_left_out_is_noticed(
+    place: Path, source: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unmerged(config: Any, dtype: Any, folder: Path) -> Any:
+        for path in Path("base").iterdir():
+            shutil.copy(path, folder)
+        return saved.open_trained("run", device="cpu").prompt
+
+    monkeypatch.setattr(gguf, "write_merged", unmerged)
+    assert remora("run", "--gguf", "f16", "--llama-cpp", source) == 4
+    assert "gives another label than the adapter to" in capsys.readouterr().err
+    assert not Path("run/gguf").exists()
+
+
+REFUSED = {
+    "no converter": (["--gguf", "f16"], 2, "run git clone --depth 1 https://github.com/ggml-org"),
+    "another folder": (["--gguf", "f16", "--llama-cpp", "base"], 2, "base has no convert_hf_to"),
+    "no adapter's converter": (["--gguf-lora", "--llama-cpp", "base"], 2, "no convert_lora_to"),
+    "no llama-quantize": (
+        ["--gguf", "q4_k_m", "--llama-cpp", "source"],
+        2,
+        "q4_k_m needs llama-quantize, which is neither in source/build/bin nor on the PATH",
+    ),
+    "an unknown type": (["--gguf", "q9", "--llama-cpp", "base"], 2, "gguf has 'q9'; give some of"),
+    "two ways": (["--gguf", "f16", "--merge"], 2, "merge and gguf are given together"),
+    "its settings alone": (["--merge", "--llama-cpp", "base"], 2, "add --gguf or --gguf-lora"),
+    "a type twice over": (["--gguf", "f16", "--dtype", "float32"], 2, "name their types"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_missing_is_said_before_anything_is_computed(
+    place: Path, capsys, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    Path("source").mkdir()
+    Path("source/convert_hf_to_gguf.py").touch()
+    monkeypatch.setenv("PATH", str(place))
+    arguments, code, wanted = REFUSED[name]
+    refused(place, capsys, code, wanted, "run", *arguments)
+
+
+@pytest.mark.parametrize("missing", ["xllamacpp", "sentencepiece"])
+def test_without_the_extra_it_says_what_to_install(
+    place: Path, source: Path, capsys, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    real = gguf.importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: None if name == missing else real(name, *a)
+    )
+    wanted = "run pip install 'remora[llama-cpp]'"
+    refused(place, capsys, 2, wanted, "run", "--gguf", "f16", "--llama-cpp", source)
+
+
+def test_a_process_that_ends_is_one_line(place: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    from remora.errors import ModelError
+
+    model = llama_cpp.Model(path=broken, context=64, threads=1)
+    with (
+        pytest.raises(ModelError, match=r"llama.cpp cannot use broken.gguf .*pip install -U"),
+        llama_cpp.LlamaCpp(model),
+    ):
+        pass
+
+
+@pytest.mark.skipif("REMORA_LLAMA_CPP" not in os.environ, reason="needs llama.cpp's converter")
+def test_the_adapter_alone_answers_as_merged(place: Path, source: Path, capsys) -> None:
+    assert remora("run", "--gguf-lora", "--llama-cpp", source, "--json") == 0
+    (file,) = json.loads(capsys.readouterr().out)["files"]
+    assert file["num_differing"] == 0
+    assert Path("run/gguf-lora/chat_template.jinja").is_file()
