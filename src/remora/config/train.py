@@ -28,6 +28,12 @@ from remora.config.checks import (
     check,
 )
 
+LEAST_EPOCHS, MOST_EPOCHS = 3, 20
+"""Passes over the training rows by default, with many rows and with few."""
+
+LEAST_STEPS = 250
+"""Steps that few rows are passed over for; docs/log.md has the measurements."""
+
 EVAL_SHARE = 1 / 3
 """Most validation rows in an evaluation, for each training row since the one before. A row is
 scored in about half the time that training on it takes: its backward pass is left out."""
@@ -176,8 +182,9 @@ class TrainConfig:
     learning_rate: LearningRate | None = None
     """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
 
-    epochs: Positive = 3.0
-    """Passes over the training rows."""
+    epochs: Positive | None = None
+    """Passes over the training rows; by default 3, and with few rows as many as make 250 steps, up
+    to 20."""
 
     max_steps: Count | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
@@ -340,7 +347,8 @@ class TrainConfig:
     def num_steps(self, num_rows: int) -> int:
         """Return the number of optimizer steps to train on `num_rows` rows."""
         steps_per_epoch = math.ceil(num_rows / self.batch_size)
-        return self.max_steps or max(1, math.ceil(self.epochs * steps_per_epoch))
+        epochs = self.epochs or min(MOST_EPOCHS, max(LEAST_EPOCHS, LEAST_STEPS / steps_per_epoch))
+        return self.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
 
     def steps_between_evaluations(self, num_rows: int) -> int:
         """Return the number of optimizer steps after which the validation rows are scored."""
