@@ -133,6 +133,13 @@ def test_the_head_is_computed_where_an_answer_is_predicted_and_nowhere_else() ->
     assert model(input_ids=batch.token_ids, use_cache=False).logits.shape[:2] == (4, 25)
 
 
+def test_a_model_that_names_no_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hybrid_model("lfm2", VOCABULARY, torch.float32)
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+    with pytest.raises(ModelError, match="names no output layer"):
+        check.check_rows(model, BATCH)
+
+
 def test_a_row_longer_than_the_micro_batch_is_alone() -> None:
     batches = layouts.split("rows", BATCH, 5)
     assert [batch.num_rows for batch in batches] == [1, 1, 1, 1]

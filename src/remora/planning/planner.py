@@ -250,7 +250,8 @@ class Planner:
         if size == MICRO_BATCH_TOKENS[0] and not checkpointing:
             return "memory suffices without checkpointing"
         if checkpointing and self.settings.checkpointing == "auto":
-            return "without checkpointing it would not fit, or only in trees that share less"
+            smaller = "trees that share less" if self.layout == "tree" else "smaller micro-batches"
+            return f"without checkpointing it would not fit, or only in {smaller}"
         return "larger micro-batches do not fit"
 
     @property

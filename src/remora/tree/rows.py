@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from remora.data.prompt import TokenSequence
+from remora.errors import ModelError
 from remora.tree.packing import MicroBatch
 
 Item = TypeVar("Item")
@@ -106,14 +107,23 @@ def head_at(model: Any, places: Tensor) -> Iterator[None]:
     Args:
         model: The model. While this lasts its logits are [1, places, vocabulary].
         places: Indices into the flattened rows, [P].
+
+    Raises:
+        ModelError: If the model names no head.
     """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(
+            "this model names no output layer (get_output_embeddings), so its answers cannot be "
+            "computed; choose another"
+        )
 
     # Models take one set of positions for all rows, if any; the head sees all hidden states.
     def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *others = arguments
         return (hidden.flatten(0, 1)[places][None], *others)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    handle = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
