@@ -140,7 +140,6 @@ def open_session(
                 memory.map_arrays(device)
             on = torch.device("cpu") if planned.shard else device
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
-            card = _with_columns(card, dataset)
             parameters = lora.count_parameters(model)
             for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
                 reporter.say(line)
@@ -166,7 +165,7 @@ def open_session(
             heaviest=heaviest,
             model=model,
             prompt=prompt,
-            card=replace(card, layout=planned.layout),
+            card=replace(_with_columns(card, dataset), layout=planned.layout),
             base_folder=folder,
             parameters=parameters,
             accelerator=accelerator,
