@@ -25,6 +25,9 @@ LABEL_NAMES = (
 CHAT_NAME = "messages"
 """A column of chats, from which both the text and the label come."""
 
+MAX_SUGGESTED_NAME = 60
+"""Characters of the longest name that an error asks to type."""
+
 
 class UnlabelledError(DataError):
     """A table has texts and no labels."""
@@ -233,7 +236,7 @@ def _suggested(
         close = [p for p in free if columns[p] in others]
         close = [p for p in close if close_match(columns[p].casefold(), usual)]
         best = contents.text(free, close) if kind == "text" else contents.label(free, close)
-        if best is None:
+        if best is None or len(columns[best]) > MAX_SUGGESTED_NAME:
             return []
         taken.append(best)
         suggested.append((kind, columns[best]))

@@ -158,7 +158,6 @@ def open_session(
             torch.manual_seed(config.seed)
             on = _where_to_load(planned, device)
             model, prompt, card, folder = load(config, dataset.labels, precision, on)
-            card = _with_columns(card, dataset)
             prompt, card = _as_rendered_before(prompt, card, resumed, reporter)
             parameters = lora.count_parameters(model)
             for line in trainable.introduce(config, dataset, prompt, model, parameters, card):
@@ -186,7 +185,7 @@ def open_session(
             heaviest=heaviest,
             model=model,
             prompt=prompt,
-            card=replace(card, layout=planned.layout),
+            card=replace(_with_columns(card, dataset), layout=planned.layout),
             base_folder=folder,
             parameters=parameters,
             accelerator=accelerator,
