@@ -557,7 +557,9 @@ def test_experts_are_adapted_on_request_and_come_back(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     (tmp_path / "remora.json").write_text("{}")
     untrusted.adapter(tmp_path, mixture())
-    stock = peft.PeftModel.from_pretrained(mixture(), tmp_path).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        stock = peft.PeftModel.from_pretrained(mixture(), tmp_path).eval()
     assert torch.equal(stock(input_ids=IDS).logits, expected)
     merged = model.merge_and_unload()(input_ids=IDS).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ block and calls transformers' own scaled-dot-product attention on the blocks as 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,15 +70,25 @@ def install(model: Any) -> None:
         return
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    _set(model, NAME)
 
 
 def uninstall(model: Any) -> bool:
     """Restore a model's attention over whole masks; return whether it was another."""
     if model.config.get_text_config()._attn_implementation != NAME:
         return False
-    model.set_attn_implementation("sdpa")
+    _set(model, "sdpa")
     return True
+
+
+def _set(model: Any, name: str) -> None:
+    """Set a model's attention, without what transformers logs of parts that are no models."""
+    log = logging.getLogger("transformers.modeling_utils")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        model.set_attn_implementation(name)
+    finally:
+        log.disabled = was_disabled
 
 
 def tree_mask(tree: TokenTree, window: int | None = None, chunk: int | None = None) -> Tensor:
