@@ -188,9 +188,17 @@ def check_rows(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    together = answer_logits(model, build(rows).to(device))
-    alone = torch.cat([_alone(model, row) for row in rows])
-    model.train(was_training)
+    try:
+        together = answer_logits(model, build(rows).to(device))
+        alone = torch.cat([_alone(model, row) for row in rows])
+    except _FAILURES as error:
+        if isinstance(error, ModelError) or memory.is_exhausted(error):
+            raise
+        raise ModelError(
+            f"this model computes no padded rows ({first_line(error)}); choose another"
+        ) from error
+    finally:
+        model.train(was_training)
     if not same_logits(together, alone):
         raise ModelError(
             "this model predicts something else if rows are padded on the right, so it is no "
