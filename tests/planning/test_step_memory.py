@@ -6,6 +6,7 @@ Also covers remora.planning.allocator.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -184,7 +185,7 @@ def test_operations_are_those_of_the_matrix_products() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_mixture_of_experts_is_counted_in_its_own_precision(dtype: torch.dtype, caplog) -> None:
+def test_a_mixture_of_experts_is_counted_in_its_own_precision(dtype: torch.dtype) -> None:
     config = tiny_config_of("olmoe", 97)
     empty = lora.add_adapter(loading.load_empty(config, dtype), rank=4, alpha=8, dropout=0.0)
     counted = step_memory.Skeleton(empty, autocast=None, device="cpu").count(packing.build(ROWS))
@@ -198,9 +199,30 @@ def test_a_mixture_of_experts_is_counted_in_its_own_precision(dtype: torch.dtype
     assert counted.saved < expected.saved or dtype is torch.float32
 
 
-def test_a_model_that_cannot_be_counted_ends_no_plan_and_logs_nothing(caplog) -> None:
+def test_a_model_without_blocks_is_counted_with_whole_masks_and_logs_nothing() -> None:
+    config = tiny_config_of("stablelm", 97)
+    empty = loading.load_empty(config, torch.float32)
+    assert empty.config._attn_implementation == attention.NAME
+    empty = lora.add_adapter(empty, rank=4, alpha=8, dropout=0.0)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(handler)
+    try:
+        many = [TokenSequence([1, 5, a, *range(40, 50), 2], 13) for a in range(10, 90)]
+        packed = packing.build(many)
+        counted = step_memory.Skeleton(empty, autocast=None, device="cpu").count(packed)
+    finally:
+        log.removeHandler(handler)
+    assert counted.saved > 0
+    assert empty.config._attn_implementation == "sdpa"
+    assert not records
+    assert not log.disabled
+
+
+def test_a_model_that_cannot_be_counted_says_so_in_an_error_of_its_own() -> None:
     config = tiny_config_of("dbrx", 97)
     empty = lora.add_adapter(loading.load_empty(config, torch.float32), rank=4, alpha=8, dropout=0)
     with pytest.raises(step_memory.NotCountableError, match="cannot be counted"):
         step_memory.Skeleton(empty, autocast=None, device="cpu").count(packing.build(ROWS))
-    assert not [record for record in caplog.records if record.name.startswith("torch")]
