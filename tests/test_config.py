@@ -258,3 +258,13 @@ def test_the_other_verbs_check_their_settings_too(make, message):
 def test_wrong_values_and_conflicts_are_reported_together():
     with pytest.raises(ConfigError, match=r"^rank is 0; give [^;]+; use_dora does not work on a"):
         config(rank=0, use_dora=True, method="qlora")
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_steps"),
+    [(10_003, 3 * 313), (2_670, 3 * 84), (2_600, 250), (770, 250), (320, 200), (5, 20)],
+)
+def test_few_rows_are_passed_over_more_often(num_rows: int, num_steps: int) -> None:
+    """Three times; to make 250 steps of 32 rows more often, and at most 20 times."""
+    assert TrainConfig("data.csv", model="m").num_steps(num_rows) == num_steps
+    assert TrainConfig("data.csv", model="m", epochs=2).num_steps(320) == 20

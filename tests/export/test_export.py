@@ -85,7 +85,7 @@ def test_what_is_no_run_is_refused(place: Path, capsys, what: str) -> None:
 @pytest.mark.parametrize("what", [["--merge"], ["--compress", "--budget", "12kB"]])
 def test_a_base_that_was_moved_is_given(place: Path, capsys, what: list[str]) -> None:
     Path("base").rename("moved")
-    refused(place, capsys, 4, "there is no folder", "run", *what)
+    refused(place, capsys, 4, "which is not there; say where it is now with --model", "run", *what)
     assert remora("run", *what, "--model", "moved", "--output", "out") == 0
 
 

@@ -67,7 +67,9 @@ def test_a_file_is_converted_once_by_a_process_of_its_own(
     digest = files.sha256([written])
     assert folder == cache / digest
     assert names(cache) == [digest]
-    first, second = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2, said
+    first, second = said
     assert first.startswith("converting m.gguf (")
     assert first.endswith("weights are stored in float32")
     assert str(folder) in first

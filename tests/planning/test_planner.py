@@ -31,6 +31,7 @@ def weightless(base, tmp_path):
 
 
 def planned(weightless, **settings):
+    settings = {"epochs": 3, **settings}
     return planner.make_plan(PlanConfig(weightless["data"], model=weightless["model"], **settings))
 
 

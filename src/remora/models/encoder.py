@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from remora.errors import ConfigError, ModelError
 from remora.formatting import first_line, one_line
 from remora.models import hub, untrusted
-from remora.models.loading import load_config, without_progress_bar
+from remora.models.loading import read_config, without_progress_bar
 
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*/config.json")
 OTHER_FORMATS = ("onnx/*", "openvino/*")
@@ -129,7 +129,7 @@ def _empty(folder: Path) -> Any:
     make: Any = AutoModel.from_config
     try:
         with torch.device("meta"):
-            return make(load_config(folder))
+            return make(read_config(folder))
     except ModelError:
         raise
     except Exception as error:

@@ -52,10 +52,21 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_config(folder: Path) -> Any:
-    """Return the configuration in a model's folder.
+    """Return the configuration in a causal language model's folder.
 
     Raises:
         ModelError: If it cannot be read, or is of no causal language model that is known.
+    """
+    config = read_config(folder)
+    _refuse_other_kinds(config)
+    return config
+
+
+def read_config(folder: Path) -> Any:
+    """Return the configuration in the folder of a model of any kind.
+
+    Raises:
+        ModelError: If it cannot be read.
     """
     from transformers import AutoConfig
 
@@ -72,7 +83,6 @@ def load_config(folder: Path) -> Any:
             f"the configuration in {folder} cannot be read ({first_line(error)}); "
             "give the folder of a Hugging Face causal language model"
         ) from error
-    _refuse_other_kinds(config)
     return config
 
 
