@@ -26,6 +26,11 @@ ARCHITECTURES = ("qwen2", "llama", "gemma2", "gemma3", "opt", "gpt2", "mistral")
 VOCABULARY = 97
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test, so that no worker ends with it alone."""
+    items.sort(key=lambda item: "test_notebook" not in item.nodeid)
+
+
 def call(*arguments: object) -> int:
     """Run the command line in this process; return its exit code."""
     try:

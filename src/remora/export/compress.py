@@ -21,7 +21,7 @@ from remora.evaluation.results import Results
 from remora.export import truncate
 from remora.export.sizes import Point, Trials, accuracy
 from remora.export.truncate import Artifact
-from remora.models import hub, metadata
+from remora.models import metadata
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
 
@@ -87,7 +87,8 @@ def compress(
     # The full adapter, and how large a smaller one may be
     full_folder = metadata.adapter_folder(config.run)
     card = metadata.read_card(full_folder)
-    base_bytes = files.folder_bytes(hub.find(config.model or card.base_model), "*.safetensors")
+    base = metadata.find_base(card, config.model, config.run)
+    base_bytes = files.folder_bytes(base, "*.safetensors")
     stored = config.dtype or "float8"
     source = _Source(
         adapter_bytes=files.folder_bytes(full_folder),

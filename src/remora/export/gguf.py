@@ -28,7 +28,7 @@ from remora.evaluation.results import Results
 from remora.export import llama_cpp, llama_cpp_client
 from remora.export.merge import write_merged
 from remora.formatting import quote
-from remora.models import hub, metadata
+from remora.models import metadata
 from remora.models.saved import open_trained
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
@@ -209,7 +209,7 @@ def _convert_adapter(
     trained = open_trained(config.run, base=config.model, device="cpu", precision="float32")
     prompt = trained.prompt
     del trained
-    source = hub.find(config.model or card.base_model)
+    source = metadata.find_base(card, config.model, config.run)
     for path in source.iterdir():
         if path.is_file():
             (model / path.name).symlink_to(path.absolute())
