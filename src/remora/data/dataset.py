@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class DataSummary:
     sha256: str
     text_columns: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()  # what else was found while reading
+    rows_per_label: Mapping[str, int] = field(default_factory=dict)  # training rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
@@ -122,6 +123,7 @@ def load_data(settings: TrainConfig) -> Dataset:
         options=ReadOptions(settings.input_format, settings.columns),
         strict=settings.strict,
         merge_labels=settings.merge_labels,
+        rename_labels=settings.rename_labels,
     )
     return limit_rows(dataset, settings.num_per_class, settings.seed)
 
@@ -178,6 +180,7 @@ def load_dataset(
     options: ReadOptions | None = None,
     strict: bool = False,
     merge_labels: bool = False,
+    rename_labels: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Read a source, check every row, and hold out the splits that it does not have.
 
@@ -196,11 +199,13 @@ def load_dataset(
         strict: Whether to refuse rows with a blank text or label, instead of skipping them.
         merge_labels: Whether labels that differ only in case, spaces or Unicode form become one,
             the most frequent of them.
+        rename_labels: Names to read in place of labels, in all tables.
 
     A test or validation table of the source that has no labels is left out.
 
     Raises:
-        ConfigError: A fraction is outside [0, 1), or the two leave nothing to train on.
+        ConfigError: A fraction is outside [0, 1), the two leave nothing to train on, or a label
+            to rename is not there.
         DataError: A table is missing, broken, or cannot be learned from.
     """
     check_fractions(validation_fraction, test_fraction)
@@ -220,13 +225,18 @@ def load_dataset(
     if merge_labels:
         forms = label_forms.most_frequent_forms(train.labels)
         train = Table(train.texts, label_forms.merged(train.labels, forms))
+    names, known = rename_labels or {}, sorted({*train.labels})
+    label_forms.refuse_unknown(names, known)
+    train = Table(train.texts, label_forms.renamed(train.labels, names))
     labels = _labels(source, train)
-    how |= {"known": labels, "remarks": remarks, "trained": columns, "forms": forms}
+    known = sorted({*known, *labels})
+    how |= {"known": known, "remarks": remarks, "trained": columns, "forms": forms}
     notes = label_forms.spoken(label_forms.twins(labels))
     tables: dict[str, Table] = {}
     for split in (each for each in given if each in parts):
         try:
-            tables[split] = read_parts(parts[split], **how)[0]
+            table, _ = read_parts(parts[split], **how)
+            tables[split] = Table(table.texts, label_forms.renamed(table.labels, names))
         except UnlabelledError:
             if given[split] is not None:
                 raise
@@ -392,6 +402,7 @@ def _summarize(
         sha256=digest.hexdigest(),
         text_columns=tuple(columns[:-1]),
         remarks=remarks,
+        rows_per_label=dict(counts),
     )
 
 
