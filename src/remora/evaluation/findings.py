@@ -163,7 +163,7 @@ def _as_good_rival(facts: RunFacts) -> NextStep | None:
             sentence=f"Use {rival.description} instead: it is as good, and far cheaper.",
             evidence=(lead(rival, p_value, facts.trained), *_price(rival, facts)),
             command=_comparison(facts),
-            worth=0.01,
+            worth=0.01 + facts.error / 10,  # just before a larger model
         )
     return None
 
