@@ -445,16 +445,17 @@ def test_every_command_is_one_that_remora_takes(
 ) -> None:
     """Whatever the run is called, and whatever its labels are."""
     seen = set()
+    noisy = {"num_likely": 99, "wrong": (0.05, 0.03, 0.07)}
     for number, (shape, about) in enumerate(
         (
             (
                 {"wrong": 380, "wrong_by_rival": 260, "alike": 50, "num_steps": 38, "history": ()},
                 {},
             ),
-            ({"wrong": 200, "wrong_by_rival": 130}, {"num_likely": 99}),
+            ({"wrong": 200, "wrong_by_rival": 130}, noisy),
             ({"wrong": 200, "wrong_by_rival": 130, "rival": "zero-shot"}, {}),
             ({"wrong": 140, "wrong_by_rival": 200}, {"overlapping": 0.1}),
-            ({"wrong": 140, "wrong_by_rival": 200}, {"num_likely": 99, "decided": LABELS[3]}),
+            ({"wrong": 140, "wrong_by_rival": 200}, noisy | {"decided": LABELS[3]}),
             ({"wrong": 300, "wrong_by_rival": 420, "num_train": 90}, {}),
             ({"wrong": 140, "wrong_by_rival": 300, "confidences": (0.97, 0.97)}, {}),
             ({"wrong": 15, "wrong_by_rival": 30, "num_base": 7_600_000_000}, {}),

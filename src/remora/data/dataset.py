@@ -204,8 +204,8 @@ def load_dataset(
     A test or validation table of the source that has no labels is left out.
 
     Raises:
-        ConfigError: A fraction is outside [0, 1), the two leave nothing to train on, or a label
-            to rename is not there.
+        ConfigError: A fraction is outside [0, 1), the two leave nothing to train on, or a label to
+            rename is not there.
         DataError: A table is missing, broken, or cannot be learned from.
     """
     check_fractions(validation_fraction, test_fraction)
@@ -215,28 +215,22 @@ def load_dataset(
     for split, path in given.items():
         if path is not None:
             parts[split] = [file_part(Path(path), options)]
-    how: dict[str, Any] = {
-        "text_column": text_column,
-        "label_column": label_column,
-        "strict": strict,
-    }
-    remarks, forms = Remarks(), None
+    columns_given = {"text_column": text_column, "label_column": label_column}
+    how: dict[str, Any] = {**columns_given, "strict": strict}
+    remarks, forms, names = Remarks(), None, rename_labels or {}
     train, columns = read_parts(parts["train"], **how, remarks=remarks)
     if merge_labels:
         forms = label_forms.most_frequent_forms(train.labels)
         train = Table(train.texts, label_forms.merged(train.labels, forms))
-    names, known = rename_labels or {}, sorted({*train.labels})
-    label_forms.refuse_unknown(names, known)
-    train = Table(train.texts, label_forms.renamed(train.labels, names))
+    label_forms.refuse_unknown(names, train.labels)
+    known, train = sorted({*train.labels, *names.values()}), _renamed(train, names)
     labels = _labels(source, train)
-    known = sorted({*known, *labels})
     how |= {"known": known, "remarks": remarks, "trained": columns, "forms": forms}
     notes = label_forms.spoken(label_forms.twins(labels))
     tables: dict[str, Table] = {}
     for split in (each for each in given if each in parts):
         try:
-            table, _ = read_parts(parts[split], **how)
-            tables[split] = Table(table.texts, label_forms.renamed(table.labels, names))
+            tables[split] = _renamed(read_parts(parts[split], **how)[0], names)
         except UnlabelledError:
             if given[split] is not None:
                 raise
@@ -251,6 +245,10 @@ def load_dataset(
         seed=seed,
         remarks=(*remarks.lines(), *notes),
     )
+
+
+def _renamed(table: Table, names: Mapping[str, str]) -> Table:
+    return Table(table.texts, label_forms.renamed(table.labels, names))
 
 
 def _unlabelled(part: Part, split: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from remora.errors import ConfigError
 from remora.formatting import close_match, listed, quote
@@ -53,16 +53,17 @@ def renamed(labels: Iterable[str], names: Mapping[str, str]) -> list[str]:
     return [names.get(label, label) for label in labels]
 
 
-def refuse_unknown(names: Mapping[str, str], labels: Collection[str]) -> None:
+def refuse_unknown(names: Mapping[str, str], labels: Iterable[str]) -> None:
     """Refuse to rename a label that no training row has, or to give it a blank name.
 
     Raises:
         ConfigError: Naming the first of them.
     """
+    known = sorted(set(labels))
     for label, name in names.items():
-        if label not in labels:
-            close = close_match(label, labels)
-            hint = f"did you mean {quote(close)}?" if close else f"give one of {listed([*labels])}"
+        if label not in known:
+            close = close_match(label, known)
+            hint = f"did you mean {quote(close)}?" if close else f"give one of {listed(known)}"
             raise ConfigError(
                 f"rename_labels has {quote(label)}, which no training row has; {hint}"
             )

@@ -50,7 +50,8 @@ def suspect_labels(facts: RunFacts) -> NextStep | None:
     """Find rows that are probably mislabelled and wait for a person, or decisions to apply."""
     if not facts.diagnosis or not facts.suspects:
         return None
-    suspects, wrong = facts.suspects, facts.diagnosis.get("wrong")
+    suspects, num_rows = facts.suspects, facts.diagnosis["num_rows"]
+    wrong = facts.diagnosis.get("wrong")
     evidence = []
     if wrong is not None:
         low, high = facts.diagnosis["wrong_interval"]
@@ -65,8 +66,9 @@ def suspect_labels(facts: RunFacts) -> NextStep | None:
             evidence.append(
                 f"so are {held_out:.1%} of the held-out ones, which no model gets right"
             )
-    worth = (min(facts.error, wrong or 0.0) + min(facts.error, held_out)) / 2
-    if suspects.num_likely < max(5, 0.005 * facts.diagnosis["num_rows"]):
+    share = suspects.num_likely / num_rows if wrong is None else wrong
+    worth = (min(facts.error, share) + min(facts.error, held_out)) / 2
+    if suspects.num_likely < max(5, 0.005 * num_rows):
         if not suspects.num_changed:
             return None
         list_of_rows = facts.directory / "relabel.csv"
