@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import remora
+from remora.errors import ModelError
 from remora.evaluation import charts, contradictions, results
 from remora.evaluation.confusion_matrix import Cell, cells, confusion_counts, matrix_labels
 from remora.evaluation.findings import NextStep
@@ -362,7 +363,10 @@ def _messages(run: Results) -> list[Message]:
 def _others(run: Results) -> list[list[tuple[int, float]]]:
     """Return the second and third label of each row with their probabilities; [] if not kept."""
     split = run.figures["measured_on"]
-    scored = read_probabilities(run.directory / PROBABILITIES, run.labels, split)
+    try:
+        scored = read_probabilities(run.directory / PROBABILITIES, run.labels, split)
+    except ModelError:  # someone has broken the file
+        return []
     if scored is None or len(scored.true) != len(run.texts):
         return []
     best = np.argsort(-scored.probabilities, axis=1, kind="stable")[:, 1:NUM_TOP]

@@ -112,7 +112,9 @@ def resolved(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         found = {"learning_rate": f"{rate:.2g}", "epochs": f"{records[-1].get('epoch', 0):.1f}"}
     modules = adapter.get("target_modules")
     if modules:
-        found["target_modules"] = modules if isinstance(modules, str) else ", ".join(modules)
+        found["target_modules"] = (
+            modules if isinstance(modules, str) else ", ".join(sorted(modules))
+        )
     found |= {k: plan[k] for k in ("device", "precision", "layout") if k in plan}
     if "checkpointing" in plan:
         found["checkpointing"] = "on" if plan["checkpointing"] else "off"
