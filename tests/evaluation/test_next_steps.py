@@ -459,6 +459,7 @@ def test_every_command_is_one_that_remora_takes(
             ({"wrong": 300, "wrong_by_rival": 420, "num_train": 90}, {}),
             ({"wrong": 140, "wrong_by_rival": 300, "confidences": (0.97, 0.97)}, {}),
             ({"wrong": 15, "wrong_by_rival": 30, "num_base": 7_600_000_000}, {}),
+            ({"wrong": 140, "wrong_by_rival": 150}, {}),
             ({"wrong": 25, "wrong_by_rival": 90}, {}),
         )
     ):

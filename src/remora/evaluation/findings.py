@@ -212,20 +212,22 @@ def larger_model(facts: RunFacts) -> NextStep | None:
         return None
     found: list[tuple[float, str]] = []
     ceiling, (_, high) = (facts.diagnosis or {}).get("ceiling"), facts.metrics["accuracy_interval"]
-    if ceiling and ceiling["interval"][0] - high >= 0.02:
+    wrong = (facts.diagnosis or {}).get("wrong", 0.0)  # of training labels, which cost as much
+    if ceiling and ceiling["interval"][0] - high - wrong >= 0.02:
+        accuracy = facts.metrics["accuracy"]
         found.append(
             (
-                0.3 * (ceiling["accuracy"] - facts.metrics["accuracy"]),
+                0.1 * (ceiling["accuracy"] - accuracy - wrong),
                 f"labels that are wrong or overlap would allow {ceiling['accuracy']:.1%} accuracy "
                 f"(95% interval {ceiling['interval'][0]:.1%} to {ceiling['interval'][1]:.1%}), "
-                f"and {facts.metrics['accuracy']:.1%} is reached",
+                f"and {accuracy:.1%} is reached",
             )
         )
     doubling = per_doubling(facts)
     if doubling and doubling[2] < WORTH_DOUBLING:
         found.append(
             (
-                0.2 * facts.error,
+                0.1 * facts.error,
                 f"doubling the rows adds at most {100 * doubling[2]:.1f} points, by the 95% "
                 "interval of the learning curve",
             )

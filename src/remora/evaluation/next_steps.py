@@ -32,11 +32,6 @@ ONCE_TRAINED = (
     findings.smaller_model,
 )
 """Findings that longer training may change, so that they wait for it."""
-MOOT = {
-    "abstain": "calibrate",  # a threshold chosen by accuracy needs no calibration
-    "review": "larger_model",  # which would learn the wrong labels, too
-}
-"""Findings that make another one moot."""
 
 
 def find_next_steps(directory: Path) -> tuple[NextStep, ...]:
@@ -112,9 +107,8 @@ def _ranked(facts: RunFacts) -> tuple[NextStep, ...]:
     if not any(step.kind == "train_longer" and step.worth >= LEAST_WORTH for step in found):
         found += [step for find in ONCE_TRAINED if (step := find(facts))]
     worthwhile = [step for step in found if step.worth >= LEAST_WORTH]
-    kinds = {step.kind for step in worthwhile}
-    moot = {other for kind, other in MOOT.items() if kind in kinds}
-    worthwhile = [step for step in worthwhile if step.kind not in moot]
+    if any(step.kind == "abstain" for step in worthwhile):  # its threshold needs no calibration
+        worthwhile = [step for step in worthwhile if step.kind != "calibrate"]
     return tuple(sorted(worthwhile, key=lambda step: -step.worth)[:NUM_STEPS])
 
 
