@@ -476,7 +476,8 @@ def test_undecided_pairs_are_folded_below_the_others(tmp_path: Path) -> None:
     html = report.page(run)
     text = " ".join(Read(html).text.split())
     assert (
-        "7 of 90 rows may be mislabelled; of the 3 most confused pairs of labels 1 overlap" in text
+        "7 of 90 rows may be mislabelled; of the 3 most confused pairs of labels: 1 overlapping"
+        in text
     )
     folded = html.index("2 confused pairs of labels without evidence for one cause")
     shown = html.index("Most confused label pairs, with the cause")
@@ -501,7 +502,7 @@ def test_contradictions_are_explained(tmp_path: Path) -> None:
         best = {"validation_best": True, "validation_rows": 200, "validation_accuracy": accuracy}
         return contradictions.of_validation([best], figures)
 
-    assert "the difference may be chance (p = 0.41," in (validated(0.75) or "")
+    assert "the difference may be chance (p = 0.406," in (validated(0.75) or "")
     assert "validation chose the weights, and so is optimistic" in (validated(0.9) or "")
     assert "the test rows are easier" in (validated(0.5) or "")
     assert contradictions.of_validation([], figures) is None

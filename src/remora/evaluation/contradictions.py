@@ -21,7 +21,7 @@ def of_validation(records: Sequence[Mapping[str, Any]], figures: Mapping[str, An
         f"have {metrics['accuracy']:.1%} on {metrics['num_rows']:,} test rows"
     )
     if p_value >= SIGNIFICANT:
-        return f"{text}; the difference may be chance (p = {p_value:.2g}, Fisher's exact test)."
+        return f"{text}; the difference may be chance (p = {p_value:.3g}, Fisher's exact test)."
     if rate > metrics["accuracy"]:
         why = (
             "validation chose the weights, and so is optimistic, or the test rows are of another "
@@ -30,7 +30,7 @@ def of_validation(records: Sequence[Mapping[str, Any]], figures: Mapping[str, An
     else:
         why = "the test rows are easier, or labelled with more care"
     return (
-        f"{text}, which is more than chance (p = {p_value:.2g}, Fisher's exact test): {why}. Trust "
+        f"{text}, which is more than chance (p = {p_value:.3g}, Fisher's exact test): {why}. Trust "
         "the test rows."
     )
 
@@ -63,16 +63,16 @@ def diagnosis_summary(diagnosis: Mapping[str, Any]) -> str:
     """Return a sentence on what a diagnosis has found: suspects, and verdicts on pairs."""
     verdicts = [each["verdict"] for each in diagnosis["pairs"]]
     counts = [
-        (verdicts.count("labels overlap"), "overlap"),
-        (verdicts.count("rows mislabelled"), "have mislabelled rows"),
-        (verdicts.count("too few examples"), "have too few rows"),
-        (verdicts.count("undertrained"), "are undertrained"),
-        (verdicts.count("undecided"), "are undecided"),
+        (verdicts.count("labels overlap"), "overlapping"),
+        (verdicts.count("rows mislabelled"), "with mislabelled rows"),
+        (verdicts.count("too few examples"), "with too few rows"),
+        (verdicts.count("undertrained"), "undertrained"),
+        (verdicts.count("undecided"), "undecided"),
     ]
     told = ", ".join(f"{count} {what}" for count, what in counts if count)
     text = f"{diagnosis['suspects']:,} of {diagnosis['num_rows']:,} rows may be mislabelled"
     if told:
-        text += f"; of the {len(verdicts)} most confused pairs of labels {told}"
+        text += f"; of the {len(verdicts)} most confused pairs of labels: {told}"
     return f"{text}."
 
 
@@ -84,7 +84,7 @@ def of_diagnosis(diagnosis: Mapping[str, Any], figures: Mapping[str, Any]) -> li
     if rate > metrics["accuracy"] and p_value < SIGNIFICANT:
         notes.append(
             f"The judges have {rate:.1%} accuracy and this run {metrics['accuracy']:.1%}, on other "
-            f"rows; that is more than chance (p = {p_value:.2g}, Fisher's exact test). They are "
+            f"rows; that is more than chance (p = {p_value:.3g}, Fisher's exact test). They are "
             "regressions on the base model's features and on words: a run that has trained for "
             "long enough should not be worse."
         )
