@@ -8,11 +8,13 @@ from typing import Literal
 from cyclopts import Parameter
 
 from remora.config.checks import MemorySize, to_bytes
+from remora.config.help_pages import grouped
 from remora.config.train import TrainConfig
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+@grouped(device="Speed and memory", json="Output")
 class PlanConfig(TrainConfig):
     """Settings of `remora plan`: those of `remora train`, and the device to plan for."""
 

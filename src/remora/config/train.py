@@ -31,6 +31,7 @@ from remora.config.checks import (
     check,
     split_names,
 )
+from remora.config.help_pages import grouped
 
 LEAST_EPOCHS, MOST_EPOCHS = 3, 20
 """Passes over the training rows by default, with many rows and with few."""
@@ -96,6 +97,15 @@ BASELINES = ("svm", "zero-shot", "probe", "embeddings")
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+@grouped(
+    data="Data",
+    model="Model",
+    instruction="Prompt",
+    epochs="Training",
+    metric="Measuring",
+    device="Speed and memory",
+    output="Output",
+)
 class TrainConfig:
     """Settings of `remora train`."""
 
@@ -103,15 +113,6 @@ class TrainConfig:
     """A table (CSV, TSV, JSON, JSON lines, Parquet, Excel; compressed or not), - for standard
     input, a folder with train, validation and test files or of save_to_disk, or a dataset on the
     Hugging Face Hub as hf:owner/name."""
-
-    model: str
-    """Base model: a folder, a GGUF file, or its id on the Hugging Face Hub."""
-
-    name: PlainName | None = None
-    """Name of the run; by default made from the names of the data and the model."""
-
-    output: Path = Path("runs")
-    """Folder to create run directories in."""
 
     validation: str | None = None
     """Table of validation rows; by default split off from the training rows."""
@@ -125,6 +126,10 @@ class TrainConfig:
 
     label_column: str | None = None
     """Column of the labels; by default found by its name."""
+
+    rows_per_class: Count | None = None
+    """Training rows per class, sampled by the seed; classes with fewer keep all of theirs. By
+    default all rows."""
 
     input_format: TableFormat | None = None
     """Format of the tables, if their names do not tell."""
@@ -146,25 +151,8 @@ class TrainConfig:
     """Share of the training rows held out for the final test, at most 10,000 rows; unused if test
     rows are given."""
 
-    rows_per_class: Count | None = None
-    """Training rows per class, sampled by the seed; classes with fewer keep all of theirs. By
-    default all rows."""
-
-    learning_curve: CurveSizes | None = None
-    """Train once for each of these numbers of rows per class, such as 5,10,20,50,all, to see
-    whether more rows would help."""
-
-    instruction: str = "Classify the message."
-    """Instruction in the prompt before each message."""
-
-    list_labels: bool = False
-    """List all labels in the prompt: helps with few examples per label, costs a longer prefix."""
-
-    label_texts: dict[str, str] = field(default_factory=dict)
-    """Text that the model writes for a label, if other than the label itself."""
-
-    max_length: Count | None = None
-    """Longest sequence in tokens; longer messages are truncated. By default the model's context."""
+    model: str
+    """Base model: a folder, a GGUF file, or its id on the Hugging Face Hub."""
 
     method: Method = "lora"
     """Fine-tuning method: a LoRA adapter (lora), a LoRA adapter on a base quantized to 4 bits
@@ -179,6 +167,11 @@ class TrainConfig:
     dropout: Fraction = 0.05
     """Dropout on the adapter's inputs while training."""
 
+    target_modules: tuple[str, ...] = ()
+    """Linear layers to adapt, several separated by commas; by default q, k, v, o, gate, up and
+    down, or every linear layer but the head and routers in other architectures. Experts of a
+    mixture are adapted if they are named, such as experts.down_proj, and without dropout."""
+
     use_rslora: bool = False
     """Scale the adapter's update by alpha / sqrt(rank) instead (rsLoRA), for high ranks."""
 
@@ -192,36 +185,30 @@ class TrainConfig:
     loraplus_lr_ratio: LearningRateRatio | None = None
     """Learning rate of the adapter's B as a multiple of that of A, such as 16 (LoRA+)."""
 
-    target_modules: tuple[str, ...] = ()
-    """Linear layers to adapt, several separated by commas; by default q, k, v, o, gate, up and
-    down, or every linear layer but the head and routers in other architectures. Experts of a
-    mixture are adapted if they are named, such as experts.down_proj, and without dropout."""
+    instruction: str = "Classify the message."
+    """Instruction in the prompt before each message."""
 
-    learning_rate: LearningRate | None = None
-    """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
+    list_labels: bool = False
+    """List all labels in the prompt: helps with few examples per label, costs a longer prefix."""
+
+    label_texts: dict[str, str] = field(default_factory=dict)
+    """Text that the model writes for a label, if other than the label itself."""
+
+    max_length: Count | None = None
+    """Longest sequence in tokens; longer messages are truncated. By default the model's context."""
 
     epochs: Positive | None = None
     """Passes over the training rows; by default 3, and with few rows as many as make 250 steps, up
     to 20."""
 
-    max_steps: Count | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    learning_rate: LearningRate | None = None
+    """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
 
     batch_size: Count = 32
     """Rows averaged over in one optimizer step, however they are split into micro-batches."""
 
-    micro_batch_tokens: Count | None = None
-    """Most tokens computed at once; limits memory, changes no result. By default 2048, or fewer if
-    memory does not suffice."""
-
-    layout: Literal["auto", "tree", "rows"] = "auto"
-    """How a batch is computed: what rows share once, as a token tree (tree), or each row by itself,
-    padded (rows), where a model's layers carry a state along the row. Both are exact. By default
-    the tree if the model follows it, which is checked."""
-
-    checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute each layer's activations in the backward pass instead of keeping them: saves
-    memory, costs time. By default only if memory does not suffice without."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
 
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Decay of the learning rate after warm-up."""
@@ -239,9 +226,16 @@ class TrainConfig:
     """Weight of each class in the loss: balanced, for the same total weight of every class, or a
     table with the columns label and weight. By default all rows count the same."""
 
+    seed: CountOrZero = 0
+    """Seed of the splits, the order of rows, the adapter's initialization and the dropout."""
+
     metric: Literal["accuracy", "macro_f1", "log_loss"] = "accuracy"
     """Metric on the validation rows that selects the best checkpoint. macro_f1, for classes of very
     different size, takes about twice the time."""
+
+    patience: CountOrZero = 3
+    """Early stopping: stop after this many evaluations in a row without improvement; 0 turns it
+    off."""
 
     eval_steps: Count | None = None
     """Steps between evaluations on the validation rows; by default once per epoch."""
@@ -249,31 +243,6 @@ class TrainConfig:
     eval_rows: Count | None = None
     """Validation rows in each evaluation, a stratified sample. By default all, or as many as keep
     evaluations within a quarter of the training's time; the final weights are measured on all."""
-
-    tolerance: Share = 0.01
-    """Maximum total probability left on unexplored labels when the weights that were chosen are
-    scored on test and validation rows. Accuracy is exact with any; 1 is fastest, with rough
-    log-loss and calibration."""
-
-    patience: CountOrZero = 3
-    """Early stopping: stop after this many evaluations in a row without improvement; 0 turns it
-    off."""
-
-    precision: PrecisionName = "auto"
-    """Arithmetic of the forward and backward pass; trainable parameters are always float32."""
-
-    device: DeviceName = "auto"
-    """Device to compute on."""
-
-    devices: Count = 1
-    """Number of devices of this machine to train on, one process each."""
-
-    shard: Literal["auto", "on", "off"] = "auto"
-    """Shard the weights (FSDP): each process holds a part of them and gathers one layer at a time.
-    By default with full fine-tuning, or if the base does not fit on one device."""
-
-    seed: CountOrZero = 0
-    """Seed of the splits, the order of rows, the adapter's initialization and the dropout."""
 
     baselines: Names = ("auto",)
     """What to measure beside the trained model, on the same rows: svm (TF-IDF and a linear SVM),
@@ -285,15 +254,56 @@ class TrainConfig:
     embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Sentence encoder of the baseline embeddings: a folder, or its id on the Hugging Face Hub."""
 
-    trackers: tuple[str, ...] = ()
-    """Experiment trackers supported by accelerate, such as tensorboard or wandb."""
+    tolerance: Share = 0.01
+    """Maximum total probability left on unexplored labels when the weights that were chosen are
+    scored on test and validation rows. Accuracy is exact with any; 1 is fastest, with rough
+    log-loss and calibration."""
+
+    learning_curve: CurveSizes | None = None
+    """Train once for each of these numbers of rows per class, such as 5,10,20,50,all, to see
+    whether more rows would help."""
+
+    device: DeviceName = "auto"
+    """Device to compute on."""
+
+    devices: Count = 1
+    """Number of devices of this machine to train on, one process each."""
+
+    precision: PrecisionName = "auto"
+    """Arithmetic of the forward and backward pass; trainable parameters are always float32."""
+
+    micro_batch_tokens: Count | None = None
+    """Most tokens computed at once; limits memory, changes no result. By default 2048, or fewer if
+    memory does not suffice."""
+
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute each layer's activations in the backward pass instead of keeping them: saves
+    memory, costs time. By default only if memory does not suffice without."""
+
+    layout: Literal["auto", "tree", "rows"] = "auto"
+    """How a batch is computed: what rows share once, as a token tree (tree), or each row by itself,
+    padded (rows), where a model's layers carry a state along the row. Both are exact. By default
+    the tree if the model follows it, which is checked."""
+
+    shard: Literal["auto", "on", "off"] = "auto"
+    """Shard the weights (FSDP): each process holds a part of them and gathers one layer at a time.
+    By default with full fine-tuning, or if the base does not fit on one device."""
+
+    output: Path = Path("runs")
+    """Folder to create run directories in."""
+
+    name: PlainName | None = None
+    """Name of the run; by default made from the names of the data and the model."""
+
+    max_time: Duration | None = None
+    """Save and stop after this time, such as 11h30m or 45m; the same command resumes."""
 
     checkpoint_minutes: PositiveOrZero = 10.0
     """Minutes between checkpoints, from which the same command resumes after a crash; 0 saves after
     every step."""
 
-    max_time: Duration | None = None
-    """Save and stop after this time, such as 11h30m or 45m; the same command resumes."""
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers supported by accelerate, such as tensorboard or wandb."""
 
     def __post_init__(self) -> None:
         """Check every value.
