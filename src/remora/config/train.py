@@ -197,6 +197,9 @@ class TrainConfig:
     max_length: Count | None = None
     """Longest sequence in tokens; longer messages are truncated. By default the model's context."""
 
+    truncate: Literal["head", "tail", "both"] = "head"
+    """The part of a longer message that is kept: its head, its tail, or half from each end."""
+
     epochs: Positive | None = None
     """Passes over the training rows; by default 3, and with few rows as many as make 250 steps, up
     to 20."""

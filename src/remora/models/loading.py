@@ -316,6 +316,7 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
         list_labels=settings.list_labels,
         label_texts=settings.label_texts,
         max_length=min(settings.max_length or context, context),
+        kept=settings.truncate,
     )
     refuse_longer_vocabulary(prompt, folder)
     return prompt

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import remora
 from remora.config import TrainConfig
-from remora.data.prompt import Prompt, Rendered
+from remora.data.prompt import Kept, Prompt, Rendered
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import gguf, hub, untrusted
@@ -44,17 +44,20 @@ class AdapterCard:
     layout: Layout = "tree"  # in which it was trained, and is scored
     text_columns: tuple[str, ...] = ()  # of the training table; a text has several by their names
     label_column: str = ""
+    truncate: Kept = "head"  # the part of a message longer than `max_length` that is kept
 
     def to_dict(self) -> dict[str, Any]:
         """Return what remora.json holds.
 
         Fields of GGUF files and columns are there only where there are any; a layout if it is not
-        the tree.
+        the tree, and what is kept of long messages if it is not their head.
         """
         values = asdict(self)
         optional = {"gguf_sha256", "gguf_quantization", "rendered", "text_columns", "label_column"}
         if self.layout == "tree":
             del values["layout"]
+        if self.truncate == "head":
+            del values["truncate"]
         return {k: v for k, v in values.items() if v or k not in optional}
 
     def prompt(self, tokenizer: Any) -> Prompt:
@@ -66,6 +69,7 @@ class AdapterCard:
             list_labels=self.list_labels,
             label_texts=self.label_texts,
             max_length=self.max_length,
+            kept=self.truncate,
             rendered=Rendered(**self.rendered) if self.rendered else None,
         )
         if prompt.changed:
@@ -242,6 +246,7 @@ def parse_card(folder: Path) -> AdapterCard:
         all(is_text(text) for text in (*texts, *card.labels))
         and card.method in FOLDERS
         and card.layout in get_args(Layout)
+        and card.truncate in get_args(Kept)
         and isinstance(card.label_texts, dict)
         and all(is_text(t) and label in card.labels for label, t in card.label_texts.items())
         and 2 <= len(card.labels) == len(set(card.labels))

@@ -20,6 +20,13 @@ from remora.runtime import sharding
 from remora.runtime.device import Precision
 from remora.tree.forward import text_config
 
+KEPT = {
+    "head": "their beginning is kept (--truncate tail or both keeps other parts)",
+    "tail": "their end is kept",
+    "both": "beginning and end are kept, half from each",
+}
+"""What is kept of messages that are too long, in words."""
+
 
 @contextlib.contextmanager
 def accelerator_for(precision: Precision, device: torch.device) -> Iterator[Any]:
@@ -58,6 +65,7 @@ def load_trainable(
         list_labels=config.list_labels,
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
+        truncate=prompt.kept,
         method=config.method,
         gguf_sha256=base_hash.gguf_sha256,
         gguf_quantization=base_hash.gguf_quantization,
@@ -146,5 +154,5 @@ def introduce(
         if table is not None and (cut := prompt.count_cut(table.texts)):
             yield (
                 f"{cut:,} of {len(table):,} {what} messages are longer than "
-                f"{prompt.max_length} tokens and are truncated at the end"
+                f"{prompt.max_length} tokens and are truncated: {KEPT[prompt.kept]}"
             )
