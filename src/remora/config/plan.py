@@ -12,9 +12,9 @@ from remora.config.help_pages import grouped
 from remora.config.train import TrainConfig
 
 
+@grouped(device="Speed and memory", json="Output")
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-@grouped(device="Speed and memory", json="Output")
 class PlanConfig(TrainConfig):
     """Settings of `remora plan`: those of `remora train`, and the device to plan for."""
 

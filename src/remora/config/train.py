@@ -6,6 +6,7 @@
 import dataclasses
 import math
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,8 +34,16 @@ from remora.config.checks import (
 )
 from remora.config.help_pages import grouped
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 LEAST_EPOCHS, MOST_EPOCHS = 3, 20
 """Passes over the training rows by default, with many rows and with few."""
+
+WARM_SHARE = 1 / 3
+"""Passes of a run that begins with another one's adapter, as a share of those without."""
 
 LEAST_STEPS = 250
 """Steps that few rows are passed over for; docs/log.md has the measurements."""
@@ -92,11 +101,11 @@ Initialization = Annotated[
 ]
 
 
+RunToBeginFrom = Annotated[str | None, Parameter(name=("--from", "--start-from"))]
+
 BASELINES = ("svm", "zero-shot", "probe", "embeddings")
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
 @grouped(
     data="Data",
     model="Model",
@@ -106,6 +115,8 @@ BASELINES = ("svm", "zero-shot", "probe", "embeddings")
     device="Speed and memory",
     output="Output",
 )
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of `remora train`."""
 
@@ -153,6 +164,10 @@ class TrainConfig:
 
     model: str
     """Base model: a folder, a GGUF file, or its id on the Hugging Face Hub."""
+
+    start_from: RunToBeginFrom = None
+    """Run to begin with: its adapter, on the same base model, learns on. Labels that the table has
+    in common with it keep their answers, and new ones join. Takes a third of the default epochs."""
 
     method: Method = "lora"
     """Fine-tuning method: a LoRA adapter (lora), a LoRA adapter on a base quantized to 4 bits
@@ -352,6 +367,15 @@ class TrainConfig:
                 "rows_per_class and learning_curve are both given; give one of them",
             ),
             (
+                self.start_from is not None and self.learning_curve is not None,
+                "a learning curve trains each size anew; leave out --from",
+            ),
+            (
+                self.start_from is not None and self.method == "full",
+                f"--from takes an adapter and method is full; give --model {self.start_from}/model "
+                "to begin with that run's weights",
+            ),
+            (
                 self.learning_curve is not None and self.devices > 1,
                 "a learning curve is trained on one device; leave out devices",
             ),
@@ -392,7 +416,8 @@ class TrainConfig:
     def num_steps(self, num_rows: int) -> int:
         """Return the number of optimizer steps to train on `num_rows` rows."""
         steps_per_epoch = math.ceil(num_rows / self.batch_size)
-        epochs = self.epochs or min(MOST_EPOCHS, max(LEAST_EPOCHS, LEAST_STEPS / steps_per_epoch))
+        default = min(MOST_EPOCHS, max(LEAST_EPOCHS, LEAST_STEPS / steps_per_epoch))
+        epochs = self.epochs or default * (WARM_SHARE if self.start_from else 1)
         return self.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
 
     def steps_between_evaluations(self, num_rows: int) -> int:
@@ -409,6 +434,20 @@ class TrainConfig:
         trained = steps * num_rows // math.ceil(num_rows / self.batch_size)
         most = max(LEAST_EVAL_ROWS, int(EVAL_SHARE * trained))
         return min(self.eval_rows or most, num_validation)
+
+    @classmethod
+    def from_toml(cls, text: str) -> "TrainConfig":
+        """Return the settings that `to_toml` wrote.
+
+        Raises:
+            ConfigError: If a value is wrong.
+            KeyError, TypeError, ValueError: If it is no such text.
+        """
+        settings = tomllib.loads(text)
+        kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
+        for name in kinds.keys() & settings.keys():
+            settings[name] = kinds[name](settings[name])
+        return cls(settings.pop("data"), **settings)
 
     def to_toml(self) -> str:
         """Return the settings as TOML for `--config`, without those that are None."""

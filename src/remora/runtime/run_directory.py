@@ -20,11 +20,6 @@ from remora.errors import ConfigError
 from remora.formatting import one_line
 from remora.runtime.files import disk_errors
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Path]:
     """Yield the paths that a run may take, the first choice first.
@@ -94,11 +89,7 @@ def read_settings(directory: Path) -> TrainConfig:
     """
     path = directory / "config.toml"
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
-        for name in kinds.keys() & settings.keys():
-            settings[name] = kinds[name](settings[name])
-        return TrainConfig(settings.pop("data"), **settings)
+        return TrainConfig.from_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"

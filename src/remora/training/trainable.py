@@ -18,6 +18,7 @@ from remora.models import gguf, hub, loading, lora, metadata
 from remora.planning import plan
 from remora.runtime import sharding
 from remora.runtime.device import Precision
+from remora.training import warm_start
 from remora.tree.forward import text_config
 
 KEPT = {
@@ -57,6 +58,8 @@ def load_trainable(
     base, prompt, folder = loading.load_base_and_prompt(config, labels, precision.base, device)
     adapted = lora.adapt(base, config).to(device)
     base_hash = metadata.BaseHash.of(folder)
+    if config.start_from:
+        prompt = warm_start.load_adapter_of(config.start_from, config, adapted, prompt, base_hash)
     card = metadata.AdapterCard(
         base_model=hub.lasting_name(config.model, folder),
         base_sha256=base_hash.weights_sha256,
@@ -144,6 +147,8 @@ def introduce(
     if config.learning_rate is None:
         rate = default_learning_rate(width, config.method)
         yield f"learning rate {rate:.1e}, the default for a hidden size of {width}"
+    if config.start_from:
+        yield from warm_start.told(config.start_from, dataset.labels)
     if prompt.label_texts.keys() - config.label_texts.keys():
         label, text = next(iter(prompt.label_texts.items()))
         yield (
