@@ -17,6 +17,7 @@ from cyclopts.config import Toml
 
 import remora
 from remora.config import (
+    ChooseConfig,
     CompareConfig,
     DiagnoseConfig,
     EvalConfig,
@@ -93,6 +94,23 @@ def train(
             display.show_result(result)
             if curve:
                 display.show_learning_curve(curve)
+
+
+@app.command(help_epilogue=examples("choose"))
+def choose(config: ChooseConfig) -> None:
+    """Find the smallest model that clears a bar: baselines first, then models from cheap to dear.
+
+    Takes the settings of train. Every run is an ordinary one; the same command resumes.
+    """
+    from remora import display
+    from remora.training import choose
+
+    with display.TerminalReporter().live() as reporter:
+        choice = choose.choose(config, reporter=reporter)
+    if config.json:
+        _print_json(choice.to_dict())
+    else:
+        display.show_choice(choice)
 
 
 @app.command(name="eval", help_epilogue=examples("eval"))

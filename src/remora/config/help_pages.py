@@ -9,7 +9,16 @@ from cyclopts import Group, Parameter
 
 Settings = TypeVar("Settings", bound=type)
 
-_TITLES = ("Data", "Model", "Prompt", "Training", "Measuring", "Speed and memory", "Output")
+_TITLES = (
+    "Choice",
+    "Data",
+    "Model",
+    "Prompt",
+    "Training",
+    "Measuring",
+    "Speed and memory",
+    "Output",
+)
 GROUPS = {title: Group(title, sort_key=place) for place, title in enumerate(_TITLES)}
 """Groups of settings in the order of the help, by their titles."""
 
@@ -26,6 +35,11 @@ EXAMPLES = {
         "remora train sample:support --model nano",
         "remora train data.csv --model Qwen/Qwen3-4B --epochs 5",
         "remora train data.csv --model Qwen/Qwen3-8B --method qlora",
+    ),
+    "choose": (
+        "remora choose data.csv --models nano,base --bar 0.93",
+        "remora choose data.csv --models nano,base --bar 0.9 --budget 2h",
+        "remora choose data.csv --models nano --bar 0.9 --json",
     ),
     "diagnose": (
         "remora diagnose runs/data-nano",

@@ -68,7 +68,7 @@ def _curve_sizes(text: str) -> tuple[int | None, ...]:
     return (*sizes, *([None] if words[-1] == "all" else []))
 
 
-def _seconds(text: str) -> float | None:
+def to_seconds(text: str) -> float | None:
     """Return the seconds of a text such as 11h30m, None if it is no time."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     if not match or not any(match.groups()):
@@ -85,7 +85,7 @@ CurveSizes = Annotated[
     ),
 ]
 Duration = Annotated[
-    str, Constraint("a time such as 11h30m, 45m or 90s", lambda x: _seconds(x) is not None)
+    str, Constraint("a time such as 11h30m, 45m or 90s", lambda x: to_seconds(x) is not None)
 ]
 LearningRate = Annotated[float, Constraint("a number above 0 and at most 1", lambda x: 0 < x <= 1)]
 LearningRateRatio = Annotated[
@@ -411,7 +411,7 @@ class TrainConfig:
     @property
     def max_seconds(self) -> float | None:
         """`max_time` in seconds; None without a limit."""
-        return _seconds(self.max_time or "")
+        return to_seconds(self.max_time or "")
 
     def num_steps(self, num_rows: int) -> int:
         """Return the number of optimizer steps to train on `num_rows` rows."""

@@ -30,7 +30,7 @@ def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Pa
         data: Source of the rows.
         base: The base model.
     """
-    stem = wanted or "-".join(_slug(source) for source in (data, base))
+    stem = wanted or "-".join(slug(source) for source in (data, base))
     yield parent / stem
     if wanted is None:
         yield from (parent / f"{stem}-{number}" for number in range(2, 10_000))
@@ -103,7 +103,7 @@ def _refuse_file(parent: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(present))
 
 
-def _slug(source: str) -> str:
+def slug(source: str) -> str:
     """Return the last part of a path or a hub id as a part of a run's name."""
     if os.name == "nt":
         source = source.replace("\\", "/")
