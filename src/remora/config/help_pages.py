@@ -38,7 +38,7 @@ EXAMPLES = {
     ),
     "choose": (
         "remora choose data.csv --models nano,base --bar 0.93",
-        "remora choose data.csv --models nano,base --bar 0.9 --budget 2h",
+        "remora choose data.csv --models a,b --bar 0.9 --budget 2h",
         "remora choose data.csv --models nano --bar 0.9 --json",
     ),
     "diagnose": (
