@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from remora.config.checks import (
     DEFAULT_MICRO_BATCH_TOKENS,
+    Answer,
     Constraint,
     Count,
     CountOrZero,
@@ -153,6 +154,11 @@ class TrainConfig:
     learning_curve: CurveSizes | None = None
     """Train once for each of these numbers of rows per class, such as 5,10,20,50,all, to see
     whether more rows would help."""
+
+    answer: Answer = "words"
+    """What answers a message: the model writes the label (words), or a linear head at the last
+    token of the prompt scores the labels (classes), as in transformers' and PEFT's sequence
+    classification."""
 
     instruction: str = "Classify the message."
     """Instruction in the prompt before each message."""
@@ -320,6 +326,16 @@ class TrainConfig:
             (
                 self.learning_curve is not None and not {"svm", "auto"} & {*self.baselines},
                 "a learning curve shows the svm beside each size; leave out baselines, or add svm",
+            ),
+            (
+                self.answer == "classes" and bool(self.label_texts),
+                "label_texts are what the model writes, and answer is classes, which writes "
+                "nothing; leave out label_texts, or use --answer words",
+            ),
+            (
+                self.answer == "classes" and "zero-shot" in self.baselines,
+                "baselines has zero-shot and answer is classes, whose head answers nothing before "
+                "it is trained; leave it out, or use --answer words",
             ),
             (
                 self.use_dora and self.method == "qlora",

@@ -92,7 +92,10 @@ def write_model(
     weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a whole model with its tokenizer and card; the card gets the hash of these weights."""
-    whole.generation_config = _writing_labels(whole.generation_config, prompt)
+    if prompt.classes:
+        _let_stock_pool(whole.config.get_text_config(), prompt)
+    else:
+        whole.generation_config = _writing_labels(whole.generation_config, prompt)
     with loading.without_progress_bar():
         whole.save_pretrained(folder, state_dict=weights)
     tokenizer = copy.deepcopy(prompt.tokenizer)
@@ -101,6 +104,20 @@ def write_model(
     rendered = prompt.rendered._asdict()
     card = replace(card, base_sha256=files.weights_sha256(folder), rendered=rendered)
     write_json(folder / "remora.json", card.to_dict())
+
+
+def _let_stock_pool(config: Any, prompt: Prompt) -> None:
+    """Name a padding token by which stock sequence classification finds the last token of a row.
+
+    It takes the last one that is not padding, so the prompt must not end with the padding token.
+    """
+    tokenizer = prompt.tokenizer
+    last = prompt.stems([""])[0][-1]
+    known = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    others = (token for token in range(config.vocab_size) if token != last)
+    config.pad_token_id = next(
+        (token for token in known if token is not None and token != last), next(others)
+    )
 
 
 def _writing_labels(before: Any, prompt: Prompt) -> Any:
@@ -245,7 +262,7 @@ def load_adapter(
         )
     prompt = card.prompt(loading.load_tokenizer(source))
     loading.refuse_longer_vocabulary(prompt, source)
-    loaded = loading.load_base(source, card.method, dtype, device)
+    loaded = loading.load_base(source, card.method, dtype, device, card.classes)
     layouts.assign(loaded, card.layout)
     if dequantized:
         quantize.dequantize(loaded)
@@ -268,7 +285,9 @@ def _load_whole(
         )
     prompt = card.prompt(loading.load_tokenizer(folder))
     loading.refuse_longer_vocabulary(prompt, folder)
-    loaded = loading.load(folder, dtype)
+    if card.classes:
+        untrusted.whole_head(folder, loading.NEW_WEIGHTS)
+    loaded = loading.load(folder, dtype, classes=card.classes)
     layouts.assign(loaded, card.layout)
     return loaded.to(device).eval(), prompt, card
 

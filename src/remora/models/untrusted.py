@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.]{0,200}")
 # Keys of LoraConfig. Every other key must be empty or have its default.
 _ADAPTER_KEYS = {
     *("alpha_pattern", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
-    *("init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "peft_version", "r"),
+    *("init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save"),
+    *("peft_type", "peft_version", "r"),
     *("rank_pattern", "revision", "target_modules", "target_parameters", "task_type"),
     *("use_dora", "use_rslora"),
 }
@@ -75,6 +76,30 @@ def adapter(folder: Path, base: Any) -> None:
             if shapes[key] != shape:
                 raise _misfit(folder, f"has {key} with the shape {shapes[key]}, not {shape}")
     _check_experts(folder, base, shapes, parameters, default)
+    _check_head(folder, base, shapes)
+
+
+def _check_head(folder: Path, base: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a head over classes that is not as wide as its base, or one where there is none."""
+    path = folder / "adapter_config.json"
+    heads = read_json(path).get("modules_to_save") or []
+    head = getattr(base, "score", None)
+    if not (isinstance(heads, list) and set(map(str, heads)) <= {"classifier", "score"}):
+        raise ModelError(f"{path} trains other modules than a head over classes; {AGAIN}")
+    if bool(heads) != (head is not None):
+        raise _misfit(folder, "has a head over classes, or lacks one")
+    if head is not None and shapes.get("base_model.model.score.weight") != tuple(head.weight.shape):
+        raise _misfit(folder, "has no head for the labels in its remora.json")
+
+
+def whole_head(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a whole model whose files lack the head over its classes.
+
+    Raises:
+        ModelError: If none of the names is in them.
+    """
+    if not set(names) & set(read_shapes(sorted(folder.glob("*.safetensors")))):
+        raise ModelError(f"the weights in {folder} lack the head over its labels; restore it")
 
 
 def _check_experts(

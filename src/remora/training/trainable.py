@@ -59,6 +59,7 @@ def load_trainable(
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
         method=config.method,
+        answer=config.answer,
         gguf_sha256=base_hash.gguf_sha256,
         gguf_quantization=base_hash.gguf_quantization,
         rendered=prompt.rendered._asdict(),
@@ -87,7 +88,7 @@ def as_base(
         with model.disable_adapter():
             yield
         return
-    before = loading.load(folder, dtype)
+    before = loading.load(folder, dtype, classes=card.classes)
     with torch.no_grad():
         for own, weight in zip(model.parameters(), before.parameters(), strict=True):
             wide = weight.to(own.dtype)

@@ -68,11 +68,9 @@ def check_tree(
     # Each row alone.
     expected, is_wide = 0.0, True
     for row in rows:
-        ids = torch.tensor([list(row.token_ids)], device=packed.token_ids.device)
         alone = _alone(model, row)
         is_wide = alone.dtype in {torch.float32, torch.float64}
-        targets = ids[0, row.answer_start :]
-        expected += float(functional.cross_entropy(alone.float(), targets, reduction="sum"))
+        expected += _row_loss(alone, row)
     tolerance = 1e-3 if is_wide else 3e-2
     # The tree in blocks.
     try:
@@ -130,7 +128,7 @@ def _long_rows(
         if num_tokens > wanted:
             break
         ids = [*longest.token_ids[:shared], *pair, *longest.token_ids[shared:]]
-        more.append(TokenSequence(ids, longest.answer_start + len(pair)))
+        more.append(longest._replace(token_ids=ids, answer_start=longest.answer_start + len(pair)))
         num_tokens += len(ids) - shared - 1  # rows may share the first of the pair
     return more
 
@@ -149,7 +147,7 @@ def _compare_far_rows(
     alone = []
     for row, _ in chosen:
         ids = torch.tensor([list(row.token_ids)], device=device)
-        kept = torch.arange(row.answer_start - 1, len(row.token_ids) - 1, device=device)
+        kept = torch.tensor(row.predictors, device=device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0]
         alone.append(_row_loss(logits, row))
     in_tree: list[float] = []
@@ -157,8 +155,7 @@ def _compare_far_rows(
     for in_blocks in (None, False):
         logits = model(**model_inputs(model, largest.to(device), in_blocks=in_blocks)).logits[0]
         in_tree = [
-            _row_loss(logits[[place[node] for node in path[row.answer_start - 1 : -1]]], row)
-            for row, path in chosen
+            _row_loss(logits[[place[path[i]] for i in row.predictors]], row) for row, path in chosen
         ]
         # In 16 bits rounding may send a token to another expert.
         tolerance = 1e-4 if logits.dtype in {torch.float32, torch.float64} else 1e-1
@@ -172,7 +169,7 @@ def _compare_far_rows(
 
 def _row_loss(logits: Tensor, row: TokenSequence) -> float:
     """Return the summed loss of a row's answer; logits [answer tokens, vocabulary]."""
-    targets = torch.tensor(list(row.token_ids[row.answer_start :]), device=logits.device)
+    targets = torch.tensor(row.targets, device=logits.device)
     return float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
 
 
@@ -219,7 +216,5 @@ def _tolerance(dtype: torch.dtype) -> float:
 def _alone(model: Any, row: TokenSequence) -> torch.Tensor:
     """Return a row's answer logits by the model's own ordinary forward pass, [answer, V]."""
     ids = torch.tensor([list(row.token_ids)], device=next(model.parameters()).device)
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[
-        0, row.answer_start - 1 : -1
-    ]
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, list(row.predictors)]
     return logits
