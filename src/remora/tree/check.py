@@ -15,7 +15,7 @@ from remora.errors import ModelError
 from remora.formatting import first_line
 from remora.runtime import memory
 from remora.tree import attention, layouts, packing
-from remora.tree.forward import answer_logits, model_inputs, text_config
+from remora.tree.forward import answer_logits, is_narrow, model_inputs, text_config
 from remora.tree.loss import loss_sum
 from remora.tree.packing import split
 from remora.tree.rows import build
@@ -66,12 +66,10 @@ def check_tree(
     model.eval()
     packed = packing.build(rows).to(next(model.parameters()).device)
     # Each row alone.
-    expected, is_wide = 0.0, True
+    expected = 0.0
     for row in rows:
-        alone = _alone(model, row)
-        is_wide = alone.dtype in {torch.float32, torch.float64}
-        expected += _row_loss(alone, row)
-    tolerance = 1e-3 if is_wide else 3e-2
+        expected += _row_loss(_alone(model, row), row)
+    tolerance = _tolerance(model)
     # The tree in blocks.
     try:
         blocked = model(**model_inputs(model, packed, in_blocks=True)).logits[0]
@@ -158,7 +156,7 @@ def _compare_far_rows(
             _row_loss(logits[[place[path[i]] for i in row.predictors]], row) for row, path in chosen
         ]
         # In 16 bits rounding may send a token to another expert.
-        tolerance = 1e-4 if logits.dtype in {torch.float32, torch.float64} else 1e-1
+        tolerance = 1e-1 if is_narrow(model) else 1e-4
         pairs = zip(in_tree, alone, strict=True)
         right = all(abs(one - other) <= tolerance * max(1, other) for one, other in pairs)
         if right:
@@ -196,21 +194,21 @@ def check_rows(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
         ) from error
     finally:
         model.train(was_training)
-    if not same_logits(together, alone):
+    if not same_logits(model, together, alone):
         raise ModelError(
             "this model predicts something else if rows are padded on the right, so it is no "
             "causal language model; choose another"
         )
 
 
-def same_logits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_logits(model: nn.Module, one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two arrays of logits differ by no more than rounding."""
     difference = (one.float() - other.float()).abs().max()
-    return bool(difference <= _tolerance(one.dtype) * other.float().abs().max())
+    return bool(difference <= _tolerance(model) * other.float().abs().max())
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    return 1e-3 if dtype in {torch.float32, torch.float64} else 3e-2
+def _tolerance(model: nn.Module) -> float:
+    return 3e-2 if is_narrow(model) else 1e-3
 
 
 def _alone(model: Any, row: TokenSequence) -> torch.Tensor:
