@@ -50,6 +50,7 @@ def describe(config: Any, classes: Sequence[str]) -> None:
             f"transformers has no {config.model_type} for sequence classification, so no head can "
             "score classes; use --answer words"
         )
+    config.tie_word_embeddings = False  # to a head over the vocabulary, which is not there
     config.id2label = dict(enumerate(classes))
     config.label2id = {label: index for index, label in enumerate(classes)}
 
