@@ -22,6 +22,7 @@ from remora.data.class_prompt import ClassPrompt
 from remora.data.prompt import Prompt, TokenSequence
 from remora.errors import ModelError
 from remora.models import class_head, loading, lora
+from remora.planning.step_memory import Skeleton
 from remora.tree import layouts, packing
 from remora.tree.check import check_layout
 from remora.tree.forward import answer_logits
@@ -164,6 +165,18 @@ def test_one_token_a_row_is_scored_and_no_label_is_computed(layout: Any) -> None
     assert batch.num_tokens == (len(nodes) if layout == "tree" else 5 * 24)
     assert batch.num_supervised_tokens == 5
     check_layout(ours.float(), BATCH)
+
+
+def test_a_plan_counts_logits_over_classes_only() -> None:
+    config = tiny_config("qwen2", vocabulary=20_000)
+    counts = []
+    for classes in (LABELS, ()):
+        class_head.describe(config, classes)
+        empty = loading.load_empty(config, torch.float32)
+        adapted = lora.add_adapter(empty, rank=4, alpha=8, dropout=0.0)
+        counts.append(Skeleton(adapted, autocast=None, device="cpu").count(packing.build(BATCH)))
+    assert counts[1].logits >= 4 * 4 * 20_000  # 4 places in 32 bits
+    assert counts[0].peak < counts[1].peak - counts[1].logits // 2
 
 
 def test_rows_of_a_tree_have_their_weights() -> None:
