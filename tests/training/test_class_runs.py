@@ -312,7 +312,7 @@ def test_a_head_that_does_not_fit_is_refused(place: Path, tmp_path: Path, spoil:
         values = json.loads(config.read_text()) | {"modules_to_save": ["embed_tokens"]}
         config.write_text(json.dumps(values))
     save_file({each: weight.clone() for each, weight in weights.items()}, path)
-    wanted = "trains other modules" if spoil == "modules" else "no head for the labels"
+    wanted = "modules_to_save to more" if spoil == "modules" else "no head for the labels"
     with pytest.raises(ModelError, match=wanted):
         opened(run)
 

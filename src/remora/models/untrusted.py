@@ -85,9 +85,12 @@ def _check_head(folder: Path, base: Any, shapes: Mapping[str, tuple[int, ...]]) 
     heads = read_json(path).get("modules_to_save") or []
     head = getattr(base, "score", None)
     if not (isinstance(heads, list) and set(map(str, heads)) <= {"classifier", "score"}):
-        raise ModelError(f"{path} trains other modules than a head over classes; {AGAIN}")
+        raise ModelError(f"{path} sets modules_to_save to more than a head over classes; {AGAIN}")
     if bool(heads) != (head is not None):
-        raise _misfit(folder, "has a head over classes, or lacks one")
+        verb = "has a head over classes, and its remora.json names none"
+        if not heads:
+            verb = "has no head over classes, and its remora.json names one"
+        raise ModelError(f"the adapter in {folder} {verb}; {AGAIN}")
     if head is not None and shapes.get("base_model.model.score.weight") != tuple(head.weight.shape):
         raise _misfit(folder, "has no head for the labels in its remora.json")
 
