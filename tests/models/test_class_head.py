@@ -21,7 +21,7 @@ from hybrids import hybrid_config
 from remora.data.class_prompt import ClassPrompt
 from remora.data.prompt import Prompt, TokenSequence
 from remora.errors import ModelError
-from remora.models import class_head, loading, lora
+from remora.models import class_head, loading, lora, saved
 from remora.planning.step_memory import Skeleton
 from remora.tree import layouts, packing
 from remora.tree.check import check_layout
@@ -237,6 +237,19 @@ def test_a_class_prompt_is_the_prompt_without_an_answer(tokenizer: Any) -> None:
     assert len(words.stems([long])[0]) == 40 - len(words.answers[0])
     assert type(classes.pinned(classes.rendered)) is ClassPrompt
     assert classes.pinned(classes.rendered).changed == ""
+
+
+@pytest.mark.parametrize("pad", [None, 0, "last"])
+def test_a_merged_model_names_padding_that_is_not_the_end_of_the_prompt(
+    tokenizer: Any, pad: Any
+) -> None:
+    prompt = ClassPrompt(tokenizer, ["a", "b"], instruction="", max_length=64)
+    last = prompt.stems([""])[0][-1]
+    config = tiny_config("qwen2", vocabulary=len(tokenizer))
+    config.pad_token_id = last if pad == "last" else pad
+    saved.let_stock_pool(config, prompt)
+    assert config.pad_token_id == (0 if pad == 0 else tokenizer.pad_token_id)
+    assert config.pad_token_id != last
 
 
 def test_an_architecture_without_such_a_head_is_refused() -> None:

@@ -93,7 +93,7 @@ def write_model(
 ) -> None:
     """Write a whole model with its tokenizer and card; the card gets the hash of these weights."""
     if prompt.classes:
-        _let_stock_pool(whole.config.get_text_config(), prompt)
+        let_stock_pool(whole.config.get_text_config(), prompt)
     else:
         whole.generation_config = _writing_labels(whole.generation_config, prompt)
     with loading.without_progress_bar():
@@ -106,7 +106,7 @@ def write_model(
     write_json(folder / "remora.json", card.to_dict())
 
 
-def _let_stock_pool(config: Any, prompt: Prompt) -> None:
+def let_stock_pool(config: Any, prompt: Prompt) -> None:
     """Name a padding token by which stock sequence classification finds the last token of a row.
 
     It takes the last one that is not padding, so the prompt must not end with the padding token.
