@@ -25,7 +25,7 @@ from remora.models import class_head, loading, lora, saved
 from remora.planning.step_memory import Skeleton
 from remora.tree import layouts, packing
 from remora.tree.check import check_layout
-from remora.tree.forward import answer_logits
+from remora.tree.forward import answer_logits, is_narrow
 from remora.tree.loss import loss_sum
 from remora.tree.packing import MicroBatch, TokenTree
 
@@ -200,6 +200,7 @@ def test_the_head_is_float32_whatever_the_base_is() -> None:
     assert head.original_module.weight.dtype == torch.bfloat16  # frozen beside it
     with torch.autocast("cpu", torch.bfloat16):
         assert answer_logits(adapted, packing.build(BATCH)).dtype == torch.float32
+    assert is_narrow(adapted)
     check_layout(adapted, BATCH)  # by what 16 bits can tell apart, though logits have 32
     counts = lora.count_parameters(adapted)
     assert counts.modules["head"] == 11 * 32

@@ -51,7 +51,7 @@ def settings(place: Path, **more: Any) -> TrainConfig:
             "rank": 16,
             "precision": "float32",
             "device": "cpu",
-            "baselines": ("probe",),
+            "baselines": ("auto", "probe"),
             **more,
         },
     )
@@ -65,7 +65,7 @@ def place(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_table(folder / "data.csv", repeats=8)
     result = train(settings(folder))
     assert result.metrics.accuracy > 0.9
-    assert [rival.name for rival in result.rivals] == ["probe"]
+    assert [rival.name for rival in result.rivals] == ["svm", "probe"]
     return folder
 
 

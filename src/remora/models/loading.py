@@ -138,11 +138,7 @@ def load(
                 f"the weights in {folder} are quantized already; give the original model, or use "
                 "--method lora"
             )
-        keep = class_head.HEAD if classes else None
-        how = {
-            "quantization_config": quantize.settings(dtype, keep=keep),
-            "device_map": {"": quantize_on},
-        }
+        how = {"quantization_config": quantize.settings(dtype), "device_map": {"": quantize_on}}
     try:
         with without_progress_bar():
             result: Any = class_head.auto_class(config).from_pretrained(

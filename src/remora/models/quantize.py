@@ -96,13 +96,8 @@ def import_quietly() -> None:
             sys.modules["kernels"] = kernels
 
 
-def settings(dtype: torch.dtype, *, keep: str | None = None) -> Any:
-    """Return the quantization settings for transformers; it quantizes all but the head.
-
-    Args:
-        dtype: Type to compute in.
-        keep: The head's name where it is not the one over the vocabulary.
-    """
+def settings(dtype: torch.dtype) -> Any:
+    """Return the quantization settings for transformers; it quantizes all but the head."""
     from transformers import BitsAndBytesConfig
 
     make: Any = BitsAndBytesConfig
@@ -111,7 +106,6 @@ def settings(dtype: torch.dtype, *, keep: str | None = None) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[keep] if keep else None,
     )
 
 

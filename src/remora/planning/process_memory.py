@@ -263,9 +263,7 @@ class ProcessMemory:
         tables = (self._dataset.validation, self._dataset.test)
         num_rows = max(len(table) if table else 0 for table in tables)
         lengths = [len(row.token_ids) for row in self._survey.rows]
-        below = 0  # tokens of all labels of a message, which a head scores without any
-        if not self._prompt.classes:
-            below = sum(len(answer) for answer in self._prompt.answers)
+        below = sum(len(answer) for answer in self._prompt.answers)  # all labels of a message
         all_tokens = num_rows * (sum(lengths) // len(lengths) + below)
         tokens = max(*lengths, min(size, all_tokens))
         kept = min(tokens, scoring.most_kept(self._num_outputs))
