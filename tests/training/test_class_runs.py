@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from conftest import WAYS, WORDS, call, write_table
 from remora import TextClassifier
 from remora.config import PlanConfig, TrainConfig
-from remora.errors import ModelError, Stopped
+from remora.data.dataset import load_data
+from remora.errors import ConfigError, ModelError, Stopped
 from remora.models import class_head, model_card, quantize, saved
 from remora.models.saved import open_trained
 from remora.planning.planner import make_plan
@@ -28,6 +29,7 @@ from remora.runtime.reporter import Reporter, Step
 from remora.runtime.stop import Stop
 from remora.serving.engine import Engine
 from remora.training.run import train, train_until
+from remora.training.session import open_session
 from remora.tree import layouts
 
 MESSAGES = [way.format(word) for way in WAYS[:3] for word in WORDS.values()]
@@ -207,6 +209,25 @@ def test_a_4_bit_base_keeps_its_head_in_float32(place: Path, tmp_path: Path) -> 
     assert not quantize.is_quantized(head.original_module)
     assert len(quantize.layers(trained.model)) == 2 * 7
     assert call("export", directory, "--merge", "--output", tmp_path / "merged") == 0
+
+
+def test_a_run_begins_with_the_head_of_another(place: Path, tmp_path: Path) -> None:
+    """Labels take their rows with them, whatever their order, and new ones begin anew."""
+    rows = (place / "data.csv").read_text(encoding="utf-8").splitlines()
+    more = [row.replace("refund", "abroad") for row in rows if "refund" in row]
+    (tmp_path / "more.csv").write_text("\n".join([rows[0], *more, *rows[1:]]), encoding="utf-8")
+    config = settings(place, output=tmp_path, start_from=str(place / "run"))
+    config = replace(config, data=str(tmp_path / "more.csv"), name="more")
+    with open_session(config, load_data(config)) as session:
+        assert session.prompt.labels == ("abroad", *LABELS)
+        assert session.prompt.answers == ((0,), (1,), (2,), (3,))
+        head = class_head.head_of(session.model).weight.detach()
+    before = class_head.head_of(opened(place / "run").model).weight.detach()
+    torch.testing.assert_close(head[1:], before)
+    assert head[0].norm() > 0
+    words = replace(config, answer="words")
+    with pytest.raises(ConfigError, match="trained with --answer 'classes'; give the same"):
+        open_session(words, load_data(words)).__enter__()
 
 
 def engine(folders: dict[str, Path]) -> Engine:

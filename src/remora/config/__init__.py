@@ -4,6 +4,7 @@ The command line's flags and the keys of a TOML file are generated from these fi
 """
 
 from remora.config.checks import DeviceName, Method, PrecisionName
+from remora.config.choose import ChooseConfig
 from remora.config.compare import CompareConfig
 from remora.config.diagnose import DiagnoseConfig
 from remora.config.eval import EvalConfig
@@ -16,6 +17,7 @@ from remora.config.serve import ServeConfig
 from remora.config.train import TrainConfig
 
 __all__ = [
+    "ChooseConfig",
     "CompareConfig",
     "DeviceName",
     "DiagnoseConfig",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from remora.errors import ConfigError, ModelError
 
@@ -19,6 +19,12 @@ MESSAGE_MARK = "REMORAMESSAGEMARK"
 ANSWER_MARK = "REMORAANSWERMARK"
 PROBES = ("where is it", "7 days ago?", "(no)", "Ünknown fee on my card!")
 """Messages that begin and end differently: the tokens that they share, all messages share."""
+
+
+Kept = Literal["head", "tail", "both"]
+
+GAP = " ... "
+"""Between head and tail of a message whose middle was cut out."""
 
 
 class TokenSequence(NamedTuple):
@@ -83,6 +89,7 @@ class Prompt:
         changed: What the tokenizer would render otherwise than `rendered`, as a line for the user;
             "" if nothing.
         max_length: The longest sequence, in tokens, answer included.
+        kept: The part of a longer message that is kept: its head, its tail, or half from each.
     """
 
     def __init__(
@@ -94,6 +101,7 @@ class Prompt:
         list_labels: bool = False,
         label_texts: Mapping[str, str] | None = None,
         max_length: int,
+        kept: Kept = "head",
         rendered: Rendered | None = None,
     ) -> None:
         """Render the template and find where answers begin.
@@ -105,6 +113,7 @@ class Prompt:
             list_labels: Whether the instruction ends with the list of labels.
             label_texts: The text that the model writes for a label, if other than the label.
             max_length: The longest sequence in tokens; longer messages are truncated.
+            kept: The part of a longer message that is kept.
             rendered: The prompt that a model was trained with, which is used instead.
 
         Raises:
@@ -117,6 +126,7 @@ class Prompt:
         self.list_labels = list_labels
         self.label_texts = dict(label_texts or {})
         self.max_length = max_length
+        self.kept = kept
         self.tokenizer = tokenizer
         self._control = _control_tokens(tokenizer)
         if unknown := [label for label in self.label_texts if label not in self.labels]:
@@ -167,6 +177,7 @@ class Prompt:
             list_labels=self.list_labels,
             label_texts=self.label_texts,
             max_length=self.max_length,
+            kept=self.kept,
             rendered=rendered,
         )
 
@@ -281,16 +292,19 @@ class Prompt:
         return ids
 
     def _cut(self, message: str, room: int) -> list[int]:
-        """Return the stem of the longest prefix of `message` that fits into `room` tokens."""
+        """Return the stem of the longest part of `message` that fits into `room` tokens."""
         message = message.strip()
-        low, high = 0, len(message)  # the longest prefix that fits is in [low, high]
-        while low < high:
+
+        def cut(length: int) -> list[int]:
+            return self._stem_ids([_part(message, length, self.kept)])[0]
+
+        low, high = 0, min(len(message), 4 * room)  # a whole book takes long to tokenize
+        while high < len(message) and len(cut(high)) <= room:
+            low, high = high, min(len(message), 2 * high)
+        while low < high:  # the length that fits is in [low, high]
             middle = (low + high + 1) // 2
-            if len(self._stem_ids([message[:middle]])[0]) <= room:
-                low = middle
-            else:
-                high = middle - 1
-        return self._stem_ids([message[:low]])[0]
+            low, high = (middle, high) if len(cut(middle)) <= room else (low, middle - 1)
+        return cut(low)
 
     def _find_answers(
         self, opening: str, ending: str, written: Sequence[str]
@@ -395,6 +409,18 @@ class Prompt:
             f"{self.max_length} tokens of the context, leaving no room for a message; "
             f"{self._shorter}"
         )
+
+
+def _part(message: str, length: int, kept: Kept) -> str:
+    """Return the part of a message that is kept, of at most `length` characters of its own.
+
+    Half from each end follows Sun et al., "How to Fine-Tune BERT for Text Classification?", 2019.
+    """
+    if length >= len(message):
+        return message
+    head = {"head": length, "tail": 0, "both": (length + 1) // 2}[kept]
+    tail = message[len(message) - (length - head) :] if length > head else ""
+    return f"{message[:head]}{GAP if head and tail else ''}{tail}"
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:

@@ -182,6 +182,7 @@ def _fold(
     """Train on the rows outside a fold; return the probabilities of its own, [own, labels]."""
     rows = dataset.train
     part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])
+    settings = replace(settings, start_from=None)  # that adapter has seen the fold's rows
     checkpoints = place / resume.CHECKPOINTS
     resumed = checkpoint.newest(checkpoints, reporter.say)
     with (

@@ -1,3 +1,4 @@
+from .choice_results import show_choice
 from .console import show_line
 from .diagnosis_results import show_diagnosis
 from .evaluation_results import show_comparison, show_metrics, show_reliability
@@ -8,6 +9,7 @@ from .training_results import show_learning_curve, show_result
 
 __all__ = [
     "TerminalReporter",
+    "show_choice",
     "show_comparison",
     "show_diagnosis",
     "show_export",

@@ -27,6 +27,13 @@ KIND = "single_label_classification"
 """What transformers calls a model that answers with one of several classes."""
 
 
+NAMES = frozenset(f"{HEAD}.{name}" for name in ("weight", "bias"))
+"""Names of the head's weights in a whole model."""
+
+SAVED_NAMES = frozenset(f"base_model.model.{name}" for name in NAMES)
+"""The same in the file of an adapter."""
+
+
 class Head(nn.Linear):
     """A linear layer that computes in the precision of its weights, within autocast too."""
 

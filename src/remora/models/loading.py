@@ -23,9 +23,6 @@ from remora.tree.layouts import Layout
 MAX_MODULES = 100_000
 """More parts than any model has that transformers builds, and few enough to build in seconds."""
 
-NEW_WEIGHTS = {f"{class_head.HEAD}.{name}" for name in ("weight", "bias")}
-"""Weights of a head over classes, which a base model's files do not have."""
-
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -124,7 +121,9 @@ def load(
             "convert them first"
         )
     empty = load_empty(config, dtype)
-    parameters = {id(p): p.numel() for n, p in empty.named_parameters() if n not in NEW_WEIGHTS}
+    parameters = {
+        id(p): p.numel() for n, p in empty.named_parameters() if n not in class_head.NAMES
+    }
     quantized = getattr(config, "quantization_config", None) is not None
     if quantized or quantize_on is not None:
         quantize.import_quietly()
@@ -159,7 +158,7 @@ def load(
         ) from error
     loaded, info = result
     # transformers only warns of missing weights and leaves random ones in their place.
-    if missing := sorted(set(info["missing_keys"]) - NEW_WEIGHTS):
+    if missing := sorted(set(info["missing_keys"]) - class_head.NAMES):
         raise ModelError(
             f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more; "
             "download the model again"
@@ -342,6 +341,7 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
         list_labels=settings.list_labels,
         label_texts=settings.label_texts,
         max_length=min(settings.max_length or context, context),
+        kept=settings.truncate,
     )
     refuse_longer_vocabulary(prompt, folder)
     return prompt

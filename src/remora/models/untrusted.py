@@ -42,8 +42,13 @@ _ADAPTER_KEYS = {
 }
 
 
-def adapter(folder: Path, base: Any) -> None:
+def adapter(folder: Path, base: Any, *, num_classes: int | None = None) -> None:
     """Refuse an adapter whose files Remora or PEFT would not have written for this base.
+
+    Args:
+        folder: The adapter's folder.
+        base: The model that it is for.
+        num_classes: Classes of its head, if other than those of the model's; 0 for no head.
 
     Raises:
         ModelError: If a file differs; nothing has been allocated then.
@@ -76,22 +81,27 @@ def adapter(folder: Path, base: Any) -> None:
             if shapes[key] != shape:
                 raise _misfit(folder, f"has {key} with the shape {shapes[key]}, not {shape}")
     _check_experts(folder, base, shapes, parameters, default)
-    _check_head(folder, base, shapes)
+    _check_head(folder, base, shapes, num_classes)
 
 
-def _check_head(folder: Path, base: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_head(
+    folder: Path, base: Any, shapes: Mapping[str, tuple[int, ...]], num_classes: int | None
+) -> None:
     """Refuse a head over classes that is not as wide as its base, or one where there is none."""
     path = folder / "adapter_config.json"
     heads = read_json(path).get("modules_to_save") or []
-    head = getattr(base, "score", None)
+    weight = None if num_classes == 0 else getattr(getattr(base, "score", None), "weight", None)
     if not (isinstance(heads, list) and set(map(str, heads)) <= {"classifier", "score"}):
         raise ModelError(f"{path} sets modules_to_save to more than a head over classes; {AGAIN}")
-    if bool(heads) != (head is not None):
+    if bool(heads) != (weight is not None):
         verb = "has a head over classes, and its remora.json names none"
         if not heads:
             verb = "has no head over classes, and its remora.json names one"
         raise ModelError(f"the adapter in {folder} {verb}; {AGAIN}")
-    if head is not None and shapes.get("base_model.model.score.weight") != tuple(head.weight.shape):
+    if weight is None:
+        return
+    rows, width = weight.shape
+    if shapes.get("base_model.model.score.weight") != (num_classes or rows, width):
         raise _misfit(folder, "has no head for the labels in its remora.json")
 
 

@@ -20,11 +20,6 @@ from remora.errors import ConfigError
 from remora.formatting import one_line
 from remora.runtime.files import disk_errors
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Path]:
     """Yield the paths that a run may take, the first choice first.
@@ -35,7 +30,7 @@ def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Pa
         data: Source of the rows.
         base: The base model.
     """
-    stem = wanted or "-".join(_slug(source) for source in (data, base))
+    stem = wanted or "-".join(slug(source) for source in (data, base))
     yield parent / stem
     if wanted is None:
         yield from (parent / f"{stem}-{number}" for number in range(2, 10_000))
@@ -94,11 +89,7 @@ def read_settings(directory: Path) -> TrainConfig:
     """
     path = directory / "config.toml"
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
-        for name in kinds.keys() & settings.keys():
-            settings[name] = kinds[name](settings[name])
-        return TrainConfig(settings.pop("data"), **settings)
+        return TrainConfig.from_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"
@@ -112,7 +103,7 @@ def _refuse_file(parent: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(present))
 
 
-def _slug(source: str) -> str:
+def slug(source: str) -> str:
     """Return the last part of a path or a hub id as a part of a run's name."""
     if os.name == "nt":
         source = source.replace("\\", "/")
