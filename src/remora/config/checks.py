@@ -95,6 +95,7 @@ MemorySize = Annotated[
 ]
 PlainName = Annotated[str, Constraint("a name without slashes", _is_plain_name)]
 
+Answer = Literal["words", "classes"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Method = Literal["lora", "qlora", "full"]
 Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())]

@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from remora.config.checks import (
     DEFAULT_MICRO_BATCH_TOKENS,
+    Answer,
     Constraint,
     Count,
     CountOrZero,
@@ -109,7 +110,7 @@ BASELINES = ("svm", "zero-shot", "probe", "embeddings")
 @grouped(
     data="Data",
     model="Model",
-    instruction="Prompt",
+    answer="Prompt",
     epochs="Training",
     metric="Measuring",
     device="Speed and memory",
@@ -199,6 +200,11 @@ class TrainConfig:
 
     loraplus_lr_ratio: LearningRateRatio | None = None
     """Learning rate of the adapter's B as a multiple of that of A, such as 16 (LoRA+)."""
+
+    answer: Answer = "words"
+    """What answers a message: the model writes the label (words), or a linear head at the last
+    token of the prompt scores the labels (classes), as in transformers' and PEFT's sequence
+    classification."""
 
     instruction: str = "Classify the message."
     """Instruction in the prompt before each message."""
@@ -348,6 +354,16 @@ class TrainConfig:
             (
                 self.learning_curve is not None and not {"svm", "auto"} & {*self.baselines},
                 "a learning curve shows the svm beside each size; leave out baselines, or add svm",
+            ),
+            (
+                self.answer == "classes" and bool(self.label_texts),
+                "label_texts are what the model writes, and answer is classes, which writes "
+                "nothing; leave out label_texts, or use --answer words",
+            ),
+            (
+                self.answer == "classes" and "zero-shot" in self.baselines,
+                "baselines has zero-shot and answer is classes, whose head answers nothing before "
+                "it is trained; leave it out, or use --answer words",
             ),
             (
                 self.use_dora and self.method == "qlora",

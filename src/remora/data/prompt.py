@@ -28,11 +28,33 @@ GAP = " ... "
 
 
 class TokenSequence(NamedTuple):
-    """One row for the model, which learns to write `token_ids[answer_start:]`."""
+    """One row for the model, which learns to predict its targets, one at each of its predictors.
+
+    The targets are the tokens from `answer_start` on, or a class that follows the whole row.
+    """
 
     token_ids: list[int]
     answer_start: int
     weight: float = 1.0  # of the row in the loss
+    class_index: int | None = None  # the class that follows the row, which then has no answer
+
+    @property
+    def targets(self) -> list[int]:
+        """What is predicted: the tokens of the answer, or the class."""
+        if self.class_index is not None:
+            return [self.class_index]
+        return self.token_ids[self.answer_start :]
+
+    @property
+    def num_targets(self) -> int:
+        """How many predictions the row is supervised on."""
+        answered = len(self.token_ids) - self.answer_start
+        return answered if self.class_index is None else 1
+
+    @property
+    def predictors(self) -> range:
+        """The places of the tokens that each target is predicted from."""
+        return range(self.answer_start - 1, self.answer_start - 1 + self.num_targets)
 
 
 class Rendered(NamedTuple):
@@ -51,6 +73,8 @@ class Rendered(NamedTuple):
 
 class Prompt:
     """The prompt for a message and the answer for a label, for one tokenizer and label set.
+
+    The model writes the label's words; `class_prompt.ClassPrompt` has a head score classes instead.
 
     Attributes:
         tokenizer: The Hugging Face tokenizer.
@@ -146,7 +170,7 @@ class Prompt:
 
     def pinned(self, rendered: Rendered) -> Prompt:
         """Return the same prompt as it was rendered before."""
-        return Prompt(
+        return type(self)(
             self.tokenizer,
             self.labels,
             instruction=self.instruction,
@@ -191,14 +215,24 @@ class Prompt:
         return text if same else self.tail
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels that a linear head scores; () where the model writes their words."""
+        return ()
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of the longest answer in a sequence."""
+        return max(map(len, self.answers))
+
+    @property
     def num_fixed_tokens(self) -> int:
         """Tokens of a sequence that are not its message: the template and the longest answer."""
-        return len(self._stem_ids([""])[0]) + max(map(len, self.answers))
+        return len(self._stem_ids([""])[0]) + self.num_answer_tokens
 
     def stems(self, messages: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each conversation up to its answer, messages truncated to fit."""
         stems = self._stem_ids(messages)
-        room = self.max_length - max(map(len, self.answers))
+        room = self.max_length - self.num_answer_tokens
         for index, stem in enumerate(stems):
             if len(stem) > room:
                 stems[index] = self._cut(messages[index], room)
@@ -214,7 +248,7 @@ class Prompt:
 
     def count_cut(self, messages: Sequence[str], batch_size: int = 1024) -> int:
         """Return how many messages are too long and will be truncated."""
-        room = self.max_length - max(map(len, self.answers))
+        room = self.max_length - self.num_answer_tokens
         # A token covers at least one byte, so short messages need not be tokenized.
         spare = room - len(self._stem_ids([""])[0])
         doubtful = [m for m in messages if 4 * len(m) > spare and len(m.encode()) > spare]
@@ -227,7 +261,7 @@ class Prompt:
     def is_plain(self, message: str) -> bool:
         """Whether a message stands in its conversation as it is, not truncated or respelled."""
         stem = self._stem_ids([message])[0]
-        fits = len(stem) + max(map(len, self.answers)) <= self.max_length
+        fits = len(stem) + self.num_answer_tokens <= self.max_length
         return fits and self._without_control_tokens(message) == message
 
     def _stem_ids(self, messages: Sequence[str]) -> list[list[int]]:

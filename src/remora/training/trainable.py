@@ -70,6 +70,7 @@ def load_trainable(
         max_length=prompt.max_length,
         truncate=prompt.kept,
         method=config.method,
+        answer=config.answer,
         gguf_sha256=base_hash.gguf_sha256,
         gguf_quantization=base_hash.gguf_quantization,
         rendered=prompt.rendered._asdict(),
@@ -98,7 +99,7 @@ def as_base(
         with model.disable_adapter():
             yield
         return
-    before = loading.load(folder, dtype)
+    before = loading.load(folder, dtype, classes=card.classes)
     with torch.no_grad():
         for own, weight in zip(model.parameters(), before.parameters(), strict=True):
             wide = weight.to(own.dtype)

@@ -46,13 +46,15 @@ def load_adapter_of(
             f"{run} was trained on {card.base_model}, and {config.model} has other weights; give "
             f"--model {card.base_model}"
         )
-    for name in ("instruction", "list_labels"):
+    for name in ("answer", "instruction", "list_labels"):
         if (there := getattr(card, name)) != getattr(config, name):
             raise ConfigError(
                 f"{run} was trained with {_setting(name, there)}; give the same, so that its "
                 "labels keep their answers"
             )
-    saved.load_into(adapted, folder, _refuse_other_form(run, config))
+    places = {label: index for index, label in enumerate(card.classes)}
+    rows = [places.get(label) for label in prompt.classes]
+    saved.load_into(adapted, folder, _refuse_other_form(run, config), rows)
     return _with_answers_of(card, prompt)
 
 
@@ -106,7 +108,8 @@ def _with_answers_of(card: AdapterCard, prompt: Prompt) -> Prompt:
     if not card.rendered:
         return prompt
     before, now = Rendered(**card.rendered), prompt.rendered
-    answers = dict(zip(card.labels, before.answers, strict=True))
+    # Classes are the places of labels in their own run, whose rows of the head are moved instead.
+    answers = {} if card.classes else dict(zip(card.labels, before.answers, strict=True))
     joined = [
         answers.get(label, own) for label, own in zip(prompt.labels, now.answers, strict=True)
     ]
