@@ -232,19 +232,34 @@ class ParquetWriter:
         self._rows = []
 
     def _full_schema(self, pyarrow: Any, columns: Sequence[Sequence[object]]) -> Any:
-        """Return the schema of the file: that of the input as far as it has one."""
-        fields = []
-        for place, name in enumerate(self._columns):
-            if self._schema is not None and name in self._schema.names:
-                kind = self._schema.field(name).type
-            else:
-                kind = pyarrow.array(columns[place]).type
-            text = pyarrow.types.is_null(kind) or pyarrow.types.is_dictionary(kind)
-            fields.append((name, pyarrow.string() if text else kind))
+        """Return the schema of the file."""
+        schema = input_schema(self._columns, columns, self._schema)
         for name in self._names[len(self._columns) :]:
             is_label = "label" in name.removeprefix("predicted_").split("_")
-            fields.append((name, pyarrow.string() if is_label else pyarrow.float64()))
-        return pyarrow.schema(fields)
+            kind = pyarrow.string() if is_label else pyarrow.float64()
+            schema = schema.append(pyarrow.field(name, kind))
+        return schema
+
+
+def input_schema(names: Sequence[str], columns: Sequence[Sequence[object]], given: Any) -> Any:
+    """Return the schema of Arrow of the input's columns.
+
+    Args:
+        names: Their names.
+        columns: Their first values, by which types are found that the input does not give.
+        given: The input's own schema as far as it has one, None if it has none.
+    """
+    import pyarrow
+
+    fields = []
+    for place, name in enumerate(names):
+        if given is not None and name in given.names:
+            kind = given.field(name).type
+        else:
+            kind = pyarrow.array(columns[place]).type
+        text = pyarrow.types.is_null(kind) or pyarrow.types.is_dictionary(kind)
+        fields.append((name, pyarrow.string() if text else kind))
+    return pyarrow.schema(fields)
 
 
 def _cell(value: object) -> str:

@@ -1,4 +1,4 @@
-"""`Predictor`: a trained model that answers batches of column.astype(object).where(column.notna(), None)s, opened where it is first used.
+"""`Predictor`: a trained model that answers batches of columns, opened where it is first used.
 
 `predict` computes with it, and so do the workers of Ray, Spark and Daft, which get it pickled: it
 holds settings alone until then. `serve` scores by the same `tree.scoring` and ranks by `rank`.
@@ -198,23 +198,20 @@ class Predictor:
             labels = [label for label, _ in likeliest] if place else [label for _, label in answers]
             columns[names[2 * place]] = labels
             columns[names[2 * place + 1]] = [probability for _, probability in likeliest]
-        return _beside(batch, columns)
+        added: Batch = _beside(batch, columns)
+        return added
 
     def _open(self) -> _Opened:
         if self._opened is None:
             trained = _load(self.config)
             labels = trained.prompt.labels
-            if self.config.top_k > len(labels):
-                raise ConfigError(
-                    f"top_k is {self.config.top_k} but the model has {len(labels)} labels; give at"
-                    f" most {len(labels)}"
-                )
+            check_top_k(self.config, labels)
             self._opened = _Opened(
                 trained=trained,
                 scorer=trained.scorer(
                     max_tokens=self.config.micro_batch_tokens, tolerance=self.config.tolerance
                 ),
-                threshold=_threshold(self.config, labels),
+                threshold=find_threshold(self.config, labels),
             )
         return self._opened
 
@@ -261,8 +258,21 @@ def _load(config: PredictConfig) -> Trained:
     return _loaded[key]
 
 
-def _threshold(config: PredictConfig, labels: Sequence[str]) -> float | None:
-    """Return the probability below which a message gets no label, None if all get one."""
+def check_top_k(config: PredictConfig, labels: Sequence[str]) -> None:
+    """Refuse more labels for each message than there are; raises ConfigError."""
+    if config.top_k > len(labels):
+        raise ConfigError(
+            f"top_k is {config.top_k} but the model has {len(labels)} labels; give at most"
+            f" {len(labels)}"
+        )
+
+
+def find_threshold(config: PredictConfig, labels: Sequence[str]) -> float | None:
+    """Return the probability below which a message gets no label, None if all get one.
+
+    Raises:
+        DataError: If there is none for the accuracy that is asked for.
+    """
     wanted = config.abstain_at_accuracy
     if wanted is None:
         return config.threshold
@@ -314,7 +324,7 @@ def _values(batch: Any, name: str) -> list[Any]:
         return list(batch.column(name).to_pylist())
     column = batch[name]
     if _is_pandas(batch):  # whose own value for what is missing is not comparable
-        return list(column.tolist())
+        return list(column.astype(object).where(column.notna(), None).tolist())
     return list(column.tolist() if hasattr(column, "tolist") else column)
 
 
