@@ -209,19 +209,10 @@ def test_workers_that_die_again_and_again_end_the_run_and_its_parts_stay(
     kept = read_parts(out)
     assert 64 < len(kept) < NUM_ROWS
     ray.dies = lambda number: False
-    told = write(run, source, out)
-    assert told[0] == (
-        f"{len(kept) - 1} rows in {len(list(out.glob('part-*'))) - _num_new(out, kept)} parts are"
-        " there already; resuming after them"
+    assert (
+        f"{len(kept) - 1} rows in 1 part are there already; resuming" in write(run, source, out)[0]
     )
     assert read_parts(out) == plain(run, source, tmp_path)
-
-
-def _num_new(out: Path, kept: list[list[str]]) -> int:
-    """The parts that were written after the rows that were kept."""
-    counts = [part["rows"] for part in journal(out)["parts"]]
-    num_old = next(i for i in range(len(counts) + 1) if sum(counts[:i]) == len(kept) - 1)
-    return len(counts) - num_old
 
 
 @pytest.mark.parametrize("stage", ["part", "journal"])
@@ -230,22 +221,21 @@ def test_a_process_that_ends_anywhere_resumes_there(
 ) -> None:
     """It ends before each file is in its place, and so between a part and the journal."""
     source, out = write_rows(tmp_path / "a.csv", num_rows=300), tmp_path / "out.csv"
-    replace, count = os.replace, 0
+    replace, dice = os.replace, random.Random(0)
 
     class Killed(BaseException): ...
 
     def killing(place: Path, target: Path) -> None:
-        nonlocal count
-        if Path(target).parent == out and (Path(target).name == JOURNAL) == (stage == "journal"):
-            count += 1
-            if count % 2 == 0:
-                raise Killed
+        is_journal = Path(target).name == JOURNAL
+        if is_journal == (stage == "journal") and dice.random() < 0.5:
+            raise Killed
         replace(place, target)
 
     monkeypatch.setattr(os, "replace", killing)
     num_starts = 0
     while not (out / JOURNAL).exists() or not journal(out)["finished"]:
         num_starts += 1
+        assert num_starts < 50
         with contextlib.suppress(Killed):
             write(run, source, out, part_rows=64)
     assert num_starts > 2
@@ -328,15 +318,17 @@ def test_a_source_or_a_folder_of_another_run_is_refused(
     write_rows(tmp_path / "b.csv", num_rows=130)
     with pytest.raises(DataError, match=r"b.csv was not there when .* was begun; give"):
         write(run, tmp_path / "b.csv", out)
-    with pytest.raises(DataError, match=r"a.csv is gone since|b.csv was not there"):
-        write(run, tmp_path / "[b].csv", out)
     assert read_parts(out) == kept
+    write(run, tmp_path / "[ab].csv", tmp_path / "both.csv")
+    (tmp_path / "b.csv").unlink()
+    with pytest.raises(DataError, match=r"b.csv is gone since .*both.csv was begun; give another"):
+        write(run, tmp_path / "[ab].csv", tmp_path / "both.csv")
     (tmp_path / "photos.csv").mkdir()
     (tmp_path / "photos.csv" / "me.png").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"holds 'me.png', and no predictions in parts; give"):
         write(run, source, tmp_path / "photos.csv")
     with pytest.raises(ConfigError, match=r"is a file, and the parts need a folder; give"):
-        write(run, source, tmp_path / "b.csv")
+        write(run, source, write_rows(tmp_path / "b.csv"))
     # A part that is lost, while the run is not finished
     write(run, source, tmp_path / "c.csv", part_rows=64)
     (tmp_path / "c.csv" / "part-00001.csv").unlink()
@@ -496,7 +488,8 @@ import ray, remora
 ray.init(address="local", include_dashboard=False, num_cpus=2)
 ray.data.read_csv({str(source)!r}).map_batches(
     remora.Predictor, fn_constructor_args=({str(run)!r},),
-    fn_constructor_kwargs={{"device": "cpu"}}, batch_size=64, compute=ray.data.ActorPoolStrategy(size=1),
+    fn_constructor_kwargs={{"device": "cpu"}}, batch_size=64,
+    compute=ray.data.ActorPoolStrategy(size=1),
 ).write_parquet({str(tmp_path / "out")!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -13,7 +13,7 @@ from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
 from remora.errors import ConfigError, DataError, RemoraError
 from remora.formatting import one_line
 
-_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
 """Where the file systems of fsspec tell that a file was written again."""
 
 
@@ -74,13 +74,17 @@ def find_files(source: str) -> list[Location]:
         elif system.isdir(path):
             found = [each for each in system.ls(path, detail=True) if _is_table(each["name"])]
         else:
-            found = list(system.glob(path, detail=True).values()) if "*" in path else []
+            found = list(system.glob(path, detail=True).values()) if _is_glob(path) else []
     files = [each for each in found if each["type"] == "file"]
-    if not files and not is_url(source) and "*" not in source:
+    if not files and not is_url(source) and not _is_glob(source):
         readers.file_part(Path(source))  # which says what it is instead
     if not files:
         raise DataError(f"there are no tables at {source}; check the path")
     return sorted((_location(system, source, each) for each in files), key=lambda each: each.name)
+
+
+def _is_glob(path: str) -> bool:
+    return any(mark in path for mark in "*?[")
 
 
 def changed(before: Location) -> bool:
