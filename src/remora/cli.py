@@ -150,6 +150,13 @@ def evaluate(config: EvalConfig) -> None:
 def predict(config: PredictConfig) -> None:
     """Classify messages as they arrive, from a table or from standard input."""
     from remora import display
+
+    if config.engine == "ray":
+        from remora.serving import ray_engine
+
+        with display.TerminalReporter().status_line() as reporter:
+            ray_engine.write_parts(config, reporter)
+        return
     from remora.serving import predict
 
     predict.write_predictions(config, sys.stdout, display.TerminalReporter().say)
