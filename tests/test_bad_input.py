@@ -511,6 +511,16 @@ CASES: list[Case] = [
         ),
     ),
     (
+        "a new name for a label that is not there",
+        2,
+        lambda s: train("good.csv", "--rename-labels", '{"refnud": "money"}'),
+    ),
+    (
+        "a blank name for a label",
+        2,
+        lambda s: train("good.csv", "--rename-labels", '{"refund": " "}'),
+    ),
+    (
         "a test table without labels",
         3,
         lambda s: train("good.csv", "--test", s.write("test.csv", "id,text\n1,a\n")),

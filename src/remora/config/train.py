@@ -155,6 +155,10 @@ class TrainConfig:
     merge_labels: bool = False
     """Make labels that differ only in case, spaces or Unicode form one label, the most frequent."""
 
+    rename_labels: dict[str, str] = field(default_factory=dict)
+    """Name to read in place of a label, such as '{"late": "delivery", "lost": "delivery"}': labels
+    that get the same name are merged."""
+
     validation_fraction: Fraction = 0.1
     """Share of the training rows held out to select the best checkpoint, at most 2,000 rows; unused
     if validation rows are given."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class DataSummary:
     sha256: str
     text_columns: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()  # what else was found while reading
+    rows_per_label: Mapping[str, int] = field(default_factory=dict)  # training rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
@@ -125,6 +126,7 @@ def load_data(settings: TrainConfig) -> Dataset:
         strict=settings.strict,
         merge_labels=settings.merge_labels,
         seen=seen,
+        rename_labels=settings.rename_labels,
     )
     if remark and settings.test is None:
         remarks = (*dataset.summary.remarks, remark)
@@ -209,6 +211,7 @@ def load_dataset(
     strict: bool = False,
     merge_labels: bool = False,
     seen: Collection[str] = (),
+    rename_labels: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Read a source, check every row, and hold out the splits that it does not have.
 
@@ -228,11 +231,13 @@ def load_dataset(
         merge_labels: Whether labels that differ only in case, spaces or Unicode form become one,
             the most frequent of them.
         seen: Texts that a model has learned, which are not held out.
+        rename_labels: Names to read in place of labels, in all tables.
 
     A test or validation table of the source that has no labels is left out.
 
     Raises:
-        ConfigError: A fraction is outside [0, 1), or the two leave nothing to train on.
+        ConfigError: A fraction is outside [0, 1), the two leave nothing to train on, or a label to
+            rename is not there.
         DataError: A table is missing, broken, or cannot be learned from.
     """
     check_fractions(validation_fraction, test_fraction)
@@ -242,23 +247,22 @@ def load_dataset(
     for split, path in given.items():
         if path is not None:
             parts[split] = [file_part(Path(path), options)]
-    how: dict[str, Any] = {
-        "text_column": text_column,
-        "label_column": label_column,
-        "strict": strict,
-    }
-    remarks, forms = Remarks(), None
+    columns_given = {"text_column": text_column, "label_column": label_column}
+    how: dict[str, Any] = {**columns_given, "strict": strict}
+    remarks, forms, names = Remarks(), None, rename_labels or {}
     train, columns = read_parts(parts["train"], **how, remarks=remarks)
     if merge_labels:
         forms = label_forms.most_frequent_forms(train.labels)
         train = Table(train.texts, label_forms.merged(train.labels, forms))
+    label_forms.refuse_unknown(names, train.labels)
+    known, train = sorted({*train.labels, *names.values()}), _renamed(train, names)
     labels = _labels(source, train)
-    how |= {"known": labels, "remarks": remarks, "trained": columns, "forms": forms}
+    how |= {"known": known, "remarks": remarks, "trained": columns, "forms": forms}
     notes = label_forms.spoken(label_forms.twins(labels))
     tables: dict[str, Table] = {}
     for split in (each for each in given if each in parts):
         try:
-            tables[split] = read_parts(parts[split], **how)[0]
+            tables[split] = _renamed(read_parts(parts[split], **how)[0], names)
         except UnlabelledError:
             if given[split] is not None:
                 raise
@@ -274,6 +278,10 @@ def load_dataset(
         remarks=(*remarks.lines(), *notes),
         seen=seen,
     )
+
+
+def _renamed(table: Table, names: Mapping[str, str]) -> Table:
+    return Table(table.texts, label_forms.renamed(table.labels, names))
 
 
 def _unlabelled(part: Part, split: str) -> str:
@@ -426,6 +434,7 @@ def _summarize(
         sha256=digest.hexdigest(),
         text_columns=tuple(columns[:-1]),
         remarks=remarks,
+        rows_per_label=dict(counts),
     )
 
 

@@ -3,6 +3,7 @@ from .console import show_line
 from .diagnosis_results import show_diagnosis
 from .evaluation_results import show_comparison, show_metrics, show_reliability
 from .export_results import show_export, show_push
+from .next_steps import show_next_steps
 from .plan_results import show_plan
 from .progress import TerminalReporter
 from .training_results import show_learning_curve, show_result
@@ -16,6 +17,7 @@ __all__ = [
     "show_learning_curve",
     "show_line",
     "show_metrics",
+    "show_next_steps",
     "show_plan",
     "show_push",
     "show_reliability",
