@@ -119,6 +119,10 @@ class TrainConfig:
     test: str | None = None
     """Table of test rows; by default split off from the training rows."""
 
+    corrections: str | None = None
+    """A relabel.csv with decisions: training rows are relabelled or deleted by them, once the other
+    rows are held out. Rows to validate and test on stay as they are."""
+
     text_column: tuple[str, ...] | None = None
     """Column of the messages; by default found by its name. Give several to have the model read
     each under its name."""

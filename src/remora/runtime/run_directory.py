@@ -25,6 +25,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+CORRECTIONS = "corrections.csv"
+"""The decisions that a run's training rows were corrected by."""
+
 
 def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Path]:
     """Yield the paths that a run may take, the first choice first.
@@ -98,6 +101,8 @@ def read_settings(directory: Path) -> TrainConfig:
         kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
         for name in kinds.keys() & settings.keys():
             settings[name] = kinds[name](settings[name])
+        if "corrections" in settings:  # they are kept with the run, wherever it was moved to
+            settings["corrections"] = str(directory / CORRECTIONS)
         return TrainConfig(settings.pop("data"), **settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -198,4 +198,8 @@ def _write_settings(
     files.write_json(directory / "environment.json", environment)
     files.write_json(directory / "data.json", dataset.summary.to_dict())
     files.write_json(directory / "plan.json", planned.to_dict())
+    if dataset.corrections:
+        sheet, path = dataset.corrections.sheet, directory / run_directory.CORRECTIONS
+        files.write_csv(path, sheet.columns, sheet.rows())
+        config = replace(config, corrections=str(path))
     files.write_text(directory / "config.toml", config.to_toml())
