@@ -12,6 +12,8 @@ from remora.config.plan import PlanConfig
 from remora.config.predict import PredictConfig
 from remora.config.push import PushConfig
 from remora.config.report import ReportConfig
+from remora.config.retrain import RetrainConfig
+from remora.config.review import ReviewConfig
 from remora.config.serve import ServeConfig
 from remora.config.train import TrainConfig
 
@@ -27,6 +29,8 @@ __all__ = [
     "PredictConfig",
     "PushConfig",
     "ReportConfig",
+    "RetrainConfig",
+    "ReviewConfig",
     "ServeConfig",
     "TrainConfig",
 ]

@@ -13,6 +13,9 @@ from remora.data.table import Table
 from remora.errors import DataError
 from remora.formatting import close_match, escape_formula, quote, unescape_formula
 
+RELABEL = "relabel.csv"
+"""The table of rows to decide that a diagnosis leaves in a run directory."""
+
 DELETE = "delete"
 """The decision that removes a row, unless a label has this name."""
 
@@ -75,7 +78,7 @@ def read_sheet(path: Path) -> Sheet:
         raise DataError(f"{path} has no column {missing[0]}; give a relabel.csv with decisions")
     kept: dict[int, dict[str, str]] = {}
     for line, record in found:
-        extra = record.pop(None, None) or []  # type: ignore[call-overload]
+        extra = record.pop(None, None) or []
         if not any(record.values()) and not any(extra):  # a spreadsheet's empty row
             continue
         if any(record[name] is None for name in columns) or any(extra):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from remora.runtime.reporter import Reporter
 from remora.tree.features import FEATURES
 
 NUM_NEIGHBOURS = 5
-LIST_FROM = 0.2
+LIST_FROM = relabel.WORTH_A_LOOK
 """Rows that are mislabelled with at least this probability are listed."""
 SURE = 0.9
 """So are rows whose judges agree on another label with at least this pooled probability."""
@@ -97,7 +96,13 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them; the suspects are in relabel.csv."""
-        return asdict(self) | {"suspects": len(self.suspects)}
+        return asdict(self) | {"suspects": len(self.suspects), "bands": self.bands}
+
+    @property
+    def bands(self) -> dict[str, int]:
+        """How many suspects there are in each band."""
+        found = Counter(each.band for each in self.suspects)
+        return {band: found[band] for band in relabel.BANDS}
 
 
 def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Diagnosis:
@@ -227,15 +232,7 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     settings = replace(settings, layout=_layout(config.run, settings))
 
     dataset = load_again(settings)
-    try:
-        wanted = json.loads((config.run / "data.json").read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{config.run} has no readable data.json; train it again") from error
-    if wanted != dataset.summary.sha256:
-        raise DataError(
-            f"the rows of {settings.data} have changed since {config.run} was trained; restore "
-            "them, or train again"
-        )
+    run_directory.refuse_changed_rows(config.run, settings.data, dataset.summary.sha256)
     return settings, dataset, load_again(_whole(settings))
 
 
@@ -293,8 +290,7 @@ def _with_held_out(
     waiting = defaultdict[tuple[str, str], deque[int]](deque)
     names = dict(zip(given.places, given.labels, strict=True)) if given else {}
     for row, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
-        label = names.get(rows.places[row], label)
-        waiting[escape_formula(text), label].append(row)
+        waiting[escape_formula(text), names.get(rows.places[row], label)].append(row)
     texts, labels, places = list(rows.texts), list(rows.labels), []
     for text, label in zip(run.texts, run.true, strict=True):
         # Escaped, since predictions.csv does not tell '=1 from an escaped =1
@@ -357,8 +353,10 @@ def list_rows(
 ) -> NDArray[np.bool_]:
     """Choose the rows that a person should look at, [rows].
 
-    Rows that are probably mislabelled, rows whose judges are sure of another label, and, of two
-    near-duplicates with different labels, the one that is more likely mislabelled.
+    Rows that are probably mislabelled. Others only if there is evidence that the probability does
+    not know: judges that are sure of another label, which mistakes that resemble the right label
+    leave; and, of two near-duplicates with different labels, the one that is more likely
+    mislabelled.
     """
     best = judged.probabilities.argmax(1)
     agreed = np.logical_and.reduce([given == best for given in judged.judges])

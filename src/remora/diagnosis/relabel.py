@@ -10,19 +10,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from remora.data.corrections import Sheet, correct, read_corrections
+from remora.data.corrections import RELABEL, Sheet, correct, read_corrections
 from remora.data.table import Table
 from remora.errors import ConfigError, DataError
 from remora.runtime import files
 
-FILE = "relabel.csv"
+FILE = RELABEL
 COLUMNS = (
     *("row", "text", "label", "suggested", "p_wrong", "p_label", "p_suggested", "neighbours"),
     "decision",
 )
-SURELY_WRONG = 0.9
-"""Rows that are mislabelled with at least this probability are almost surely wrong; the others that
-are listed are worth a look."""
+ALMOST_SURE, WORTH_A_LOOK = 0.9, 0.5
+"""The least probabilities of being mislabelled in the first two bands of the list."""
+BANDS = ("almost surely wrong", "worth a look", "probably right")
+"""In the last one are rows that are listed for another reason than their probability."""
 
 _LOCK, _HOLDER = ".relabel.lock", ".relabel.holder"
 
@@ -39,6 +40,16 @@ class Suspect:
     p_label: float  # out of sample
     p_suggested: float
     neighbours: int  # of the nearest texts, how many have the suggested label
+
+    @property
+    def band(self) -> str:
+        """One of `BANDS`."""
+        return band_of(self.p_wrong)
+
+
+def band_of(p_wrong: float) -> str:
+    """Return the band of a row that is listed, by the probability that it is mislabelled."""
+    return BANDS[(p_wrong < ALMOST_SURE) + (p_wrong < WORTH_A_LOOK)]
 
 
 def write(path: Path, suspects: Sequence[Suspect], decided: Sheet | None = None) -> None:
@@ -121,7 +132,8 @@ def hold(directory: Path) -> Iterator[None]:
         except Timeout:
             other = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another"
             raise ConfigError(
-                f"{directory / FILE} is being reviewed or written by {other}; go on there, or end it"
+                f"{directory / FILE} is being reviewed or written by {other}; go on there, or stop "
+                "that"
             ) from None
     try:
         with files.disk_errors(holder, "review a copy of the run"):

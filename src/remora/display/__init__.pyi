@@ -4,10 +4,12 @@ from .evaluation_results import show_comparison, show_metrics, show_reliability
 from .export_results import show_export, show_push
 from .plan_results import show_plan
 from .progress import TerminalReporter
+from .review_results import show_change, show_review
 from .training_results import show_learning_curve, show_result
 
 __all__ = [
     "TerminalReporter",
+    "show_change",
     "show_comparison",
     "show_diagnosis",
     "show_export",
@@ -18,4 +20,5 @@ __all__ = [
     "show_push",
     "show_reliability",
     "show_result",
+    "show_review",
 ]

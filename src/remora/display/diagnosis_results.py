@@ -69,9 +69,12 @@ def _labels(diagnosis: Diagnosis, run: Path) -> list[str]:
     lines = [
         f"noise      an estimated {diagnosis.wrong:.2%} of the training labels are wrong "
         f"(95% interval {low:.2%} to {high:.2%})",
-        f"suspects   {len(diagnosis.suspects):,} rows in {run / 'relabel.csv'}, most suspicious "
-        "first; decide in its last column, then --apply it",
+        f"suspects   {len(diagnosis.suspects):,} rows in {run / 'relabel.csv'}: "
+        + ", ".join(f"{count:,} {band}" for band, count in diagnosis.bands.items() if count)
+        + f"; decide with `remora review {run}`, or in its last column",
     ]
+    if diagnosis.num_decided:
+        lines.append(f"           {diagnosis.num_decided:,} rows decided before are not among them")
     if planted := diagnosis.planted:
         lines.append(
             f"planted    {planted.num_found:,} of the {planted.num_wrong:,} deliberately wrong "
