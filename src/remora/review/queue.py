@@ -55,6 +55,12 @@ class Summary:
         return asdict(self)
 
 
+def need_list(run: Path) -> None:
+    """Refuse a run that was not diagnosed; raises DataError."""
+    if run.is_dir() and not (run / relabel.FILE).is_file():
+        raise DataError(f"{run} has no {relabel.FILE}; run `remora diagnose {run}` first")
+
+
 class Queue:
     """The rows of a run's relabel.csv, and the decisions, which are saved in it one by one.
 
@@ -69,11 +75,9 @@ class Queue:
             table: The rows that the run's table gives, with their labels there.
 
         Raises:
-            DataError: If there is no such file, or its rows are not those of the table.
+            DataError: If its rows are not those of the table.
         """
         self._run, self._path, self._table = run, run / relabel.FILE, table
-        if not self._path.is_file():
-            raise DataError(f"{run} has no {relabel.FILE}; run `remora diagnose {run}` first")
         self._lock = threading.Lock()
         self._place = {row: place for place, row in enumerate(table.places)}
         self.labels = sorted(set(table.labels))

@@ -16,7 +16,7 @@ from types import FrameType
 from remora.config import DiagnoseConfig, ReviewConfig
 from remora.diagnosis import diagnose, relabel
 from remora.errors import ConfigError
-from remora.review.queue import Queue, Summary
+from remora.review.queue import Queue, Summary, need_list
 
 try:
     from remora.review import app
@@ -49,6 +49,7 @@ class Review:
         """
         self._config, self._say = config, say
         self._loop: asyncio.AbstractEventLoop | None = None
+        need_list(config.run)
         settings, _, everything = diagnose.load(DiagnoseConfig(config.run))
         table = diagnose.rows_as_given(settings, everything)
         with contextlib.ExitStack() as stack:
@@ -74,7 +75,11 @@ class Review:
     def run(self) -> Summary:
         """Show the page until it is ended there or by a signal; return what is decided."""
         with self._held:
-            asyncio.run(self._run())
+            if self.queue.items:
+                asyncio.run(self._run())
+            else:
+                self._socket.close()
+                self._say(f"no row of {self._config.run} is listed, so there is nothing to review")
             return self.queue.summary()
 
     def stop(self) -> None:
