@@ -115,7 +115,7 @@ def test_training_rows_change_and_no_others(settings: TrainConfig, per_class: in
     assert after.summary.sha256 != before.summary.sha256
     assert after.summary.lines()[-1] == (
         "corrections: 1 row in training relabelled and 1 deleted; 1 row held out with the label as "
-        "it was, though decided"
+        "it was, though decided otherwise"
     )
 
 

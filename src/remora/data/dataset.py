@@ -160,16 +160,16 @@ def _corrected(dataset: Dataset, corrections: Corrections) -> Dataset:
         raise DataError(f"{source}: the corrections delete every training row; keep some")
     _labels(source, train)
     held_out = sum(
-        row in corrections.decisions
+        corrections.decisions.get(row, label) != label
         for table in (dataset.validation, dataset.test)
         if table is not None
-        for row in table.rows
+        for row, label in zip(table.rows, table.labels, strict=bool(table.rows))
     )
     remark = (
         f"corrections: {_rows(num_corrected)} in training relabelled and {num_deleted:,} deleted"
     )
     if held_out:
-        remark += f"; {_rows(held_out)} held out with the label as it was, though decided"
+        remark += f"; {_rows(held_out)} held out with the label as it was, though decided otherwise"
     return replace(_with_train(dataset, train, remark), corrections=corrections)
 
 
