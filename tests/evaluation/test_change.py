@@ -42,6 +42,8 @@ def test_what_changed_on_the_same_rows(tmp_path: Path) -> None:
         ("text 8", "b", "c")
     ]
     assert change.corrected is None
+    (svm,) = change.baselines  # of both runs, which gets a third of the rows wrong
+    assert (svm.description, svm.before, svm.after) == ("TF-IDF + linear SVM", 0.6, 0.6)
     assert (change.before, change.after) == (str(tmp_path / "old"), str(tmp_path / "new"))
 
 

@@ -168,8 +168,6 @@ def test_decided_rows_are_not_listed_again(
 ) -> None:
     """Neither for the run that was reviewed, nor for the one that was trained on the decisions."""
     sheet = noisy / "relabel.csv"
-    assert call("diagnose", noisy, "--method", "tfidf") == 0
-    capsys.readouterr()
     rows = list(truth)[:4]
     decide(sheet, {row: truth[row] for row in rows[:-1]} | {rows[-1]: "delete"})
     assert call("diagnose", noisy, "--method", "tfidf") == 0
@@ -243,7 +241,11 @@ def test_the_sample_by_its_truth_file(
     }
     capsys.readouterr()
     assert call("retrain", "runs/first", "--json") == 0
-    change = json.loads(capsys.readouterr().out)["change"]["figures"]
-    assert change["num_rows"] == 580
-    assert change["after"] > change["before"]
-    assert change["interval"][0] < change["after"] - change["before"] < change["interval"][1]
+    change = json.loads(capsys.readouterr().out)["change"]
+    figures = change["figures"]
+    assert figures["num_rows"] == 580
+    assert figures["interval"][0] < figures["after"] - figures["before"] < figures["interval"][1]
+    assert figures["interval"][1] > 0.02
+    gained = {each["description"]: each["after"] - each["before"] for each in change["baselines"]}
+    assert gained["TF-IDF + linear SVM"] > 0.005  # 1.6 points as measured
+    assert gained["nano, linear probe"] > 0.01  # 3.4 points

@@ -42,6 +42,12 @@ def show_change(change: Change, console: Console | None = None) -> None:
         )
         if change.corrected:
             _show_figures(change.corrected, f"{change.measured_on} rows as decided", console)
+    if change.baselines:
+        moved = "; ".join(
+            f"{each.description} {100 * (each.after - each.before):+.2f} points"
+            for each in change.baselines
+        )
+        print_line(console, f"           the baselines on the same rows: {moved}")
     for name, count, messages in (
         ("now right", change.figures.num_now_right, change.now_right),
         ("now wrong", change.figures.num_now_wrong, change.now_wrong),

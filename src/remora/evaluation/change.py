@@ -9,6 +9,7 @@ from typing import Any
 from remora.errors import DataError
 from remora.evaluation.compare import SIGNIFICANT, refuse_other_rows
 from remora.evaluation.results import Results
+from remora.evaluation.rivals import of_figures
 from remora.evaluation.significance import difference_interval, mcnemar
 
 NUM_EXAMPLES = 3
@@ -48,6 +49,15 @@ class Figures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A baseline of both runs, trained on the rows of each."""
+
+    description: str
+    before: float  # accuracy
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Change:
     """A run and the run that came of it, on the rows that both were measured on."""
 
@@ -58,6 +68,7 @@ class Change:
     corrected: Figures | None  # with the labels as decided, if any of them differs
     num_corrected: int  # rows measured on whose label a person has corrected
     num_deleted: int  # and deleted, which `corrected` is without
+    baselines: tuple[Baseline, ...]  # on the same rows, with the labels as given
     now_right: tuple[Message, ...]  # some of them
     now_wrong: tuple[Message, ...]
 
@@ -113,8 +124,23 @@ def measure_change(
             new is not None and new != old for new, old in zip(labels, given, strict=True)
         ),
         num_deleted=labels.count(None),
+        baselines=_baselines(before, after),
         now_right=tuple(right[:NUM_EXAMPLES]),
         now_wrong=tuple(wrong[:NUM_EXAMPLES]),
+    )
+
+
+def _baselines(before: Results, after: Results) -> tuple[Baseline, ...]:
+    """Return the baselines that both runs trained and measured on all rows."""
+    found = {
+        each.description: each.accuracy
+        for each in of_figures(before.figures)
+        if each.num_train_rows and each.num_rows == each.num_all_rows
+    }
+    return tuple(
+        Baseline(description=name, before=found[name], after=each.accuracy)
+        for each in of_figures(after.figures)
+        if (name := each.description) in found and each.num_rows == each.num_all_rows
     )
 
 
