@@ -22,7 +22,7 @@ class ReviewConfig:
     """Port of the page, on this machine only; 0 takes a free one."""
 
     browser: bool = True
-    """Open the page in a browser. Its address is printed in any case."""
+    """Open the page in a browser; its address is printed in any case."""
 
     json: bool = False
     """Write what is decided as JSON to standard output."""

@@ -234,7 +234,7 @@ class Queue:
                 suggested=suggested,
                 band=band,
                 pair=number.setdefault(frozenset((label, suggested)), len(number)),
-                excerpt=self._table.texts[self._place[row - 1]][:EXCERPT_CHARS],
+                excerpt=_excerpt(self._table.texts[self._place[row - 1]]),
             )
             for band, row, label, suggested in ordered
         )
@@ -243,6 +243,10 @@ class Queue:
         places = [self._place[item.row - 1] for item in self.items]
         found = duplicates.nearest_to(self._table.texts, places, NUM_NEIGHBOURS)
         return {item.row: near for item, near in zip(self.items, found, strict=True)}
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= EXCERPT_CHARS else text[:EXCERPT_CHARS].rstrip() + " …"
 
 
 def _number(cell: str | None) -> float | None:

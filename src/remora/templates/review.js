@@ -118,7 +118,7 @@ function showWhy(item, found) {
   }
   const same = found.neighbours.filter((each) => each.label === item.suggested).length;
   const own = found.neighbours.filter((each) => each.label === item.label).length;
-  line(`Of the ${found.neighbours.length} nearest texts, ${same} ${same === 1 ? "has" : "have"} the suggested label and ${own} the one it has.`);
+  line(`Of the ${found.neighbours.length} nearest texts, ${same} ${same === 1 ? "has" : "have"} the suggested label, ${own} the given one.`);
   for (const each of found.neighbours) {
     if (each.is_near && each.label !== item.label && each.label !== null) line(`Row ${each.row} is nearly the same text, with the label `, named(each.label), ".");
   }
@@ -334,6 +334,11 @@ at("copy").addEventListener("click", async () => {
 
 const KEYS = { k: "keep", ArrowLeft: "keep", a: "accept", ArrowRight: "accept", d: "delete", s: "skip", u: "undo" };
 document.addEventListener("keydown", (event) => {
+  if ((event.ctrlKey || event.metaKey) && event.key === "z" && !at("asking").hidden) {
+    event.preventDefault();
+    undo();
+    return;
+  }
   if (event.ctrlKey || event.metaKey || event.altKey || !at("keys").checked || at("asking").hidden) return;
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const button = KEYS[key] ? at(KEYS[key]) : /^[1-3]$/.test(key) ? at("others").children[key - 1] : null;
