@@ -28,6 +28,7 @@ import finished
 import gguf_files
 from conftest import WAYS, WORDS, call
 from hybrids import save_base
+from remora.diagnosis import relabel
 from remora.models import gguf, gguf_conversion, quantize
 from remora.runtime import memory
 
@@ -273,6 +274,40 @@ def relabelled(shop: Workshop, *row: str) -> list[str]:
     return ["diagnose", "runs/good", "--apply", "relabel.csv"]
 
 
+SHEET = ("row", "text", "label", "suggested", "p_wrong", "decision")
+
+
+def listed(shop: Workshop, *row: str, text: str = GOOD_ROWS[0][0], to: str = "") -> str:
+    """Write a list of suspects into a copy of the run, as `diagnose` does."""
+    label = GOOD_ROWS[0][1]
+    lines = [",".join(SHEET), ",".join([*(row or ("1",)), f'"{text}"', label, "refund", "0.9", to])]
+    (shop.copy_of_run() / "relabel.csv").write_text("\n".join(lines) + "\n")
+    return "copy"
+
+
+def review_of_changed_table(shop: Workshop) -> list[str]:
+    command = changed_table(shop, "review", "copy")
+    settings = (shop.folder / "copy" / "config.toml").read_text()
+    listed(shop)  # copies the run again
+    (shop.folder / "copy" / "config.toml").write_text(settings)
+    return command
+
+
+def reviewed_already(shop: Workshop) -> list[str]:
+    run = listed(shop)
+    shop.held.enter_context(relabel.hold(Path(run)))
+    shop.patch().setattr(os, "getpid", lambda: 4711)
+    return ["review", run]
+
+
+def without_fastapi(shop: Workshop) -> list[str]:
+    patch = shop.patch()
+    for module in ("remora.review.session", "remora.review.app"):
+        patch.delitem(sys.modules, module, raising=False)
+        patch.delattr(f"{module.rpartition('.')[0]}.{module.rpartition('.')[2]}", raising=False)
+    return without(shop, "fastapi", ["review", listed(shop)])
+
+
 def damaged_checkpoint(shop: Workshop) -> list[str]:
     command = unfinished(shop)
     (path,) = (shop.folder / "runs" / "mine" / "checkpoints").glob("*/tensors.safetensors")
@@ -418,6 +453,9 @@ CASES: list[Case] = [
     ),
     ("a service of nothing", 2, lambda s: ["serve"]),
     ("a service on a port that is taken", 2, taken_port),
+    ("a review on a port that is taken", 2, lambda s: ["review", listed(s), *taken_port(s)[2:]]),
+    ("a review of a run that is being reviewed", 2, reviewed_already),
+    ("a review without the serve extra", 2, without_fastapi),
     ("a service open to other machines without a token", 2, open_to_all),
     (
         "a missing token file",
@@ -616,6 +654,27 @@ CASES: list[Case] = [
         "a decision for a missing row",
         3,
         lambda s: relabelled(s, "99", *GOOD_ROWS[0], "refund"),
+    ),
+    ("a review of no run", 3, lambda s: ["review", "runs/none"]),
+    ("a review of a run without a diagnosis", 3, lambda s: ["review", "runs/good"]),
+    ("a review whose table has changed", 3, review_of_changed_table),
+    ("a review whose rows have moved", 3, lambda s: ["review", listed(s, "2")]),
+    (
+        "a review of a list that a spreadsheet has broken",
+        3,
+        lambda s: ["review", listed(s, "1", "too", "many")],
+    ),
+    ("a new run of a run without a diagnosis", 3, lambda s: ["retrain", "runs/good"]),
+    ("a new run of a run that nothing was decided on", 3, lambda s: ["retrain", listed(s)]),
+    (
+        "corrections that are not there",
+        3,
+        lambda s: train("good.csv", "--corrections", "none.csv"),
+    ),
+    (
+        "corrections of other rows",
+        3,
+        lambda s: train("good.csv", "--corrections", f"{listed(s, text='other')}/relabel.csv"),
     ),
     ("a report of no run", 3, lambda s: ["report", "runs/none"]),
     ("a report of an unfinished run", 3, lambda s: of_unfinished(s, "report")),

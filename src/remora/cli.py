@@ -26,6 +26,8 @@ from remora.config import (
     PredictConfig,
     PushConfig,
     ReportConfig,
+    RetrainConfig,
+    ReviewConfig,
     ServeConfig,
     TrainConfig,
     TuneConfig,
@@ -214,6 +216,46 @@ def diagnose(config: DiagnoseConfig) -> None:
     else:
         display.show_diagnosis(diagnosis, config.run)
         display.show_next_steps(steps)
+
+
+@app.command(help_epilogue=examples("review"))
+def review(config: ReviewConfig) -> None:
+    """Decide on the rows that look mislabelled, on a page in the browser."""
+    from remora import display
+    from remora.review.session import Review
+
+    summary = Review(config, say=display.TerminalReporter().say).run()
+    if config.json:
+        _print_json(summary.to_dict())
+    else:
+        display.show_review(summary)
+
+
+@app.command(help_epilogue=examples("retrain"))
+def retrain(config: RetrainConfig) -> None:
+    """Train a run again on its rows as corrected, and say what that changes.
+
+    Settings, validation rows and test rows are those of the run.
+    """
+    from remora import display
+    from remora.runtime import run_directory
+    from remora.runtime.stop import Stop
+
+    devices = run_directory.read_settings(config.run).devices
+    if devices > 1 and launch.world_size() == 1:
+        raise SystemExit(launch.run(devices, sys.argv[1:]))
+    stop = Stop()
+    with stop.listening():
+        from remora.training import retrain
+
+        with display.TerminalReporter().live() as reporter:
+            result, change = retrain.retrain_run(config, reporter=reporter)
+        with stop.deferred():
+            if config.json:
+                _print_json(result.to_dict() | {"change": change.to_dict()})
+                return
+            display.show_result(result)
+            display.show_change(change)
 
 
 @app.command(help_epilogue=examples("export"))

@@ -93,6 +93,7 @@ FileSize = Annotated[str, Constraint("an amount such as 3MB or 500kB", lambda x:
 MemorySize = Annotated[
     str, Constraint("an amount such as 16GB or 15.5GiB", lambda x: to_bytes(x) > 0)
 ]
+Port = Annotated[int, Constraint("a whole number from 0 to 65535", lambda n: 0 <= n <= 65_535)]
 PlainName = Annotated[str, Constraint("a name without slashes", _is_plain_name)]
 
 Answer = Literal["words", "classes"]

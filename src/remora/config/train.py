@@ -43,6 +43,9 @@ else:
 LEAST_EPOCHS, MOST_EPOCHS = 3, 20
 """Passes over the training rows by default, with many rows and with few."""
 
+CORRECTIONS = "corrections.csv"
+"""The file of a run with the decisions that its training rows were corrected by."""
+
 WARM_SHARE = 1 / 3
 """Passes of a run that begins with another one's adapter, as a share of those without."""
 
@@ -131,6 +134,10 @@ class TrainConfig:
 
     test: str | None = None
     """Table of test rows; by default split off from the training rows."""
+
+    corrections: str | None = None
+    """A relabel.csv with decisions: training rows are relabelled or deleted by them, once the other
+    rows are held out. Rows to validate and test on stay as they are."""
 
     text_column: tuple[str, ...] | None = None
     """Column of the messages; by default found by its name. Give several to have the model read
@@ -456,8 +463,12 @@ class TrainConfig:
         return min(self.eval_rows or most, num_validation)
 
     @classmethod
-    def from_toml(cls, text: str) -> "TrainConfig":
+    def from_toml(cls, text: str, directory: Path) -> "TrainConfig":
         """Return the settings that `to_toml` wrote.
+
+        Args:
+            text: The settings.
+            directory: The run's, which keeps its corrections wherever it was moved to.
 
         Raises:
             ConfigError: If a value is wrong.
@@ -467,6 +478,8 @@ class TrainConfig:
         kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
         for name in kinds.keys() & settings.keys():
             settings[name] = kinds[name](settings[name])
+        if "corrections" in settings:
+            settings["corrections"] = str(directory / CORRECTIONS)
         return cls(settings.pop("data"), **settings)
 
     def to_toml(self) -> str:

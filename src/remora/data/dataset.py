@@ -17,6 +17,7 @@ from typing import Any
 from remora.config import TrainConfig
 from remora.data import label_forms
 from remora.data.columns import UnlabelledError
+from remora.data.corrections import Corrections, correct, read_corrections
 from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
 from remora.data.readers import STANDARD_INPUT, file_part
 from remora.data.sources import source_parts
@@ -108,6 +109,7 @@ class Dataset:
     test: Table | None
     labels: tuple[str, ...]
     summary: DataSummary
+    corrections: Corrections | None = None  # applied to the training rows
 
 
 def load_data(settings: TrainConfig) -> Dataset:
@@ -131,7 +133,52 @@ def load_data(settings: TrainConfig) -> Dataset:
     if remark and settings.test is None:
         remarks = (*dataset.summary.remarks, remark)
         dataset = replace(dataset, summary=replace(dataset.summary, remarks=remarks))
-    return limit_rows(dataset, settings.num_per_class, settings.seed)
+    limited = limit_rows(dataset, settings.num_per_class, settings.seed)
+    if settings.corrections is None:
+        return limited
+    corrections = read_corrections(Path(settings.corrections), source_rows(dataset))
+    return _corrected(limited, corrections)
+
+
+def source_rows(dataset: Dataset) -> Table:
+    """Return the rows of the training table: those trained on, and those held out of it."""
+    tables = [each for each in (dataset.train, dataset.validation, dataset.test) if each]
+    rows = [
+        row
+        for table in tables
+        if table.rows  # empty in a table of its own
+        for row in zip(table.rows, table.texts, table.labels, strict=True)
+    ]
+    places, texts, labels = map(list, zip(*sorted(rows), strict=True))
+    return Table(texts, labels, places)
+
+
+def _corrected(dataset: Dataset, corrections: Corrections) -> Dataset:
+    """Return the dataset with a person's decisions applied to its training rows.
+
+    Held-out rows stay as they are, so that the run is measured on the rows, and by the labels, of
+    the run that was reviewed.
+
+    Raises:
+        DataError: If fewer than two labels are left.
+    """
+    train, num_corrected, num_deleted = correct(dataset.train, corrections.decisions)
+    source = dataset.summary.source
+    if not len(train):
+        raise DataError(f"{source}: the corrections delete every training row; keep some")
+    _labels(source, train)
+    held_out = sum(
+        corrections.decisions.get(row, label) != label
+        for table in (dataset.validation, dataset.test)
+        if table is not None
+        for row, label in zip(table.rows, table.labels, strict=bool(table.rows))
+    )
+    remark = (
+        f"corrections: {_rows(num_corrected)} in training relabelled and {num_deleted:,} deleted"
+    )
+    if held_out:
+        remark += f"; {_rows(held_out)} held out with the label as it was, though decided otherwise"
+    return replace(_with_train(dataset, train, remark), corrections=corrections)
 
 
 def texts_trained_on(run: str) -> tuple[set[str], str]:
@@ -143,7 +190,8 @@ def texts_trained_on(run: str) -> tuple[set[str], str]:
         The texts, and a remark: why they cannot be known, or "".
     """
     try:
-        settings = TrainConfig.from_toml((Path(run) / "config.toml").read_text(encoding="utf-8"))
+        text = (Path(run) / "config.toml").read_text(encoding="utf-8")
+        settings = TrainConfig.from_toml(text, Path(run))
         summary = json.loads((Path(run) / "data.json").read_text(encoding="utf-8"))
         rows = load_again(settings)
         if rows.summary.sha256 != summary["sha256"]:
@@ -187,13 +235,18 @@ def limit_rows(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:
         seen[rows.labels[row]] += 1
         if seen[rows.labels[row]] <= per_class:
             kept.append(row)
-    train = Table(*([column[i] for i in sorted(kept)] for column in (rows.texts, rows.labels)))
+    return _with_train(dataset, rows.take(sorted(kept)))
+
+
+def _with_train(dataset: Dataset, train: Table, *remarks: str) -> Dataset:
+    """Return the dataset with other training rows, its summary made again."""
     tables = {"train": train, "validation": dataset.validation}
     if dataset.test is not None:
         tables["test"] = dataset.test
     old = dataset.summary
     columns = [*old.text_columns, old.label_column]
-    summary = _summarize(old.source, columns, tables, dataset.labels, old.remarks)
+    remarks = (*old.remarks, *remarks)
+    summary = _summarize(old.source, columns, tables, dataset.labels, remarks)
     return replace(dataset, train=train, summary=summary)
 
 

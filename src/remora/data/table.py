@@ -7,7 +7,7 @@ A file is CSV, TSV, JSON, Parquet, Excel or, for texts alone, one text a line. E
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,25 @@ class Table:
 
     texts: list[str]
     labels: list[str]
+    rows: Sequence[int] = field(default=(), compare=False)
+    """Their places in the table that they were read from, if they are a part of it."""
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def places(self) -> Sequence[int]:
+        """The place of each row in the table that it was read from, from 0."""
+        return self.rows or range(len(self))
+
+    def take(self, places: Sequence[int]) -> Table:
+        """Return the rows at some places of this table."""
+        rows = self.places
+        return Table(
+            [self.texts[i] for i in places],
+            [self.labels[i] for i in places],
+            [rows[i] for i in places],
+        )
 
 
 def named(columns: str | Sequence[str] | None) -> tuple[str, ...]:

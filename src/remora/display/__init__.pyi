@@ -6,10 +6,12 @@ from .export_results import show_export, show_push
 from .next_steps import show_next_steps
 from .plan_results import show_plan
 from .progress import TerminalReporter
+from .review_results import show_change, show_review
 from .training_results import show_learning_curve, show_result
 
 __all__ = [
     "TerminalReporter",
+    "show_change",
     "show_choice",
     "show_comparison",
     "show_diagnosis",
@@ -22,5 +24,6 @@ __all__ = [
     "show_push",
     "show_reliability",
     "show_result",
+    "show_review",
     "show_tuned",
 ]

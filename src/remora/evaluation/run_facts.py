@@ -114,7 +114,7 @@ class RunFacts:
         """Steps in a pass over the training rows."""
         if not self.num_train_rows:
             return None
-        return math.ceil(self.num_train_rows / self.settings.get("batch_size", 32))
+        return math.ceil(self.num_train_rows / int(self.settings.get("batch_size", 32)))
 
     @property
     def epochs(self) -> float | None:
@@ -164,7 +164,7 @@ class RunFacts:
         if not whole:
             return None
         answers = zip(self.run.true, self.run.predicted, *whole, strict=True)
-        return sum(len({*others}) == 1 and others[0] != true for true, *others in answers)
+        return sum(bool(len({*o}) == 1 and o[0] != true) for true, *o in answers)
 
 
 def read_facts(directory: Path) -> RunFacts:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TextIO
 
 from remora.config import PredictConfig
 from remora.errors import ConfigError, DataError
-from remora.formatting import one_line
+from remora.formatting import escape_formula, one_line
 from remora.runtime import files
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -134,7 +134,7 @@ class CsvWriter:
         self._put(cells + [""] * (2 * (self._top_k - len(ranked))))
 
     def _put(self, cells: list[str]) -> None:
-        self._writer.writerow(map(files.escape_formula, cells) if self._safe else cells)
+        self._writer.writerow(map(escape_formula, cells) if self._safe else cells)
 
     def flush(self) -> None:
         """Hand on what was written."""
