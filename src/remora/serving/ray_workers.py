@@ -125,7 +125,8 @@ def _refuse_silent(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address} ({one_line(error)}); start it with `ray start"
+            f"no Ray cluster answers at {address} ({getattr(error, 'strerror', None) or error});"
+            f" start it with `ray start"
             " --head`, or correct --address"
         ) from error
 
