@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -336,8 +337,8 @@ def review_of_changed_table(shop: Workshop) -> list[str]:
 
 def reviewed_already(shop: Workshop) -> list[str]:
     run = listed(shop)
+    shop.patch().setattr(platform, "node", lambda: "this-machine")
     shop.held.enter_context(relabel.hold(Path(run)))
-    shop.patch().setattr(os, "getpid", lambda: 4711)
     return ["review", run]
 
 
@@ -988,6 +989,7 @@ def test_the_page_has_a_row_for_each_input() -> None:
 def shortened(line: str, folder: Path) -> str:
     line = line.replace(f"{folder}/", "").replace(str(folder), ".")
     line = re.sub(r"port \d+", "port 8000", line)
+    line = re.sub(r"process \d+", "process 4711", line)
     line = re.sub(r"takes [\d,]+;", "takes 2,000;", line)  # the size depends on folder names
     return line.replace("|", "\\|").replace("<", "\\<")
 
