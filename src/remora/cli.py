@@ -28,6 +28,7 @@ from remora.config import (
     ReportConfig,
     ServeConfig,
     TrainConfig,
+    TuneConfig,
 )
 from remora.config.help_pages import EXAMPLES, GROUPS, REST, examples
 from remora.errors import ConfigError, RemoraError, ResourceError
@@ -94,6 +95,23 @@ def train(
             display.show_result(result)
             if curve:
                 display.show_learning_curve(curve)
+
+
+@app.command(help_epilogue=examples("tune"))
+def tune(config: TuneConfig) -> None:
+    """Search settings on the validation rows, and train with the best; the same command resumes.
+
+    Takes the settings of train. The test rows are measured once, at the end.
+    """
+    from remora import display
+    from remora.training import tune
+
+    with display.TerminalReporter().live() as reporter:
+        tuned = tune.tune(config, reporter=reporter)
+    if config.json:
+        _print_json(tuned.to_dict())
+    else:
+        display.show_tuned(tuned)
 
 
 @app.command(help_epilogue=examples("choose"))

@@ -15,6 +15,7 @@ from remora.config.push import PushConfig
 from remora.config.report import ReportConfig
 from remora.config.serve import ServeConfig
 from remora.config.train import TrainConfig
+from remora.config.tune import TuneConfig
 
 __all__ = [
     "ChooseConfig",
@@ -31,4 +32,5 @@ __all__ = [
     "ReportConfig",
     "ServeConfig",
     "TrainConfig",
+    "TuneConfig",
 ]

@@ -36,6 +36,11 @@ EXAMPLES = {
         "remora train data.csv --model Qwen/Qwen3-4B --epochs 5",
         "remora train data.csv --model Qwen/Qwen3-8B --method qlora",
     ),
+    "tune": (
+        "remora tune data.csv --model nano",
+        "remora tune data.csv --model nano --search learning_rate",
+        "remora tune data.csv --model nano --trials 9 --max-time 2h",
+    ),
     "choose": (
         "remora choose data.csv --models nano,base --bar 0.93",
         "remora choose data.csv --models a,b --bar 0.9 --budget 2h",

@@ -1,4 +1,4 @@
-from .choice_results import show_choice
+from .choice_results import show_choice, show_tuned
 from .console import show_line
 from .diagnosis_results import show_diagnosis
 from .evaluation_results import show_comparison, show_metrics, show_reliability
@@ -20,4 +20,5 @@ __all__ = [
     "show_push",
     "show_reliability",
     "show_result",
+    "show_tuned",
 ]

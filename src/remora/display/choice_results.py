@@ -1,4 +1,4 @@
-"""The choice between models on standard output."""
+"""The choice between models, and between settings, on standard output."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from rich.console import Console
 from remora.display.console import escaped, figures_table, print_line, standard_output
 from remora.formatting import spoken_bytes, spoken_time
 from remora.training.choose import Choice, Option
+from remora.training.tune import Tuned
 
 
 def show_choice(choice: Choice, console: Console | None = None) -> None:
@@ -36,3 +37,35 @@ def _figures(option: Option) -> tuple[str, ...]:
         "" if option.peak_bytes is None else planned + spoken_bytes(option.peak_bytes),
         "" if option.num_bytes is None else spoken_bytes(option.num_bytes),
     )
+
+
+def show_tuned(tuned: Tuned, console: Console | None = None) -> None:
+    """Print the trials, the best first, and what its settings reach on the test rows."""
+    console = console or standard_output()
+    names = list(tuned.trials[0].settings)
+    table = figures_table("trial", *names, tuned.metric.replace("_", "-"), "evaluations", "time")
+    ranked = sorted(
+        range(len(tuned.trials)),
+        key=lambda place: (bool(tuned.trials[place].ended), -(tuned.trials[place].validation or 0)),
+    )
+    for place in ranked:
+        trial = tuned.trials[place]
+        given, early = place == 0, trial.ended
+        table.add_row(
+            f"{place + 1}{' (given)' if given else ''}{', ended early' if early else ''}",
+            *(f"{v:g}" if isinstance(v, float) else str(v) for v in trial.settings.values()),
+            "" if trial.validation is None else f"{trial.validation:.4f}",
+            str(trial.evaluations),
+            spoken_time(trial.seconds),
+        )
+    console.print(table)
+    metrics = tuned.figures["metrics"]
+    low, high = metrics["accuracy_interval"]
+    print_line(console, "")
+    print_line(
+        console,
+        f"accuracy   {metrics['accuracy']:.2%}  (95% interval {low:.1%} to {high:.1%}) on "
+        f"{metrics['num_rows']:,} {tuned.figures['measured_on']} rows with the settings of trial "
+        f"{tuned.best + 1}; validation rows chose them, so their figures are optimistic",
+    )
+    print_line(console, f"run        {tuned.run}")
