@@ -47,8 +47,7 @@ class TokenSequence(NamedTuple):
     @property
     def num_targets(self) -> int:
         """How many predictions the row is supervised on."""
-        answered = len(self.token_ids) - self.answer_start
-        return answered if self.class_index is None else 1
+        return len(self.token_ids) - self.answer_start if self.class_index is None else 1
 
     @property
     def predictors(self) -> range:
