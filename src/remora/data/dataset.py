@@ -101,7 +101,8 @@ def _corrected(dataset: Dataset, corrections: Corrections) -> Dataset:
         if table is not None
         for row, label in zip(table.rows, table.labels, strict=bool(table.rows))
     )
-    remark = f"corrections: {spoken_rows(num_corrected)} in training relabelled and {num_deleted:,} deleted"
+    changed = spoken_rows(num_corrected)
+    remark = f"corrections: {changed} in training relabelled and {num_deleted:,} deleted"
     if held_out:
         remark += (
             f"; {spoken_rows(held_out)} held out with the label as it was, though decided otherwise"
