@@ -95,11 +95,7 @@ def install(model: Any) -> None:
     ).to_empty(device=stock.weight.device)
     head.load_state_dict(stock.float().state_dict())
     setattr(model, HEAD, head.requires_grad_(stock.weight.requires_grad))
-<<<<<<< HEAD
-    kind: type = type(model)
-=======
     kind: Any = type(model)
->>>>>>> classes
     model.__class__ = _where_asked(kind)
 
 
