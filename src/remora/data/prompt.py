@@ -11,22 +11,48 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from remora.data import chat_template
 from remora.errors import ConfigError, ModelError
 
-MESSAGE_MARK = "REMORAMESSAGEMARK"
-ANSWER_MARK = "REMORAANSWERMARK"
 PROBES = ("where is it", "7 days ago?", "(no)", "Ünknown fee on my card!")
 """Messages that begin and end differently: the tokens that they share, all messages share."""
 
 
+Kept = Literal["head", "tail", "both"]
+
+GAP = " ... "
+"""Between head and tail of a message whose middle was cut out."""
+
+
 class TokenSequence(NamedTuple):
-    """One row for the model, which learns to write `token_ids[answer_start:]`."""
+    """One row for the model, which learns to predict its targets, one at each of its predictors.
+
+    The targets are the tokens from `answer_start` on, or a class that follows the whole row.
+    """
 
     token_ids: list[int]
     answer_start: int
     weight: float = 1.0  # of the row in the loss
+    class_index: int | None = None  # the class that follows the row, which then has no answer
+
+    @property
+    def targets(self) -> list[int]:
+        """What is predicted: the tokens of the answer, or the class."""
+        if self.class_index is not None:
+            return [self.class_index]
+        return self.token_ids[self.answer_start :]
+
+    @property
+    def num_targets(self) -> int:
+        """How many predictions the row is supervised on."""
+        return len(self.token_ids) - self.answer_start if self.class_index is None else 1
+
+    @property
+    def predictors(self) -> range:
+        """The places of the tokens that each target is predicted from."""
+        return range(self.answer_start - 1, self.answer_start - 1 + self.num_targets)
 
 
 class Rendered(NamedTuple):
@@ -46,6 +72,8 @@ class Rendered(NamedTuple):
 class Prompt:
     """The prompt for a message and the answer for a label, for one tokenizer and label set.
 
+    The model writes the label's words; `class_prompt.ClassPrompt` has a head score classes instead.
+
     Attributes:
         tokenizer: The Hugging Face tokenizer.
         labels: The closed label set, in the order of the scores.
@@ -59,6 +87,7 @@ class Prompt:
         changed: What the tokenizer would render otherwise than `rendered`, as a line for the user;
             "" if nothing.
         max_length: The longest sequence, in tokens, answer included.
+        kept: The part of a longer message that is kept: its head, its tail, or half from each.
     """
 
     def __init__(
@@ -70,6 +99,7 @@ class Prompt:
         list_labels: bool = False,
         label_texts: Mapping[str, str] | None = None,
         max_length: int,
+        kept: Kept = "head",
         rendered: Rendered | None = None,
     ) -> None:
         """Render the template and find where answers begin.
@@ -81,6 +111,7 @@ class Prompt:
             list_labels: Whether the instruction ends with the list of labels.
             label_texts: The text that the model writes for a label, if other than the label.
             max_length: The longest sequence in tokens; longer messages are truncated.
+            kept: The part of a longer message that is kept.
             rendered: The prompt that a model was trained with, which is used instead.
 
         Raises:
@@ -93,8 +124,9 @@ class Prompt:
         self.list_labels = list_labels
         self.label_texts = dict(label_texts or {})
         self.max_length = max_length
+        self.kept = kept
         self.tokenizer = tokenizer
-        self._control = _control_tokens(tokenizer)
+        self._control = chat_template.control_tokens(tokenizer)
         if unknown := [label for label in self.label_texts if label not in self.labels]:
             raise ConfigError(
                 f"label_texts has the label {unknown[0]!r}, which is not in the data; "
@@ -107,8 +139,10 @@ class Prompt:
         asked = instruction
         if list_labels:
             asked = f"{instruction} Labels: {', '.join(written)}.".strip()
-        content = f"{asked}\n\n{MESSAGE_MARK}" if asked else MESSAGE_MARK
-        self._asked = content.removesuffix(MESSAGE_MARK)
+        content = (
+            f"{asked}\n\n{chat_template.MESSAGE_MARK}" if asked else chat_template.MESSAGE_MARK
+        )
+        self._asked = content.removesuffix(chat_template.MESSAGE_MARK)
         now = _texts(tokenizer, content, rendered)
         self.head, self.tail, self._opening, self._ending = (
             now if rendered is None else (rendered[:4])
@@ -136,13 +170,14 @@ class Prompt:
 
     def pinned(self, rendered: Rendered) -> Prompt:
         """Return the same prompt as it was rendered before."""
-        return Prompt(
+        return type(self)(
             self.tokenizer,
             self.labels,
             instruction=self.instruction,
             list_labels=self.list_labels,
             label_texts=self.label_texts,
             max_length=self.max_length,
+            kept=self.kept,
             rendered=rendered,
         )
 
@@ -180,14 +215,24 @@ class Prompt:
         return text if same else self.tail
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels that a linear head scores; () where the model writes their words."""
+        return ()
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of the longest answer in a sequence."""
+        return max(map(len, self.answers))
+
+    @property
     def num_fixed_tokens(self) -> int:
         """Tokens of a sequence that are not its message: the template and the longest answer."""
-        return len(self._stem_ids([""])[0]) + max(map(len, self.answers))
+        return len(self._stem_ids([""])[0]) + self.num_answer_tokens
 
     def stems(self, messages: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each conversation up to its answer, messages truncated to fit."""
         stems = self._stem_ids(messages)
-        room = self.max_length - max(map(len, self.answers))
+        room = self.max_length - self.num_answer_tokens
         for index, stem in enumerate(stems):
             if len(stem) > room:
                 stems[index] = self._cut(messages[index], room)
@@ -203,7 +248,7 @@ class Prompt:
 
     def count_cut(self, messages: Sequence[str], batch_size: int = 1024) -> int:
         """Return how many messages are too long and will be truncated."""
-        room = self.max_length - max(map(len, self.answers))
+        room = self.max_length - self.num_answer_tokens
         # A token covers at least one byte, so short messages need not be tokenized.
         spare = room - len(self._stem_ids([""])[0])
         doubtful = [m for m in messages if 4 * len(m) > spare and len(m.encode()) > spare]
@@ -216,7 +261,7 @@ class Prompt:
     def is_plain(self, message: str) -> bool:
         """Whether a message stands in its conversation as it is, not truncated or respelled."""
         stem = self._stem_ids([message])[0]
-        fits = len(stem) + max(map(len, self.answers)) <= self.max_length
+        fits = len(stem) + self.num_answer_tokens <= self.max_length
         return fits and self._without_control_tokens(message) == message
 
     def _stem_ids(self, messages: Sequence[str]) -> list[list[int]]:
@@ -247,16 +292,19 @@ class Prompt:
         return ids
 
     def _cut(self, message: str, room: int) -> list[int]:
-        """Return the stem of the longest prefix of `message` that fits into `room` tokens."""
+        """Return the stem of the longest part of `message` that fits into `room` tokens."""
         message = message.strip()
-        low, high = 0, len(message)  # the longest prefix that fits is in [low, high]
-        while low < high:
+
+        def cut(length: int) -> list[int]:
+            return self._stem_ids([_part(message, length, self.kept)])[0]
+
+        low, high = 0, min(len(message), 4 * room)  # a whole book takes long to tokenize
+        while high < len(message) and len(cut(high)) <= room:
+            low, high = high, min(len(message), 2 * high)
+        while low < high:  # the length that fits is in [low, high]
             middle = (low + high + 1) // 2
-            if len(self._stem_ids([message[:middle]])[0]) <= room:
-                low = middle
-            else:
-                high = middle - 1
-        return self._stem_ids([message[:low]])[0]
+            low, high = (middle, high) if len(cut(middle)) <= room else (low, middle - 1)
+        return cut(low)
 
     def _find_answers(
         self, opening: str, ending: str, written: Sequence[str]
@@ -363,72 +411,26 @@ class Prompt:
         )
 
 
-def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """Return a pattern of the texts that the tokenizer reads as control tokens."""
-    special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    longest_first = sorted((t for t in special if len(t) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+def _part(message: str, length: int, kept: Kept) -> str:
+    """Return the part of a message that is kept, of at most `length` characters of its own.
+
+    Half from each end follows Sun et al., "How to Fine-Tune BERT for Text Classification?", 2019.
+    """
+    if length >= len(message):
+        return message
+    head = {"head": length, "tail": 0, "both": (length + 1) // 2}[kept]
+    tail = message[len(message) - (length - head) :] if length > head else ""
+    return f"{message[:head]}{GAP if head and tail else ''}{tail}"
 
 
 def _texts(tokenizer: Any, content: str, rendered: Rendered | None) -> tuple[str, ...]:
     """Return head, tail, opening and ending as a tokenizer renders them now."""
     try:
-        return (*_ask(tokenizer, content), *_answer(tokenizer, content))
+        return (*chat_template.ask(tokenizer, content), *chat_template.answer(tokenizer, content))
     except ModelError:
         if rendered is None:
             raise
         return ("", "", "", "")  # the template was broken since
-
-
-def _ask(tokenizer: Any, content: str) -> tuple[str, str]:
-    """Return the text before and after the message in a prompt without its answer."""
-    if not tokenizer.chat_template:
-        text = f"{tokenizer.bos_token or ''}{content}\n"
-    else:
-        text = _render(tokenizer, [{"role": "user", "content": content}], generate=True)
-    if text.count(MESSAGE_MARK) != 1:
-        raise ModelError(
-            f"the chat template shows the message {text.count(MESSAGE_MARK)} times, not once; "
-            "use another model or template"
-        )
-    head, _, tail = text.partition(MESSAGE_MARK)
-    return head, tail
-
-
-def _answer(tokenizer: Any, content: str) -> tuple[str, str]:
-    """Return the text between message and label in a whole conversation, and its end token."""
-    if tokenizer.eos_token is None:
-        raise ModelError("the tokenizer has no end-of-text token; set its eos_token")
-    if not tokenizer.chat_template:
-        return "\n", tokenizer.eos_token
-    conversation = [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": ANSWER_MARK},
-    ]
-    text = _render(tokenizer, conversation, generate=False)
-    _, _, rest = text.partition(MESSAGE_MARK)
-    opening, mark, rest = rest.partition(ANSWER_MARK)
-    if not mark:
-        raise ModelError(
-            "the chat template leaves out the assistant's answer; use another model or template"
-        )
-    added = [token for token in tokenizer.added_tokens_decoder.values() if str(token) in rest]
-    added = [token for token in added if token.special] or added
-    ends = [rest.index(str(token)) + len(str(token)) for token in added]
-    return opening, rest[: min(ends)] if ends else tokenizer.eos_token
-
-
-def _render(tokenizer: Any, conversation: list[dict[str, str]], *, generate: bool) -> str:
-    """Render a conversation, with thinking switched off."""
-    try:
-        text: str = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=generate, enable_thinking=False
-        )
-    except Exception as error:  # a template is a program and may raise anything
-        raise ModelError(
-            f"the tokenizer's chat template fails ({error}); use another model or template"
-        ) from error
-    return text
 
 
 def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.text import Text
 
 from remora.display.console import print_line, spoken_file_bytes
 from remora.runtime.reporter import Reporter, Step, Validation
+
+_OTHERS = 51
+"""Columns of a terminal that the training bar takes without its figures."""
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left, or once all is done, what it took."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) + ("" if task.finished else " left")
+
+
+STATUS_SECONDS = 30.0
+"""Time between two lines of a status where a line cannot be replaced."""
 
 
 class TerminalReporter(Reporter):
@@ -21,20 +38,29 @@ class TerminalReporter(Reporter):
         self._training: TaskID | None = None
         self._scoring: TaskID | None = None
         self._scored = ""  # what that bar is of
+        self._line: Status | None = None
+        self._told_at = -STATUS_SECONDS
 
     @contextlib.contextmanager
     def live(self) -> Iterator[TerminalReporter]:
         """Show the progress bar while the context lasts."""
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=20 if self._console.width >= 80 else 10),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            _TimeLeft(elapsed_when_finished=True),
             TextColumn("{task.fields[figures]}"),
         )
         with Progress(*columns, console=self._console, transient=True) as self._progress:
             yield self
         self._progress = None
+
+    @contextlib.contextmanager
+    def status_line(self) -> Iterator[TerminalReporter]:
+        """Show the line of `status` while the context lasts."""
+        with self._console.status("") as self._line:
+            yield self
+        self._line = None
 
     def say(self, line: str) -> None:
         """Print a sentence."""
@@ -46,13 +72,14 @@ class TerminalReporter(Reporter):
             return
         if self._training is None:
             self._training = self._progress.add_task("train", total=step.num_steps, figures="")
-        speed = f"{step.examples_per_second:.1f} examples/s  " if step.examples_per_second else ""
-        memory = spoken_file_bytes(step.peak_memory_bytes)
+        speed = f"{step.examples_per_second:.1f} examples/s" if step.examples_per_second else ""
+        loss, memory = f"loss {step.loss:.3f}", f"{spoken_file_bytes(step.peak_memory_bytes)} peak"
+        room = self._console.width - (_OTHERS if self._console.width >= 80 else _OTHERS - 10)
         self._progress.update(
             self._training,
             completed=step.step,
             total=step.num_steps,
-            figures=f"{speed}loss {step.loss:.3f}  {memory} peak",
+            figures=_that_fit(room, speed, loss, memory),
         )
 
     def validated(self, validation: Validation) -> None:
@@ -80,3 +107,20 @@ class TerminalReporter(Reporter):
         if done >= total:
             self._progress.remove_task(self._scoring)
             self._scoring = None
+
+    def status(self, line: str) -> None:
+        """Show a line in the place of the one before; in a log, now and then."""
+        if self._line is not None and self._console.is_terminal:
+            self._line.update(line)
+        elif time.monotonic() - self._told_at >= STATUS_SECONDS:
+            self._told_at = time.monotonic()
+            self.say(line)
+
+
+def _that_fit(room: int, *figures: str) -> str:
+    """Return those of the figures, from the first on, that a line has room for."""
+    shown = ""
+    for figure in filter(None, figures):
+        longer = f"{shown}  {figure}" if shown else figure
+        shown = longer if len(longer) <= room else shown
+    return shown

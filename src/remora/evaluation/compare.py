@@ -107,7 +107,7 @@ def compare_runs(config: CompareConfig) -> Comparison:
         raise ConfigError("a run is given twice; give different runs")
     runs = [_read(path) for path in config.runs]
     for other in runs[1:]:
-        _refuse_other_rows(runs[0], other)
+        refuse_other_rows(runs[0], other)
 
     # Runs and baselines, from the smallest to the biggest
     names = run_names(config.runs)
@@ -151,7 +151,8 @@ def _read(path: Path) -> Results:
     return run
 
 
-def _refuse_other_rows(first: Results, other: Results) -> None:
+def refuse_other_rows(first: Results, other: Results) -> None:
+    """Refuse runs that were measured on different rows; raises DataError."""
     advice = "train both with the same --test table, or the same data and --seed"
     if len(first.true) != len(other.true):
         raise DataError(

@@ -164,7 +164,7 @@ class RunFacts:
         if not whole:
             return None
         answers = zip(self.run.true, self.run.predicted, *whole, strict=True)
-        return [len({*given}) == 1 and given[0] != true for true, *given in answers].count(True)
+        return sum(bool(len({*o}) == 1 and o[0] != true) for true, *o in answers)
 
 
 def read_facts(directory: Path) -> RunFacts:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from remora.evaluation import results
-from remora.formatting import spoken_bytes
-from remora.runtime import files
+from remora.formatting import spoken_bytes, unescape_formula
 
 MAX_MESSAGE_CHARS = 1_000  # of one message
 NUM_STATIC_MESSAGES = 20
@@ -49,7 +48,7 @@ def read_suspects(path: Path) -> list[dict[str, str]]:
             rows = list(itertools.islice(csv.DictReader(file), NUM_STATIC_MESSAGES))
         return [
             {"row": row["row"]}
-            | {k: cut(files.unescape_formula(row[k])) for k in ("text", "label", "suggested")}
+            | {k: cut(unescape_formula(row[k])) for k in ("text", "label", "suggested")}
             for row in rows
         ]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error):

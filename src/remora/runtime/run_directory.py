@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -16,14 +17,9 @@ import torch
 
 import remora
 from remora.config import TrainConfig
-from remora.errors import ConfigError
+from remora.errors import ConfigError, DataError
 from remora.formatting import one_line
 from remora.runtime.files import disk_errors
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Path]:
@@ -35,7 +31,7 @@ def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Pa
         data: Source of the rows.
         base: The base model.
     """
-    stem = wanted or "-".join(_slug(source) for source in (data, base))
+    stem = wanted or "-".join(slug(source) for source in (data, base))
     yield parent / stem
     if wanted is None:
         yield from (parent / f"{stem}-{number}" for number in range(2, 10_000))
@@ -94,15 +90,34 @@ def read_settings(directory: Path) -> TrainConfig:
     """
     path = directory / "config.toml"
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
-        for name in kinds.keys() & settings.keys():
-            settings[name] = kinds[name](settings[name])
-        return TrainConfig(settings.pop("data"), **settings)
+        text = path.read_text(encoding="utf-8")
+        return TrainConfig.from_toml(text, directory)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"
         ) from error
+
+
+def refuse_changed_rows(directory: Path, data: str, sha256: str) -> None:
+    """Refuse rows that are not those that a run was trained on.
+
+    Args:
+        directory: The run.
+        data: Their source, for the message.
+        sha256: The hash of the rows as they are now.
+
+    Raises:
+        DataError: If they differ, or the run does not say.
+    """
+    try:
+        wanted = json.loads((directory / "data.json").read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{directory} has no readable data.json; train it again") from error
+    if wanted != sha256:
+        raise DataError(
+            f"the rows of {data} have changed since {directory} was trained; restore them, or "
+            "train again"
+        )
 
 
 def _refuse_file(parent: Path) -> None:
@@ -112,7 +127,7 @@ def _refuse_file(parent: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(present))
 
 
-def _slug(source: str) -> str:
+def slug(source: str) -> str:
     """Return the last part of a path or a hub id as a part of a run's name."""
     if os.name == "nt":
         source = source.replace("\\", "/")
