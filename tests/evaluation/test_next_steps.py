@@ -495,7 +495,7 @@ def test_compare_says_which_run_to_take(tmp_path: Path, capsys: pytest.CaptureFi
     assert call("compare", *runs) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[shown.index("what to do next") + 1] == "1. Take small."
-    assert shown[-1] == f"   {others[-1].command}"
+    assert shown[-1] == f"    {others[-1].command}"
     assert call("compare", *runs, "--json") == 0
     given = json.loads(capsys.readouterr().out)["next_steps"]
     assert [each["kind"] for each in given] == ["take", *(each.kind for each in others)]
@@ -536,8 +536,8 @@ def test_lines_break_at_words_and_commands_do_not() -> None:
         console = Console(file=file, width=40, force_terminal=is_terminal, color_system=None)
         show_next_steps([step], console)
         lines = file.getvalue().splitlines()
-        assert lines[-1] == f"   {step.command}"
+        assert lines[-1] == f"    {step.command}"
         assert len(lines) == num_lines
         if is_terminal:
             assert max(map(len, lines[:-1])) <= 40
-            assert lines[3].startswith("   ")
+            assert lines[3].startswith("  ")

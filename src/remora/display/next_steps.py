@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -21,23 +20,7 @@ def show_next_steps(steps: Sequence[NextStep], console: Console | None = None) -
         return
     print_line(console, "\nwhat to do next")
     for number, step in enumerate(steps, 1):
-        _print(console, step.sentence, f"{number}. ")
+        print_line(console, f"{number}. {step.sentence}")
         for clause in step.evidence:
-            _print(console, clause, "   - ")
-        print_line(console, f"   {step.command}")
-
-
-def _print(console: Console, text: str, before: str) -> None:
-    """Print a text behind a mark, on a terminal with a hanging indent."""
-    if not console.is_terminal:
-        print_line(console, before + text)
-        return
-    lines = textwrap.wrap(
-        text,
-        max(20, console.width),
-        initial_indent=before,
-        subsequent_indent=" " * len(before),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    print_line(console, "\n".join(lines))
+            print_line(console, f"   - {clause}")
+        print_line(console, f"    {step.command}")
