@@ -11,13 +11,16 @@ from remora.evaluation.findings import NextStep
 
 
 def show_next_steps(steps: Sequence[NextStep], console: Console | None = None) -> None:
-    """Print what to do next: sentence, evidence and command of each step."""
+    """Print what to do next: sentence, evidence and command of each step.
+
+    On a terminal, lines break at words; a command stays on one line, to be copied.
+    """
     console = console or standard_output()
-    if steps:
-        print_line(console, "")
-        print_line(console, "what to do next")
+    if not steps:
+        return
+    print_line(console, "\nwhat to do next")
     for number, step in enumerate(steps, 1):
         print_line(console, f"{number}. {step.sentence}")
         for clause in step.evidence:
-            print_line(console, f"  - {clause}")
+            print_line(console, f"   - {clause}")
         print_line(console, f"    {step.command}")
