@@ -14,6 +14,7 @@ from cyclopts import App
 from cyclopts.argument import Argument
 
 from remora.cli import app
+from remora.config.help_pages import EXAMPLES, GROUPS
 
 PAGE = Path(__file__).parent / "reference" / "commands.md"
 COMMAND = "python docs/generate.py"
@@ -49,8 +50,10 @@ def commands() -> str:
         parts.append(f"{_description(verb)}\n")
         if name == "plan":
             parts.append("Its own, and those that differ from [train](#remora-train):\n")
-            settings = [each for each in settings if train.get(each[0]) != each[1]]
-        parts.append(_table(settings))
+            parts.append(_table([each for each in settings if train.get(each[0]) != each[1]]))
+        else:
+            parts += _tables(verb)
+        parts.append("For example:\n\n" + "".join(f"    {each}\n" for each in EXAMPLES[name]))
     return "\n".join(parts)
 
 
@@ -67,6 +70,20 @@ def _settings(verb: App) -> list[tuple[str, str]]:
 def _table(settings: list[tuple[str, str]]) -> str:
     head = ["| setting | value | default | |", "|---|---|---|---|"]
     return "\n".join(head + [row for _, row in settings]) + "\n"
+
+
+def _tables(verb: App) -> list[str]:
+    """Return a table for each group of settings in the verb's help, in its order."""
+    groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("", *GROUPS)}
+    for each in _arguments(verb):
+        (group,) = each.parameter.group
+        title = group.name if group.name in GROUPS else ""
+        groups[title].append((each.name, _row(each)))
+    return [
+        (f"**{title}**\n\n" if title else "") + _table(rows)
+        for title, rows in groups.items()
+        if rows
+    ]
 
 
 def _usage(verb: App) -> str:

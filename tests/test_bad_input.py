@@ -189,6 +189,12 @@ def full(shop: Workshop, verb: str, *more: str) -> list[str]:
     return [verb, "copy", *more]
 
 
+def of_classes(shop: Workshop, *more: str) -> list[str]:
+    path = shop.copy_of_run() / "adapter" / "remora.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "answer": "classes"}))
+    return [*more]
+
+
 def taken_port(shop: Workshop) -> list[str]:
     listening = socket.create_server(("127.0.0.1", 0))
     shop.held.callback(listening.close)
@@ -326,6 +332,16 @@ CASES: list[Case] = [
         "an initialization that changes the base model",
         2,
         lambda s: train("good.csv", "--init-lora-weights", "pissa"),
+    ),
+    (
+        "words for labels that classes stand for",
+        2,
+        lambda s: train("good.csv", "--answer", "classes", "--label-texts.refund", "money back"),
+    ),
+    (
+        "a zero-shot baseline of a head that is not trained yet",
+        2,
+        lambda s: train("good.csv", "--answer", "classes", "--baselines", "svm,zero-shot"),
     ),
     (
         "DoRA on a 4-bit base, and a LoRA+ ratio of 0",
@@ -669,6 +685,11 @@ CASES: list[Case] = [
         lambda s: train("good.csv", "--layout", "tree", model=hybrid(s, "lfm2")),
     ),
     (
+        "classes with a model that has no head for them",
+        4,
+        lambda s: train("good.csv", "--answer", "classes", model=hybrid(s, "lfm2")),
+    ),
+    (
         "an adapter on a layer that is never called",
         2,
         lambda s: train("good.csv", "--target-modules", "dt_proj", model=hybrid(s, "mamba")),
@@ -798,6 +819,16 @@ CASES: list[Case] = [
         lambda s: broken_run(
             s, "adapter/adapter_model.safetensors", "cut", "predict", "copy", "good.csv"
         ),
+    ),
+    (
+        "an export for vLLM of a model that answers by classes",
+        4,
+        lambda s: of_classes(s, "export", "copy", "--vllm"),
+    ),
+    (
+        "an adapter whose card names a head that it lacks",
+        4,
+        lambda s: of_classes(s, "predict", "copy", "good.csv"),
     ),
     (
         "an export of a fully fine-tuned model",

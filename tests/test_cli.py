@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from remora import cli
+from remora.config import help_pages
 
 MODULES = ("torch", "transformers", "peft", "sklearn", "numpy", "pyarrow", "datasets")
 
@@ -124,3 +129,54 @@ def test_debug_shows_the_traceback(place: Path) -> None:
     done = remora("train", place / "no.csv", "--model", "m", "--debug")
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+def shown(width: int, *arguments: str) -> str:
+    """Return what the command line prints in a terminal of a width."""
+    environment = {**os.environ, "COLUMNS": str(width), "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "remora", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_help_of_train_looks_as_it_did(width: int) -> None:
+    """To write it again after a change of a setting: REMORA_WRITE_DOCS=1."""
+    path = Path(__file__).with_name("help") / f"train-{width}.txt"
+    help_ = shown(width, "train", "--help")
+    if "REMORA_WRITE_DOCS" in os.environ:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(help_, encoding="utf-8")
+    assert help_ == path.read_text(encoding="utf-8")
+    assert max(map(len, help_.splitlines())) <= width
+
+
+def test_help_has_the_settings_in_groups_and_the_verbs_in_the_order_of_use() -> None:
+    train = shown(80, "train", "--help")
+    titles = re.findall(r"╭─ ([\w ]+) ─", train)
+    assert titles == [*(each for each in help_pages.GROUPS if each != "Choice"), "Other"]
+    for title, first in {"Data": "DATA", "Model": "--model", "Training": "--epochs"}.items():
+        assert re.search(rf"╭─ {title} ─.*\n│[ *]+{first} ", train)
+    verbs = re.findall(r"^│ (\w+) ", shown(80, "--help"), re.MULTILINE)
+    assert verbs == list(help_pages.EXAMPLES)
+
+
+@pytest.mark.parametrize("verb", help_pages.EXAMPLES)
+def test_examples_of_a_verb_are_commands(verb: str) -> None:
+    """They are parsed by the real command line, and fit into 60 columns."""
+    commands = help_pages.EXAMPLES[verb]
+    assert len(commands) == (2 if verb == "report" else 3)
+    for command in commands:
+        assert len(command) <= 58
+        words = shlex.split(command.split("| ")[-1])
+        assert words[:2] == ["remora", verb]
+        assert cli.app.parse_args(words[1:], exit_on_error=False, print_error=False)
+
+
+def test_completion_is_installed_for_a_shell(tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash"}
+    command = [sys.executable, "-m", "remora", "--install-completion"]
+    subprocess.run(["bash", "-c", f"{shlex.join(command)}; true"], check=True, env=environment)
+    (script,) = (path for path in tmp_path.rglob("*") if path.name == "remora")
+    assert "diagnose" in script.read_text()
+    assert "--rows-per-class" in script.read_text()

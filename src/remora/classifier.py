@@ -182,7 +182,11 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         trained = open_trained(path, base=model, device=config.device, precision=config.precision)
         card = trained.card
         loaded = cls(
-            model or card.base_model, method=card.method, precision=precision, device=device
+            model or card.base_model,
+            method=card.method,
+            answer=card.answer,
+            precision=precision,
+            device=device,
         )
         loaded.classes_ = np.array(card.labels)
         loaded.model_, loaded.prompt_ = trained.model, trained.prompt

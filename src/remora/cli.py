@@ -17,6 +17,7 @@ from cyclopts.config import Toml
 
 import remora
 from remora.config import (
+    ChooseConfig,
     CompareConfig,
     DiagnoseConfig,
     EvalConfig,
@@ -29,7 +30,9 @@ from remora.config import (
     ReviewConfig,
     ServeConfig,
     TrainConfig,
+    TuneConfig,
 )
+from remora.config.help_pages import EXAMPLES, GROUPS, REST, examples
 from remora.errors import ConfigError, RemoraError, ResourceError
 from remora.runtime import launch
 
@@ -40,7 +43,7 @@ app = App(
 )
 
 
-@app.command
+@app.command(help_epilogue=examples("plan"))
 def plan(config: PlanConfig) -> None:
     """Plan a training run without weights: its memory, time and settings, and why.
 
@@ -57,8 +60,10 @@ def plan(config: PlanConfig) -> None:
         display.show_plan(made)
 
 
-@app.command
-def train(config: TrainConfig, *, json: bool = False) -> None:
+@app.command(help_epilogue=examples("train"))
+def train(
+    config: TrainConfig, *, json: Annotated[bool, Parameter(group=GROUPS["Output"])] = False
+) -> None:
     """Train an adapter, or all weights, on a table of texts and labels, and measure the result.
 
     Writes model, evaluation and settings to a run directory.
@@ -94,7 +99,41 @@ def train(config: TrainConfig, *, json: bool = False) -> None:
                 display.show_learning_curve(curve)
 
 
-@app.command(name="eval")
+@app.command(help_epilogue=examples("tune"))
+def tune(config: TuneConfig) -> None:
+    """Search settings on the validation rows, and train with the best; the same command resumes.
+
+    Takes the settings of train. The test rows are measured once, at the end.
+    """
+    from remora import display
+    from remora.training import tune
+
+    with display.TerminalReporter().live() as reporter:
+        tuned = tune.tune(config, reporter=reporter)
+    if config.json:
+        _print_json(tuned.to_dict())
+    else:
+        display.show_tuned(tuned)
+
+
+@app.command(help_epilogue=examples("choose"))
+def choose(config: ChooseConfig) -> None:
+    """Find the smallest model that clears a bar: baselines first, then models from cheap to dear.
+
+    Takes the settings of train. Every run is an ordinary one; the same command resumes.
+    """
+    from remora import display
+    from remora.training import choose
+
+    with display.TerminalReporter().live() as reporter:
+        choice = choose.choose(config, reporter=reporter)
+    if config.json:
+        _print_json(choice.to_dict())
+    else:
+        display.show_choice(choice)
+
+
+@app.command(name="eval", help_epilogue=examples("eval"))
 def evaluate(config: EvalConfig) -> None:
     """Measure a trained model on a table of texts and labels."""
     from remora import display
@@ -109,7 +148,7 @@ def evaluate(config: EvalConfig) -> None:
         display.show_reliability(reliability)
 
 
-@app.command
+@app.command(help_epilogue=examples("predict"))
 def predict(config: PredictConfig) -> None:
     """Classify messages as they arrive, from a table or from standard input."""
     from remora import display
@@ -118,7 +157,7 @@ def predict(config: PredictConfig) -> None:
     predict.write_predictions(config, sys.stdout, display.TerminalReporter().say)
 
 
-@app.command
+@app.command(help_epilogue=examples("compare"))
 def compare(config: CompareConfig) -> None:
     """Compare runs side by side: does the bigger model earn its keep?"""
     from remora import display
@@ -137,7 +176,7 @@ def compare(config: CompareConfig) -> None:
             display.show_line(f"report in {config.report}")
 
 
-@app.command
+@app.command(help_epilogue=examples("diagnose"))
 def diagnose(config: DiagnoseConfig) -> None:
     """Find out why a model makes mistakes, and which rows to check."""
     from remora import display
@@ -157,7 +196,7 @@ def diagnose(config: DiagnoseConfig) -> None:
         display.show_diagnosis(diagnosis, config.run)
 
 
-@app.command
+@app.command(help_epilogue=examples("review"))
 def review(config: ReviewConfig) -> None:
     """Decide on the rows that look mislabelled, on a page in the browser."""
     from remora import display
@@ -170,7 +209,7 @@ def review(config: ReviewConfig) -> None:
         display.show_review(summary)
 
 
-@app.command
+@app.command(help_epilogue=examples("retrain"))
 def retrain(config: RetrainConfig) -> None:
     """Train a run again on its rows as corrected, and say what that changes.
 
@@ -197,7 +236,7 @@ def retrain(config: RetrainConfig) -> None:
             display.show_change(change)
 
 
-@app.command
+@app.command(help_epilogue=examples("export"))
 def export(config: ExportConfig) -> None:
     """Write a run's model as one plain folder, or its adapter as a smaller one, and measure it."""
     from remora import display
@@ -211,7 +250,7 @@ def export(config: ExportConfig) -> None:
         display.show_export(written)
 
 
-@app.command
+@app.command(help_epilogue=examples("push"))
 def push(config: PushConfig) -> None:
     """Publish a run's model and its model card on the Hugging Face Hub, privately by default."""
     from remora import display
@@ -224,7 +263,7 @@ def push(config: PushConfig) -> None:
         display.show_push(published)
 
 
-@app.command
+@app.command(help_epilogue=examples("report"))
 def report(config: ReportConfig) -> None:
     """Write a run's report.html again, with the diagnosis if there is one."""
     from remora import display
@@ -233,7 +272,7 @@ def report(config: ReportConfig) -> None:
     display.show_line(f"report in {report.write_report(config)}")
 
 
-@app.command
+@app.command(help_epilogue=examples("serve"))
 def serve(config: ServeConfig) -> None:
     """Serve many adapters of one base model over HTTP; finishes open requests on SIGTERM.
 
@@ -244,6 +283,14 @@ def serve(config: ServeConfig) -> None:
 
     with server.ended_by_sigterm():
         server.Service(config, say=display.TerminalReporter().say).run()
+
+
+for _place, _verb in enumerate(EXAMPLES):
+    app[_verb].sort_key = _place
+app["--help"].group = app["--version"].group = REST
+app.register_install_completion_command(
+    group=REST, help="Complete verbs and flags in this shell (bash, zsh or fish) from now on."
+)
 
 
 class _Settings(Toml):
@@ -257,8 +304,8 @@ class _Settings(Toml):
 @app.meta.default
 def _main(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Path | None = None,
-    debug: bool = False,
+    config: Annotated[Path | None, Parameter(group=REST)] = None,
+    debug: Annotated[bool, Parameter(group=REST)] = False,
 ) -> None:
     """Parse the flags that all verbs share.
 

@@ -210,6 +210,30 @@ def test_a_long_ascii_message_is_cut_to_exactly_the_longest_sequence(tokenizer: 
         assert text.endswith(f"<|im_start|>assistant\n{longest}<|im_end|>")
 
 
+@pytest.mark.parametrize("kept", ["head", "tail", "both"])
+def test_the_kept_part_of_a_long_message_is_as_long_as_fits(tokenizer: Any, kept: Any) -> None:
+    words = [f"{place:04d}" for place in range(3_000)]  # longer than the context, many times
+    message = " ".join(words)
+    prompt = make(tokenizer, max_length=300, kept=kept)
+    (stem,) = prompt.stems([message])
+    room = 300 - max(map(len, prompt.answers))
+    assert room - 4 <= len(stem) <= room
+    text = tokenizer.decode(stem).split("\n\n")[1].split("<|im_end|>")[0]
+    head, gap, tail = text.partition(" ... ")
+    if kept == "head":
+        assert message.startswith(text)
+    elif kept == "tail":
+        assert message.endswith(text)
+    else:
+        assert gap
+        assert message.startswith(head)
+        assert message.endswith(tail)
+        assert abs(len(head) - len(tail)) <= 1
+    fitting = " ".join(words[:20])
+    assert prompt.stems([fitting]) == make(tokenizer, max_length=9_000).stems([fitting])
+    assert prompt.pinned(prompt.rendered).stems([message]) == [stem]
+
+
 def test_a_context_without_room_for_a_message_is_refused(tokenizer: Any) -> None:
     fixed = make(tokenizer).num_fixed_tokens
     (row,) = make(tokenizer).rows([""], ["Überweisung 42"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from conftest import WORDS
 from remora.cli import main
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import sources
@@ -28,8 +31,11 @@ from remora.diagnosis import (
 from remora.diagnosis.regressions import pool
 from remora.errors import ConfigError, DataError, Stopped
 from remora.evaluation.predictions import read_predictions, write_predictions
+from remora.models import metadata
 from remora.runtime import files
+from remora.runtime.device import choose_precision
 from remora.runtime.reporter import Reporter, Step
+from remora.training.run import train
 
 NOUNS = {"card": "card arrival", "refund": "refund", "top up": "top up failed"}
 ENDS = ("today", "please", "at once", "again", "now", "still", "soon", "at last")
@@ -519,3 +525,20 @@ def test_held_out_rows_that_begin_like_formulas_are_found_again(tmp_path: Path) 
     table, places = diagnose._with_held_out(Table(texts, labels), run)
     assert (table.texts, table.labels) == (texts, labels)
     assert places.tolist() == [0, 1]
+
+
+def test_folds_ask_as_the_run_did(base: Path, table: Path, tmp_path: Path) -> None:
+    """A template that was edited since, or holds today's date, renders something else now."""
+    copy = shutil.copytree(base, tmp_path / "base")
+    config = TrainConfig(str(table), model=str(copy), output=tmp_path / "runs", device="cpu")
+    config = replace(config, max_steps=1, baselines=("none",), precision="float32")
+    run = train(config).directory
+    template = copy / "chat_template.jinja"
+    template.write_text("Today is Monday. " + template.read_text())
+    precision = choose_precision(torch.device("cpu"), "float32")
+    arguments = (config, tuple(WORDS), precision, torch.device("cpu"))
+    _, prompt, card, _ = out_of_sample._load_as_trained(run, *arguments)
+    trained = metadata.read_card(run / "adapter").rendered
+    assert "Monday" not in prompt.head
+    assert prompt.head == trained["head"] == card.rendered["head"]
+    assert "Monday" in out_of_sample.load_trainable(*arguments)[1].head

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from remora.display.progress import TerminalReporter
-from remora.runtime.reporter import Validation
+from remora.runtime.reporter import Step, Validation
 
 
 def shown(reporter: TerminalReporter) -> str:
@@ -45,3 +46,61 @@ def test_an_evaluation_is_a_line() -> None:
     assert file.getvalue() == (
         "step 25: validation accuracy 50.0%, loss 1.250, on 300 rows, best so far\n"
     )
+
+
+STEP = Step(
+    step=1200,
+    num_steps=12_000,
+    epoch=1.0,
+    loss=0.123,
+    grad_norm=1.0,
+    learning_rate=1e-4,
+    examples_per_second=1234.5,
+    supervised_tokens_per_second=99.0,
+    peak_memory_bytes=12_340_000_000,
+)
+
+
+@pytest.mark.parametrize(
+    ("width", "figures"),
+    [
+        (100, "1234.5 examples/s  loss 0.123  12.34 GB peak"),
+        (80, "1234.5 examples/s  loss 0.123"),
+        (60, "1234.5 examples/s"),
+    ],
+)
+def test_the_training_bar_drops_figures_that_a_terminal_has_no_room_for(width, figures) -> None:
+    reporter = TerminalReporter(Console(file=StringIO(), width=width, force_terminal=True))
+    with reporter.live():
+        reporter.stepped(STEP)
+        file = StringIO()
+        Console(file=file, width=width, highlight=False).print(reporter._progress.get_renderable())
+    (line,) = file.getvalue().splitlines()
+    assert line.rstrip().endswith(f"left {figures}")
+    assert "1,200/12,000" in line
+
+
+def test_a_sentence_breaks_at_words_and_is_indented() -> None:
+    file = StringIO()
+    console = Console(file=file, width=30, force_terminal=True, highlight=False)
+    reporter = TerminalReporter(console)
+    reporter.say("plan: 1.97 GB peak memory, micro-batches of at most 2,048 tokens [x]")
+    reporter.say("  or the folder /a/very/long/path/that/no/line/of/this/terminal/holds")
+    reporter.say("    remora train sample:support --model nano --epochs 5")
+    reporter.say("消息消息 消息消息 消息消息 消息消息")
+    assert file.getvalue().splitlines() == [
+        "plan: 1.97 GB peak memory,",
+        "  micro-batches of at most",
+        "  2,048 tokens [x]",
+        "  or the folder",
+        "    /a/very/long/path/that/no/line/of/this/terminal/holds",
+        "    remora train sample:support --model nano --epochs 5",
+        "消息消息 消息消息 消息消息",  # two columns a character
+        "  消息消息",
+    ]
+
+
+def test_a_sentence_in_a_log_is_one_line() -> None:
+    file = StringIO()
+    TerminalReporter(Console(file=file, width=30)).say("one two three " * 10)
+    assert len(file.getvalue().splitlines()) == 1

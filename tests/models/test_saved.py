@@ -44,6 +44,7 @@ def trained(tmp_path_factory, tokenizer):
         list_labels=True,
         label_texts={"refund": "Geld zurück"},
         max_length=99,
+        truncate="both",
     )
     (folder / "run").mkdir()
     size = saved.save_adapter(adapted, card, folder / "run" / "adapter")
@@ -71,6 +72,7 @@ def test_an_adapter_comes_back_the_same(trained, inside):
     expected = trained.card.prompt(loading.load_tokenizer(trained.folder / "base"))
     assert prompt.rows(["why"], ["refund"]) == expected.rows(["why"], ["refund"])
     assert prompt.max_length == 99
+    assert prompt.kept == "both"
 
 
 def test_stock_peft_loads_the_same_folder(trained):

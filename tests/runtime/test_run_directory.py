@@ -38,8 +38,10 @@ def test_a_wanted_name_that_is_taken_is_refused(tmp_path):
     ],
 )
 def test_a_path_gives_its_last_part_to_the_name(monkeypatch, system, source, name):
-    monkeypatch.setattr(run_directory.os, "name", system)
-    assert run_directory._slug(source) == name
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.os, "name", system)
+        found = run_directory.slug(source)
+    assert found == name
 
 
 def test_a_file_in_the_way_is_the_same_error_on_all_systems(monkeypatch, tmp_path):

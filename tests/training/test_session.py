@@ -99,3 +99,19 @@ def test_the_layout_that_is_asked_for_is_taken(config: TrainConfig) -> None:
 
 def test_the_loop_takes_a_session_and_little_else() -> None:
     assert len(inspect.signature(loop.fit).parameters) <= 8
+
+
+@pytest.mark.parametrize(("kept", "told"), [("head", "their beginning"), ("tail", "their end")])
+def test_long_messages_are_counted_and_cut_as_asked(config: TrainConfig, kept, told) -> None:
+    said: list[str] = []
+    reporter = Reporter()
+    reporter.say = said.append  # type: ignore[method-assign]
+    dataset = load_data(config)
+    long = "first " + "and more of it " * 40 + "last"
+    dataset.train.texts[0] = long
+    settings = replace(config, truncate=kept, max_length=64)
+    with open_session(settings, dataset, reporter=reporter) as opened:
+        text = opened.prompt.tokenizer.decode(opened.prompt.stems([long])[0])
+        assert ("first" in text, "last" in text) == (kept == "head", kept == "tail")
+        assert opened.card.truncate == kept
+    assert any("messages are longer than 64 tokens" in line and told in line for line in said)

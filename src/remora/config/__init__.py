@@ -4,6 +4,7 @@ The command line's flags and the keys of a TOML file are generated from these fi
 """
 
 from remora.config.checks import DeviceName, Method, PrecisionName
+from remora.config.choose import ChooseConfig
 from remora.config.compare import CompareConfig
 from remora.config.diagnose import DiagnoseConfig
 from remora.config.eval import EvalConfig
@@ -16,8 +17,10 @@ from remora.config.retrain import RetrainConfig
 from remora.config.review import ReviewConfig
 from remora.config.serve import ServeConfig
 from remora.config.train import TrainConfig
+from remora.config.tune import TuneConfig
 
 __all__ = [
+    "ChooseConfig",
     "CompareConfig",
     "DeviceName",
     "DiagnoseConfig",
@@ -33,4 +36,5 @@ __all__ = [
     "ReviewConfig",
     "ServeConfig",
     "TrainConfig",
+    "TuneConfig",
 ]

@@ -96,6 +96,7 @@ MemorySize = Annotated[
 Port = Annotated[int, Constraint("a whole number from 0 to 65535", lambda n: 0 <= n <= 65_535)]
 PlainName = Annotated[str, Constraint("a name without slashes", _is_plain_name)]
 
+Answer = Literal["words", "classes"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Method = Literal["lora", "qlora", "full"]
 Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())]

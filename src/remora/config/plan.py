@@ -8,9 +8,11 @@ from typing import Literal
 from cyclopts import Parameter
 
 from remora.config.checks import MemorySize, to_bytes
+from remora.config.help_pages import grouped
 from remora.config.train import TrainConfig
 
 
+@grouped(device="Speed and memory", json="Output")
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(TrainConfig):

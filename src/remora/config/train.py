@@ -6,6 +6,7 @@
 import dataclasses
 import math
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from cyclopts import Parameter
 
 from remora.config.checks import (
     DEFAULT_MICRO_BATCH_TOKENS,
+    Answer,
     Constraint,
     Count,
     CountOrZero,
@@ -31,9 +33,18 @@ from remora.config.checks import (
     check,
     split_names,
 )
+from remora.config.help_pages import grouped
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 LEAST_EPOCHS, MOST_EPOCHS = 3, 20
 """Passes over the training rows by default, with many rows and with few."""
+
+WARM_SHARE = 1 / 3
+"""Passes of a run that begins with another one's adapter, as a share of those without."""
 
 LEAST_STEPS = 250
 """Steps that few rows are passed over for; docs/log.md has the measurements."""
@@ -58,7 +69,7 @@ def _curve_sizes(text: str) -> tuple[int | None, ...]:
     return (*sizes, *([None] if words[-1] == "all" else []))
 
 
-def _seconds(text: str) -> float | None:
+def to_seconds(text: str) -> float | None:
     """Return the seconds of a text such as 11h30m, None if it is no time."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     if not match or not any(match.groups()):
@@ -75,7 +86,7 @@ CurveSizes = Annotated[
     ),
 ]
 Duration = Annotated[
-    str, Constraint("a time such as 11h30m, 45m or 90s", lambda x: _seconds(x) is not None)
+    str, Constraint("a time such as 11h30m, 45m or 90s", lambda x: to_seconds(x) is not None)
 ]
 LearningRate = Annotated[float, Constraint("a number above 0 and at most 1", lambda x: 0 < x <= 1)]
 LearningRateRatio = Annotated[
@@ -91,9 +102,20 @@ Initialization = Annotated[
 ]
 
 
+RunToBeginFrom = Annotated[str | None, Parameter(name=("--from", "--start-from"))]
+
 BASELINES = ("svm", "zero-shot", "probe", "embeddings")
 
 
+@grouped(
+    data="Data",
+    model="Model",
+    answer="Prompt",
+    epochs="Training",
+    metric="Measuring",
+    device="Speed and memory",
+    output="Output",
+)
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -103,15 +125,6 @@ class TrainConfig:
     """A table (CSV, TSV, JSON, JSON lines, Parquet, Excel; compressed or not), - for standard
     input, a folder with train, validation and test files or of save_to_disk, or a dataset on the
     Hugging Face Hub as hf:owner/name."""
-
-    model: str
-    """Base model: a folder, a GGUF file, or its id on the Hugging Face Hub."""
-
-    name: PlainName | None = None
-    """Name of the run; by default made from the names of the data and the model."""
-
-    output: Path = Path("runs")
-    """Folder to create run directories in."""
 
     validation: str | None = None
     """Table of validation rows; by default split off from the training rows."""
@@ -129,6 +142,10 @@ class TrainConfig:
 
     label_column: str | None = None
     """Column of the labels; by default found by its name."""
+
+    rows_per_class: Count | None = None
+    """Training rows per class, sampled by the seed; classes with fewer keep all of theirs. By
+    default all rows."""
 
     input_format: TableFormat | None = None
     """Format of the tables, if their names do not tell."""
@@ -150,25 +167,12 @@ class TrainConfig:
     """Share of the training rows held out for the final test, at most 10,000 rows; unused if test
     rows are given."""
 
-    rows_per_class: Count | None = None
-    """Training rows per class, sampled by the seed; classes with fewer keep all of theirs. By
-    default all rows."""
+    model: str
+    """Base model: a folder, a GGUF file, or its id on the Hugging Face Hub."""
 
-    learning_curve: CurveSizes | None = None
-    """Train once for each of these numbers of rows per class, such as 5,10,20,50,all, to see
-    whether more rows would help."""
-
-    instruction: str = "Classify the message."
-    """Instruction in the prompt before each message."""
-
-    list_labels: bool = False
-    """List all labels in the prompt: helps with few examples per label, costs a longer prefix."""
-
-    label_texts: dict[str, str] = field(default_factory=dict)
-    """Text that the model writes for a label, if other than the label itself."""
-
-    max_length: Count | None = None
-    """Longest sequence in tokens; longer messages are truncated. By default the model's context."""
+    start_from: RunToBeginFrom = None
+    """Run to begin with: its adapter, on the same base model, learns on. Labels that the table has
+    in common with it keep their answers, and new ones join. Takes a third of the default epochs."""
 
     method: Method = "lora"
     """Fine-tuning method: a LoRA adapter (lora), a LoRA adapter on a base quantized to 4 bits
@@ -183,6 +187,11 @@ class TrainConfig:
     dropout: Fraction = 0.05
     """Dropout on the adapter's inputs while training."""
 
+    target_modules: tuple[str, ...] = ()
+    """Linear layers to adapt, several separated by commas; by default q, k, v, o, gate, up and
+    down, or every linear layer but the head and routers in other architectures. Experts of a
+    mixture are adapted if they are named, such as experts.down_proj, and without dropout."""
+
     use_rslora: bool = False
     """Scale the adapter's update by alpha / sqrt(rank) instead (rsLoRA), for high ranks."""
 
@@ -196,36 +205,38 @@ class TrainConfig:
     loraplus_lr_ratio: LearningRateRatio | None = None
     """Learning rate of the adapter's B as a multiple of that of A, such as 16 (LoRA+)."""
 
-    target_modules: tuple[str, ...] = ()
-    """Linear layers to adapt, several separated by commas; by default q, k, v, o, gate, up and
-    down, or every linear layer but the head and routers in other architectures. Experts of a
-    mixture are adapted if they are named, such as experts.down_proj, and without dropout."""
+    answer: Answer = "words"
+    """What answers a message: the model writes the label (words), or a linear head at the last
+    token of the prompt scores the labels (classes), as in transformers' and PEFT's sequence
+    classification."""
 
-    learning_rate: LearningRate | None = None
-    """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
+    instruction: str = "Classify the message."
+    """Instruction in the prompt before each message."""
+
+    list_labels: bool = False
+    """List all labels in the prompt: helps with few examples per label, costs a longer prefix."""
+
+    label_texts: dict[str, str] = field(default_factory=dict)
+    """Text that the model writes for a label, if other than the label itself."""
+
+    max_length: Count | None = None
+    """Longest sequence in tokens; longer messages are truncated. By default the model's context."""
+
+    truncate: Literal["head", "tail", "both"] = "head"
+    """The part of a longer message that is kept: its head, its tail, or half from each end."""
 
     epochs: Positive | None = None
     """Passes over the training rows; by default 3, and with few rows as many as make 250 steps, up
     to 20."""
 
-    max_steps: Count | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    learning_rate: LearningRate | None = None
+    """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
 
     batch_size: Count = 32
     """Rows averaged over in one optimizer step, however they are split into micro-batches."""
 
-    micro_batch_tokens: Count | None = None
-    """Most tokens computed at once; limits memory, changes no result. By default 2048, or fewer if
-    memory does not suffice."""
-
-    layout: Literal["auto", "tree", "rows"] = "auto"
-    """How a batch is computed: what rows share once, as a token tree (tree), or each row by itself,
-    padded (rows), where a model's layers carry a state along the row. Both are exact. By default
-    the tree if the model follows it, which is checked."""
-
-    checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute each layer's activations in the backward pass instead of keeping them: saves
-    memory, costs time. By default only if memory does not suffice without."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
 
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Decay of the learning rate after warm-up."""
@@ -243,9 +254,16 @@ class TrainConfig:
     """Weight of each class in the loss: balanced, for the same total weight of every class, or a
     table with the columns label and weight. By default all rows count the same."""
 
+    seed: CountOrZero = 0
+    """Seed of the splits, the order of rows, the adapter's initialization and the dropout."""
+
     metric: Literal["accuracy", "macro_f1", "log_loss"] = "accuracy"
     """Metric on the validation rows that selects the best checkpoint. macro_f1, for classes of very
     different size, takes about twice the time."""
+
+    patience: CountOrZero = 3
+    """Early stopping: stop after this many evaluations in a row without improvement; 0 turns it
+    off."""
 
     eval_steps: Count | None = None
     """Steps between evaluations on the validation rows; by default once per epoch."""
@@ -253,31 +271,6 @@ class TrainConfig:
     eval_rows: Count | None = None
     """Validation rows in each evaluation, a stratified sample. By default all, or as many as keep
     evaluations within a quarter of the training's time; the final weights are measured on all."""
-
-    tolerance: Share = 0.01
-    """Maximum total probability left on unexplored labels when the weights that were chosen are
-    scored on test and validation rows. Accuracy is exact with any; 1 is fastest, with rough
-    log-loss and calibration."""
-
-    patience: CountOrZero = 3
-    """Early stopping: stop after this many evaluations in a row without improvement; 0 turns it
-    off."""
-
-    precision: PrecisionName = "auto"
-    """Arithmetic of the forward and backward pass; trainable parameters are always float32."""
-
-    device: DeviceName = "auto"
-    """Device to compute on."""
-
-    devices: Count = 1
-    """Number of devices of this machine to train on, one process each."""
-
-    shard: Literal["auto", "on", "off"] = "auto"
-    """Shard the weights (FSDP): each process holds a part of them and gathers one layer at a time.
-    By default with full fine-tuning, or if the base does not fit on one device."""
-
-    seed: CountOrZero = 0
-    """Seed of the splits, the order of rows, the adapter's initialization and the dropout."""
 
     baselines: Names = ("auto",)
     """What to measure beside the trained model, on the same rows: svm (TF-IDF and a linear SVM),
@@ -289,15 +282,56 @@ class TrainConfig:
     embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Sentence encoder of the baseline embeddings: a folder, or its id on the Hugging Face Hub."""
 
-    trackers: tuple[str, ...] = ()
-    """Experiment trackers supported by accelerate, such as tensorboard or wandb."""
+    tolerance: Share = 0.01
+    """Maximum total probability left on unexplored labels when the weights that were chosen are
+    scored on test and validation rows. Accuracy is exact with any; 1 is fastest, with rough
+    log-loss and calibration."""
+
+    learning_curve: CurveSizes | None = None
+    """Train once for each of these numbers of rows per class, such as 5,10,20,50,all, to see
+    whether more rows would help."""
+
+    device: DeviceName = "auto"
+    """Device to compute on."""
+
+    devices: Count = 1
+    """Number of devices of this machine to train on, one process each."""
+
+    precision: PrecisionName = "auto"
+    """Arithmetic of the forward and backward pass; trainable parameters are always float32."""
+
+    micro_batch_tokens: Count | None = None
+    """Most tokens computed at once; limits memory, changes no result. By default 2048, or fewer if
+    memory does not suffice."""
+
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute each layer's activations in the backward pass instead of keeping them: saves
+    memory, costs time. By default only if memory does not suffice without."""
+
+    layout: Literal["auto", "tree", "rows"] = "auto"
+    """How a batch is computed: what rows share once, as a token tree (tree), or each row by itself,
+    padded (rows), where a model's layers carry a state along the row. Both are exact. By default
+    the tree if the model follows it, which is checked."""
+
+    shard: Literal["auto", "on", "off"] = "auto"
+    """Shard the weights (FSDP): each process holds a part of them and gathers one layer at a time.
+    By default with full fine-tuning, or if the base does not fit on one device."""
+
+    output: Path = Path("runs")
+    """Folder to create run directories in."""
+
+    name: PlainName | None = None
+    """Name of the run; by default made from the names of the data and the model."""
+
+    max_time: Duration | None = None
+    """Save and stop after this time, such as 11h30m or 45m; the same command resumes."""
 
     checkpoint_minutes: PositiveOrZero = 10.0
     """Minutes between checkpoints, from which the same command resumes after a crash; 0 saves after
     every step."""
 
-    max_time: Duration | None = None
-    """Save and stop after this time, such as 11h30m or 45m; the same command resumes."""
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers supported by accelerate, such as tensorboard or wandb."""
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -326,6 +360,16 @@ class TrainConfig:
                 "a learning curve shows the svm beside each size; leave out baselines, or add svm",
             ),
             (
+                self.answer == "classes" and bool(self.label_texts),
+                "label_texts are what the model writes, and answer is classes, which writes "
+                "nothing; leave out label_texts, or use --answer words",
+            ),
+            (
+                self.answer == "classes" and "zero-shot" in self.baselines,
+                "baselines has zero-shot and answer is classes, whose head answers nothing before "
+                "it is trained; leave it out, or use --answer words",
+            ),
+            (
                 self.use_dora and self.method == "qlora",
                 "use_dora does not work on a 4-bit base; use --method lora",
             ),
@@ -341,6 +385,15 @@ class TrainConfig:
             (
                 self.learning_curve is not None and self.rows_per_class is not None,
                 "rows_per_class and learning_curve are both given; give one of them",
+            ),
+            (
+                self.start_from is not None and self.learning_curve is not None,
+                "a learning curve trains each size anew; leave out --from",
+            ),
+            (
+                self.start_from is not None and self.method == "full",
+                f"--from takes an adapter and method is full; give --model {self.start_from}/model "
+                "to begin with that run's weights",
             ),
             (
                 self.learning_curve is not None and self.devices > 1,
@@ -378,12 +431,13 @@ class TrainConfig:
     @property
     def max_seconds(self) -> float | None:
         """`max_time` in seconds; None without a limit."""
-        return _seconds(self.max_time or "")
+        return to_seconds(self.max_time or "")
 
     def num_steps(self, num_rows: int) -> int:
         """Return the number of optimizer steps to train on `num_rows` rows."""
         steps_per_epoch = math.ceil(num_rows / self.batch_size)
-        epochs = self.epochs or min(MOST_EPOCHS, max(LEAST_EPOCHS, LEAST_STEPS / steps_per_epoch))
+        default = min(MOST_EPOCHS, max(LEAST_EPOCHS, LEAST_STEPS / steps_per_epoch))
+        epochs = self.epochs or default * (WARM_SHARE if self.start_from else 1)
         return self.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
 
     def steps_between_evaluations(self, num_rows: int) -> int:
@@ -400,6 +454,20 @@ class TrainConfig:
         trained = steps * num_rows // math.ceil(num_rows / self.batch_size)
         most = max(LEAST_EVAL_ROWS, int(EVAL_SHARE * trained))
         return min(self.eval_rows or most, num_validation)
+
+    @classmethod
+    def from_toml(cls, text: str) -> "TrainConfig":
+        """Return the settings that `to_toml` wrote.
+
+        Raises:
+            ConfigError: If a value is wrong.
+            KeyError, TypeError, ValueError: If it is no such text.
+        """
+        settings = tomllib.loads(text)
+        kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
+        for name in kinds.keys() & settings.keys():
+            settings[name] = kinds[name](settings[name])
+        return cls(settings.pop("data"), **settings)
 
     def to_toml(self) -> str:
         """Return the settings as TOML for `--config`, without those that are None."""

@@ -7,8 +7,9 @@ Hub.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from remora.data.sources import source_parts
 from remora.data.splits import MAX_TEST_ROWS, MAX_VALIDATION_ROWS, check_fractions, hold_out
 from remora.data.table import Table, read_parts
 from remora.data.values import is_blank
-from remora.errors import DataError
-from remora.formatting import listed, quote
+from remora.errors import DataError, RemoraError
+from remora.formatting import first_line, listed, quote
 
 IMBALANCED_SHARE = 0.8
 """Share of the rows in the largest class from which on accuracy alone says little."""
@@ -112,6 +113,7 @@ class Dataset:
 
 def load_data(settings: TrainConfig) -> Dataset:
     """Return the dataset that a run's settings name; raises as `load_dataset` does."""
+    seen, remark = texts_trained_on(settings.start_from) if settings.start_from else (set(), "")
     dataset = load_dataset(
         settings.data,
         test=settings.test,
@@ -124,7 +126,11 @@ def load_data(settings: TrainConfig) -> Dataset:
         options=ReadOptions(settings.input_format, settings.columns),
         strict=settings.strict,
         merge_labels=settings.merge_labels,
+        seen=seen,
     )
+    if remark and settings.test is None:
+        remarks = (*dataset.summary.remarks, remark)
+        dataset = replace(dataset, summary=replace(dataset.summary, remarks=remarks))
     limited = limit_rows(dataset, settings.num_per_class, settings.seed)
     if settings.corrections is None:
         return limited
@@ -171,6 +177,30 @@ def _corrected(dataset: Dataset, corrections: Corrections) -> Dataset:
     if held_out:
         remark += f"; {_rows(held_out)} held out with the label as it was, though decided otherwise"
     return replace(_with_train(dataset, train, remark), corrections=corrections)
+
+
+def texts_trained_on(run: str) -> tuple[set[str], str]:
+    """Return the texts that a run and those it began with have trained on.
+
+    They are read from the run's table again.
+
+    Returns:
+        The texts, and a remark: why they cannot be known, or "".
+    """
+    try:
+        settings = TrainConfig.from_toml((Path(run) / "config.toml").read_text(encoding="utf-8"))
+        summary = json.loads((Path(run) / "data.json").read_text(encoding="utf-8"))
+        rows = load_again(settings)
+        if rows.summary.sha256 != summary["sha256"]:
+            raise DataError(f"{settings.data} has changed since")
+    except (OSError, ValueError, KeyError, TypeError, RemoraError) as error:
+        return set(), (
+            f"the rows that {run} was trained on cannot be read ({first_line(error)}), so some may"
+            " be among the held-out rows, and accuracy optimistic; give --test with rows that are"
+            " new"
+        )
+    earlier, remark = texts_trained_on(settings.start_from) if settings.start_from else (set(), "")
+    return earlier | set(rows.train.texts), remark
 
 
 def load_again(settings: TrainConfig) -> Dataset:
@@ -230,6 +260,7 @@ def load_dataset(
     options: ReadOptions | None = None,
     strict: bool = False,
     merge_labels: bool = False,
+    seen: Collection[str] = (),
 ) -> Dataset:
     """Read a source, check every row, and hold out the splits that it does not have.
 
@@ -248,6 +279,7 @@ def load_dataset(
         strict: Whether to refuse rows with a blank text or label, instead of skipping them.
         merge_labels: Whether labels that differ only in case, spaces or Unicode form become one,
             the most frequent of them.
+        seen: Texts that a model has learned, which are not held out.
 
     A test or validation table of the source that has no labels is left out.
 
@@ -292,6 +324,7 @@ def load_dataset(
         test_fraction=test_fraction,
         seed=seed,
         remarks=(*remarks.lines(), *notes),
+        seen=seen,
     )
 
 
@@ -368,6 +401,7 @@ def _assemble(
     test_fraction: float,
     seed: int,
     remarks: tuple[str, ...] = (),
+    seen: Collection[str] = (),
 ) -> Dataset:
     """Hold out the splits that are not given, and summarize."""
     labels = _labels(source, train)
@@ -379,7 +413,7 @@ def _assemble(
         )
         if split not in given and fraction > 0
     }
-    train, held_out = hold_out(train, sizes, seed)
+    train, held_out = hold_out(train, sizes, seed, seen)
     tables = {"train": train, "validation": Table([], []), **given, **held_out}
     return Dataset(
         train=train,

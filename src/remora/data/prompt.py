@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from remora.errors import ConfigError, ModelError
 
@@ -21,12 +21,40 @@ PROBES = ("where is it", "7 days ago?", "(no)", "Ünknown fee on my card!")
 """Messages that begin and end differently: the tokens that they share, all messages share."""
 
 
+Kept = Literal["head", "tail", "both"]
+
+GAP = " ... "
+"""Between head and tail of a message whose middle was cut out."""
+
+
 class TokenSequence(NamedTuple):
-    """One row for the model, which learns to write `token_ids[answer_start:]`."""
+    """One row for the model, which learns to predict its targets, one at each of its predictors.
+
+    The targets are the tokens from `answer_start` on, or a class that follows the whole row.
+    """
 
     token_ids: list[int]
     answer_start: int
     weight: float = 1.0  # of the row in the loss
+    class_index: int | None = None  # the class that follows the row, which then has no answer
+
+    @property
+    def targets(self) -> list[int]:
+        """What is predicted: the tokens of the answer, or the class."""
+        if self.class_index is not None:
+            return [self.class_index]
+        return self.token_ids[self.answer_start :]
+
+    @property
+    def num_targets(self) -> int:
+        """How many predictions the row is supervised on."""
+        answered = len(self.token_ids) - self.answer_start
+        return answered if self.class_index is None else 1
+
+    @property
+    def predictors(self) -> range:
+        """The places of the tokens that each target is predicted from."""
+        return range(self.answer_start - 1, self.answer_start - 1 + self.num_targets)
 
 
 class Rendered(NamedTuple):
@@ -46,6 +74,8 @@ class Rendered(NamedTuple):
 class Prompt:
     """The prompt for a message and the answer for a label, for one tokenizer and label set.
 
+    The model writes the label's words; `class_prompt.ClassPrompt` has a head score classes instead.
+
     Attributes:
         tokenizer: The Hugging Face tokenizer.
         labels: The closed label set, in the order of the scores.
@@ -59,6 +89,7 @@ class Prompt:
         changed: What the tokenizer would render otherwise than `rendered`, as a line for the user;
             "" if nothing.
         max_length: The longest sequence, in tokens, answer included.
+        kept: The part of a longer message that is kept: its head, its tail, or half from each.
     """
 
     def __init__(
@@ -70,6 +101,7 @@ class Prompt:
         list_labels: bool = False,
         label_texts: Mapping[str, str] | None = None,
         max_length: int,
+        kept: Kept = "head",
         rendered: Rendered | None = None,
     ) -> None:
         """Render the template and find where answers begin.
@@ -81,6 +113,7 @@ class Prompt:
             list_labels: Whether the instruction ends with the list of labels.
             label_texts: The text that the model writes for a label, if other than the label.
             max_length: The longest sequence in tokens; longer messages are truncated.
+            kept: The part of a longer message that is kept.
             rendered: The prompt that a model was trained with, which is used instead.
 
         Raises:
@@ -93,6 +126,7 @@ class Prompt:
         self.list_labels = list_labels
         self.label_texts = dict(label_texts or {})
         self.max_length = max_length
+        self.kept = kept
         self.tokenizer = tokenizer
         self._control = _control_tokens(tokenizer)
         if unknown := [label for label in self.label_texts if label not in self.labels]:
@@ -136,13 +170,14 @@ class Prompt:
 
     def pinned(self, rendered: Rendered) -> Prompt:
         """Return the same prompt as it was rendered before."""
-        return Prompt(
+        return type(self)(
             self.tokenizer,
             self.labels,
             instruction=self.instruction,
             list_labels=self.list_labels,
             label_texts=self.label_texts,
             max_length=self.max_length,
+            kept=self.kept,
             rendered=rendered,
         )
 
@@ -180,14 +215,24 @@ class Prompt:
         return text if same else self.tail
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels that a linear head scores; () where the model writes their words."""
+        return ()
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of the longest answer in a sequence."""
+        return max(map(len, self.answers))
+
+    @property
     def num_fixed_tokens(self) -> int:
         """Tokens of a sequence that are not its message: the template and the longest answer."""
-        return len(self._stem_ids([""])[0]) + max(map(len, self.answers))
+        return len(self._stem_ids([""])[0]) + self.num_answer_tokens
 
     def stems(self, messages: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each conversation up to its answer, messages truncated to fit."""
         stems = self._stem_ids(messages)
-        room = self.max_length - max(map(len, self.answers))
+        room = self.max_length - self.num_answer_tokens
         for index, stem in enumerate(stems):
             if len(stem) > room:
                 stems[index] = self._cut(messages[index], room)
@@ -203,7 +248,7 @@ class Prompt:
 
     def count_cut(self, messages: Sequence[str], batch_size: int = 1024) -> int:
         """Return how many messages are too long and will be truncated."""
-        room = self.max_length - max(map(len, self.answers))
+        room = self.max_length - self.num_answer_tokens
         # A token covers at least one byte, so short messages need not be tokenized.
         spare = room - len(self._stem_ids([""])[0])
         doubtful = [m for m in messages if 4 * len(m) > spare and len(m.encode()) > spare]
@@ -216,7 +261,7 @@ class Prompt:
     def is_plain(self, message: str) -> bool:
         """Whether a message stands in its conversation as it is, not truncated or respelled."""
         stem = self._stem_ids([message])[0]
-        fits = len(stem) + max(map(len, self.answers)) <= self.max_length
+        fits = len(stem) + self.num_answer_tokens <= self.max_length
         return fits and self._without_control_tokens(message) == message
 
     def _stem_ids(self, messages: Sequence[str]) -> list[list[int]]:
@@ -247,16 +292,19 @@ class Prompt:
         return ids
 
     def _cut(self, message: str, room: int) -> list[int]:
-        """Return the stem of the longest prefix of `message` that fits into `room` tokens."""
+        """Return the stem of the longest part of `message` that fits into `room` tokens."""
         message = message.strip()
-        low, high = 0, len(message)  # the longest prefix that fits is in [low, high]
-        while low < high:
+
+        def cut(length: int) -> list[int]:
+            return self._stem_ids([_part(message, length, self.kept)])[0]
+
+        low, high = 0, min(len(message), 4 * room)  # a whole book takes long to tokenize
+        while high < len(message) and len(cut(high)) <= room:
+            low, high = high, min(len(message), 2 * high)
+        while low < high:  # the length that fits is in [low, high]
             middle = (low + high + 1) // 2
-            if len(self._stem_ids([message[:middle]])[0]) <= room:
-                low = middle
-            else:
-                high = middle - 1
-        return self._stem_ids([message[:low]])[0]
+            low, high = (middle, high) if len(cut(middle)) <= room else (low, middle - 1)
+        return cut(low)
 
     def _find_answers(
         self, opening: str, ending: str, written: Sequence[str]
@@ -361,6 +409,18 @@ class Prompt:
             f"{self.max_length} tokens of the context, leaving no room for a message; "
             f"{self._shorter}"
         )
+
+
+def _part(message: str, length: int, kept: Kept) -> str:
+    """Return the part of a message that is kept, of at most `length` characters of its own.
+
+    Half from each end follows Sun et al., "How to Fine-Tune BERT for Text Classification?", 2019.
+    """
+    if length >= len(message):
+        return message
+    head = {"head": length, "tail": 0, "both": (length + 1) // 2}[kept]
+    tail = message[len(message) - (length - head) :] if length > head else ""
+    return f"{message[:head]}{GAP if head and tail else ''}{tail}"
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:

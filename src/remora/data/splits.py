@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from remora.data.table import Table
@@ -42,7 +42,9 @@ def check_fractions(validation_fraction: float, test_fraction: float) -> None:
         )
 
 
-def hold_out(table: Table, sizes: dict[str, int], seed: int) -> tuple[Table, dict[str, Table]]:
+def hold_out(
+    table: Table, sizes: dict[str, int], seed: int, seen: Collection[str] = ()
+) -> tuple[Table, dict[str, Table]]:
     """Hold rows out, stratified by class; every class keeps a training row.
 
     scikit-learn's stratified splits refuse classes of one row, and more classes than rows to hold
@@ -52,6 +54,7 @@ def hold_out(table: Table, sizes: dict[str, int], seed: int) -> tuple[Table, dic
         table: The rows to split.
         sizes: The number of rows to hold out for each split; fewer where classes run out.
         seed: Selects the rows, and breaks ties between equal remainders.
+        seen: Texts of rows that are never held out, since a model has learned them.
 
     Returns:
         The remaining rows, and the splits; all of them in the order of `table`.
@@ -62,6 +65,11 @@ def hold_out(table: Table, sizes: dict[str, int], seed: int) -> tuple[Table, dic
     order, counts = _by_class(table, rng)
     begin = np.cumsum(counts) - counts  # [L] the next free row of each class
     free = counts - 1
+    if seen:  # behind the others of their class
+        is_seen = np.fromiter((table.texts[i] in seen for i in order), bool, len(table))  # [N]
+        classes = np.repeat(np.arange(len(counts)), counts)
+        order = order[np.lexsort((is_seen, classes))]
+        free = np.minimum(free, np.bincount(classes, ~is_seen, len(counts)).astype(np.int64))
     owner = np.zeros(len(table), np.int8)  # [N] 0 is training
     for number, size in enumerate(sizes.values(), 1):
         take = _allot(size, counts, free, rng)

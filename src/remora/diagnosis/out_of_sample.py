@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from remora.config import TrainConfig
 from remora.data.dataset import Dataset
+from remora.data.prompt import Prompt
 from remora.data.splits import deal_folds
 from remora.data.table import Table
 from remora.diagnosis.features import frozen_features, tfidf
@@ -25,12 +27,14 @@ from remora.evaluation.predictions import (
     read_probabilities,
     write_probabilities,
 )
+from remora.models import metadata
 from remora.runtime import files
 from remora.runtime.reporter import Reporter, SayOnce
 from remora.runtime.stop import Stop
 from remora.training import checkpoint, resume
 from remora.training.loop import fit
 from remora.training.session import open_session
+from remora.training.trainable import load_trainable
 from remora.tree import scoring
 
 Method = Literal["fast", "frozen", "tfidf", "adapters"]
@@ -170,6 +174,15 @@ def _begin(folder: Path, rows: Table, settings: TrainConfig, num_folds: int) -> 
         files.write_text(key, text)
 
 
+def _load_as_trained(
+    run: Path, config: TrainConfig, *rest: Any
+) -> tuple[Any, Prompt, metadata.AdapterCard, Path]:
+    """Load as training does, with the prompt as it was rendered for a run."""
+    model, prompt, card, base = load_trainable(config, *rest)
+    prompt = metadata.as_trained(prompt, run)
+    return model, prompt, replace(card, rendered=prompt.rendered._asdict()), base
+
+
 def _fold(
     dataset: Dataset,
     settings: TrainConfig,
@@ -181,11 +194,17 @@ def _fold(
 ) -> NDArray[np.float64]:
     """Train on the rows outside a fold; return the probabilities of its own, [own, labels]."""
     part = dataset.train.take(others.tolist())
+    settings = replace(settings, start_from=None)  # that adapter has seen the fold's rows
     checkpoints = place / resume.CHECKPOINTS
     resumed = checkpoint.newest(checkpoints, reporter.say)
     with (
         open_session(
-            settings, replace(dataset, train=part), resumed=resumed, stop=stop, reporter=reporter
+            settings,
+            replace(dataset, train=part),
+            resumed=resumed,
+            load=functools.partial(_load_as_trained, place.parents[1]),
+            stop=stop,
+            reporter=reporter,
         ) as session,
         stop.deferred(),
     ):

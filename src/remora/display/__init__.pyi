@@ -1,3 +1,4 @@
+from .choice_results import show_choice, show_tuned
 from .console import show_line
 from .diagnosis_results import show_diagnosis
 from .evaluation_results import show_comparison, show_metrics, show_reliability
@@ -10,6 +11,7 @@ from .training_results import show_learning_curve, show_result
 __all__ = [
     "TerminalReporter",
     "show_change",
+    "show_choice",
     "show_comparison",
     "show_diagnosis",
     "show_export",
@@ -21,4 +23,5 @@ __all__ = [
     "show_reliability",
     "show_result",
     "show_review",
+    "show_tuned",
 ]

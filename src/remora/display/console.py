@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+
+_COMMAND = 4
+"""Spaces before a command that one may copy."""
 
 
 def show_line(text: str) -> None:
@@ -17,8 +21,24 @@ def standard_output() -> Console:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a text as it is, on one line of any length."""
-    console.print(text, markup=False, soft_wrap=True)
+    """Print a sentence: one line, or in a terminal broken at words, further lines indented.
+
+    A line that begins with four spaces is a command to be copied, and never broken. Nor is a word,
+    such as a path.
+    """
+    indent = len(text) - len(text.lstrip(" "))
+    if not console.is_terminal or indent >= _COMMAND:
+        console.print(text, markup=False, soft_wrap=True)
+        return
+    lines = [text[:indent]]
+    for word in text[indent:].split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1].strip() else lines[-1] + word
+        if cell_len(longer) > console.width and lines[-1].strip():
+            longer = " " * (indent + 2) + word
+            lines.append("")
+        lines[-1] = longer
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def figures_table(*columns: str, num_names: int = 1) -> Table:

@@ -6,10 +6,21 @@ import contextlib
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from remora.display.console import print_line, spoken_file_bytes
 from remora.runtime.reporter import Reporter, Step, Validation
+
+_OTHERS = 51
+"""Columns of a terminal that the training bar takes without its figures."""
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left, or once all is done, what it took."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) + ("" if task.finished else " left")
 
 
 class TerminalReporter(Reporter):
@@ -27,9 +38,9 @@ class TerminalReporter(Reporter):
         """Show the progress bar while the context lasts."""
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=20 if self._console.width >= 80 else 10),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            _TimeLeft(elapsed_when_finished=True),
             TextColumn("{task.fields[figures]}"),
         )
         with Progress(*columns, console=self._console, transient=True) as self._progress:
@@ -46,13 +57,14 @@ class TerminalReporter(Reporter):
             return
         if self._training is None:
             self._training = self._progress.add_task("train", total=step.num_steps, figures="")
-        speed = f"{step.examples_per_second:.1f} examples/s  " if step.examples_per_second else ""
-        memory = spoken_file_bytes(step.peak_memory_bytes)
+        speed = f"{step.examples_per_second:.1f} examples/s" if step.examples_per_second else ""
+        loss, memory = f"loss {step.loss:.3f}", f"{spoken_file_bytes(step.peak_memory_bytes)} peak"
+        room = self._console.width - (_OTHERS if self._console.width >= 80 else _OTHERS - 10)
         self._progress.update(
             self._training,
             completed=step.step,
             total=step.num_steps,
-            figures=f"{speed}loss {step.loss:.3f}  {memory} peak",
+            figures=_that_fit(room, speed, loss, memory),
         )
 
     def validated(self, validation: Validation) -> None:
@@ -80,3 +92,12 @@ class TerminalReporter(Reporter):
         if done >= total:
             self._progress.remove_task(self._scoring)
             self._scoring = None
+
+
+def _that_fit(room: int, *figures: str) -> str:
+    """Return those of the figures, from the first on, that a line has room for."""
+    shown = ""
+    for figure in filter(None, figures):
+        longer = f"{shown}  {figure}" if shown else figure
+        shown = longer if len(longer) <= room else shown
+    return shown

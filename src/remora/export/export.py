@@ -63,6 +63,7 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
             f"{config.run} trained all weights and has no adapter to merge or compress; use "
             f"{metadata.adapter_folder(config.run)}, which is a plain model folder already"
         )
+    _refuse_other_answer(config)
     measured = results.read(config.run)
     with _placed(output) as folder:
         result = _export_into(config, folder, measured, reporter)
@@ -77,6 +78,23 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
         result=result,
         plot=plot,
     )
+
+
+def _refuse_other_answer(config: ExportConfig) -> None:
+    """Refuse what is written for models that write their labels, if a head scores them.
+
+    Raises:
+        ModelError: If the run's labels are classes, and it is not to be merged.
+    """
+    folder = metadata.adapter_folder(config.run)
+    if config.merge or not (folder / "remora.json").is_file():
+        return
+    if metadata.parse_card(folder).classes:
+        (way,) = (way for way in WAYS if getattr(config, way))
+        raise ModelError(
+            f"{config.run} answers by classes, and --{way.replace('_', '-')} is for models that "
+            "write their labels; use --merge, or train with --answer words"
+        )
 
 
 def _default_name(config: ExportConfig) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from remora.config import TrainConfig
+from remora.data.class_prompt import PROMPTS
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
-from remora.models import hub, quantize, untrusted
+from remora.models import class_head, hub, quantize, untrusted
 from remora.runtime import memory
 from remora.tree import layouts
 from remora.tree.layouts import Layout
@@ -51,14 +52,20 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, classes: Sequence[str] = ()) -> Any:
     """Return the configuration in a causal language model's folder.
 
+    Args:
+        folder: The folder.
+        classes: The labels that a linear head is to score; () for a model that writes them.
+
     Raises:
-        ModelError: If it cannot be read, or is of no causal language model that is known.
+        ModelError: If it cannot be read, or is of no causal language model that is known, or of
+            none that has such a head.
     """
     config = read_config(folder)
     _refuse_other_kinds(config)
+    class_head.describe(config, classes)
     return config
 
 
@@ -86,12 +93,20 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None = None) -> Any:
+def load(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    classes: Sequence[str] = (),
+    quantize_on: torch.device | None = None,
+) -> Any:
     """Return the causal language model in a folder, its weights in `dtype`.
 
     Args:
         folder: The model's folder.
         dtype: Storage type.
+        classes: The labels that a linear head scores in place of the vocabulary's; the head is
+            new where the folder has none.
         quantize_on: Device to quantize the linear layers to 4 bits on; None to leave them plain.
 
     Raises:
@@ -99,18 +114,19 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
         ModelError: If it is not a causal language model or its weights cannot be read.
     """
     # Check the files before anything is allocated.
-    config = load_config(folder)
+    config = load_config(folder, classes)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder} has no weights in safetensors format; pickled weights are never read, "
             "convert them first"
         )
-    parameters = {id(p): p.numel() for p in load_empty(config, dtype).parameters()}
+    empty = load_empty(config, dtype)
+    parameters = {
+        id(p): p.numel() for n, p in empty.named_parameters() if n not in class_head.NAMES
+    }
     quantized = getattr(config, "quantization_config", None) is not None
     if quantized or quantize_on is not None:
         quantize.import_quietly()
-    from transformers import AutoModelForCausalLM
-
     untrusted.weights(folder, sum(parameters.values()), quantized=quantized)
     # Quantize while loading.
     how: dict[str, Any] = {}
@@ -124,7 +140,7 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
         how = {"quantization_config": quantize.settings(dtype), "device_map": {"": quantize_on}}
     try:
         with without_progress_bar():
-            result: Any = AutoModelForCausalLM.from_pretrained(
+            result: Any = class_head.auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -142,26 +158,29 @@ def load(folder: Path, dtype: torch.dtype, *, quantize_on: torch.device | None =
         ) from error
     loaded, info = result
     # transformers only warns of missing weights and leaves random ones in their place.
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(set(info["missing_keys"]) - class_head.NAMES):
         raise ModelError(
             f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more; "
             "download the model again"
         )
     layouts.assign(loaded, layouts.choose("auto", type(loaded), config))
+    class_head.install(loaded)
     quantize.install(loaded)
     return loaded
 
 
 @contextlib.contextmanager
 def without_progress_bar() -> Iterator[None]:
-    """Keep transformers from showing its own progress bars."""
+    """Keep transformers from showing its own progress bars, and what files lack or have beside."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -186,20 +205,18 @@ def load_empty(
         quantize.import_quietly()
     else:
         quantize.import_peft()
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(config)
     config._attn_implementation = _attention(config)
     try:
         with torch.device("meta"), _few_modules():
-            make: Any = AutoModelForCausalLM.from_config
-            empty = make(config, dtype=dtype)
+            empty = class_head.auto_class(config).from_config(config, dtype=dtype)
     except Exception as error:  # its values contradict each other
         raise ModelError(
             f"this configuration is of no causal language model ({first_line(error)}); "
             "give the folder of a Hugging Face causal language model"
         ) from error
     layouts.assign(empty, layout or layouts.choose("auto", type(empty), config))
+    class_head.install(empty)
     if quantized:
         quantize.plan(empty)
     return empty
@@ -290,15 +307,23 @@ def context_length(config: Any, tokenizer: Any) -> int:
     return int(min(limits))
 
 
-def load_base(folder: Path, method: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_base(
+    folder: Path,
+    method: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    classes: Sequence[str] = (),
+) -> Any:
     """Return the base model in a folder, in evaluation mode, quantized if the method is qlora.
+
+    With `classes` it has a linear head that scores them.
 
     Raises:
         ConfigError: If it has to be quantized, and that is not supported here.
         ModelError: If it cannot be loaded.
     """
     on = device if method == "qlora" else None
-    return load(folder, dtype, quantize_on=on).to(device).eval()
+    return load(folder, dtype, classes=classes, quantize_on=on).to(device).eval()
 
 
 def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> Prompt:
@@ -309,13 +334,14 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
     """
     tokenizer = load_tokenizer(folder)
     context = context_length(load_config(folder), tokenizer)
-    prompt = Prompt(
+    prompt = PROMPTS[settings.answer](
         tokenizer,
         labels,
         instruction=settings.instruction,
         list_labels=settings.list_labels,
         label_texts=settings.label_texts,
         max_length=min(settings.max_length or context, context),
+        kept=settings.truncate,
     )
     refuse_longer_vocabulary(prompt, folder)
     return prompt
@@ -361,4 +387,6 @@ def load_base_and_prompt(
     """
     folder = hub.find(settings.model)
     prompt = load_prompt(settings, labels, folder)
-    return load_base(folder, settings.method, dtype, device), prompt, folder
+    base = load_base(folder, settings.method, dtype, device, prompt.classes)
+    class_head.begin(base, prompt)
+    return base, prompt, folder

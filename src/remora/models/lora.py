@@ -16,7 +16,7 @@ from torch import nn
 from remora.config import TrainConfig
 from remora.errors import ConfigError
 from remora.formatting import first_line
-from remora.models import called, quantize
+from remora.models import called, class_head, quantize
 from remora.models.fused_lora import is_conv1d, lora_layers, make_fast
 
 SEED_RECIPE_MODULES = (
@@ -202,7 +202,7 @@ def add_adapter(
         use_dora=use_dora,
         init_lora_weights=True if init_lora_weights == "default" else init_lora_weights,  # type: ignore[arg-type]
         fan_in_fan_out=any(is_conv1d(m) or quantize.was_conv1d(m) for m in model.modules()),
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if class_head.head_of(model) else "CAUSAL_LM",
     )
     with warnings.catch_warnings():
         # PEFT still reads an attribute that transformers has renamed; users cannot act on it.
@@ -217,6 +217,7 @@ def add_adapter(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    class_head.narrow(adapted)
     make_fast(adapted)
     return adapted
 
@@ -264,6 +265,11 @@ def count_parameters(model: Any) -> ParameterCount:
                 count += layer.lora_magnitude_vector[adapter].weight.numel()
             modules[name] = modules.get(name, 0) + count
     parameters = list(model.parameters())
+    if head := class_head.head_of(model):
+        modules["head"] = sum(p.numel() for p in head.parameters() if p.requires_grad)
+        if frozen := getattr(head, "original_module", None):  # which PEFT keeps beside its copy
+            own = {id(p) for p in frozen.parameters()}
+            parameters = [p for p in parameters if id(p) not in own]
     packed = sum(
         quantize.num_weights(layer) - layer.weight.numel() for _, layer in quantize.layers(model)
     )

@@ -10,7 +10,9 @@ from typing import Any, get_args
 
 import remora
 from remora.config import TrainConfig
-from remora.data.prompt import Prompt, Rendered
+from remora.config.checks import Answer
+from remora.data.class_prompt import PROMPTS
+from remora.data.prompt import Kept, Prompt, Rendered
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import gguf, hub, untrusted
@@ -42,30 +44,40 @@ class AdapterCard:
     gguf_quantization: str = ""  # of its weights there, such as Q4_K_M
     rendered: Mapping[str, Any] = field(default_factory=dict)  # the prompt as it was rendered
     layout: Layout = "tree"  # in which it was trained, and is scored
+    answer: Answer = "words"  # that the model writes, or classes that a linear head scores
     text_columns: tuple[str, ...] = ()  # of the training table; a text has several by their names
     label_column: str = ""
+    truncate: Kept = "head"  # the part of a message longer than `max_length` that is kept
 
     def to_dict(self) -> dict[str, Any]:
         """Return what remora.json holds.
 
         Fields of GGUF files and columns are there only where there are any; a layout if it is not
-        the tree.
+        the tree, what is kept of long messages if it is not their head, an answer if it is not
+        words.
         """
         values = asdict(self)
         optional = {"gguf_sha256", "gguf_quantization", "rendered", "text_columns", "label_column"}
-        if self.layout == "tree":
-            del values["layout"]
+        for name, usual in (("layout", "tree"), ("truncate", "head"), ("answer", "words")):
+            if values[name] == usual:
+                del values[name]
         return {k: v for k, v in values.items() if v or k not in optional}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels that a linear head scores; () where the model writes their words."""
+        return self.labels if self.answer == "classes" else ()
 
     def prompt(self, tokenizer: Any) -> Prompt:
         """Return the prompt that the model was trained with, and say what would differ now."""
-        prompt = Prompt(
+        prompt = PROMPTS[self.answer](
             tokenizer,
             self.labels,
             instruction=self.instruction,
             list_labels=self.list_labels,
             label_texts=self.label_texts,
             max_length=self.max_length,
+            kept=self.truncate,
             rendered=Rendered(**self.rendered) if self.rendered else None,
         )
         if prompt.changed:
@@ -242,6 +254,8 @@ def parse_card(folder: Path) -> AdapterCard:
         all(is_text(text) for text in (*texts, *card.labels))
         and card.method in FOLDERS
         and card.layout in get_args(Layout)
+        and card.answer in get_args(Answer)
+        and card.truncate in get_args(Kept)
         and isinstance(card.label_texts, dict)
         and all(is_text(t) and label in card.labels for label, t in card.label_texts.items())
         and 2 <= len(card.labels) == len(set(card.labels))

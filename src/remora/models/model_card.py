@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,8 @@ def card(directory: Path) -> str:
     named = {"full": "All weights of", "qlora": "A LoRA adapter (PEFT) on 4-bit weights of"}
     what = named.get(trained.get("method", ""), "A LoRA adapter (PEFT) for")
     text = _text(run, f"{what} {of}", data_name)
+    if trained.get("answer") == "classes":
+        text += _stock_usage(base_name, is_full)
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
 
 
@@ -115,6 +118,39 @@ def _text(run: Results, trained: str, data: str) -> str:
         "",
         f"Every message gets one of these {len(run.labels)} labels: "
         f"{', '.join(_code(label) for label in run.labels)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _stock_usage(base: str, is_full: bool) -> str:
+    """Return how transformers alone answers by the head of a model that scores classes."""
+    folder = json.dumps("." if is_full else base)
+    adapted = (
+        "labels = dict(enumerate(card['labels']))",
+        "model = AutoModelForSequenceClassification.from_pretrained(",
+        f"    {folder}, id2label=labels, label2id={{label: i for i, label in labels.items()}}",
+        ")",
+        'model = PeftModel.from_pretrained(model, ".")',
+    )
+    whole = (f"model = AutoModelForSequenceClassification.from_pretrained({folder})",)
+    lines = [
+        "",
+        "A linear head at the last token of the prompt scores the labels, so "
+        f"{'transformers alone answers' if is_full else 'transformers and PEFT alone answer'} too, "
+        "given the rendered prompt, one at a time or padded on the right:",
+        "",
+        "```python",
+        "import json",
+        *(() if is_full else ("from peft import PeftModel",)),
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        "card = json.load(open('remora.json', encoding='utf-8'))",
+        *(whole if is_full else adapted),
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})",
+        "prompt = card['rendered']['head'] + 'Where is my order?' + card['rendered']['tail']",
+        "inputs = tokenizer(prompt, add_special_tokens=False, return_tensors='pt')",
+        "print(model.eval().config.id2label[int(model(**inputs).logits.argmax())])",
+        "```",
     ]
     return "\n".join(lines) + "\n"
 

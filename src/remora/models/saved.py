@@ -6,20 +6,21 @@ import contextlib
 import copy
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from remora.config import DeviceName, PrecisionName
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
-from remora.models import fused_lora, gguf, loading, quantize, untrusted
+from remora.models import class_head, fused_lora, gguf, loading, quantize, untrusted
 from remora.models.metadata import (
     AdapterCard,
     BaseHash,
@@ -92,7 +93,10 @@ def write_model(
     weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a whole model with its tokenizer and card; the card gets the hash of these weights."""
-    whole.generation_config = _writing_labels(whole.generation_config, prompt)
+    if prompt.classes:
+        let_stock_pool(whole.config.get_text_config(), prompt)
+    else:
+        whole.generation_config = _writing_labels(whole.generation_config, prompt)
     with loading.without_progress_bar():
         whole.save_pretrained(folder, state_dict=weights)
     tokenizer = copy.deepcopy(prompt.tokenizer)
@@ -101,6 +105,20 @@ def write_model(
     rendered = prompt.rendered._asdict()
     card = replace(card, base_sha256=files.weights_sha256(folder), rendered=rendered)
     write_json(folder / "remora.json", card.to_dict())
+
+
+def let_stock_pool(config: Any, prompt: Prompt) -> None:
+    """Name a padding token by which stock sequence classification finds the last token of a row.
+
+    It takes the last one that is not padding, so the prompt must not end with the padding token.
+    """
+    tokenizer = prompt.tokenizer
+    last = prompt.stems([""])[0][-1]
+    known = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    others = (token for token in range(config.vocab_size) if token != last)
+    config.pad_token_id = next(
+        (token for token in known if token is not None and token != last), next(others)
+    )
 
 
 def _writing_labels(before: Any, prompt: Prompt) -> Any:
@@ -245,7 +263,7 @@ def load_adapter(
         )
     prompt = card.prompt(loading.load_tokenizer(source))
     loading.refuse_longer_vocabulary(prompt, source)
-    loaded = loading.load_base(source, card.method, dtype, device)
+    loaded = loading.load_base(source, card.method, dtype, device, card.classes)
     layouts.assign(loaded, card.layout)
     if dequantized:
         quantize.dequantize(loaded)
@@ -268,9 +286,73 @@ def _load_whole(
         )
     prompt = card.prompt(loading.load_tokenizer(folder))
     loading.refuse_longer_vocabulary(prompt, folder)
-    loaded = loading.load(folder, dtype)
+    if card.classes:
+        untrusted.whole_head(folder, class_head.NAMES)
+    loaded = loading.load(folder, dtype, classes=card.classes)
     layouts.assign(loaded, card.layout)
     return loaded.to(device).eval(), prompt, card
+
+
+def load_into(
+    adapted: Any,
+    folder: Path,
+    compare: Callable[[Any, Any], None],
+    rows: Sequence[int | None] = (),
+) -> None:
+    """Load the weights of an adapter's folder into a new adapter of the same form.
+
+    Args:
+        adapted: PEFT's model.
+        folder: The adapter's folder.
+        compare: Takes PEFT's configuration in the folder and that of the new adapter; raises if
+            they differ.
+        rows: For each class of the new adapter's head its row in the folder's; None to leave the
+            new one as it is. () where the model writes its labels.
+
+    Raises:
+        ModelError: If its files are broken, or it has other weights than the new adapter.
+    """
+    import peft
+
+    head = class_head.head_of(adapted)
+    num_classes = len(parse_card(folder).classes)
+    untrusted.adapter(folder, adapted.get_base_model(), num_classes=num_classes)
+    compare(peft.LoraConfig.from_pretrained(str(folder)), adapted.peft_config["default"])
+    with _adapter_errors(folder):
+        weights = load_file(folder / "adapter_model.safetensors")
+    _refuse_other_names(folder, set(weights), adapted)
+    for name in weights.keys() & class_head.SAVED_NAMES:
+        own = head.get_parameter(name.rsplit(".", 1)[-1]).detach().clone()
+        for index, row in enumerate(rows):
+            if row is not None:
+                own[index] = weights[name][row]
+        weights[name] = own
+    peft.set_peft_model_state_dict(adapted, weights)
+
+
+@contextlib.contextmanager
+def _adapter_errors(folder: Path) -> Iterator[None]:
+    """Say in one line that an adapter cannot be loaded."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"the adapter in {folder} cannot be loaded ({first_line(error)}); "
+            "train it again or restore it"
+        ) from error
+
+
+def _refuse_other_names(folder: Path, names: set[str], adapted: Any) -> None:
+    """Refuse a file that lacks weights of an adapter, or has others."""
+    import peft
+
+    expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if different := sorted(names ^ expected):
+        verb = "has" if different[0] in names else "lacks"
+        raise ModelError(
+            f"the adapter in {folder} {verb} {different[0]}, which does not fit its configuration; "
+            "train it again or restore it"
+        )
 
 
 def _put_adapter(folder: Path, base: Any) -> Any:
@@ -282,24 +364,11 @@ def _put_adapter(folder: Path, base: Any) -> Any:
     import peft
 
     untrusted.adapter(folder, base)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
-            adapted = peft.PeftModel.from_pretrained(base, folder, local_files_only=True)
-    except Exception as error:
-        raise ModelError(
-            f"the adapter in {folder} cannot be loaded ({first_line(error)}); "
-            "train it again or restore it"
-        ) from error
+    with _adapter_errors(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+        adapted = peft.PeftModel.from_pretrained(base, folder, local_files_only=True)
     # PEFT only warns of missing weights and leaves random ones in their place.
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        names = set(file.keys())
-    expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if different := sorted(names ^ expected):
-        verb = "has" if different[0] in names else "lacks"
-        raise ModelError(
-            f"the adapter in {folder} {verb} {different[0]}, which does not fit its configuration; "
-            "train it again or restore it"
-        )
+        _refuse_other_names(folder, set(file.keys()), adapted)
     return adapted

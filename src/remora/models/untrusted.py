@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,20 @@ _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.]{0,200}")
 # Keys of LoraConfig. Every other key must be empty or have its default.
 _ADAPTER_KEYS = {
     *("alpha_pattern", "base_model_name_or_path", "fan_in_fan_out", "inference_mode"),
-    *("init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "peft_version", "r"),
+    *("init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save"),
+    *("peft_type", "peft_version", "r"),
     *("rank_pattern", "revision", "target_modules", "target_parameters", "task_type"),
     *("use_dora", "use_rslora"),
 }
 
 
-def adapter(folder: Path, base: Any) -> None:
+def adapter(folder: Path, base: Any, *, num_classes: int | None = None) -> None:
     """Refuse an adapter whose files Remora or PEFT would not have written for this base.
+
+    Args:
+        folder: The adapter's folder.
+        base: The model that it is for.
+        num_classes: Classes of its head, if other than those of the model's; 0 for no head.
 
     Raises:
         ModelError: If a file differs; nothing has been allocated then.
@@ -75,6 +81,38 @@ def adapter(folder: Path, base: Any) -> None:
             if shapes[key] != shape:
                 raise _misfit(folder, f"has {key} with the shape {shapes[key]}, not {shape}")
     _check_experts(folder, base, shapes, parameters, default)
+    _check_head(folder, base, shapes, num_classes)
+
+
+def _check_head(
+    folder: Path, base: Any, shapes: Mapping[str, tuple[int, ...]], num_classes: int | None
+) -> None:
+    """Refuse a head over classes that is not as wide as its base, or one where there is none."""
+    path = folder / "adapter_config.json"
+    heads = read_json(path).get("modules_to_save") or []
+    weight = None if num_classes == 0 else getattr(getattr(base, "score", None), "weight", None)
+    if not (isinstance(heads, list) and set(map(str, heads)) <= {"classifier", "score"}):
+        raise ModelError(f"{path} sets modules_to_save to more than a head over classes; {AGAIN}")
+    if bool(heads) != (weight is not None):
+        verb = "has a head over classes, and its remora.json names none"
+        if not heads:
+            verb = "has no head over classes, and its remora.json names one"
+        raise ModelError(f"the adapter in {folder} {verb}; {AGAIN}")
+    if weight is None:
+        return
+    rows, width = weight.shape
+    if shapes.get("base_model.model.score.weight") != (num_classes or rows, width):
+        raise _misfit(folder, "has no head for the labels in its remora.json")
+
+
+def whole_head(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a whole model whose files lack the head over its classes.
+
+    Raises:
+        ModelError: If none of the names is in them.
+    """
+    if not set(names) & set(read_shapes(sorted(folder.glob("*.safetensors")))):
+        raise ModelError(f"the weights in {folder} lack the head over its labels; restore it")
 
 
 def _check_experts(

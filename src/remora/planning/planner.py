@@ -73,7 +73,7 @@ def make_plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: No
     else:
         say("measuring the speed of one layer")
         packed = planner.largest_tree(min(made.micro_batch_tokens, timing.MAX_TOKENS))
-        config = loading.load_config(folder)
+        config = loading.load_config(folder, prompt.classes)
         try:
             time = timing.measured(operations, made, config, settings, precision, packed, here)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -118,7 +118,7 @@ class Planner:
         self._dataset, self._prompt, self._folder = dataset, prompt, folder
         self._precision = precision
         self._num_steps = settings.num_steps(len(dataset.train))
-        self._model_config = loading.load_config(folder)
+        self._model_config = loading.load_config(folder, prompt.classes)
         kind = loading.model_class(self._model_config)
         self.layout = layouts.choose(settings.layout, kind, self._model_config)
         self._survey = Survey(

@@ -19,7 +19,7 @@ from remora.planning.step_memory import NotCountableError, Skeleton, StepMemory
 from remora.planning.survey import Survey
 from remora.runtime import memory, sharding
 from remora.runtime.device import Hardware, Precision
-from remora.tree import packing, scoring
+from remora.tree import layouts, packing, scoring
 from remora.tree.layouts import Layout
 from remora.tree.packing import TokenTree
 
@@ -63,7 +63,7 @@ class ProcessMemory:
             num_processes: Those that train together, one for each device.
         """
         self._settings, self._dataset, self._prompt = settings, dataset, prompt
-        self._survey, self._vocabulary = survey, model_config.get_text_config().vocab_size
+        self._survey = survey
         self._precision, self._hardware = precision, hardware
         self._given_bytes, self._num_processes = memory_bytes, num_processes
         self._layout = layout
@@ -73,6 +73,7 @@ class ProcessMemory:
             )
             adapted = lora.adapt(base, settings)
         self.counts = lora.count_parameters(adapted)
+        self._num_outputs = layouts.num_outputs(adapted)
         self.uncountable = ""
         self.can_checkpoint = bool(getattr(adapted, "supports_gradient_checkpointing", True))
         self._config = model_config.get_text_config()
@@ -265,7 +266,7 @@ class ProcessMemory:
         below = sum(len(answer) for answer in self._prompt.answers)  # all labels of a message
         all_tokens = num_rows * (sum(lengths) // len(lengths) + below)
         tokens = max(*lengths, min(size, all_tokens))
-        kept = min(tokens, scoring.most_kept(self._vocabulary))
+        kept = min(tokens, scoring.most_kept(self._num_outputs))
         try:
             if self._layout == "rows":
                 num_rows = -(-tokens // max(lengths))
@@ -290,7 +291,7 @@ class ProcessMemory:
         pairs = 5 * getattr(config, "num_attention_heads", 1) * tokens * tokens
         layer = int(scale * (34 * tokens * width * max(1, lora.experts_per_token(config)) + pairs))
         saved = layers * (int(2 * scale * tokens * width) if checkpointing else layer)
-        logits = int(2 * scale * predictors * self._vocabulary)
+        logits = int(2 * scale * predictors * self._num_outputs)
         share = 6 if self._settings.method == "full" else 4  # operations a weight and token
         return StepMemory(
             gradients=4 * self.counts.trainable,

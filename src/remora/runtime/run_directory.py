@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.metadata
 import json
@@ -21,11 +22,6 @@ from remora.errors import ConfigError, DataError
 from remora.formatting import one_line
 from remora.runtime.files import disk_errors
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 CORRECTIONS = "corrections.csv"
 """The decisions that a run's training rows were corrected by."""
 
@@ -39,7 +35,7 @@ def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Pa
         data: Source of the rows.
         base: The base model.
     """
-    stem = wanted or "-".join(_slug(source) for source in (data, base))
+    stem = wanted or "-".join(slug(source) for source in (data, base))
     yield parent / stem
     if wanted is None:
         yield from (parent / f"{stem}-{number}" for number in range(2, 10_000))
@@ -98,13 +94,10 @@ def read_settings(directory: Path) -> TrainConfig:
     """
     path = directory / "config.toml"
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
-        for name in kinds.keys() & settings.keys():
-            settings[name] = kinds[name](settings[name])
-        if "corrections" in settings:  # they are kept with the run, wherever it was moved to
-            settings["corrections"] = str(directory / CORRECTIONS)
-        return TrainConfig(settings.pop("data"), **settings)
+        settings = TrainConfig.from_toml(path.read_text(encoding="utf-8"))
+        if settings.corrections:  # they are kept with the run, wherever it was moved to
+            settings = dataclasses.replace(settings, corrections=str(directory / CORRECTIONS))
+        return settings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"
@@ -140,7 +133,7 @@ def _refuse_file(parent: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(present))
 
 
-def _slug(source: str) -> str:
+def slug(source: str) -> str:
     """Return the last part of a path or a hub id as a part of a run's name."""
     if os.name == "nt":
         source = source.replace("\\", "/")

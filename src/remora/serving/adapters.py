@@ -15,7 +15,7 @@ from safetensors import safe_open
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import one_line
-from remora.models import fused_lora, loading, metadata, saved, untrusted
+from remora.models import class_head, fused_lora, loading, metadata, saved, untrusted
 from remora.runtime.device import Precision
 from remora.serving import snapshot
 from remora.serving.snapshot import Snapshot
@@ -143,14 +143,18 @@ class AdapterSet:
         source = metadata.find_base(card, base, self._folders[name])
         self._base_hash = metadata.BaseHash.of(source)
         self.base_sha256 = self._base_hash.weights_sha256
-        self._method = next(iter(cards.values())).method
-        for name, card in cards.items():
-            self._refuse_other_base(name, card)
+        self._method, self._answer = card.method, card.answer
+        for name, other in cards.items():
+            self._refuse_other_base(name, other)
         self._tokenizer = loading.load_tokenizer(source)
-        self._base = loading.load_base(source, self._method, self._precision.base, self._device)
-        layouts.assign(self._base, next(iter(cards.values())).layout)
+        self._base = loading.load_base(
+            source, self._method, self._precision.base, self._device, card.classes
+        )
+        layouts.assign(self._base, card.layout)
         # The base's names and shapes without adapters, which new adapters are checked against.
-        self._skeleton = loading.load_empty(loading.load_config(source), self._precision.base)
+        self._skeleton = loading.load_empty(
+            loading.load_config(source, card.classes), self._precision.base
+        )
         for name in self._folders:
             with snapshot.taken(self._folders[name]) as copied:
                 self._refuse_other_base(name, copied.card)
@@ -167,6 +171,11 @@ class AdapterSet:
                 f"the adapter {adapter} was trained by {card.method} and those that are served by "
                 f"{self._method}, one of them on a base quantized to 4 bits; serve it by itself"
             )
+        if card.answer != self._answer:
+            raise ModelError(
+                f"the adapter {adapter} answers by {card.answer} and those that are served by "
+                f"{self._answer}, so they share no head; serve it by itself"
+            )
 
     def _add(self, adapter: str, copied: Snapshot) -> Generation:
         """Load an adapter beside the others."""
@@ -177,6 +186,9 @@ class AdapterSet:
         module = f"generation_{self._num_loaded:09d}"
         settings: dict[str, Any] = {"adapter_name": module, "low_cpu_mem_usage": True}
         try:
+            if copied.card.classes:
+                for model in (self._skeleton, self._adapted or self._base):
+                    class_head.resize(model, len(copied.card.classes))
             untrusted.adapter(copied.folder, self._skeleton)
             prompt = copied.card.prompt(self._tokenizer)
             with warnings.catch_warnings():

@@ -80,8 +80,8 @@ class MicroBatches:
         Raises:
             ResourceError: If memory does not suffice for its longest row alone.
         """
-        num_supervised = sum(len(row.token_ids) - row.answer_start for row in batch)
-        total = sum(row.weight * (len(row.token_ids) - row.answer_start) for row in batch)
+        num_supervised = sum(row.num_targets for row in batch)
+        total = sum(row.weight * row.num_targets for row in batch)
         # Rows that share most are computed in one process.
         own = self._group.part(sorted(batch, key=lambda row: row.token_ids))
         if self._is_sharded:

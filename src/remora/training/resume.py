@@ -50,7 +50,7 @@ def unfinished(config: TrainConfig, data_sha256: str, say: Callable[[str], None]
             return None
         if is_finished(path) or (config.name is None and not _is_run(path)):
             continue
-        settings, data = _differences(path, config, data_sha256)
+        settings, data = differences(path, config, data_sha256)
         if data or (settings and config.name):
             raise ConfigError(
                 f"{path} is an unfinished run with other settings or data "
@@ -200,10 +200,10 @@ def _is_run(directory: Path) -> bool:
     return "config.toml" in names or names <= _FIRST_FILES
 
 
-def _differences(
+def differences(
     directory: Path, config: TrainConfig, data_sha256: str
 ) -> tuple[list[str], list[str]]:
-    """Return what differs between an unfinished run and this one: settings, and data."""
+    """Return what differs between a run of a directory and this one: settings, and data."""
     if not _is_run(directory):
         return [], ["it holds other files and no config.toml"]
     if not (directory / "config.toml").is_file():  # interrupted while it was made

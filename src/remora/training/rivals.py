@@ -129,6 +129,8 @@ def choose(session: Session, held_out: Table, encoder_folder: Path | None) -> Ch
             num_held_out,
         )
     zero_shot_rows, probe_rows, probe_held_out = rows
+    if session.prompt.classes:  # a head answers nothing before it is trained
+        zero_shot_rows = 0
     if "zero-shot" in names:
         zero_shot_rows = num_held_out
     if "probe" in names:
@@ -137,6 +139,8 @@ def choose(session: Session, held_out: Table, encoder_folder: Path | None) -> Ch
     rows = group.share([zero_shot_rows, probe_rows, probe_held_out])
     zero_shot_rows, probe_rows, probe_held_out = rows
     found = {"zero-shot": zero_shot_rows, "probe": probe_rows}
+    if session.prompt.classes:
+        del found["zero-shot"]
     return Chosen(
         svm=bool(names & {"auto", "svm"}),
         zero_shot_rows=zero_shot_rows,

@@ -18,7 +18,15 @@ from remora.models import gguf, hub, loading, lora, metadata
 from remora.planning import plan
 from remora.runtime import sharding
 from remora.runtime.device import Precision
+from remora.training import warm_start
 from remora.tree.forward import text_config
+
+KEPT = {
+    "head": "their beginning is kept (--truncate tail or both keeps other parts)",
+    "tail": "their end is kept",
+    "both": "beginning and end are kept, half from each",
+}
+"""What is kept of messages that are too long, in words."""
 
 
 @contextlib.contextmanager
@@ -50,6 +58,8 @@ def load_trainable(
     base, prompt, folder = loading.load_base_and_prompt(config, labels, precision.base, device)
     adapted = lora.adapt(base, config).to(device)
     base_hash = metadata.BaseHash.of(folder)
+    if config.start_from:
+        prompt = warm_start.load_adapter_of(config.start_from, config, adapted, prompt, base_hash)
     card = metadata.AdapterCard(
         base_model=hub.lasting_name(config.model, folder),
         base_sha256=base_hash.weights_sha256,
@@ -58,7 +68,9 @@ def load_trainable(
         list_labels=config.list_labels,
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
+        truncate=prompt.kept,
         method=config.method,
+        answer=config.answer,
         gguf_sha256=base_hash.gguf_sha256,
         gguf_quantization=base_hash.gguf_quantization,
         rendered=prompt.rendered._asdict(),
@@ -87,7 +99,7 @@ def as_base(
         with model.disable_adapter():
             yield
         return
-    before = loading.load(folder, dtype)
+    before = loading.load(folder, dtype, classes=card.classes)
     with torch.no_grad():
         for own, weight in zip(model.parameters(), before.parameters(), strict=True):
             wide = weight.to(own.dtype)
@@ -136,6 +148,8 @@ def introduce(
     if config.learning_rate is None:
         rate = default_learning_rate(width, config.method)
         yield f"learning rate {rate:.1e}, the default for a hidden size of {width}"
+    if config.start_from:
+        yield from warm_start.told(config.start_from, dataset.labels)
     if prompt.label_texts.keys() - config.label_texts.keys():
         label, text = next(iter(prompt.label_texts.items()))
         yield (
@@ -146,5 +160,5 @@ def introduce(
         if table is not None and (cut := prompt.count_cut(table.texts)):
             yield (
                 f"{cut:,} of {len(table):,} {what} messages are longer than "
-                f"{prompt.max_length} tokens and are truncated at the end"
+                f"{prompt.max_length} tokens and are truncated: {KEPT[prompt.kept]}"
             )

@@ -15,7 +15,7 @@ from remora.errors import ModelError
 from remora.formatting import first_line
 from remora.runtime import memory
 from remora.tree import attention, layouts, packing
-from remora.tree.forward import answer_logits, model_inputs, text_config
+from remora.tree.forward import answer_logits, is_narrow, model_inputs, text_config
 from remora.tree.loss import loss_sum
 from remora.tree.packing import split
 from remora.tree.rows import build
@@ -66,14 +66,10 @@ def check_tree(
     model.eval()
     packed = packing.build(rows).to(next(model.parameters()).device)
     # Each row alone.
-    expected, is_wide = 0.0, True
+    expected = 0.0
     for row in rows:
-        ids = torch.tensor([list(row.token_ids)], device=packed.token_ids.device)
-        alone = _alone(model, row)
-        is_wide = alone.dtype in {torch.float32, torch.float64}
-        targets = ids[0, row.answer_start :]
-        expected += float(functional.cross_entropy(alone.float(), targets, reduction="sum"))
-    tolerance = 1e-3 if is_wide else 3e-2
+        expected += _row_loss(_alone(model, row), row)
+    tolerance = _tolerance(model)
     # The tree in blocks.
     try:
         blocked = model(**model_inputs(model, packed, in_blocks=True)).logits[0]
@@ -130,7 +126,7 @@ def _long_rows(
         if num_tokens > wanted:
             break
         ids = [*longest.token_ids[:shared], *pair, *longest.token_ids[shared:]]
-        more.append(TokenSequence(ids, longest.answer_start + len(pair)))
+        more.append(longest._replace(token_ids=ids, answer_start=longest.answer_start + len(pair)))
         num_tokens += len(ids) - shared - 1  # rows may share the first of the pair
     return more
 
@@ -149,7 +145,7 @@ def _compare_far_rows(
     alone = []
     for row, _ in chosen:
         ids = torch.tensor([list(row.token_ids)], device=device)
-        kept = torch.arange(row.answer_start - 1, len(row.token_ids) - 1, device=device)
+        kept = torch.tensor(row.predictors, device=device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0]
         alone.append(_row_loss(logits, row))
     in_tree: list[float] = []
@@ -157,11 +153,10 @@ def _compare_far_rows(
     for in_blocks in (None, False):
         logits = model(**model_inputs(model, largest.to(device), in_blocks=in_blocks)).logits[0]
         in_tree = [
-            _row_loss(logits[[place[node] for node in path[row.answer_start - 1 : -1]]], row)
-            for row, path in chosen
+            _row_loss(logits[[place[path[i]] for i in row.predictors]], row) for row, path in chosen
         ]
         # In 16 bits rounding may send a token to another expert.
-        tolerance = 1e-4 if logits.dtype in {torch.float32, torch.float64} else 1e-1
+        tolerance = 1e-1 if is_narrow(model) else 1e-4
         pairs = zip(in_tree, alone, strict=True)
         right = all(abs(one - other) <= tolerance * max(1, other) for one, other in pairs)
         if right:
@@ -172,7 +167,7 @@ def _compare_far_rows(
 
 def _row_loss(logits: Tensor, row: TokenSequence) -> float:
     """Return the summed loss of a row's answer; logits [answer tokens, vocabulary]."""
-    targets = torch.tensor(list(row.token_ids[row.answer_start :]), device=logits.device)
+    targets = torch.tensor(row.targets, device=logits.device)
     return float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
 
 
@@ -199,27 +194,25 @@ def check_rows(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
         ) from error
     finally:
         model.train(was_training)
-    if not same_logits(together, alone):
+    if not same_logits(model, together, alone):
         raise ModelError(
             "this model predicts something else if rows are padded on the right, so it is no "
             "causal language model; choose another"
         )
 
 
-def same_logits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_logits(model: nn.Module, one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two arrays of logits differ by no more than rounding."""
     difference = (one.float() - other.float()).abs().max()
-    return bool(difference <= _tolerance(one.dtype) * other.float().abs().max())
+    return bool(difference <= _tolerance(model) * other.float().abs().max())
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    return 1e-3 if dtype in {torch.float32, torch.float64} else 3e-2
+def _tolerance(model: nn.Module) -> float:
+    return 3e-2 if is_narrow(model) else 1e-3
 
 
 def _alone(model: Any, row: TokenSequence) -> torch.Tensor:
     """Return a row's answer logits by the model's own ordinary forward pass, [answer, V]."""
     ids = torch.tensor([list(row.token_ids)], device=next(model.parameters()).device)
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[
-        0, row.answer_start - 1 : -1
-    ]
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, list(row.predictors)]
     return logits

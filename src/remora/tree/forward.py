@@ -68,5 +68,13 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
+def is_narrow(model: nn.Module) -> bool:
+    """Whether a model computes in 16 bits, whatever precision its head gives logits in."""
+    device = next(model.parameters()).device
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type).itemsize < 4
+    return _dtype(model).itemsize < 4
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -81,6 +81,12 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def num_outputs(model: Any) -> int:
+    """Return how many tokens or classes a model's head tells apart, the width of its logits."""
+    classes = getattr(model.get_output_embeddings(), "out_features", None)
+    return int(classes or model.config.get_text_config().vocab_size)
+
+
 def of(model: Any) -> Layout:
     """Return a model's layout."""
     layout: Layout = getattr(model, _MARK, "tree")

@@ -11,8 +11,8 @@ the list of labels. The trie of a batch, laid out in depth-first preorder, is ON
 
 The head is computed only at `predictors`, the nodes below which an answer token is predicted. The
 loss is sum(weight * cross entropy) / sum(weight) over the edges of the trie, where the weight of an
-edge counts the rows that are supervised on it. Gradients flow through the shared nodes, so they
-equal those of padded rows, up to rounding.
+edge counts the rows that are supervised on it. The edge of a class leads to no node. Gradients flow
+through the shared nodes, so they equal those of padded rows, up to rounding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MicroBatch:
     token_ids: Tensor  # int64, [N] in a tree, [B, S] in padded rows
     predictors: Tensor  # [P] int64, places among all tokens where the head is computed
     edge_predictors: Tensor  # [E] int64, indices into `predictors`
-    edge_targets: Tensor  # [E] int64, the token that the edge leads to
+    edge_targets: Tensor  # [E] int64, the token that the edge leads to, or the class
     edge_weights: Tensor  # [E] float32, the sum over the rows supervised on the edge
     num_rows: int
     num_row_tokens: int  # tokens of all rows before packing, without padding
@@ -50,7 +50,7 @@ class MicroBatch:
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Answer tokens of all rows: the sum of the edge weights."""
+        """Answer tokens or classes of all rows: the sum of the edge weights."""
         return int(self.edge_weights.sum())
 
     def to(self, device: torch.device | str) -> Self:
@@ -84,18 +84,19 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
     """Pack rows into one token tree.
 
     Args:
-        rows: Token sequences; tokens from `answer_start` on are predicted from the one before.
+        rows: Token sequences with a prompt and an answer.
     """
     token_ids: list[int] = []
     position_ids: list[int] = []
     subtree_end: list[int] = []
     parents: list[int] = []
     weights: list[float] = []
+    classes: dict[tuple[int, int], float] = {}  # weights by predictor and class
     path: list[int] = []  # nodes of the row before, from the root down
     before: list[int] = []
     # The trie in preorder: each sorted row adds its tokens below those that it shares.
     for row in sorted(rows, key=lambda row: row.token_ids):
-        assert 0 < row.answer_start < len(row.token_ids), "a row needs a prompt and an answer"
+        assert row.answer_start > 0 < row.num_targets, "a row needs a prompt and an answer"
         shared = common_prefix_length(before, row.token_ids)
         for node in path[shared:]:
             subtree_end[node] = len(token_ids)
@@ -109,22 +110,26 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
             weights.append(0.0)
         for node in path[row.answer_start :]:
             weights[node] += row.weight
+        if row.class_index is not None:
+            edge = path[-1], row.class_index
+            classes[edge] = classes.get(edge, 0.0) + row.weight
         before = row.token_ids
     for node in path:
         subtree_end[node] = len(token_ids)
 
     # The supervised edges, each from its predictor.
-    edges = [node for node, weight in enumerate(weights) if weight]
-    predictors = sorted({parents[node] for node in edges})
+    edges = [(parents[i], token_ids[i], weight) for i, weight in enumerate(weights) if weight]
+    edges += [(*edge, weight) for edge, weight in classes.items()]
+    predictors = sorted({node for node, _, _ in edges})
     place = {node: index for index, node in enumerate(predictors)}
     return TokenTree(
         token_ids=torch.tensor(token_ids),
         position_ids=torch.tensor(position_ids),
         subtree_end=torch.tensor(subtree_end),
         predictors=torch.tensor(predictors),
-        edge_predictors=torch.tensor([place[parents[node]] for node in edges]),
-        edge_targets=torch.tensor([token_ids[node] for node in edges]),
-        edge_weights=torch.tensor([weights[node] for node in edges], dtype=torch.float32),
+        edge_predictors=torch.tensor([place[node] for node, _, _ in edges]),
+        edge_targets=torch.tensor([target for _, target, _ in edges]),
+        edge_weights=torch.tensor([weight for _, _, weight in edges], dtype=torch.float32),
         num_rows=len(rows),
         num_row_tokens=sum(len(row.token_ids) for row in rows),
     )

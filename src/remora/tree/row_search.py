@@ -111,11 +111,11 @@ class RowSearch(LabelSearch):
             states.extend([stem[:half]], [0])
             states = states.select([0, 0])
         found = [states.extend([stem[half:], stem[half:][::-1]], [len(stem) - half - 1])]
-        same = same_logits(found[0], whole[:1])
+        same = same_logits(self.model, found[0], whole[:1])
         for _ in range(2 if answer else 0):  # the second time shows whether a copy is one
             ends = range(len(answer), 2 * len(answer))
             found = [states.select([1, 0]).extend([answer, answer], ends)]
-            same &= same_logits(found[0], whole[1:])
+            same &= same_logits(self.model, found[0], whole[1:])
         return same
 
     def _kind(self, stem: Tokens) -> tuple[int, int]:

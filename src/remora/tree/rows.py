@@ -35,16 +35,15 @@ def build(rows: Sequence[TokenSequence]) -> PaddedRows:
     """Pad rows to the longest of them.
 
     Args:
-        rows: Token sequences; tokens from `answer_start` on are predicted from the one before.
+        rows: Token sequences with a prompt and an answer.
     """
     width = max(len(row.token_ids) for row in rows)
     predictors, targets, weights = [], [], []
     for index, row in enumerate(rows):
-        assert 0 < row.answer_start < len(row.token_ids), "a row needs a prompt and an answer"
-        for place in range(row.answer_start, len(row.token_ids)):
-            predictors.append(index * width + place - 1)
-            targets.append(row.token_ids[place])
-            weights.append(row.weight)
+        assert row.answer_start > 0 < row.num_targets, "a row needs a prompt and an answer"
+        predictors += [index * width + place for place in row.predictors]
+        targets += row.targets
+        weights += [row.weight] * row.num_targets
     return PaddedRows(
         token_ids=padded([row.token_ids for row in rows]),
         predictors=torch.tensor(predictors),

@@ -28,7 +28,6 @@ from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
 from remora.tree import layouts
-from remora.tree.forward import text_config
 from remora.tree.label_search import Asked, Search, TrueLabelSearch
 from remora.tree.layouts import Layout
 from remora.tree.row_search import RowSearch
@@ -97,7 +96,7 @@ class Scorer:
             tolerance=tolerance,
             autocast=autocast,
             limit_bytes=limit_bytes,
-            most_kept=most_kept(text_config(model).vocab_size),
+            most_kept=most_kept(layouts.num_outputs(model)),
         )
 
     @property

@@ -1,0 +1,63 @@
+"""The settings of `remora tune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cyclopts import Parameter
+
+from remora.config.checks import Count, Names, check, split_names
+from remora.config.help_pages import grouped
+from remora.config.train import TrainConfig
+
+SEARCHED = ("learning_rate", "rank", "epochs", "label_texts", "list_labels")
+
+
+@grouped(trials="Choice", json="Output")
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(TrainConfig):
+    """Settings of `remora tune`: those of `remora train`, and what is searched."""
+
+    trials: Count = 20
+    """Settings to try, the given ones first; unpromising ones end early."""
+
+    search: Names = ("learning_rate", "rank", "epochs", "label_texts")
+    """Settings to search, separated by commas: learning_rate (a quarter to four times the given
+    one), rank (4 to 64, alpha in proportion), epochs (half to twice), label_texts (labels as they
+    are or as words), list_labels (off or on)."""
+
+    json: bool = False
+    """Write the trials and the figures as JSON to standard output."""
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ConfigError: Naming everything that is wrong.
+        """
+        object.__setattr__(self, "search", split_names(self.search))
+        super().__post_init__()
+        unknown = [name for name in self.search if name not in SEARCHED]
+        check(
+            self,
+            (
+                bool(unknown) or not self.search,
+                f"search has {', '.join(map(repr, unknown)) or 'no name'}; give some of "
+                f"{', '.join(SEARCHED)}",
+            ),
+            (self.learning_curve is not None, "tune trains no learning curve; leave it out"),
+            (self.devices > 1, "tune trains on one device; leave out devices"),
+            (
+                "epochs" in self.search and self.max_steps is not None,
+                "max_steps ends every trial, so epochs cannot be searched; leave out one of them",
+            ),
+            (
+                "rank" in self.search and (self.method == "full" or self.start_from is not None),
+                "there is no rank to search here; give --search learning_rate,epochs",
+            ),
+            (
+                self.validation_fraction == 0 and self.validation is None,
+                "tune compares trials on validation rows; give --validation-fraction above 0",
+            ),
+        )

@@ -1,0 +1,363 @@
+"""Settings searched by Optuna on the validation rows; the test rows are measured once, at the end.
+
+Trials are sessions as `train` opens them, one after the other. Each is sampled from the finished
+ones alone, with a seed of its own, so a search that was killed goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from remora.config import TrainConfig, TuneConfig
+from remora.config.train import default_learning_rate
+from remora.data.dataset import Dataset, load_data
+from remora.errors import ConfigError, DivergedError, ResourceError
+from remora.evaluation import results
+from remora.formatting import first_line
+from remora.models import hub, loading
+from remora.runtime import files, run_directory
+from remora.runtime.reporter import Reporter, SayOnce, Validation
+from remora.runtime.stop import Stop
+from remora.training import checkpoint, resume
+from remora.training.loop import fit
+from remora.training.run import train_until
+from remora.training.session import open_session
+
+RANKS = (4, 8, 16, 32, 64)
+RATES = 1 / 4, 4.0
+EPOCHS = 1 / 2, 2.0
+"""Least and most of what is searched, as multiples of the given setting."""
+
+FIRST_PRUNED = 4
+"""Trials that run to their end before others are compared with them."""
+
+JOURNAL, FILE, TRIAL, BEST = "journal.log", "trials.json", "trial", "best"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One trial: what was tried, and how it validated."""
+
+    settings: dict[str, Any]
+    validation: float | None  # the best evaluation; None if it diverged or did not fit
+    evaluations: int
+    seconds: float
+    ended: str  # "" at its end, or why it ended early
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """All trials, and the run with the best settings, measured on the test rows."""
+
+    directory: str
+    metric: str
+    trials: tuple[TrialResult, ...]
+    best: int  # index of the trial
+    run: str  # directory
+    figures: dict[str, Any] = field(repr=False)  # in its evaluation.json
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trials, and the figures of the run, as JSON holds them."""
+        return asdict(self)
+
+
+def tune(config: TuneConfig, *, reporter: Reporter | None = None) -> Tuned:
+    """Search settings on the validation rows, and train with the best; the same call resumes.
+
+    Raises:
+        RemoraError: The settings, the data, the model or the machine; see `remora.errors`.
+    """
+    refuse_missing_library()
+    reporter, stop = SayOnce(reporter or Reporter()), Stop(config.max_seconds)
+    with stop.listening():
+        return _Tuning(config, stop, reporter).run()
+
+
+def refuse_missing_library() -> None:
+    """Refuse a search without Optuna.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "tune searches with Optuna, which is not installed; pip install 'remora[tune]'"
+        ) from None
+
+
+class _Tuning:
+    """A search in its directory, where an earlier call may have begun it."""
+
+    def __init__(self, config: TuneConfig, stop: Stop, reporter: Reporter) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.config, self.stop, self.reporter = config, stop, reporter
+        names = TrainConfig.__dataclass_fields__
+        self.plain = TrainConfig(**{name: getattr(config, name) for name in names})
+        self.dataset: Dataset = load_data(self.plain)
+        if not len(self.dataset.validation):
+            raise ConfigError("there are no validation rows to compare trials on; give more rows")
+        data = f"{run_directory.slug(config.data)}-{run_directory.slug(config.model)}"
+        self.directory = config.output / (config.name or f"{data}-tuning")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.space = self._space()
+        self.study = self._open_study()
+
+    def run(self) -> Tuned:
+        """Make the trials that are missing, then the run with the best settings."""
+        import optuna
+
+        states = optuna.trial.TrialState
+        done = states.COMPLETE, states.PRUNED
+        told = self._lost_evaluations()
+        while (number := len(self.study.get_trials(states=done))) < self.config.trials:
+            if number == 0:
+                self.study.enqueue_trial(self._given())
+            self.study.sampler = optuna.samplers.TPESampler(seed=1000 * self.config.seed + number)
+            self._try(self.study.ask(self.space), number, told)
+            told = {}
+        trials = self.study.get_trials(states=done)
+        complete = [each for each in trials if each.state == states.COMPLETE]
+        best = max(complete, key=lambda each: each.value, default=None)
+        if best is None:
+            raise DivergedError(
+                "no trial came to its end; lower --learning-rate, or see trials.json"
+            )
+        found = tuple(_result(each, self._told(each.params)) for each in trials)
+        values = ", ".join(f"{k} {v}" for k, v in self._told(best.params).items())
+        self.reporter.say(f"training with the best of {len(trials)} trials: {values}")
+        run = self._train_best(best.params)
+        tuned = Tuned(
+            directory=str(self.directory),
+            metric=self.config.metric,
+            trials=found,
+            best=trials.index(best),
+            run=str(run),
+            figures=results.read(run).figures,
+        )
+        files.write_json(self.directory / FILE, tuned.to_dict())
+        return tuned
+
+    # What is searched
+
+    def _space(self) -> dict[str, Any]:
+        """Return Optuna's distribution of each searched setting."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+        rate, epochs = self._rate(), self._epochs()
+        ranks = sorted({*RANKS, self.config.rank})
+        low, high = (rate * factor for factor in RATES)
+        fewest, most = (epochs * factor for factor in EPOCHS)
+        space = {
+            "learning_rate": FloatDistribution(low, min(high, 1.0), log=True),
+            "rank": CategoricalDistribution(ranks),
+            "epochs": FloatDistribution(fewest, most, log=True),
+            "label_texts": CategoricalDistribution(["labels", "words"]),
+            "list_labels": CategoricalDistribution([False, True]),
+        }
+        if self.config.label_texts or not self._words():  # nothing else to write
+            del space["label_texts"]
+        return {name: space[name] for name in self.config.search if name in space}
+
+    def _given(self) -> dict[str, Any]:
+        """Return the settings as they were given, which are tried first."""
+        given = {
+            "learning_rate": self._rate(),
+            "rank": self.config.rank,
+            "epochs": self._epochs(),
+            "label_texts": "labels",
+            "list_labels": self.config.list_labels,
+        }
+        return {name: given[name] for name in self.space}
+
+    def _rate(self) -> float:
+        if self.config.learning_rate is not None:
+            return self.config.learning_rate
+        folder = hub.find(self.config.model, weights=False)
+        width = loading.load_config(folder).get_text_config().hidden_size
+        return default_learning_rate(width, self.config.method)
+
+    def _epochs(self) -> float:
+        rows = len(self.dataset.train)
+        return self.plain.num_steps(rows) / -(-rows // self.config.batch_size)
+
+    def _words(self) -> dict[str, str]:
+        """Return labels such as card_arrival or cardArrival as words, where that is different."""
+        parted = {
+            label: " ".join(re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", label).split()).lower()
+            for label in self.dataset.labels
+        }
+        if len(set(parted.values())) < len(parted) or not all(parted.values()):
+            return {}
+        return {label: text for label, text in parted.items() if text != label}
+
+    def _settings(self, params: Mapping[str, Any]) -> TrainConfig:
+        """Return the settings of a trial."""
+        values = dict(params)
+        if "rank" in values:
+            values["alpha"] = self.config.alpha * values["rank"] / self.config.rank
+        if values.pop("label_texts", "labels") == "words":
+            values["label_texts"] = self._words()
+        return replace(self.plain, **values)
+
+    def _told(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a trial as they are shown: three digits, in the given order."""
+        return {
+            name: float(f"{params[name]:.3g}") if isinstance(params[name], float) else params[name]
+            for name in self.config.search
+            if name in params
+        }
+
+    # Trials
+
+    def _open_study(self) -> Any:
+        """Return the study, begun by an earlier call or new.
+
+        Raises:
+            ConfigError: If the earlier one searched with other settings or rows.
+        """
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(self.directory / JOURNAL)))
+        study = optuna.create_study(
+            study_name="tune",
+            storage=storage,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST_PRUNED, n_warmup_steps=1),
+        )
+        wanted = {
+            "data": self.dataset.summary.sha256,
+            "search": list(self.space),
+            **{name: str(value) for name, value in resume.fixed(self.plain).items()},
+        }
+        begun = study.user_attrs.get("settings")
+        if begun is None:
+            study.set_user_attr("settings", wanted)
+        elif different := [name for name in wanted if begun.get(name) != wanted[name]]:
+            raise ConfigError(
+                f"{self.directory} holds trials with other settings or data "
+                f"({', '.join(different)}); give another --name, or remove it"
+            )
+        return study
+
+    def _lost_evaluations(self) -> dict[int, float]:
+        """Close the trial that an earlier call was stopped in; return its evaluations by step."""
+        import optuna
+
+        states, told = optuna.trial.TrialState, {}
+        for each in self.study.get_trials(states=(states.RUNNING,)):
+            told = dict(each.intermediate_values)
+            self.study.tell(each.number, state=states.FAIL)
+        return told
+
+    def _try(self, trial: Any, number: int, told: Mapping[int, float]) -> None:
+        """Train with the settings of a trial, from its checkpoint if it was stopped."""
+        import optuna
+
+        shown = ", ".join(f"{k} {v}" for k, v in self._told(trial.params).items())
+        self.reporter.say(f"trial {number + 1} of {self.config.trials}: {shown}")
+        place = self.directory / TRIAL
+        settings, began = self._settings(trial.params), time.monotonic()
+        self._refuse_other_trial(place, trial.params)
+        resumed = checkpoint.newest(place / resume.CHECKPOINTS, self.reporter.say)
+        reporter = _Pruning(self.reporter, trial, settings.metric)
+        if resumed:
+            for step in (each for each in told if each <= resumed.state["progress"]["step"]):
+                trial.report(told[step], step)
+        ended, best = "", None  # the value of its best evaluation
+        try:
+            with (
+                open_session(
+                    settings, self.dataset, resumed=resumed, stop=self.stop, reporter=reporter
+                ) as session,
+                self.stop.deferred(),
+            ):
+                progress = fit(
+                    session, checkpoints=place / resume.CHECKPOINTS, resumed=resumed, num_scored=0
+                )
+                best = None if progress.best is None else progress.best[0]
+        except optuna.TrialPruned:
+            ended = "no better than the median of earlier trials"
+        except (DivergedError, ResourceError) as error:
+            ended = first_line(error)
+        trial.set_user_attr("seconds", time.monotonic() - began)
+        trial.set_user_attr("ended", ended)
+        if best is None:
+            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            self.study.tell(trial, best)
+        shutil.rmtree(place, ignore_errors=True)
+        shown = ended or (f"{best:.4f}" if best is not None else "no finite loss")
+        self.reporter.say(f"trial {number + 1}: {shown}")
+
+    def _refuse_other_trial(self, place: Path, params: Mapping[str, Any]) -> None:
+        """Remove checkpoints of a trial with other settings; there are none but by other hands."""
+        key, text = place / "settings.json", json.dumps(params)
+        if not key.is_file() or key.read_text(encoding="utf-8") != text:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            files.write_text(key, text)
+
+    def _train_best(self, params: Mapping[str, Any]) -> Path:
+        """Train with the best settings as `train` does, unless that is done."""
+        path = self.directory / BEST
+        settings = replace(self._settings(params), output=self.directory, name=BEST, max_time=None)
+        if path.is_dir() and resume.is_finished(path):
+            if not any(resume.differences(path, settings, self.dataset.summary.sha256)):
+                return path
+            shutil.rmtree(path)  # of fewer trials
+        train_until(settings, self.stop, self.reporter, load_rows=lambda _: self.dataset)
+        return path
+
+
+class _Pruning(Reporter):
+    """Passes a trial's evaluations to Optuna, which may end it."""
+
+    def __init__(self, reporter: Reporter, trial: Any, metric: str) -> None:
+        self._reporter, self._trial, self._metric = reporter, trial, metric
+
+    def say(self, line: str) -> None:
+        self._reporter.say(line)
+
+    def stepped(self, step: Any) -> None:
+        self._reporter.stepped(step)
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        self._reporter.scoring(what, done, total)
+
+    def validated(self, validation: Validation) -> None:
+        import optuna
+
+        self._reporter.validated(validation)
+        values = {
+            "accuracy": validation.accuracy,
+            "macro_f1": validation.macro_f1,
+            "log_loss": -validation.loss,
+        }
+        self._trial.report(values[self._metric], validation.step)
+        if self._trial.should_prune():
+            raise optuna.TrialPruned
+
+
+def _result(trial: Any, settings: dict[str, Any]) -> TrialResult:
+    values = list(trial.intermediate_values.values())
+    ended = str(trial.user_attrs.get("ended", ""))
+    return TrialResult(
+        settings=settings,
+        validation=max(values, default=None),
+        evaluations=len(values),
+        seconds=round(float(trial.user_attrs.get("seconds", 0.0)), 1),
+        ended=ended,
+    )

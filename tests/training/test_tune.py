@@ -1,0 +1,139 @@
+"""`tune`: trials on the validation rows, the same after a kill, and one run at the end."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import call
+from remora.config import TrainConfig, TuneConfig
+from remora.data.dataset import load_data
+from remora.errors import ConfigError, Stopped
+from remora.runtime.reporter import Reporter, Validation
+from remora.training import tune
+
+
+@pytest.fixture
+def settings(config: TrainConfig) -> TuneConfig:
+    values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+    values |= {"patience": 0, "baselines": ("none",), "learning_rate": 1e-3, "eval_steps": 5}
+    return TuneConfig(**values, trials=4, search=("learning_rate", "rank"))
+
+
+def shown(tuned: tune.Tuned) -> list[tuple]:
+    """What must be the same however often the search was stopped."""
+    return [(each.settings, each.validation, each.evaluations, each.ended) for each in tuned.trials]
+
+
+def test_the_best_trial_becomes_a_run_and_a_killed_search_ends_the_same(
+    settings: TuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In one go
+    whole = tune.tune(settings)
+    first, *_ = whole.trials
+    assert first.settings == {"learning_rate": 1e-3, "rank": 4}  # the given ones
+    assert len(whole.trials) == 4
+    complete = [each for each in whole.trials if not each.ended]
+    best = whole.trials[whole.best]
+    assert best.validation == max(each.validation for each in complete)
+    assert best.validation >= first.validation
+    run = tune.run_directory.read_settings(Path(whole.run))
+    assert run.learning_rate == pytest.approx(best.settings["learning_rate"], rel=1e-2)
+    assert (run.rank, run.alpha) == (best.settings["rank"], 32 / 4 * best.settings["rank"])
+    assert whole.figures["measured_on"] == "test"
+    assert json.loads((Path(whole.directory) / "trials.json").read_text())["best"] == whole.best
+    # The same command again trains nothing
+    monkeypatch.setattr(tune, "fit", None)
+    assert shown(tune.tune(settings)) == shown(whole)
+    monkeypatch.undo()
+    # Stopped within the third trial, by what ends a process at once, after its first evaluation
+    shutil.rmtree(settings.output)
+
+    class Killed(BaseException):
+        pass
+
+    evaluations = []
+
+    class Killer(Reporter):
+        def validated(self, validation: Validation) -> None:
+            evaluations.append(validation)
+            if len(evaluations) == killed_at:
+                raise Killed
+
+    killed_at = sum(each.evaluations for each in whole.trials[:2]) + 2
+    with pytest.raises(Killed):
+        tune.tune(replace(settings, checkpoint_minutes=0), reporter=Killer())
+    journal = (settings.output / "support-base0-tuning" / tune.JOURNAL).read_text()
+    assert all(isinstance(json.loads(line), dict) for line in journal.splitlines())  # no pickle
+    again = tune.tune(settings)
+    assert shown(again) == shown(whole)
+    assert again.figures["metrics"] == whole.figures["metrics"]
+
+
+def test_labels_are_written_as_words_where_that_differs(config: TrainConfig) -> None:
+    tuning = object.__new__(tune._Tuning)
+    tuning.dataset = replace(load_data(config), labels=("card_arrival", "topUpFailed", "refund"))
+    assert tuning._words() == {"card_arrival": "card arrival", "topUpFailed": "top up failed"}
+    tuning.dataset = replace(tuning.dataset, labels=("a_b", "a b"))
+    assert tuning._words() == {}
+
+
+def test_a_search_with_other_settings_is_refused(settings: TuneConfig) -> None:
+    short = replace(settings, trials=1, max_steps=1)
+    tune.tune(short)
+    with pytest.raises(ConfigError, match=r"holds trials with other settings or data \(dropout"):
+        tune.tune(replace(short, dropout=0.0))
+
+
+def test_it_stops_when_asked_and_says_how_it_resumes(settings: TuneConfig) -> None:
+    with pytest.raises(Stopped, match="run the same command again"):
+        tune.tune(replace(settings, max_time="0s"))
+
+
+WRONG = [
+    (["--search", "rang"], "search has 'rang'; give some of learning_rate, rank"),
+    (["--search", "rank", "--method", "full"], "there is no rank to search"),
+    (["--trials", "0"], "trials is 0; give a whole number from 1"),
+    (["--max-steps", "5"], "epochs cannot be searched"),
+    (["--validation-fraction", "0"], "compares trials on validation rows"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG)
+def test_wrong_settings_are_one_line(flags, message, config: TrainConfig, capsys) -> None:
+    assert call("tune", config.data, "--model", config.model, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_optuna_it_says_what_to_install(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest, **more):
+        if name == "optuna":
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert call("tune", config.data, "--model", config.model) == 2
+    assert "pip install 'remora[tune]'" in capsys.readouterr().err
+
+
+def test_the_command_shows_the_trials(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", config.model, "--output", config.output, "--device", "cpu", "--rank", "4"]
+    flags += ["--precision", "float32", "--trials", "2", "--search", "learning_rate"]
+    flags += ["--max-steps", "3", "--baselines", "none"]
+    assert call("tune", config.data, *flags) == 0
+    out = capsys.readouterr().out
+    assert "1 (given)" in out
+    assert "validation rows chose them" in out
+    assert call("tune", config.data, *flags, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 2

@@ -1,0 +1,167 @@
+"""`--from`: a run that begins with another one's adapter, and labels that join."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import WAYS, WORDS, call
+from remora.config import TrainConfig
+from remora.data.dataset import load_data
+from remora.errors import ModelError
+from remora.models import lora, metadata
+from remora.runtime.reporter import Reporter
+from remora.training.run import train
+from remora.training.session import open_session
+
+OLD = list(WORDS)[:-1]
+NEW = list(WORDS)[-1]
+RATE = 1e-2
+
+
+def write(path: Path, labels: list[str], repeats: int = 6) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        for number in range(repeats):
+            for label in labels:
+                rows.writerows([f"{way.format(WORDS[label])} {number}", label] for way in WAYS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run on all labels but one, and the tables of that run and of the next."""
+    folder = tmp_path_factory.mktemp("warm")
+    write(folder / "old.csv", OLD)
+    write(folder / "all.csv", [*OLD, NEW])
+    train(settings(folder, base, folder / "old.csv", name="first", epochs=6, baselines=("none",)))
+    return folder
+
+
+def settings(place: Path, base: Path, data: Path, **others) -> TrainConfig:
+    plain = {"learning_rate": RATE, "batch_size": 8, "precision": "float32", "device": "cpu"}
+    plain |= {"model": str(base), "output": place / "runs", "rank": 8, "dropout": 0.0}
+    return TrainConfig(str(data), **{**plain, **others})
+
+
+@pytest.fixture
+def config(place: Path, base: Path) -> TrainConfig:
+    return settings(place, base, place / "all.csv", start_from=str(place / "runs" / "first"))
+
+
+def test_it_begins_with_the_runs_weights_and_answers(config: TrainConfig, place: Path) -> None:
+    said: list[str] = []
+    reporter = Reporter()
+    reporter.say = said.append  # type: ignore[method-assign]
+    adapter = place / "runs" / "first" / "adapter"
+    with open_session(config, load_data(config), reporter=reporter) as session:
+        weights = load_file(adapter / "adapter_model.safetensors")
+        for path, layer in lora.lora_layers(session.model):
+            for part in ("lora_A", "lora_B"):
+                own = getattr(layer, part)["default"].weight
+                assert own.requires_grad
+                assert torch.equal(own, weights[f"{path}.{part}.weight"])
+        before = metadata.read_card(adapter)
+        answers = dict(zip(session.prompt.labels, session.prompt.answers, strict=True))
+        assert [list(answers[label]) for label in OLD] == [
+            before.rendered["answers"][before.labels.index(label)] for label in OLD
+        ]
+        assert NEW in answers
+    (line,) = (line for line in said if line.startswith("beginning with the adapter"))
+    assert f"{len(OLD)} labels are known, 1 join" in line
+
+
+def test_rows_that_the_run_has_learned_are_not_held_out(config: TrainConfig, place: Path) -> None:
+    first = load_data(replace(config, data=str(place / "old.csv"), start_from=None))
+    learned = {*first.train.texts}
+    rows = load_data(config)
+    assert rows.test is not None
+    held_out = {*rows.test.texts, *rows.validation.texts}
+    assert not held_out & learned
+    assert set(rows.test.labels) == set(WORDS)
+    without = load_data(replace(config, start_from=None))
+    assert {*without.test.texts, *without.validation.texts} & learned
+    assert len(rows.train) == len(without.train)
+
+
+def test_rows_that_are_gone_are_told(config: TrainConfig, place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "runs" / "first", tmp_path / "run")
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("old.csv", "moved.csv"))
+    (remark,) = load_data(replace(config, start_from=str(run))).summary.remarks
+    assert "cannot be read" in remark
+    assert "give --test" in remark
+    write(place / "moved.csv", OLD, repeats=2)
+    (remark,) = load_data(replace(config, start_from=str(run))).summary.remarks
+    assert "has changed" in remark
+    (place / "moved.csv").unlink()
+
+
+def test_a_label_joins_and_the_others_stay(config: TrainConfig, place: Path, base: Path) -> None:
+    result = train(replace(config, name="second", epochs=8, baselines=("none",)))
+    assert result.metrics.accuracy == 1
+    card = metadata.read_card(result.directory / "adapter")
+    assert set(card.labels) == set(WORDS)
+    # A run after that one leaves out what either has learned.
+    third = replace(config, start_from=str(result.directory))
+    learned = {*load_data(config).train.texts}
+    held_out = load_data(third)
+    assert not {*held_out.test.texts, *held_out.validation.texts} & learned
+
+
+def test_it_takes_a_third_of_the_steps(config: TrainConfig) -> None:
+    for rows in (100, 10_000):
+        anew = replace(config, start_from=None).num_steps(rows)
+        assert abs(config.num_steps(rows) - anew / 3) <= 1
+    assert replace(config, epochs=5.0).num_steps(8) == 5
+
+
+def test_labels_that_are_gone_are_told(config: TrainConfig, tmp_path: Path) -> None:
+    said: list[str] = []
+    reporter = Reporter()
+    reporter.say = said.append  # type: ignore[method-assign]
+    fewer = replace(config, data=str(write(tmp_path / "few.csv", [*OLD[1:], NEW])))
+    with open_session(fewer, load_data(fewer), reporter=reporter) as session:
+        assert set(session.prompt.labels) == {*OLD[1:], NEW}
+    assert any(f"1 labels of {config.start_from} are not in the table" in line for line in said)
+
+
+WRONG = {
+    "rank": (["--rank", "4"], 2, "has rank 8 and these settings have 4; give --rank 8"),
+    "layers": (["--target-modules", "q_proj"], 2, "on other layers; give --target-modules down_"),
+    "instruction": (["--instruction", "Sort."], 2, "--instruction 'Classify the message.'; give"),
+    "curve": (["--learning-curve", "2,all"], 2, "trains each size anew; leave out --from"),
+    "full": (["--method", "full"], 2, "first/model"),
+    "nothing": (["--from", "no-run"], 4, "no-run"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_one_line(
+    name: str, config: TrainConfig, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, code, wanted = WRONG[name]
+    given = {"--model": config.model, "--output": place / "runs", "--rank": "8"}
+    given |= {"--from": config.start_from, flags[0]: flags[1]}
+    assert call("train", config.data, *(word for flag in given.items() for word in flag)) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert wanted in error
+    assert [path.name for path in (place / "runs").iterdir() if path.name.startswith("all")] == []
+
+
+def test_another_base_is_named(config: TrainConfig, place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "runs" / "first", tmp_path / "run")
+    card = (run / "adapter" / "remora.json").read_text()
+    sha256 = metadata.read_card(run / "adapter").base_sha256
+    (run / "adapter" / "remora.json").write_text(card.replace(sha256, "0" * 64))
+    other = replace(config, start_from=str(run))
+    with pytest.raises(ModelError, match=f"has other weights; give --model {config.model}"):
+        open_session(other, load_data(other)).__enter__()
