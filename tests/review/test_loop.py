@@ -206,6 +206,21 @@ def test_decided_rows_are_not_listed_again(
     assert "holds no decision that changes a training row" in capsys.readouterr().err
 
 
+def test_a_new_run_that_was_stopped_goes_on(
+    noisy: Path, truth: dict[int, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    decide(noisy / "relabel.csv", truth)
+    settings = (noisy / "config.toml").read_text()
+    (noisy / "config.toml").write_text(settings + 'max_time = "0s"\n')
+    assert call("retrain", noisy) == 75
+    assert "run the same command again to resume" in capsys.readouterr().err
+    (noisy / "config.toml").write_text(settings)
+    assert call("retrain", noisy) == 0
+    assert {path.name for path in noisy.parent.iterdir()} == {"noisy", "noisy-cleaned"}
+    assert call("retrain", noisy) == 0
+    assert (noisy.parent / "noisy-cleaned-2" / "evaluation.json").is_file()
+
+
 def decide(path: Path, choices: Mapping[int, str]) -> None:
     """Write decisions into a relabel.csv, as a person in a spreadsheet does."""
     with path.open(newline="") as file:
