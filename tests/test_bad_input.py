@@ -6,6 +6,7 @@ REMORA_WRITE_DOCS=1 python -m pytest tests/test_bad_input.py    # writes
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ from hybrids import save_base
 from remora.diagnosis import relabel
 from remora.models import gguf, gguf_conversion, quantize
 from remora.runtime import memory
+from remora.serving import ray_workers
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = (
@@ -110,6 +113,44 @@ def embeddings(shop: Workshop, folder: str, *, installed: bool = True) -> list[s
         importlib.util, "find_spec", lambda n: found if n == "sentence_transformers" else spec(n)
     )
     return train("good.csv", "--baselines", "embeddings", "--embedding-model", folder)
+
+
+def on_ray(
+    shop: Workshop,
+    source: str,
+    output: str,
+    *more: str,
+    installed: bool = True,
+    memory_bytes: float | None = None,
+) -> list[str]:
+    """The command on a Ray that is not needed: none answers, or its room is known."""
+    spec, patch = importlib.util.find_spec, shop.patch()
+    found = object() if installed else None
+    patch.setattr(importlib.util, "find_spec", lambda n: found if n == "ray" else spec(n))
+    if memory_bytes is None:
+        more = ("--address", "127.0.0.1:1", *more)
+    else:
+        nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": memory_bytes}}]
+        ray = SimpleNamespace(nodes=lambda: nodes)
+        patch.setattr(ray_workers, "connected", lambda _: contextlib.nullcontext(ray))
+    return ["predict", "runs/good", source, "--engine", "ray", "--output", output, *more]
+
+
+def begun_on_ray(shop: Workshop, output: str) -> None:
+    """Leave the folder of a command that came as far as its cluster."""
+    shop.write("begun.csv", table(GOOD_ROWS))
+    assert call(*on_ray(shop, "begun.csv", output)) == 2
+
+
+def changed_source(shop: Workshop) -> list[str]:
+    begun_on_ray(shop, "changed.csv")
+    shop.write("begun.csv", table(GOOD_ROWS[1:]))
+    return on_ray(shop, "begun.csv", "changed.csv")
+
+
+def other_run(shop: Workshop) -> list[str]:
+    begun_on_ray(shop, "other.csv")
+    return on_ray(shop, "begun.csv", "other.csv", "--top-k", "2")
 
 
 def broken_adapter(shop: Workshop, **changes: object) -> list[str]:
@@ -550,6 +591,16 @@ CASES: list[Case] = [
         ),
     ),
     (
+        "a new name for a label that is not there",
+        2,
+        lambda s: train("good.csv", "--rename-labels", '{"refnud": "money"}'),
+    ),
+    (
+        "a blank name for a label",
+        2,
+        lambda s: train("good.csv", "--rename-labels", '{"refund": " "}'),
+    ),
+    (
         "a test table without labels",
         3,
         lambda s: train("good.csv", "--test", s.write("test.csv", "id,text\n1,a\n")),
@@ -558,6 +609,31 @@ CASES: list[Case] = [
         "an output of no known format",
         2,
         lambda s: ["predict", "runs/good", "good.csv", "--output", "out.xml"],
+    ),
+    (
+        "engine ray without Ray",
+        2,
+        lambda s: on_ray(s, "good.csv", "parts.csv", installed=False),
+    ),
+    (
+        "engine ray without an output",
+        2,
+        lambda s: ["predict", "runs/good", "good.csv", "--engine", "ray"],
+    ),
+    ("a Ray cluster that does not answer", 2, lambda s: on_ray(s, "good.csv", "silent.csv")),
+    (
+        "workers of Ray that have no room for the model",
+        5,
+        lambda s: on_ray(s, "good.csv", "roomless.csv", memory_bytes=1e8),
+    ),
+    ("a glob without files", 3, lambda s: on_ray(s, "none/*.parquet", "parts.csv")),
+    ("a URL of no known file system", 2, lambda s: on_ray(s, "nowhere://a/b.csv", "parts.csv")),
+    ("a source that changed between two starts", 3, changed_source),
+    ("a folder of parts of another run", 2, other_run),
+    (
+        "a folder of other things for the parts",
+        2,
+        lambda s: on_ray(s, "good.csv", Path(s.write("photos.csv/me.png", "")).parent.name),
     ),
     (
         "a column to keep that is not there",

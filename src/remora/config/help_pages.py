@@ -53,13 +53,13 @@ EXAMPLES = {
     ),
     "review": (
         "remora review runs/data-nano",
-        "remora review runs/data-nano --no-browser --port 8900",
+        "remora review runs/data-nano --no-browser --port 8001",
         "remora review runs/data-nano --json",
     ),
     "retrain": (
         "remora retrain runs/data-nano",
-        "remora retrain runs/data-nano --name second",
-        "remora retrain runs/data-nano --corrections edited.csv",
+        "remora retrain runs/data-nano --name cleaned",
+        "remora retrain runs/data-nano --corrections relabel.csv",
     ),
     "compare": (
         "remora compare runs/data-nano runs/data-qwen",

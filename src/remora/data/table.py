@@ -137,7 +137,7 @@ def read_parts(
                 remarks.add(part.name, SKIPPED[kind], row, line)
                 continue
             try:
-                table.texts.append(_joined(chosen[:-1], cells))
+                table.texts.append(message(chosen[:-1], cells))
                 table.labels.append(label_of(label, known, forms))
             except DataError as error:
                 raise DataError(f"{part.name}: {row_place(row, line)} has {error}") from None
@@ -153,7 +153,16 @@ def read_parts(
     return table, chosen
 
 
-def _joined(columns: Sequence[str], cells: Sequence[object]) -> str:
+def message(columns: Sequence[str], cells: Sequence[object]) -> str:
+    """Return the text of a row as the model reads it.
+
+    Args:
+        columns: The names of the text columns.
+        cells: Their values in the row, not all of them blank.
+
+    Raises:
+        DataError: Without the row: a cell holds no text.
+    """
     if len(cells) == 1:
         return text_of(cells[0])
     return joined(columns, ["" if is_blank(cell) else text_of(cell) for cell in cells])
@@ -197,6 +206,18 @@ def open_stream(
         DataError: As in `read_table`: at once for the first row, else when the row is reached.
     """
     part = file_part(Path(source), options, allow_text=True)
+    return open_part(part, text_column=text_column, keep=keep, trained=trained, remarks=remarks)
+
+
+def open_part(
+    part: Part,
+    *,
+    text_column: str | Sequence[str] | None = None,
+    keep: Sequence[str] | None = None,
+    trained: Sequence[str] = (),
+    remarks: Remarks | None = None,
+) -> Stream:
+    """Open a table whose rows are read one by one; the arguments are those of `open_stream`."""
     remarks = Remarks() if remarks is None else remarks
     names, kept = list[str](), list[str]()
 
@@ -220,7 +241,7 @@ def open_stream(
                 remarks.add(part.name, "with a blank text, without a label", row, line)
                 continue
             try:
-                yield _joined(names, cells), others
+                yield message(names, cells), others
             except DataError as error:
                 raise DataError(f"{part.name}: {row_place(row, line)} has {error}") from None
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remora.config import DiagnoseConfig, TrainConfig
+from remora.config.train import CORRECTIONS
 from remora.data import sources
 from remora.data.corrections import Corrections, Decisions, read_corrections
 from remora.data.dataset import Dataset, load_again
@@ -251,7 +252,7 @@ def decided_before(run: Path, given: Table) -> Corrections | None:
     Raises:
         DataError: If the file is broken or not for these rows.
     """
-    for name in (relabel.FILE, run_directory.CORRECTIONS):
+    for name in (relabel.FILE, CORRECTIONS):
         if (run / name).is_file():
             return read_corrections(run / name, given)
     return None

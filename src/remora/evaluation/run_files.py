@@ -96,6 +96,39 @@ def setting_rows(values: Mapping[str, Any], above: str = "") -> list[tuple[str, 
     return rows
 
 
+def resolved(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Return settings with what a run has chosen in place of what was left to it.
+
+    The peak learning rate and the epochs are in metrics.jsonl, the adapted layers in the adapter's
+    configuration, and device, precision and micro-batch in the plan.
+    """
+    records = [each for each in read_records(directory) if "loss" in each]
+    plan = results.read_json(directory / "plan.json") or {}
+    adapter = results.read_json(directory / "adapter" / "adapter_config.json") or {}
+    found: dict[str, Any] = {}
+    if records:
+        rate = max(each.get("learning_rate", 0.0) for each in records)
+        found = {"learning_rate": f"{rate:.2g}", "epochs": f"{records[-1].get('epoch', 0):.1f}"}
+    modules = adapter.get("target_modules")
+    if modules:
+        found["target_modules"] = (
+            modules if isinstance(modules, str) else ", ".join(sorted(modules))
+        )
+    found |= {k: plan[k] for k in ("device", "precision", "layout") if k in plan}
+    if "checkpointing" in plan:
+        found["checkpointing"] = "on" if plan["checkpointing"] else "off"
+    if "micro_batch_tokens" in plan:
+        found["micro_batch_tokens"] = plan["micro_batch_tokens"]
+    if "shard" in plan:
+        found["shard"] = "on" if plan["shard"] else "off"
+    chosen = {
+        name: f"{_spoken(value)} (by default)"
+        for name, value in found.items()
+        if settings.get(name) in (None, [], "auto")
+    }
+    return {**settings, **chosen}
+
+
 def _spoken(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -95,7 +95,8 @@ def install(model: Any) -> None:
     ).to_empty(device=stock.weight.device)
     head.load_state_dict(stock.float().state_dict())
     setattr(model, HEAD, head.requires_grad_(stock.weight.requires_grad))
-    model.__class__ = _where_asked(type(model))
+    kind: Any = type(model)
+    model.__class__ = _where_asked(kind)
 
 
 def head_of(model: Any) -> Any:

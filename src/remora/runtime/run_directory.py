@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import importlib.metadata
 import json
@@ -21,9 +20,6 @@ from remora.config import TrainConfig
 from remora.errors import ConfigError, DataError
 from remora.formatting import one_line
 from remora.runtime.files import disk_errors
-
-CORRECTIONS = "corrections.csv"
-"""The decisions that a run's training rows were corrected by."""
 
 
 def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Path]:
@@ -94,10 +90,8 @@ def read_settings(directory: Path) -> TrainConfig:
     """
     path = directory / "config.toml"
     try:
-        settings = TrainConfig.from_toml(path.read_text(encoding="utf-8"))
-        if settings.corrections:  # they are kept with the run, wherever it was moved to
-            settings = dataclasses.replace(settings, corrections=str(directory / CORRECTIONS))
-        return settings
+        text = path.read_text(encoding="utf-8")
+        return TrainConfig.from_toml(text, directory)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"

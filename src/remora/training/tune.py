@@ -165,7 +165,8 @@ class _Tuning:
             "label_texts": CategoricalDistribution(["labels", "words"]),
             "list_labels": CategoricalDistribution([False, True]),
         }
-        if self.config.label_texts or not self._words():  # nothing else to write
+        writes = self.config.answer == "words"
+        if self.config.label_texts or not writes or not self._words():  # nothing else to write
             del space["label_texts"]
         return {name: space[name] for name in self.config.search if name in space}
 
