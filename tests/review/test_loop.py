@@ -12,7 +12,7 @@ import pytest
 
 import chromium
 from conftest import WAYS, WORDS, call, write_table
-from remora.config import DiagnoseConfig, TrainConfig
+from remora.config import DiagnoseConfig
 from remora.data import sources
 from remora.data.dataset import load_data
 from remora.data.table import Table, read_table
@@ -130,7 +130,7 @@ def test_a_scripted_reviewer_makes_the_classifier_better(
     settings = run_directory.read_settings(new)
     after = load_data(settings)
     assert settings.corrections == str(new / "corrections.csv")
-    assert TrainConfig.from_toml((new / "config.toml").read_text()) == settings
+    assert f"corrections = {json.dumps(settings.corrections)}" in (new / "config.toml").read_text()
     assert (after.validation, after.test) == (before.validation, before.test)
     assert after.train.texts == before.train.texts
     right = [truth.get(row + 1, old) for row, old in zip(*rows_of(before.train), strict=True)]
