@@ -119,6 +119,28 @@ def test_training_rows_change_and_no_others(settings: TrainConfig, per_class: in
     )
 
 
+def test_a_folder_with_a_test_table_and_a_sample_are_corrected(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [f"message {i},{'ab'[i % 2]}" for i in range(20)]
+    (folder / "train.csv").write_text("\n".join(["text,label", *lines]))
+    (folder / "test.csv").write_text("\n".join(["text,label", *lines[:4]]))
+    path = tmp_path / "relabel.csv"
+    path.write_text("row,text,label,decision\n1,message 0,a,b\n2,message 1,b,delete\n")
+    settings = TrainConfig(str(folder), model="nano", validation_fraction=0.0)
+    before = load_data(settings)
+    after = load_data(replace(settings, corrections=str(path)))
+    assert after.train.labels == ["b", *before.train.labels[2:]]
+    assert after.test == before.test  # rows of a table of its own are never meant
+
+    path.write_text("row,text,label,decision\n")
+    rows = load_data(TrainConfig("sample:support", model="nano")).train
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerow([rows.places[0] + 1, rows.texts[0], rows.labels[0], "no_signal"])
+    sample = TrainConfig("sample:support", model="nano", corrections=str(path))
+    assert load_data(sample).train.labels == ["no_signal", *rows.labels[1:]]
+
+
 def test_corrections_that_leave_one_label_are_refused(settings: TrainConfig) -> None:
     rows = source_rows(load_data(settings))
     wanted = decide(settings, dict.fromkeys(rows.places, "a"))

@@ -130,6 +130,7 @@ def test_a_scripted_reviewer_makes_the_classifier_better(
     settings = run_directory.read_settings(new)
     after = load_data(settings)
     assert settings.corrections == str(new / "corrections.csv")
+    assert f"corrections = {json.dumps(settings.corrections)}" in (new / "config.toml").read_text()
     assert (after.validation, after.test) == (before.validation, before.test)
     assert after.train.texts == before.train.texts
     right = [truth.get(row + 1, old) for row, old in zip(*rows_of(before.train), strict=True)]
@@ -204,6 +205,21 @@ def test_decided_rows_are_not_listed_again(
     capsys.readouterr()
     assert call("retrain", new) == 3  # all of its decisions are in it already
     assert "holds no decision that changes a training row" in capsys.readouterr().err
+
+
+def test_a_new_run_that_was_stopped_goes_on(
+    noisy: Path, truth: dict[int, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    decide(noisy / "relabel.csv", truth)
+    settings = (noisy / "config.toml").read_text()
+    (noisy / "config.toml").write_text(settings + 'max_time = "0s"\n')
+    assert call("retrain", noisy) == 75
+    assert "run the same command again to resume" in capsys.readouterr().err
+    (noisy / "config.toml").write_text(settings)
+    assert call("retrain", noisy) == 0
+    assert {path.name for path in noisy.parent.iterdir()} == {"noisy", "noisy-cleaned"}
+    assert call("retrain", noisy) == 0
+    assert (noisy.parent / "noisy-cleaned-2" / "evaluation.json").is_file()
 
 
 def decide(path: Path, choices: Mapping[int, str]) -> None:

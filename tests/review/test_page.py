@@ -113,8 +113,14 @@ def test_keys_can_be_turned_off_and_fast_ones_decide_nothing_unseen(
     with reviewing(run) as review:
         open_at(browser, review.url, "my card is late")
         browser.run(
-            "for (const key of 'aaaa') document.dispatchEvent(new KeyboardEvent('keydown', {key}))"
+            "(fetched => { window.fetch = (path, options) => path.startsWith('rows/')"
+            " ? new Promise(done => setTimeout(done, 500)).then(() => fetched(path, options))"
+            " : fetched(path, options) })(window.fetch)"
         )
+        browser.press("a")
+        browser.wait("current.row === 6")  # the next row, whose text is not there yet
+        assert browser.run(text_of("message")) == "my card is late"
+        browser.press("a")
         wait_for(browser, "=refund(1)")
         time.sleep(0.2)
         assert [row for row, decision in decisions(run).items() if decision] == [2]

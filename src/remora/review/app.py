@@ -57,7 +57,7 @@ def application(queue: Queue, token: str, end: Callable[[], None]) -> Any:
         },
     )
     app.state.bodies = BodyReader(MAX_BODY_BYTES, BODY_SECONDS)
-    app.include_router(_routes(queue, end), prefix=f"/{token}")
+    app.include_router(_routes(queue, end))
     return _Guard(app, token)
 
 
@@ -107,13 +107,14 @@ class _Guard:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request, or refuse it."""
         refusal = None
-        given = scope["path"].split("/")[1].encode("utf-8", "replace")
+        given, _, path = scope["path"][1:].partition("/")
         if host_of(scope) not in LOCAL_NAMES:
             # DNS rebinding: a web page may point a name of its own at this machine.
             refusal = problem(403, OTHER_HOST)
-        elif not hmac.compare_digest(given, self._token):
+        elif not hmac.compare_digest(given.encode("utf-8", "replace"), self._token):
             refusal = problem(404, "nothing is here; open the address that `remora review` printed")
-        await (refusal or self._app)(scope, receive, send)
+        inside = {**scope, "path": f"/{path}", "raw_path": f"/{path}".encode("utf-8", "replace")}
+        await (refusal or self._app)(inside, receive, send)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
