@@ -22,6 +22,7 @@ import chromium
 
 PICTURES = (
     # name, what stands at the top, colour scheme, width, height
+    ("report-next", "next", "light", 1200, 520),
     ("report-result", "result", "light", 1200, 410),
     ("report-confusion", "matrix-controls", "dark", 1200, 880),
     ("report-diagnosis", "diagnosis", "light", 1200, 680),

@@ -6,10 +6,12 @@ REMORA_WRITE_DOCS=1 python -m pytest tests/test_bad_input.py    # writes
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,8 +31,10 @@ import finished
 import gguf_files
 from conftest import WAYS, WORDS, call
 from hybrids import save_base
+from remora.diagnosis import relabel
 from remora.models import gguf, gguf_conversion, quantize
 from remora.runtime import memory
+from remora.serving import ray_workers
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = (
@@ -108,6 +113,44 @@ def embeddings(shop: Workshop, folder: str, *, installed: bool = True) -> list[s
         importlib.util, "find_spec", lambda n: found if n == "sentence_transformers" else spec(n)
     )
     return train("good.csv", "--baselines", "embeddings", "--embedding-model", folder)
+
+
+def on_ray(
+    shop: Workshop,
+    source: str,
+    output: str,
+    *more: str,
+    installed: bool = True,
+    memory_bytes: float | None = None,
+) -> list[str]:
+    """The command on a Ray that is not needed: none answers, or its room is known."""
+    spec, patch = importlib.util.find_spec, shop.patch()
+    found = object() if installed else None
+    patch.setattr(importlib.util, "find_spec", lambda n: found if n == "ray" else spec(n))
+    if memory_bytes is None:
+        more = ("--address", "127.0.0.1:1", *more)
+    else:
+        nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "memory": memory_bytes}}]
+        ray = SimpleNamespace(nodes=lambda: nodes)
+        patch.setattr(ray_workers, "connected", lambda _: contextlib.nullcontext(ray))
+    return ["predict", "runs/good", source, "--engine", "ray", "--output", output, *more]
+
+
+def begun_on_ray(shop: Workshop, output: str) -> None:
+    """Leave the folder of a command that came as far as its cluster."""
+    shop.write("begun.csv", table(GOOD_ROWS))
+    assert call(*on_ray(shop, "begun.csv", output)) == 2
+
+
+def changed_source(shop: Workshop) -> list[str]:
+    begun_on_ray(shop, "changed.csv")
+    shop.write("begun.csv", table(GOOD_ROWS[1:]))
+    return on_ray(shop, "begun.csv", "changed.csv")
+
+
+def other_run(shop: Workshop) -> list[str]:
+    begun_on_ray(shop, "other.csv")
+    return on_ray(shop, "begun.csv", "other.csv", "--top-k", "2")
 
 
 def broken_adapter(shop: Workshop, **changes: object) -> list[str]:
@@ -273,6 +316,40 @@ def relabelled(shop: Workshop, *row: str) -> list[str]:
     return ["diagnose", "runs/good", "--apply", "relabel.csv"]
 
 
+SHEET = ("row", "text", "label", "suggested", "p_wrong", "decision")
+
+
+def listed(shop: Workshop, *row: str, text: str = GOOD_ROWS[0][0], to: str = "") -> str:
+    """Write a list of suspects into a copy of the run, as `diagnose` does."""
+    label = GOOD_ROWS[0][1]
+    lines = [",".join(SHEET), ",".join([*(row or ("1",)), f'"{text}"', label, "refund", "0.9", to])]
+    (shop.copy_of_run() / "relabel.csv").write_text("\n".join(lines) + "\n")
+    return "copy"
+
+
+def review_of_changed_table(shop: Workshop) -> list[str]:
+    command = changed_table(shop, "review", "copy")
+    settings = (shop.folder / "copy" / "config.toml").read_text()
+    listed(shop)  # copies the run again
+    (shop.folder / "copy" / "config.toml").write_text(settings)
+    return command
+
+
+def reviewed_already(shop: Workshop) -> list[str]:
+    run = listed(shop)
+    shop.patch().setattr(platform, "node", lambda: "this-machine")
+    shop.held.enter_context(relabel.hold(Path(run)))
+    return ["review", run]
+
+
+def without_fastapi(shop: Workshop) -> list[str]:
+    patch = shop.patch()
+    for module in ("remora.review.session", "remora.review.app"):
+        patch.delitem(sys.modules, module, raising=False)
+        patch.delattr(f"{module.rpartition('.')[0]}.{module.rpartition('.')[2]}", raising=False)
+    return without(shop, "fastapi", ["review", listed(shop)])
+
+
 def damaged_checkpoint(shop: Workshop) -> list[str]:
     command = unfinished(shop)
     (path,) = (shop.folder / "runs" / "mine" / "checkpoints").glob("*/tensors.safetensors")
@@ -418,6 +495,9 @@ CASES: list[Case] = [
     ),
     ("a service of nothing", 2, lambda s: ["serve"]),
     ("a service on a port that is taken", 2, taken_port),
+    ("a review on a port that is taken", 2, lambda s: ["review", listed(s), *taken_port(s)[2:]]),
+    ("a review of a run that is being reviewed", 2, reviewed_already),
+    ("a review without the serve extra", 2, without_fastapi),
     ("a service open to other machines without a token", 2, open_to_all),
     (
         "a missing token file",
@@ -511,6 +591,16 @@ CASES: list[Case] = [
         ),
     ),
     (
+        "a new name for a label that is not there",
+        2,
+        lambda s: train("good.csv", "--rename-labels", '{"refnud": "money"}'),
+    ),
+    (
+        "a blank name for a label",
+        2,
+        lambda s: train("good.csv", "--rename-labels", '{"refund": " "}'),
+    ),
+    (
         "a test table without labels",
         3,
         lambda s: train("good.csv", "--test", s.write("test.csv", "id,text\n1,a\n")),
@@ -519,6 +609,31 @@ CASES: list[Case] = [
         "an output of no known format",
         2,
         lambda s: ["predict", "runs/good", "good.csv", "--output", "out.xml"],
+    ),
+    (
+        "engine ray without Ray",
+        2,
+        lambda s: on_ray(s, "good.csv", "parts.csv", installed=False),
+    ),
+    (
+        "engine ray without an output",
+        2,
+        lambda s: ["predict", "runs/good", "good.csv", "--engine", "ray"],
+    ),
+    ("a Ray cluster that does not answer", 2, lambda s: on_ray(s, "good.csv", "silent.csv")),
+    (
+        "workers of Ray that have no room for the model",
+        5,
+        lambda s: on_ray(s, "good.csv", "roomless.csv", memory_bytes=1e8),
+    ),
+    ("a glob without files", 3, lambda s: on_ray(s, "none/*.parquet", "parts.csv")),
+    ("a URL of no known file system", 2, lambda s: on_ray(s, "nowhere://a/b.csv", "parts.csv")),
+    ("a source that changed between two starts", 3, changed_source),
+    ("a folder of parts of another run", 2, other_run),
+    (
+        "a folder of other things for the parts",
+        2,
+        lambda s: on_ray(s, "good.csv", Path(s.write("photos.csv/me.png", "")).parent.name),
     ),
     (
         "a column to keep that is not there",
@@ -606,6 +721,27 @@ CASES: list[Case] = [
         "a decision for a missing row",
         3,
         lambda s: relabelled(s, "99", *GOOD_ROWS[0], "refund"),
+    ),
+    ("a review of no run", 3, lambda s: ["review", "runs/none"]),
+    ("a review of a run without a diagnosis", 3, lambda s: ["review", "runs/good"]),
+    ("a review whose table has changed", 3, review_of_changed_table),
+    ("a review whose rows have moved", 3, lambda s: ["review", listed(s, "2")]),
+    (
+        "a review of a list that a spreadsheet has broken",
+        3,
+        lambda s: ["review", listed(s, "1", "too", "many")],
+    ),
+    ("a new run of a run without a diagnosis", 3, lambda s: ["retrain", "runs/good"]),
+    ("a new run of a run that nothing was decided on", 3, lambda s: ["retrain", listed(s)]),
+    (
+        "corrections that are not there",
+        3,
+        lambda s: train("good.csv", "--corrections", "none.csv"),
+    ),
+    (
+        "corrections of other rows",
+        3,
+        lambda s: train("good.csv", "--corrections", f"{listed(s, text='other')}/relabel.csv"),
     ),
     ("a report of no run", 3, lambda s: ["report", "runs/none"]),
     ("a report of an unfinished run", 3, lambda s: of_unfinished(s, "report")),
@@ -853,6 +989,7 @@ def test_the_page_has_a_row_for_each_input() -> None:
 def shortened(line: str, folder: Path) -> str:
     line = line.replace(f"{folder}/", "").replace(str(folder), ".")
     line = re.sub(r"port \d+", "port 8000", line)
+    line = re.sub(r"process \d+", "process 4711", line)
     line = re.sub(r"takes [\d,]+;", "takes 2,000;", line)  # the size depends on folder names
     return line.replace("|", "\\|").replace("<", "\\<")
 

@@ -38,7 +38,7 @@ OF_A_RUN = {
     *("data", "name", "output", "validation", "test", "text_column", "label_column"),
     *("test_fraction", "rows_per_class", "learning_curve", "devices", "shard", "trackers"),
     *("checkpoint_minutes", "max_time", "baselines", "embedding_model", "tolerance"),
-    *("input_format", "columns", "strict", "merge_labels"),
+    *("input_format", "columns", "strict", "merge_labels", "rename_labels"),
 }
 """Settings of tables, run directories, several processes, and of what is measured at the end."""
 

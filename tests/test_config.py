@@ -167,6 +167,7 @@ def read_back(text):
             "text_column": 'a "quoted" column',
             "instruction": "Two\nlines, a \\ and a tab\t.",
             "list_labels": True,
+            "rename_labels": {"a.b": "c", "d e": "c"},
             "label_texts": {"card arrival?": "Karte", "a.b": "=c", 'q"': ""},
             "max_length": 77,
             "alpha": 17.5,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from remora.classifier import TextClassifier
+    from remora.serving.predictor import Predictor
 
-__all__ = ["TextClassifier", "__version__"]
+__all__ = ["Predictor", "TextClassifier", "__version__"]
 __version__ = "0.1.0"
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from remora.classifier import TextClassifier
 
         return TextClassifier
+    if name == "Predictor":
+        from remora.serving.predictor import Predictor
+
+        return Predictor
     raise AttributeError(f"module 'remora' has no attribute {name!r}")

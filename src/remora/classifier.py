@@ -24,7 +24,7 @@ from remora.training.session import open_session
 
 OF_A_RUN = {
     *("data", "validation", "test", "text_column", "label_column", "test_fraction"),
-    *("input_format", "columns", "strict", "merge_labels"),
+    *("input_format", "columns", "strict", "merge_labels", "rename_labels"),
     *("rows_per_class", "learning_curve", "name", "output", "trackers"),
     *("baselines", "embedding_model", "tolerance"),
     *("devices", "shard", "checkpoint_minutes", "max_time"),

@@ -9,7 +9,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -26,6 +26,8 @@ from remora.config import (
     PredictConfig,
     PushConfig,
     ReportConfig,
+    RetrainConfig,
+    ReviewConfig,
     ServeConfig,
     TrainConfig,
     TuneConfig,
@@ -33,6 +35,9 @@ from remora.config import (
 from remora.config.help_pages import EXAMPLES, GROUPS, REST, examples
 from remora.errors import ConfigError, RemoraError, ResourceError
 from remora.runtime import launch
+
+if TYPE_CHECKING:
+    from remora.evaluation.findings import NextStep
 
 app = App(
     name="remora",
@@ -79,6 +84,7 @@ def train(
     with stop.listening():
         from remora import display
         from remora.diagnosis import learning_curve
+        from remora.evaluation import next_steps
         from remora.training.run import train
 
         curve = None
@@ -88,13 +94,17 @@ def train(
             else:
                 result = train(config, reporter=reporter)
         with stop.deferred():  # all is done, so show it even if a signal comes
+            steps = next_steps.told_next_steps(
+                lambda: next_steps.find_next_steps(result.directory), reporter.say
+            )
             if json:
                 more = {"learning_curve": curve.to_dict()} if curve else {}
-                _print_json(result.to_dict() | more)
+                _print_json(result.to_dict() | more | _as_json(steps))
                 return
             display.show_result(result)
             if curve:
                 display.show_learning_curve(curve)
+            display.show_next_steps(steps)
 
 
 @app.command(help_epilogue=examples("tune"))
@@ -150,6 +160,13 @@ def evaluate(config: EvalConfig) -> None:
 def predict(config: PredictConfig) -> None:
     """Classify messages as they arrive, from a table or from standard input."""
     from remora import display
+
+    if config.engine == "ray":
+        from remora.serving import ray_engine
+
+        with display.TerminalReporter().status_line() as reporter:
+            ray_engine.write_parts(config, reporter)
+        return
     from remora.serving import predict
 
     predict.write_predictions(config, sys.stdout, display.TerminalReporter().say)
@@ -159,19 +176,24 @@ def predict(config: PredictConfig) -> None:
 def compare(config: CompareConfig) -> None:
     """Compare runs side by side: does the bigger model earn its keep?"""
     from remora import display
-    from remora.evaluation import compare, report
+    from remora.evaluation import compare, next_steps, report
 
     if config.report:
         report.check_output(config.report, "report")
     comparison = compare.compare_runs(config)
     if config.report:
         report.write_comparison(config.report, comparison, config.runs)
+    steps = next_steps.told_next_steps(
+        lambda: next_steps.after_comparison(comparison, config.runs),
+        display.TerminalReporter().say,
+    )
     if config.json:
-        _print_json(comparison.to_dict())
+        _print_json(comparison.to_dict() | _as_json(steps))
     else:
         display.show_comparison(comparison)
         if config.report:
             display.show_line(f"report in {config.report}")
+        display.show_next_steps(steps)
 
 
 @app.command(help_epilogue=examples("diagnose"))
@@ -179,7 +201,7 @@ def diagnose(config: DiagnoseConfig) -> None:
     """Find out why a model makes mistakes, and which rows to check."""
     from remora import display
     from remora.diagnosis import diagnose
-    from remora.evaluation import report
+    from remora.evaluation import next_steps, report
 
     if config.apply is not None:
         path, num_corrected, num_deleted = diagnose.apply_corrections(config)
@@ -188,10 +210,52 @@ def diagnose(config: DiagnoseConfig) -> None:
     with display.TerminalReporter().live() as reporter:
         diagnosis = diagnose.diagnose_run(config, reporter=reporter)
         report.refresh(config.run, reporter.say)
+    steps = next_steps.told_next_steps(lambda: next_steps.find_next_steps(config.run), reporter.say)
     if config.json:
-        _print_json(diagnosis.to_dict())
+        _print_json(diagnosis.to_dict() | _as_json(steps))
     else:
         display.show_diagnosis(diagnosis, config.run)
+        display.show_next_steps(steps)
+
+
+@app.command(help_epilogue=examples("review"))
+def review(config: ReviewConfig) -> None:
+    """Decide on the rows that look mislabelled, on a page in the browser."""
+    from remora import display
+    from remora.review.session import Review
+
+    summary = Review(config, say=display.TerminalReporter().say).run()
+    if config.json:
+        _print_json(summary.to_dict())
+    else:
+        display.show_review(summary)
+
+
+@app.command(help_epilogue=examples("retrain"))
+def retrain(config: RetrainConfig) -> None:
+    """Train a run again on its rows as corrected, and say what that changes.
+
+    Settings, validation rows and test rows are those of the run.
+    """
+    from remora import display
+    from remora.runtime import run_directory
+    from remora.runtime.stop import Stop
+
+    devices = run_directory.read_settings(config.run).devices
+    if devices > 1 and launch.world_size() == 1:
+        raise SystemExit(launch.run(devices, sys.argv[1:]))
+    stop = Stop()
+    with stop.listening():
+        from remora.training import retrain
+
+        with display.TerminalReporter().live() as reporter:
+            result, change = retrain.retrain_run(config, reporter=reporter)
+        with stop.deferred():
+            if config.json:
+                _print_json(result.to_dict() | {"change": change.to_dict()})
+                return
+            display.show_result(result)
+            display.show_change(change)
 
 
 @app.command(help_epilogue=examples("export"))
@@ -315,6 +379,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
     return code
+
+
+def _as_json(steps: Sequence[NextStep]) -> dict[str, Any]:
+    return {"next_steps": [each.to_dict() for each in steps]}
 
 
 def _print_json(value: object) -> None:

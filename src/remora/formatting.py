@@ -1,9 +1,11 @@
-"""Text for messages: quoted names, lists, sizes, times, and errors on one line."""
+"""Text for messages and cells: quoted names, lists, sizes, times, errors on one line, formulas."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def quote(value: str) -> str:
@@ -55,3 +57,13 @@ def first_line(error: Exception) -> str:
     """Return the first line of another library's error message, or the error's type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def escape_formula(cell: str) -> str:
+    """Return a cell that no spreadsheet reads as a formula: with a quote in front."""
+    return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
+
+
+def unescape_formula(cell: str) -> str:
+    """Undo `escape_formula`."""
+    return cell[1:] if cell.startswith("'") and escape_formula(cell[1:]) == cell else cell

@@ -127,6 +127,7 @@ def test_counts_and_lines(tmp_path):
         "longest_text_chars": 13,
         "text_columns": ("message",),
         "remarks": (),
+        "rows_per_label": {"a": 6, "b": 2, "c": 1},
     }
     assert summary.lines() == [
         f"9 training, 2 validation and 4 test rows from {tmp_path} (text: 'message',"

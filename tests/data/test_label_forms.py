@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from data.test_table import write_csv
@@ -9,7 +11,7 @@ from remora.data import label_forms
 from remora.data.dataset import load_dataset
 from remora.data.parts import ReadOptions
 from remora.data.table import read_table
-from remora.errors import DataError
+from remora.errors import ConfigError, DataError
 
 FORMS = ["Positive", "positive", "POSITIVE", "caf\u00e9 bar", "cafe\u0301  bar", "negative"]
 
@@ -63,3 +65,36 @@ def test_labels_of_a_table_without_a_header(tmp_path):
     path = write_csv(tmp_path / "a.csv", [("x", "1")], ("t", "l"))
     table = read_table(path, options=ReadOptions(columns=("text", "label")))
     assert table.labels == ["l", "1"]
+
+
+def test_renamed_labels_are_merged_in_every_table(tmp_path):
+    source = forms_table(tmp_path / "a.csv", {"late": 9, "lost": 9, "refund": 9})
+    test = forms_table(tmp_path / "b.csv", {"lost": 2, "late": 1, "refund": 1})
+    names = {"late": "late or lost", "lost": "late or lost"}
+    dataset = load_dataset(source, test=test, rename_labels=names)
+    assert dataset.labels == ("late or lost", "refund")
+    assert sorted(dataset.test.labels) == ["late or lost"] * 3 + ["refund"]
+    counts = dataset.summary.to_dict()["rows_per_label"]
+    assert sum(counts.values()) == len(dataset.train)
+    assert counts["late or lost"] > counts["refund"]
+    assert len(load_dataset(source, test=test).labels) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ({"lates": "x"}, "'lates', which no training row has; did you mean 'late'?"),
+        ({"zzz": "x"}, "'zzz', which no training row has; give one of 'late', 'lost'"),
+        ({"late": " "}, "'late' the name ' '; give one without white space around it"),
+    ],
+)
+def test_a_label_that_is_not_there_is_not_renamed(tmp_path, names, told):
+    source = forms_table(tmp_path / "a.csv", {"late": 9, "lost": 9})
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_dataset(source, rename_labels=names)
+
+
+def test_labels_that_all_get_one_name_cannot_be_learned(tmp_path):
+    source = forms_table(tmp_path / "a.csv", {"late": 9, "lost": 9})
+    with pytest.raises(DataError, match="every training row has the label 'late'"):
+        load_dataset(source, rename_labels={"lost": "late"})

@@ -361,7 +361,7 @@ def test_rows_that_a_person_should_look_at() -> None:
     other = np.array([0, 1, 0, 0])
     judged = out_of_sample.Judgement(probabilities, (best, other), best, best)
     scores = np.array([3.0, 3.0, 1.0, 2.0])
-    noise = label_noise.LabelNoise(scores, np.array([0.1, 0.1, 0.3, 0.0]), 0.1, (0.0, 0.2))
+    noise = label_noise.LabelNoise(scores, np.array([0.1, 0.1, 0.5, 0.49]), 0.1, (0.0, 0.2))
     true = np.array([1, 1, 0, 0])
     assert diagnose.list_rows(judged, true, noise, []).tolist() == [True, False, True, False]
     conflicts = diagnose.list_rows(judged, true, noise, [(1, 3)])

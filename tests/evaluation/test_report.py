@@ -1,6 +1,7 @@
 """The report of a run: its figures, its safety, and what happens where it cannot be made.
 
-Also covers remora.evaluation.report_sections, run_files, rendering and confusion_matrix.
+Also covers remora.evaluation.report_sections, run_files, rendering, contradictions and
+confusion_matrix.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ import hostile
 from remora.cli import main
 from remora.config import DiagnoseConfig, ReportConfig
 from remora.errors import ResourceError
-from remora.evaluation import confusion_matrix, report, report_sections, run_files
+from remora.evaluation import (
+    confusion_matrix,
+    contradictions,
+    next_steps,
+    report,
+    report_sections,
+    run_files,
+)
+from remora.evaluation.predictions import PROBABILITIES
 from remora.models import model_card
 from remora.training import finish
 
@@ -150,7 +159,12 @@ def test_the_figures_are_those_of_evaluation_json(run: Path, read: Read) -> None
     assert f"macro-F1{ours['macro_f1']:.2%}" in text
     assert f"log-loss{ours['log_loss']:.3f}" in text
     assert f"calibration error{figures['reliability']['calibration_error']:.3f}" in text
-    for row, each in zip(table(read, "Figures by label")[1:], ours["per_class"], strict=True):
+    worst_first = sorted(ours["per_class"], key=lambda each: each["f1"])
+    for row, each in zip(table(read, "Figures by label")[1:], worst_first, strict=True):
+        place = LABELS.index(each["label"])
+        missed = sum(t == place != p for t, p in zip(TRUE, PREDICTED, strict=True))
+        wrongly = sum(p == place != t for t, p in zip(TRUE, PREDICTED, strict=True))
+        assert row[5:7] == [str(missed), str(wrongly)]
         shares = [f"{100 * each[name]:.1f}%" for name in ("precision", "recall", "f1")]
         assert row[:5] == [each["label"], *shares, str(each["support"])]
     for row, each in zip(table(read, "Largest confusions")[1:], ours["confusions"], strict=True):
@@ -161,17 +175,19 @@ def test_the_figures_are_those_of_evaluation_json(run: Path, read: Read) -> None
 
 
 def test_the_matrix_is_scikit_learns(run: Path, read: Read) -> None:
-    rows = table(read, "Confusion matrix")
-    order = rows[0][1:]
+    *rows, totals = table(read, "Confusion matrix")
+    order = rows[0][1:-1]
     assert sorted(order) == sorted(LABELS)
     true, predicted = ([LABELS[i] for i in places] for places in (TRUE, PREDICTED))
     expected = sklearn.metrics.confusion_matrix(true, predicted, labels=order).tolist()
-    assert [[int(cell or 0) for cell in row[1:]] for row in rows[1:]] == expected
+    assert [[int(cell or 0) for cell in row[1:-1]] for row in rows[1:]] == expected
+    assert [int(row[-1]) for row in rows[1:]] == [true.count(label) for label in order]
+    assert [int(cell) for cell in totals[1:]] == [*map(predicted.count, order), 100]
     assert [row[0] for row in rows[1:]] == order
 
 
 def test_labels_that_are_confused_are_neighbours(read: Read) -> None:
-    order = table(read, "Confusion matrix")[0][1:]
+    order = table(read, "Confusion matrix")[0][1:-1]
     for first, second in (("pin", "refund"), ("card arrival", "limit")):
         assert abs(order.index(first) - order.index(second)) == 1
     assert order[-1] == "top up"  # it has no mistakes
@@ -213,7 +229,8 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
         assert kept[row] == (text if text != "'=1" else "=1")  # as a spreadsheet's guard is undone
     assert "\0" not in html
     figures = table(found, "Figures by label")[1:]
-    assert [row[0] for row in figures] == [x.replace("\0", "\ufffd") for x in hostile.LABELS]
+    named = sorted(x.replace("\0", "\ufffd") for x in hostile.LABELS)
+    assert sorted(row[0] for row in figures) == named
     assert f"{hostile.ATTACKS[0]}. Merged into one label" in found.text
     assert ["instruction", hostile.ATTACKS[0]] in table(found, "config.toml")
 
@@ -257,7 +274,7 @@ def test_too_many_labels_for_a_matrix(run: Path, monkeypatch) -> None:
     rows = table(
         read, "Confusion matrix: rows are true labels, columns are predictions; the 2 of 5 labels"
     )
-    assert len(rows) == 3
+    assert len(rows) == 4  # the heading and the totals among them
     assert "top up" not in rows[0]
     assert len(table(read, "Figures by label")) == 6
 
@@ -415,3 +432,87 @@ def test_a_report_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch) 
     finish.write_pages(run, told.append)
     assert told[1].startswith("README.md could not be written (something unforeseen)")
     assert (run / "report.html").is_file()
+
+
+def test_next_steps_come_first(run: Path, tmp_path: Path) -> None:
+    html = report.page(run)
+    assert html.index("What to do next") < html.index('<h2 id="result-heading">')
+    steps = next_steps.find_next_steps(run)
+    text = Read(html).text
+    for step in steps:
+        for words in (step.sentence, *step.evidence, step.command):
+            assert words in text
+    for content in ("broken", None):  # a report needs no probabilities
+        other = write(tmp_path / str(content))
+        (other / PROBABILITIES).unlink()
+        if content:
+            (other / PROBABILITIES).write_text(content)
+        assert "What to do next" in report.page(other)
+
+
+def test_settings_are_those_that_the_run_has_chosen(tmp_path: Path) -> None:
+    run = write(tmp_path / "run")
+    modules = {"target_modules": ["v_proj", "q_proj"]}
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(modules))
+    plan = finished.PLAN | {"layout": "tree", "shard": False}
+    (run / "plan.json").write_text(json.dumps(plan))
+    rows = table(Read(report.page(run)), "config.toml")
+    assert ["learning rate", "0.001 (by default)"] in rows
+    assert ["target modules", "q_proj, v_proj (by default)"] in rows
+    assert ["epochs", "2.0 (by default)"] in rows
+    assert ["checkpointing", "off (by default)"] in rows
+    assert ["rank", "16"] in rows
+    assert not [row for row in rows if row[1] == "auto" and row[0] != "baselines"]
+
+
+def test_undecided_pairs_are_folded_below_the_others(tmp_path: Path) -> None:
+    run = write(tmp_path / "run")
+    finished.diagnose(run, LABELS, "no evidence")
+    path = run / "diagnosis.json"
+    diagnosis = json.loads(path.read_text(encoding="utf-8"))
+    (decided,) = diagnosis["pairs"]
+    undecided = decided | {"verdict": "undecided", "first": LABELS[2]}
+    path.write_text(json.dumps(diagnosis | {"pairs": [undecided, decided, undecided]}))
+    html = report.page(run)
+    text = " ".join(Read(html).text.split())
+    assert (
+        "7 of 90 rows may be mislabelled; of the 3 most confused pairs of labels: 1 overlapping"
+        in text
+    )
+    folded = html.index("2 confused pairs of labels without evidence for one cause")
+    shown = html.index("Most confused label pairs, with the cause")
+    assert shown < html.index("<bdi>card arrival</bdi> / <bdi>refund</bdi>") < folded
+    path.write_text(json.dumps(diagnosis | {"pairs": [undecided]}))
+    html = report.page(run)
+    assert "1 confused pair of labels without evidence" in html
+    assert "Most confused label pairs" not in html
+
+
+def test_contradictions_are_explained(tmp_path: Path) -> None:
+    """The p-value is the sum of hypergeometric probabilities, computed by hand."""
+    figures = {
+        "measured_on": "test",
+        "metrics": {"num_correct": 70, "num_rows": 100, "accuracy": 0.7}
+        | {"accuracy_interval": [0.6, 0.78]},
+        "reliability": {"bins": [{"confidence": 0.9, "num_rows": 100}], "calibration_error": 0.05}
+        | {"scaled_calibration_error": 0.07, "num_validation": 40},
+    }
+
+    def validated(accuracy: float) -> str | None:
+        best = {"validation_best": True, "validation_rows": 200, "validation_accuracy": accuracy}
+        return contradictions.of_validation([best], figures)
+
+    assert "the difference may be chance (p = 0.406," in (validated(0.75) or "")
+    assert "validation chose the weights, and so is optimistic" in (validated(0.9) or "")
+    assert "the test rows are easier" in (validated(0.5) or "")
+    assert contradictions.of_validation([], figures) is None
+    summary, (note,) = contradictions.of_confidence(figures)
+    assert "Mean confidence is 90.0%, accuracy 70.0%" in summary
+    assert "too confident" in summary
+    assert "The temperature makes it worse on these rows" in note
+    judged = {"out_of_sample_accuracy": 0.9, "num_rows": 500, "ceiling": {"accuracy": 0.65}}
+    worse, above = contradictions.of_diagnosis(judged, figures)
+    assert "The judges have 90.0% accuracy and this run 70.0%" in worse
+    assert "above the ceiling" in above
+    judged = {"out_of_sample_accuracy": 0.72, "num_rows": 500, "ceiling": {"accuracy": 0.9}}
+    assert contradictions.of_diagnosis(judged, figures) == []

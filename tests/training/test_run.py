@@ -98,6 +98,10 @@ def test_train_learns_and_shows_what_a_user_wants_to_know(finished) -> None:
     )
     for wanted in ("examples/s", "supervised tokens/s", "peak memory", "adapter    "):
         assert wanted in done.stdout
+    *_, command = done.stdout.splitlines()
+    assert "\nwhat to do next\n1. " in done.stdout
+    assert command.startswith("   remora ")
+    assert str(directory) in command
     assert "it/s" not in done.stdout + done.stderr
     assert "Warning" not in done.stderr
     assert "Traceback" not in done.stderr

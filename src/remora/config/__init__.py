@@ -13,6 +13,8 @@ from remora.config.plan import PlanConfig
 from remora.config.predict import PredictConfig
 from remora.config.push import PushConfig
 from remora.config.report import ReportConfig
+from remora.config.retrain import RetrainConfig
+from remora.config.review import ReviewConfig
 from remora.config.serve import ServeConfig
 from remora.config.train import TrainConfig
 from remora.config.tune import TuneConfig
@@ -30,6 +32,8 @@ __all__ = [
     "PredictConfig",
     "PushConfig",
     "ReportConfig",
+    "RetrainConfig",
+    "ReviewConfig",
     "ServeConfig",
     "TrainConfig",
     "TuneConfig",

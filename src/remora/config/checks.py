@@ -75,6 +75,27 @@ def to_bytes(amount: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
+def curve_sizes(text: str) -> tuple[int | None, ...]:
+    """Return the sizes of a text such as 5,10,all, None for all; () if it is none."""
+    words = text.replace(" ", "").split(",")
+    numbers = words[:-1] if words[-1] == "all" else words
+    if len(words) < 2 or not all(re.fullmatch(r"0*[1-9]\d{0,8}", each) for each in numbers):
+        return ()
+    sizes = [int(each) for each in numbers]
+    if sizes != sorted(set(sizes)):
+        return ()
+    return (*sizes, *([None] if words[-1] == "all" else []))
+
+
+def to_seconds(text: str) -> float | None:
+    """Return the seconds of a text such as 11h30m, None if it is no time."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not match or not any(match.groups()):
+        return None
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60.0 * minutes + seconds
+
+
 def _is_plain_name(name: str) -> bool:
     """Whether a name is one part of a path."""
     return Path(name).name == name and name not in {"", ".", ".."}
@@ -93,6 +114,7 @@ FileSize = Annotated[str, Constraint("an amount such as 3MB or 500kB", lambda x:
 MemorySize = Annotated[
     str, Constraint("an amount such as 16GB or 15.5GiB", lambda x: to_bytes(x) > 0)
 ]
+Port = Annotated[int, Constraint("a whole number from 0 to 65535", lambda n: 0 <= n <= 65_535)]
 PlainName = Annotated[str, Constraint("a name without slashes", _is_plain_name)]
 
 Answer = Literal["words", "classes"]
@@ -102,3 +124,25 @@ Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())
 TableFormat = Literal["csv", "tsv", "jsonl", "json", "parquet", "xlsx"]
 MessageFormat = Literal["text", "csv", "tsv", "jsonl", "json", "parquet", "xlsx"]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
+CurveSizes = Annotated[
+    str,
+    Constraint(
+        "two or more whole numbers that increase, such as 5,10,20,50,all",
+        lambda x: bool(curve_sizes(x)),
+    ),
+]
+Duration = Annotated[
+    str, Constraint("a time such as 11h30m, 45m or 90s", lambda x: to_seconds(x) is not None)
+]
+LearningRate = Annotated[float, Constraint("a number above 0 and at most 1", lambda x: 0 < x <= 1)]
+LearningRateRatio = Annotated[
+    float, Constraint("a number above 0 and at most 1000", lambda x: 0 < x <= 1000)
+]
+GradientNorm = Annotated[float, Constraint("a number above 0", lambda x: x > 0)]
+Initialization = Annotated[
+    Literal["default", "gaussian"],
+    Constraint(
+        "default or gaussian, the others change the base model",
+        lambda x: x in {"default", "gaussian"},
+    ),
+]

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from remora.config.checks import Accuracy, Names, check, split_names
+from remora.config.checks import Accuracy, Duration, Names, check, split_names, to_seconds
 from remora.config.help_pages import grouped
-from remora.config.train import Duration, TrainConfig, to_seconds
+from remora.config.train import TrainConfig
 
 
 @grouped(models="Choice", json="Output")

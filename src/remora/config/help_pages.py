@@ -51,6 +51,16 @@ EXAMPLES = {
         "remora diagnose runs/data-nano --method adapters",
         "remora diagnose runs/data-nano --json",
     ),
+    "review": (
+        "remora review runs/data-nano",
+        "remora review runs/data-nano --no-browser --port 8001",
+        "remora review runs/data-nano --json",
+    ),
+    "retrain": (
+        "remora retrain runs/data-nano",
+        "remora retrain runs/data-nano --name cleaned",
+        "remora retrain runs/data-nano --corrections relabel.csv",
+    ),
     "compare": (
         "remora compare runs/data-nano runs/data-qwen",
         "remora compare runs/data-nano runs/data-qwen --bar 0.93",

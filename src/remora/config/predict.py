@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cyclopts import Parameter
 
@@ -33,10 +35,12 @@ class PredictConfig:
 
     source: str = field(kw_only=False, default="-")
     """Messages: a table as `train` reads it, a text file with one message a line, or - for lines on
-    standard input."""
+    standard input. With engine ray: a path, a folder, a glob or a URL that fsspec knows, such as
+    s3://bucket/in/*.parquet."""
 
-    output: Path | None = None
-    """File to write instead of standard output: .csv, .jsonl or .parquet."""
+    output: str | None = None
+    """File to write instead of standard output: .csv, .jsonl or .parquet. With engine ray: a folder
+    of such a name, or a URL, for the parts."""
 
     text_column: tuple[str, ...] | None = None
     """Column of the messages, or several; by default those of the training table, or found by its
@@ -84,8 +88,27 @@ class PredictConfig:
     json: bool = False
     """Write JSON lines instead of CSV."""
 
+    engine: Literal["local", "ray"] = "local"
+    """Where to compute: in this process, or by workers of Ray, which resume an interrupted run."""
+
+    address: str | None = None
+    """Ray cluster to join, such as 10.0.0.5:6379, or auto; by default Ray starts on this machine
+    and ends with the command."""
+
+    workers: Count | None = None
+    """Workers of Ray, each with the model; by default as many as the GPUs, or the cores and the
+    memory, allow."""
+
+    worker_cores: Count = 4
+    """Cores of each worker without a GPU, if a machine has as many."""
+
+    part_rows: Count = 100_000
+    """Most rows in each part of the output. A part is also ended after ten minutes."""
+
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
+        if self.output is not None:
+            object.__setattr__(self, "output", os.fspath(self.output))
         object.__setattr__(self, "text_column", as_names(self.text_column))
         object.__setattr__(self, "id_column", as_names(self.id_column))
         object.__setattr__(self, "columns", split_names(self.columns))
@@ -98,5 +121,18 @@ class PredictConfig:
             (
                 self.json and self.output is not None,
                 "json and output are both given; end the output's name with .jsonl",
+            ),
+            (
+                self.engine == "ray" and self.output is None,
+                "engine ray is given without output; name a folder for its parts with --output,"
+                " such as predictions.parquet",
+            ),
+            (
+                self.engine == "ray" and self.source == "-",
+                "engine ray does not read standard input; name files",
+            ),
+            (
+                self.engine == "local" and (self.address or self.workers) is not None,
+                "address and workers are of engine ray; add --engine ray, or leave them out",
             ),
         )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 from cyclopts import Parameter
 
 from remora.config.checks import (
     DEFAULT_MICRO_BATCH_TOKENS,
-    Constraint,
     Count,
     DeviceName,
     FileSize,
+    Port,
     Positive,
     PrecisionName,
     Share,
@@ -22,8 +21,6 @@ from remora.config.checks import (
     to_bytes,
 )
 from remora.errors import ConfigError
-
-Port = Annotated[int, Constraint("a whole number from 0 to 65535", lambda n: 0 <= n <= 65_535)]
 
 
 @Parameter(name="*")

@@ -5,7 +5,6 @@
 
 import dataclasses
 import math
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,16 @@ from cyclopts import Parameter
 from remora.config.checks import (
     DEFAULT_MICRO_BATCH_TOKENS,
     Answer,
-    Constraint,
     Count,
     CountOrZero,
+    CurveSizes,
     DeviceName,
+    Duration,
     Fraction,
+    GradientNorm,
+    Initialization,
+    LearningRate,
+    LearningRateRatio,
     Method,
     Names,
     PlainName,
@@ -31,7 +35,9 @@ from remora.config.checks import (
     TableFormat,
     as_names,
     check,
+    curve_sizes,
     split_names,
+    to_seconds,
 )
 from remora.config.help_pages import grouped
 
@@ -42,6 +48,9 @@ else:
 
 LEAST_EPOCHS, MOST_EPOCHS = 3, 20
 """Passes over the training rows by default, with many rows and with few."""
+
+CORRECTIONS = "corrections.csv"
+"""The file of a run with the decisions that its training rows were corrected by."""
 
 WARM_SHARE = 1 / 3
 """Passes of a run that begins with another one's adapter, as a share of those without."""
@@ -55,52 +64,6 @@ scored in about half the time that training on it takes: its backward pass is le
 
 LEAST_EVAL_ROWS = 100
 """Validation rows in an evaluation that are not too many, however few training rows there are."""
-
-
-def _curve_sizes(text: str) -> tuple[int | None, ...]:
-    """Return the sizes of a text such as 5,10,all, None for all; () if it is none."""
-    words = text.replace(" ", "").split(",")
-    numbers = words[:-1] if words[-1] == "all" else words
-    if len(words) < 2 or not all(re.fullmatch(r"0*[1-9]\d{0,8}", each) for each in numbers):
-        return ()
-    sizes = [int(each) for each in numbers]
-    if sizes != sorted(set(sizes)):
-        return ()
-    return (*sizes, *([None] if words[-1] == "all" else []))
-
-
-def to_seconds(text: str) -> float | None:
-    """Return the seconds of a text such as 11h30m, None if it is no time."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if not match or not any(match.groups()):
-        return None
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return 3600.0 * hours + 60.0 * minutes + seconds
-
-
-CurveSizes = Annotated[
-    str,
-    Constraint(
-        "two or more whole numbers that increase, such as 5,10,20,50,all",
-        lambda x: bool(_curve_sizes(x)),
-    ),
-]
-Duration = Annotated[
-    str, Constraint("a time such as 11h30m, 45m or 90s", lambda x: to_seconds(x) is not None)
-]
-LearningRate = Annotated[float, Constraint("a number above 0 and at most 1", lambda x: 0 < x <= 1)]
-LearningRateRatio = Annotated[
-    float, Constraint("a number above 0 and at most 1000", lambda x: 0 < x <= 1000)
-]
-GradientNorm = Annotated[float, Constraint("a number above 0", lambda x: x > 0)]
-Initialization = Annotated[
-    Literal["default", "gaussian"],
-    Constraint(
-        "default or gaussian, the others change the base model",
-        lambda x: x in {"default", "gaussian"},
-    ),
-]
-
 
 RunToBeginFrom = Annotated[str | None, Parameter(name=("--from", "--start-from"))]
 
@@ -132,6 +95,10 @@ class TrainConfig:
     test: str | None = None
     """Table of test rows; by default split off from the training rows."""
 
+    corrections: str | None = None
+    """A relabel.csv with decisions: training rows are relabelled or deleted by them, once the other
+    rows are held out. Rows to validate and test on stay as they are."""
+
     text_column: tuple[str, ...] | None = None
     """Column of the messages; by default found by its name. Give several to have the model read
     each under its name."""
@@ -154,6 +121,10 @@ class TrainConfig:
 
     merge_labels: bool = False
     """Make labels that differ only in case, spaces or Unicode form one label, the most frequent."""
+
+    rename_labels: dict[str, str] = field(default_factory=dict)
+    """Name to read in place of a label, such as '{"late": "delivery", "lost": "delivery"}': labels
+    that get the same name are merged."""
 
     validation_fraction: Fraction = 0.1
     """Share of the training rows held out to select the best checkpoint, at most 2,000 rows; unused
@@ -405,7 +376,7 @@ class TrainConfig:
     @property
     def curve_sizes(self) -> tuple[int | None, ...]:
         """The rows per class of `learning_curve`, None for all; () without one."""
-        return _curve_sizes(self.learning_curve or "")
+        return curve_sizes(self.learning_curve or "")
 
     @property
     def num_per_class(self) -> int | None:
@@ -452,8 +423,12 @@ class TrainConfig:
         return min(self.eval_rows or most, num_validation)
 
     @classmethod
-    def from_toml(cls, text: str) -> "TrainConfig":
+    def from_toml(cls, text: str, directory: Path) -> "TrainConfig":
         """Return the settings that `to_toml` wrote.
+
+        Args:
+            text: The settings.
+            directory: The run's, which keeps its corrections wherever it was moved to.
 
         Raises:
             ConfigError: If a value is wrong.
@@ -463,6 +438,8 @@ class TrainConfig:
         kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
         for name in kinds.keys() & settings.keys():
             settings[name] = kinds[name](settings[name])
+        if "corrections" in settings:
+            settings["corrections"] = str(directory / CORRECTIONS)
         return cls(settings.pop("data"), **settings)
 
     def to_toml(self) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from remora.data.parts import PEEKED_ROWS, Part, Pick, Remarks, Row
 from remora.errors import DataError
@@ -50,12 +50,12 @@ def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
         ) from None
 
 
-def file_schema(path: Path) -> Any:
+def file_schema(source: Path | IO[bytes]) -> Any:
     """Return the schema of a Parquet file, with class numbers as the names that rows have."""
     import pyarrow
     import pyarrow.parquet
 
-    schema = pyarrow.parquet.read_schema(path)
+    schema = pyarrow.parquet.read_schema(source)
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     for name, feature in metadata.get("info", {}).get("features", {}).items():
         if isinstance(feature, dict) and feature.get("names") and name in schema.names:

@@ -6,96 +6,26 @@ Hub.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
 from remora.data import label_forms
 from remora.data.columns import UnlabelledError
+from remora.data.corrections import Corrections, correct, read_corrections
 from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
 from remora.data.readers import STANDARD_INPUT, file_part
 from remora.data.sources import source_parts
 from remora.data.splits import MAX_TEST_ROWS, MAX_VALIDATION_ROWS, check_fractions, hold_out
+from remora.data.summary import DataSummary, spoken_rows, summarize
 from remora.data.table import Table, read_parts
 from remora.data.values import is_blank
 from remora.errors import DataError, RemoraError
-from remora.formatting import first_line, listed, quote
-
-IMBALANCED_SHARE = 0.8
-"""Share of the rows in the largest class from which on accuracy alone says little."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSummary:
-    """Counts of a dataset, as a run prints them and keeps them in `data.json`.
-
-    Classes, duplicates and conflicts are counted among the training rows, after the split.
-    `sha256` is over split, text and label of every row in order, whatever the file format.
-    """
-
-    source: str
-    text_column: str  # several are separated by commas
-    label_column: str
-    num_train: int
-    num_validation: int
-    num_test: int | None
-    num_labels: int
-    labels: tuple[str, ...]
-    smallest_label: str
-    smallest_label_rows: int
-    largest_label: str
-    largest_label_rows: int
-    num_duplicates: int  # rows that repeat an earlier text and label
-    num_conflicting: int  # rows whose text also occurs with another label
-    num_train_validation_shared: int  # validation rows whose text is also in training
-    num_train_test_shared: int
-    longest_text_chars: int
-    sha256: str
-    text_columns: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()  # what else was found while reading
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON knows them."""
-        lists = {name: list(getattr(self, name)) for name in ("labels", "text_columns", "remarks")}
-        return asdict(self) | lists
-
-    def lines(self) -> list[str]:
-        """Return the counts worth reading, one sentence a line."""
-        test = "no" if self.num_test is None else f"{self.num_test:,}"
-        lines = [
-            f"{self.num_train:,} training, {self.num_validation:,} validation and {test} test rows"
-            f" from {self.source} (text: {listed(self.text_columns or [self.text_column])},"
-            f" label: {quote(self.label_column)})",
-            f"{self.num_labels:,} labels, from {_rows(self.smallest_label_rows)}"
-            f" ({quote(self.smallest_label)}) to {_rows(self.largest_label_rows)}"
-            f" ({quote(self.largest_label)})",
-        ]
-        remarks = (
-            (self.num_duplicates, "in training repeat an earlier text and label"),
-            (self.num_conflicting, "in training have a text that also occurs with another label"),
-            (
-                self.num_train_validation_shared,
-                "in validation have a text that is also in training",
-            ),
-            (
-                self.num_train_test_shared,
-                "in test have a text that is also in training: test accuracy may be optimistic",
-            ),
-        )
-        lines += [f"{_rows(count)} {remark}" for count, remark in remarks if count]
-        share = self.largest_label_rows / self.num_train
-        if share >= IMBALANCED_SHARE:
-            lines.append(
-                f"imbalanced: always answering {quote(self.largest_label)} would be right for"
-                f" {share:.1%} of the training rows; look at macro-F1, and try --class-weights"
-                " balanced or --metric macro_f1"
-            )
-        return [*lines, *self.remarks]
+from remora.formatting import first_line, quote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +37,7 @@ class Dataset:
     test: Table | None
     labels: tuple[str, ...]
     summary: DataSummary
+    corrections: Corrections | None = None  # applied to the training rows
 
 
 def load_data(settings: TrainConfig) -> Dataset:
@@ -125,11 +56,58 @@ def load_data(settings: TrainConfig) -> Dataset:
         strict=settings.strict,
         merge_labels=settings.merge_labels,
         seen=seen,
+        rename_labels=settings.rename_labels,
     )
     if remark and settings.test is None:
         remarks = (*dataset.summary.remarks, remark)
         dataset = replace(dataset, summary=replace(dataset.summary, remarks=remarks))
-    return limit_rows(dataset, settings.num_per_class, settings.seed)
+    limited = limit_rows(dataset, settings.num_per_class, settings.seed)
+    if settings.corrections is None:
+        return limited
+    corrections = read_corrections(Path(settings.corrections), source_rows(dataset))
+    return _corrected(limited, corrections)
+
+
+def source_rows(dataset: Dataset) -> Table:
+    """Return the rows of the training table: those trained on, and those held out of it."""
+    tables = [each for each in (dataset.train, dataset.validation, dataset.test) if each]
+    rows = [
+        row
+        for table in tables
+        if table.rows  # empty in a table of its own
+        for row in zip(table.rows, table.texts, table.labels, strict=True)
+    ]
+    places, texts, labels = map(list, zip(*sorted(rows), strict=True))
+    return Table(texts, labels, places)
+
+
+def _corrected(dataset: Dataset, corrections: Corrections) -> Dataset:
+    """Return the dataset with a person's decisions applied to its training rows.
+
+    Held-out rows stay as they are, so that the run is measured on the rows, and by the labels, of
+    the run that was reviewed.
+
+    Raises:
+        DataError: If fewer than two labels are left.
+    """
+    train, num_corrected, num_deleted = correct(dataset.train, corrections.decisions)
+    source = dataset.summary.source
+    if not len(train):
+        raise DataError(f"{source}: the corrections delete every training row; keep some")
+    _labels(source, train)
+    held_out = sum(
+        corrections.decisions.get(row, label) != label
+        for table in (dataset.validation, dataset.test)
+        if table is not None
+        for row, label in zip(table.rows, table.labels, strict=bool(table.rows))
+    )
+    changed = spoken_rows(num_corrected)
+    remark = f"corrections: {changed} in training relabelled and {num_deleted:,} deleted"
+    if held_out:
+        remark += (
+            f"; {spoken_rows(held_out)} held out with the label as it was, though decided otherwise"
+        )
+    return replace(_with_train(dataset, train, remark), corrections=corrections)
 
 
 def texts_trained_on(run: str) -> tuple[set[str], str]:
@@ -141,7 +119,8 @@ def texts_trained_on(run: str) -> tuple[set[str], str]:
         The texts, and a remark: why they cannot be known, or "".
     """
     try:
-        settings = TrainConfig.from_toml((Path(run) / "config.toml").read_text(encoding="utf-8"))
+        text = (Path(run) / "config.toml").read_text(encoding="utf-8")
+        settings = TrainConfig.from_toml(text, Path(run))
         summary = json.loads((Path(run) / "data.json").read_text(encoding="utf-8"))
         rows = load_again(settings)
         if rows.summary.sha256 != summary["sha256"]:
@@ -185,13 +164,18 @@ def limit_rows(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:
         seen[rows.labels[row]] += 1
         if seen[rows.labels[row]] <= per_class:
             kept.append(row)
-    train = Table(*([column[i] for i in sorted(kept)] for column in (rows.texts, rows.labels)))
+    return _with_train(dataset, rows.take(sorted(kept)))
+
+
+def _with_train(dataset: Dataset, train: Table, *remarks: str) -> Dataset:
+    """Return the dataset with other training rows, its summary made again."""
     tables = {"train": train, "validation": dataset.validation}
     if dataset.test is not None:
         tables["test"] = dataset.test
     old = dataset.summary
     columns = [*old.text_columns, old.label_column]
-    summary = _summarize(old.source, columns, tables, dataset.labels, old.remarks)
+    remarks = (*old.remarks, *remarks)
+    summary = summarize(old.source, columns, tables, dataset.labels, remarks)
     return replace(dataset, train=train, summary=summary)
 
 
@@ -209,6 +193,7 @@ def load_dataset(
     strict: bool = False,
     merge_labels: bool = False,
     seen: Collection[str] = (),
+    rename_labels: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Read a source, check every row, and hold out the splits that it does not have.
 
@@ -228,11 +213,13 @@ def load_dataset(
         merge_labels: Whether labels that differ only in case, spaces or Unicode form become one,
             the most frequent of them.
         seen: Texts that a model has learned, which are not held out.
+        rename_labels: Names to read in place of labels, in all tables.
 
     A test or validation table of the source that has no labels is left out.
 
     Raises:
-        ConfigError: A fraction is outside [0, 1), or the two leave nothing to train on.
+        ConfigError: A fraction is outside [0, 1), the two leave nothing to train on, or a label to
+            rename is not there.
         DataError: A table is missing, broken, or cannot be learned from.
     """
     check_fractions(validation_fraction, test_fraction)
@@ -242,27 +229,19 @@ def load_dataset(
     for split, path in given.items():
         if path is not None:
             parts[split] = [file_part(Path(path), options)]
-    how: dict[str, Any] = {
-        "text_column": text_column,
-        "label_column": label_column,
-        "strict": strict,
-    }
-    remarks, forms = Remarks(), None
+    columns_given = {"text_column": text_column, "label_column": label_column}
+    how: dict[str, Any] = {**columns_given, "strict": strict}
+    remarks, forms, names = Remarks(), None, rename_labels or {}
     train, columns = read_parts(parts["train"], **how, remarks=remarks)
     if merge_labels:
         forms = label_forms.most_frequent_forms(train.labels)
         train = Table(train.texts, label_forms.merged(train.labels, forms))
+    label_forms.refuse_unknown(names, train.labels)
+    known, train = sorted({*train.labels, *names.values()}), _renamed(train, names)
     labels = _labels(source, train)
-    how |= {"known": labels, "remarks": remarks, "trained": columns, "forms": forms}
-    notes = label_forms.spoken(label_forms.twins(labels))
-    tables: dict[str, Table] = {}
-    for split in (each for each in given if each in parts):
-        try:
-            tables[split] = read_parts(parts[split], **how)[0]
-        except UnlabelledError:
-            if given[split] is not None:
-                raise
-            notes.append(_unlabelled(parts[split][0], split))
+    how |= {"known": known, "remarks": remarks, "trained": columns, "forms": forms}
+    tables, unlabelled = _read_held_out(parts, given, how, names)
+    notes = [*label_forms.spoken(label_forms.twins(labels)), *unlabelled]
     return _assemble(
         source,
         columns,
@@ -274,6 +253,28 @@ def load_dataset(
         remarks=(*remarks.lines(), *notes),
         seen=seen,
     )
+
+
+def _read_held_out(
+    parts: Mapping[str, list[Part]],
+    given: Mapping[str, str | None],
+    how: Mapping[str, Any],
+    names: Mapping[str, str],
+) -> tuple[dict[str, Table], list[str]]:
+    """Return validation and test tables, and a note on each without labels that was not given."""
+    tables, notes = {}, []
+    for split in (each for each in given if each in parts):
+        try:
+            tables[split] = _renamed(read_parts(parts[split], **how)[0], names)
+        except UnlabelledError:
+            if given[split] is not None:
+                raise
+            notes.append(_unlabelled(parts[split][0], split))
+    return tables, notes
+
+
+def _renamed(table: Table, names: Mapping[str, str]) -> Table:
+    return Table(table.texts, label_forms.renamed(table.labels, names))
 
 
 def _unlabelled(part: Part, split: str) -> str:
@@ -368,66 +369,5 @@ def _assemble(
         validation=tables["validation"],
         test=tables.get("test"),
         labels=labels,
-        summary=_summarize(source, columns, tables, labels, remarks),
+        summary=summarize(source, columns, tables, labels, remarks),
     )
-
-
-def _summarize(
-    source: str,
-    columns: list[str],
-    tables: dict[str, Table],
-    labels: tuple[str, ...],
-    remarks: tuple[str, ...],
-) -> DataSummary:
-    # Duplicates and conflicts
-    train = tables["train"]
-    first: dict[str, str] = {}  # text -> its first label
-    others: dict[str, set[str]] = {}  # text -> its other labels
-    num_duplicates = 0
-    for text, label in zip(train.texts, train.labels, strict=True):
-        num_known = len(first)
-        if first.setdefault(text, label) == label:
-            num_duplicates += len(first) == num_known
-        elif label in others.setdefault(text, set()):
-            num_duplicates += 1
-        else:
-            others[text].add(label)
-
-    def num_shared(split: str) -> int:
-        """Return how many rows of another split have a text of the training rows."""
-        return sum(text in first for text in tables[split].texts) if split in tables else 0
-
-    # The hash of all rows
-    digest = hashlib.sha256()
-    for split in sorted(tables):
-        digest.update(f"{split}:{len(tables[split])}\n".encode())
-        for text, label in zip(tables[split].texts, tables[split].labels, strict=True):
-            digest.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
-
-    counts = sorted(Counter(train.labels).items(), key=lambda item: (item[1], item[0]))
-    return DataSummary(
-        source=source,
-        text_column=", ".join(columns[:-1]),
-        label_column=columns[-1],
-        num_train=len(train),
-        num_validation=len(tables["validation"]),
-        num_test=len(tables["test"]) if "test" in tables else None,
-        num_labels=len(labels),
-        labels=labels,
-        smallest_label=counts[0][0],
-        smallest_label_rows=counts[0][1],
-        largest_label=counts[-1][0],
-        largest_label_rows=counts[-1][1],
-        num_duplicates=num_duplicates,
-        num_conflicting=sum(text in others for text in train.texts),
-        num_train_validation_shared=num_shared("validation"),
-        num_train_test_shared=num_shared("test"),
-        longest_text_chars=max(len(text) for table in tables.values() for text in table.texts),
-        sha256=digest.hexdigest(),
-        text_columns=tuple(columns[:-1]),
-        remarks=remarks,
-    )
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"

@@ -6,7 +6,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from remora.formatting import listed
+from remora.errors import ConfigError
+from remora.formatting import close_match, listed, quote
 
 
 def label_key(label: str) -> str:
@@ -45,3 +46,29 @@ def most_frequent_forms(labels: Iterable[str]) -> dict[str, str]:
 def merged(labels: Iterable[str], forms: Mapping[str, str]) -> list[str]:
     """Return labels with twins replaced by the form that stands for them."""
     return [forms.get(label_key(label), label) for label in labels]
+
+
+def renamed(labels: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """Return labels by their new names, where they have one."""
+    return [names.get(label, label) for label in labels]
+
+
+def refuse_unknown(names: Mapping[str, str], labels: Iterable[str]) -> None:
+    """Refuse to rename a label that no training row has, or to give it a blank name.
+
+    Raises:
+        ConfigError: Naming the first of them.
+    """
+    known = sorted(set(labels))
+    for label, name in names.items():
+        if label not in known:
+            close = close_match(label, known)
+            hint = f"did you mean {quote(close)}?" if close else f"give one of {listed(known)}"
+            raise ConfigError(
+                f"rename_labels has {quote(label)}, which no training row has; {hint}"
+            )
+        if not name.strip() or name != name.strip():
+            raise ConfigError(
+                f"rename_labels gives {quote(label)} the name {quote(name)}; give one without "
+                "white space around it"
+            )

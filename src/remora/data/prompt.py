@@ -13,10 +13,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from remora.data import chat_template
 from remora.errors import ConfigError, ModelError
 
-MESSAGE_MARK = "REMORAMESSAGEMARK"
-ANSWER_MARK = "REMORAANSWERMARK"
 PROBES = ("where is it", "7 days ago?", "(no)", "Ünknown fee on my card!")
 """Messages that begin and end differently: the tokens that they share, all messages share."""
 
@@ -127,7 +126,7 @@ class Prompt:
         self.max_length = max_length
         self.kept = kept
         self.tokenizer = tokenizer
-        self._control = _control_tokens(tokenizer)
+        self._control = chat_template.control_tokens(tokenizer)
         if unknown := [label for label in self.label_texts if label not in self.labels]:
             raise ConfigError(
                 f"label_texts has the label {unknown[0]!r}, which is not in the data; "
@@ -140,8 +139,10 @@ class Prompt:
         asked = instruction
         if list_labels:
             asked = f"{instruction} Labels: {', '.join(written)}.".strip()
-        content = f"{asked}\n\n{MESSAGE_MARK}" if asked else MESSAGE_MARK
-        self._asked = content.removesuffix(MESSAGE_MARK)
+        content = (
+            f"{asked}\n\n{chat_template.MESSAGE_MARK}" if asked else chat_template.MESSAGE_MARK
+        )
+        self._asked = content.removesuffix(chat_template.MESSAGE_MARK)
         now = _texts(tokenizer, content, rendered)
         self.head, self.tail, self._opening, self._ending = (
             now if rendered is None else (rendered[:4])
@@ -422,72 +423,14 @@ def _part(message: str, length: int, kept: Kept) -> str:
     return f"{message[:head]}{GAP if head and tail else ''}{tail}"
 
 
-def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """Return a pattern of the texts that the tokenizer reads as control tokens."""
-    special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    longest_first = sorted((t for t in special if len(t) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
 def _texts(tokenizer: Any, content: str, rendered: Rendered | None) -> tuple[str, ...]:
     """Return head, tail, opening and ending as a tokenizer renders them now."""
     try:
-        return (*_ask(tokenizer, content), *_answer(tokenizer, content))
+        return (*chat_template.ask(tokenizer, content), *chat_template.answer(tokenizer, content))
     except ModelError:
         if rendered is None:
             raise
         return ("", "", "", "")  # the template was broken since
-
-
-def _ask(tokenizer: Any, content: str) -> tuple[str, str]:
-    """Return the text before and after the message in a prompt without its answer."""
-    if not tokenizer.chat_template:
-        text = f"{tokenizer.bos_token or ''}{content}\n"
-    else:
-        text = _render(tokenizer, [{"role": "user", "content": content}], generate=True)
-    if text.count(MESSAGE_MARK) != 1:
-        raise ModelError(
-            f"the chat template shows the message {text.count(MESSAGE_MARK)} times, not once; "
-            "use another model or template"
-        )
-    head, _, tail = text.partition(MESSAGE_MARK)
-    return head, tail
-
-
-def _answer(tokenizer: Any, content: str) -> tuple[str, str]:
-    """Return the text between message and label in a whole conversation, and its end token."""
-    if tokenizer.eos_token is None:
-        raise ModelError("the tokenizer has no end-of-text token; set its eos_token")
-    if not tokenizer.chat_template:
-        return "\n", tokenizer.eos_token
-    conversation = [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": ANSWER_MARK},
-    ]
-    text = _render(tokenizer, conversation, generate=False)
-    _, _, rest = text.partition(MESSAGE_MARK)
-    opening, mark, rest = rest.partition(ANSWER_MARK)
-    if not mark:
-        raise ModelError(
-            "the chat template leaves out the assistant's answer; use another model or template"
-        )
-    added = [token for token in tokenizer.added_tokens_decoder.values() if str(token) in rest]
-    added = [token for token in added if token.special] or added
-    ends = [rest.index(str(token)) + len(str(token)) for token in added]
-    return opening, rest[: min(ends)] if ends else tokenizer.eos_token
-
-
-def _render(tokenizer: Any, conversation: list[dict[str, str]], *, generate: bool) -> str:
-    """Render a conversation, with thinking switched off."""
-    try:
-        text: str = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=generate, enable_thinking=False
-        )
-    except Exception as error:  # a template is a program and may raise anything
-        raise ModelError(
-            f"the tokenizer's chat template fails ({error}); use another model or template"
-        ) from error
-    return text
 
 
 def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:

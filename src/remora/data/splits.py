@@ -78,8 +78,7 @@ def hold_out(
         begin, free = begin + take, free - take
 
     def rows(number: int) -> Table:
-        places = np.flatnonzero(owner == number).tolist()
-        return Table([table.texts[i] for i in places], [table.labels[i] for i in places])
+        return table.take(np.flatnonzero(owner == number).tolist())
 
     return rows(0), {split: rows(number) for number, split in enumerate(sizes, 1)}
 
@@ -95,8 +94,7 @@ def sample(table: Table, size: int, seed: int) -> Table:
     take = _allot(size, counts, counts, rng)
     begin = np.cumsum(counts) - counts
     parts = [order[first : first + n] for first, n in zip(begin, take, strict=True)]
-    places = np.sort(np.concatenate(parts)).tolist()
-    return Table([table.texts[i] for i in places], [table.labels[i] for i in places])
+    return table.take(np.sort(np.concatenate(parts)).tolist())
 
 
 def _by_class(

@@ -7,7 +7,7 @@ A file is CSV, TSV, JSON, Parquet, Excel or, for texts alone, one text a line. E
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,25 @@ class Table:
 
     texts: list[str]
     labels: list[str]
+    rows: Sequence[int] = field(default=(), compare=False)
+    """Their places in the table that they were read from, if they are a part of it."""
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def places(self) -> Sequence[int]:
+        """The place of each row in the table that it was read from, from 0."""
+        return self.rows or range(len(self))
+
+    def take(self, places: Sequence[int]) -> Table:
+        """Return the rows at some places of this table."""
+        rows = self.places
+        return Table(
+            [self.texts[i] for i in places],
+            [self.labels[i] for i in places],
+            [rows[i] for i in places],
+        )
 
 
 def named(columns: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -121,7 +137,7 @@ def read_parts(
                 remarks.add(part.name, SKIPPED[kind], row, line)
                 continue
             try:
-                table.texts.append(_joined(chosen[:-1], cells))
+                table.texts.append(message(chosen[:-1], cells))
                 table.labels.append(label_of(label, known, forms))
             except DataError as error:
                 raise DataError(f"{part.name}: {row_place(row, line)} has {error}") from None
@@ -137,7 +153,16 @@ def read_parts(
     return table, chosen
 
 
-def _joined(columns: Sequence[str], cells: Sequence[object]) -> str:
+def message(columns: Sequence[str], cells: Sequence[object]) -> str:
+    """Return the text of a row as the model reads it.
+
+    Args:
+        columns: The names of the text columns.
+        cells: Their values in the row, not all of them blank.
+
+    Raises:
+        DataError: Without the row: a cell holds no text.
+    """
     if len(cells) == 1:
         return text_of(cells[0])
     return joined(columns, ["" if is_blank(cell) else text_of(cell) for cell in cells])
@@ -181,6 +206,18 @@ def open_stream(
         DataError: As in `read_table`: at once for the first row, else when the row is reached.
     """
     part = file_part(Path(source), options, allow_text=True)
+    return open_part(part, text_column=text_column, keep=keep, trained=trained, remarks=remarks)
+
+
+def open_part(
+    part: Part,
+    *,
+    text_column: str | Sequence[str] | None = None,
+    keep: Sequence[str] | None = None,
+    trained: Sequence[str] = (),
+    remarks: Remarks | None = None,
+) -> Stream:
+    """Open a table whose rows are read one by one; the arguments are those of `open_stream`."""
     remarks = Remarks() if remarks is None else remarks
     names, kept = list[str](), list[str]()
 
@@ -204,7 +241,7 @@ def open_stream(
                 remarks.add(part.name, "with a blank text, without a label", row, line)
                 continue
             try:
-                yield _joined(names, cells), others
+                yield message(names, cells), others
             except DataError as error:
                 raise DataError(f"{part.name}: {row_place(row, line)} has {error}") from None
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remora.config import DiagnoseConfig, TrainConfig
+from remora.config.train import CORRECTIONS
 from remora.data import sources
+from remora.data.corrections import Corrections, Decisions, read_corrections
 from remora.data.dataset import Dataset, load_again
 from remora.data.table import Table
 from remora.diagnosis import duplicates, label_noise, out_of_sample, rare_tokens, relabel, verdicts
@@ -25,13 +26,14 @@ from remora.diagnosis.relabel import Suspect
 from remora.diagnosis.verdicts import HeldOut, PairDiagnosis, confused
 from remora.errors import DataError
 from remora.evaluation.predictions import PREDICTIONS, Predictions, read_predictions
+from remora.formatting import escape_formula
 from remora.models import metadata
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
 from remora.tree.features import FEATURES
 
 NUM_NEIGHBOURS = 5
-LIST_FROM = 0.2
+LIST_FROM = relabel.WORTH_A_LOOK
 """Rows that are mislabelled with at least this probability are listed."""
 SURE = 0.9
 """So are rows whose judges agree on another label with at least this pooled probability."""
@@ -91,28 +93,45 @@ class Diagnosis:
     tied_tokens: tuple[TiedToken, ...]
     accuracy: float  # of the run
     planted: Planted | None  # for a sample, whose wrong labels are known
+    num_decided: int = 0  # rows that a person decided before, which are no suspects
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them; the suspects are in relabel.csv."""
-        return asdict(self) | {"suspects": len(self.suspects)}
+        return asdict(self) | {"suspects": len(self.suspects), "bands": self.bands}
+
+    @property
+    def bands(self) -> dict[str, int]:
+        """How many suspects there are in each band."""
+        found = Counter(each.band for each in self.suspects)
+        return {band: found[band] for band in relabel.BANDS}
 
 
 def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Diagnosis:
     """Find out why a run errs; leaves diagnosis.json and relabel.csv in its directory.
 
+    Rows that a person decided before are not listed again; their decisions stay in relabel.csv.
+
     Raises:
+        ConfigError: If the run is being reviewed.
         DataError: If the run is not finished, or its rows have changed.
         Stopped: If a signal asked to stop while adapters were trained.
     """
-    reporter = reporter or Reporter()
     _need_file(config.run, PREDICTIONS)
+    with relabel.hold(config.run):
+        return _diagnose(config, reporter or Reporter())
+
+
+def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis:
     settings, dataset, everything = load(config)
+    given = rows_as_given(settings, everything)
+    before = decided_before(config.run, given)
+    decided = before.decisions if before else {}
     labels, rows = dataset.labels, everything.train
     run = read_predictions(config.run / PREDICTIONS, labels)
     place = {label: index for index, label in enumerate(labels)}
 
     # Every row, training and held out, judged out of sample
-    table, held_rows = _with_held_out(rows, run)
+    table, held_rows = _with_held_out(rows, run, given)
     true = np.array([place[label] for label in table.labels])
     reporter.say(out_of_sample.DESCRIPTIONS[config.method])
     judged = out_of_sample.judge(
@@ -140,7 +159,10 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
     neighbours, near = duplicates.nearest(rows.texts, NUM_NEIGHBOURS)
     conflicts = [(i, j) for i, j in near if true[i] != true[j]]
     listed = list_rows(judged, true, noise, conflicts)
-    suspects = _suspects(rows, labels, true, judged.probabilities, noise, listed, neighbours)
+    is_open = np.array([row not in decided for row in rows.places])
+    suspects = _suspects(
+        rows, labels, true, judged.probabilities, noise, listed & is_open, neighbours
+    )
     pairs = verdicts.diagnose_pairs(labels, true, judged, noise.p_wrong >= 0.5, conflicts, held_out)
     overlapping = {
         frozenset((place[pair.first], place[pair.second]))
@@ -166,11 +188,12 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
         ),
         tied_tokens=rare_tokens.tied(rows)[:NUM_TOKENS],
         accuracy=float((held_out.true == held_out.by_run).mean()),
-        planted=_planted(sources.planted_errors(settings.data), suspects),
+        planted=_planted(sources.planted_errors(settings.data), suspects, decided),
+        num_decided=len(decided),
     )
 
     # Files
-    relabel.write(config.run / "relabel.csv", diagnosis.suspects)
+    relabel.write(config.run / relabel.FILE, suspects, before.sheet if before else None)
     files.write_json(config.run / "diagnosis.json", diagnosis.to_dict())
     if config.method == "adapters":
         shutil.rmtree(config.run / FOLDS, ignore_errors=True)
@@ -187,8 +210,9 @@ def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
         DataError: If the decisions do not fit the table.
     """
     assert config.apply is not None
-    _, _, everything = load(config)
-    cleaned, num_corrected, num_deleted = relabel.apply(config.apply, everything.train)
+    settings, _, everything = load(config)
+    given = rows_as_given(settings, everything)
+    cleaned, num_corrected, num_deleted = relabel.apply(config.apply, given)
     path = config.output or config.run / "cleaned.csv"
     relabel.write_table(path, cleaned)
     return path, num_corrected, num_deleted
@@ -196,6 +220,8 @@ def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
 
 def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     """Return a run's settings, its splits, and all rows of its training table in order.
+
+    The rows are as a person has corrected them, without those deleted.
 
     Raises:
         DataError: If the rows are not those that the run was trained on.
@@ -207,18 +233,35 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     settings = replace(settings, layout=_layout(config.run, settings))
 
     dataset = load_again(settings)
-    try:
-        wanted = json.loads((config.run / "data.json").read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{config.run} has no readable data.json; train it again") from error
-    if wanted != dataset.summary.sha256:
-        raise DataError(
-            f"the rows of {settings.data} have changed since {config.run} was trained; restore "
-            "them, or train again"
-        )
+    run_directory.refuse_changed_rows(config.run, settings.data, dataset.summary.sha256)
+    return settings, dataset, load_again(_whole(settings))
+
+
+def rows_as_given(settings: TrainConfig, everything: Dataset) -> Table:
+    """Return all rows of a run's training table with the labels that they have there."""
+    if settings.corrections is None:
+        return everything.train
+    return load_again(_whole(replace(settings, corrections=None))).train
+
+
+def decided_before(run: Path, given: Table) -> Corrections | None:
+    """Return the decisions on a run's rows that were made so far, None if there are none.
+
+    They are in relabel.csv, and if the run was not diagnosed yet in what it was corrected by.
+
+    Raises:
+        DataError: If the file is broken or not for these rows.
+    """
+    for name in (relabel.FILE, CORRECTIONS):
+        if (run / name).is_file():
+            return read_corrections(run / name, given)
+    return None
+
+
+def _whole(settings: TrainConfig) -> TrainConfig:
+    """Return settings that hold no rows out."""
     whole = replace(settings, validation_fraction=0.0, test_fraction=0.0)
-    whole = replace(whole, rows_per_class=None, learning_curve=None)
-    return settings, dataset, load_again(whole)
+    return replace(whole, rows_per_class=None, learning_curve=None)
 
 
 def _layout(run: Path, settings: TrainConfig) -> Literal["auto", "tree", "rows"]:
@@ -237,18 +280,22 @@ def _need_file(directory: Path, name: str) -> None:
         raise DataError(f"{directory} has no {name}; {advice}")
 
 
-def _with_held_out(rows: Table, run: Predictions) -> tuple[Table, NDArray[np.int64]]:
+def _with_held_out(
+    rows: Table, run: Predictions, given: Table | None = None
+) -> tuple[Table, NDArray[np.int64]]:
     """Return the rows with the run's held-out ones added, and the places of those.
 
-    Held-out rows that were split from the table are there already.
+    Held-out rows that were split from the table are there already, found by the labels that it
+    gives them.
     """
     waiting = defaultdict[tuple[str, str], deque[int]](deque)
+    names = dict(zip(given.places, given.labels, strict=True)) if given else {}
     for row, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
-        waiting[files.escape_formula(text), label].append(row)
+        waiting[escape_formula(text), names.get(rows.places[row], label)].append(row)
     texts, labels, places = list(rows.texts), list(rows.labels), []
     for text, label in zip(run.texts, run.true, strict=True):
         # Escaped, since predictions.csv does not tell '=1 from an escaped =1
-        same = waiting[files.escape_formula(text), label]
+        same = waiting[escape_formula(text), label]
         if same:
             places.append(same.popleft())
         else:
@@ -307,8 +354,10 @@ def list_rows(
 ) -> NDArray[np.bool_]:
     """Choose the rows that a person should look at, [rows].
 
-    Rows that are probably mislabelled, rows whose judges are sure of another label, and, of two
-    near-duplicates with different labels, the one that is more likely mislabelled.
+    Rows that are probably mislabelled. Others only if there is evidence that the probability does
+    not know: judges that are sure of another label, which mistakes that resemble the right label
+    leave; and, of two near-duplicates with different labels, the one that is more likely
+    mislabelled.
     """
     best = judged.probabilities.argmax(1)
     agreed = np.logical_and.reduce([given == best for given in judged.judges])
@@ -333,7 +382,7 @@ def _suspects(
     best = others.argmax(1)
     return tuple(
         Suspect(
-            row=int(i) + 1,
+            row=rows.places[i] + 1,
             text=rows.texts[i],
             label=rows.labels[i],
             suggested=labels[best[i]],
@@ -347,7 +396,11 @@ def _suspects(
     )
 
 
-def _planted(wrong: Mapping[int, str], suspects: Sequence[Suspect]) -> Planted | None:
+def _planted(
+    wrong: Mapping[int, str], suspects: Sequence[Suspect], decided: Decisions | None = None
+) -> Planted | None:
+    """Count the planted errors among the suspects, without those that a person has decided."""
+    wrong = {row: label for row, label in wrong.items() if row - 1 not in (decided or {})}
     if not wrong:
         return None
     listed = [suspect for suspect in suspects if suspect.row in wrong]

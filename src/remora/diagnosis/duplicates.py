@@ -39,6 +39,25 @@ def nearest(
     return found, near
 
 
+def nearest_to(
+    texts: Sequence[str], places: Sequence[int], count: int, block: int = 64
+) -> list[list[tuple[int, float]]]:
+    """Return for some of the texts the nearest others, as their places and cosines."""
+    if not places:
+        return []
+    _, matrix = _characters(texts)
+    found = []
+    for start in range(0, len(places), block):
+        part = np.array(places[start : start + block])
+        cosine = (matrix[part] @ matrix.T).toarray()
+        cosine[np.arange(len(part)), part] = -1
+        order = np.argsort(-cosine, axis=1, kind="stable")[:, : min(count, len(texts) - 1)]
+        found += [
+            [(int(i), float(row[i])) for i in near] for row, near in zip(cosine, order, strict=True)
+        ]
+    return found
+
+
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 

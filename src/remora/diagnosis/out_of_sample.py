@@ -193,8 +193,7 @@ def _fold(
     reporter: Reporter,
 ) -> NDArray[np.float64]:
     """Train on the rows outside a fold; return the probabilities of its own, [own, labels]."""
-    rows = dataset.train
-    part = Table([rows.texts[i] for i in others], [rows.labels[i] for i in others])
+    part = dataset.train.take(others.tolist())
     settings = replace(settings, start_from=None)  # that adapter has seen the fold's rows
     checkpoints = place / resume.CHECKPOINTS
     resumed = checkpoint.newest(checkpoints, reporter.say)
@@ -210,6 +209,6 @@ def _fold(
         stop.deferred(),
     ):
         fit(session, checkpoints=checkpoints, resumed=resumed, num_scored=len(own))
-        texts = [rows.texts[i] for i in own]
+        texts = [dataset.train.texts[i] for i in own]
         scorer = session.scorer(tolerance=1e-3)
         return scoring.score_table(scorer, texts, "fold", reporter, stop)

@@ -1,22 +1,31 @@
-"""relabel.csv: rows for a person to check, and their decisions read back."""
+"""relabel.csv: rows for a person to check, written beside the decisions that were made before."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Sequence
+import os
+import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from remora.data.corrections import RELABEL, Sheet, correct, read_corrections
 from remora.data.table import Table
-from remora.errors import DataError
-from remora.formatting import close_match, quote
+from remora.errors import ConfigError, DataError
 from remora.runtime import files
 
+FILE = RELABEL
 COLUMNS = (
     *("row", "text", "label", "suggested", "p_wrong", "p_label", "p_suggested", "neighbours"),
     "decision",
 )
-DELETE = "delete"
+ALMOST_SURE, WORTH_A_LOOK = 0.9, 0.5
+"""The least probabilities of being mislabelled in the first two bands of the list."""
+BANDS = ("almost surely wrong", "worth a look", "probably right")
+"""In the last one are rows that are listed for another reason than their probability."""
+
+_LOCK, _HOLDER = ".relabel.lock", ".relabel.holder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +41,48 @@ class Suspect:
     p_suggested: float
     neighbours: int  # of the nearest texts, how many have the suggested label
 
+    @property
+    def band(self) -> str:
+        """One of `BANDS`."""
+        return band_of(self.p_wrong)
 
-def write(path: Path, suspects: Sequence[Suspect]) -> None:
+
+def band_of(p_wrong: float) -> str:
+    """Return the band of a row that is listed, by the probability that it is mislabelled."""
+    return BANDS[(p_wrong < ALMOST_SURE) + (p_wrong < WORTH_A_LOOK)]
+
+
+def write(path: Path, suspects: Sequence[Suspect], decided: Sheet | None = None) -> None:
     """Write suspects for a person to decide, the most suspicious first.
 
-    The last column is empty: a label there corrects the row, `delete` removes it, empty keeps it.
+    The last column is empty: a label there corrects the row, its own label keeps it, `delete`
+    removes it; a row that is left empty is not decided.
+
+    Args:
+        path: The file.
+        suspects: The rows to decide.
+        decided: Records that were decided before, which come last.
     """
-    files.write_csv(
-        path,
-        COLUMNS,
-        (
-            (
-                *(str(each.row), each.text, each.label, each.suggested),
-                *(f"{each.p_wrong:.4f}", f"{each.p_label:.4f}", f"{each.p_suggested:.4f}"),
-                *(str(each.neighbours), ""),
-            )
-            for each in suspects
-        ),
-    )
+    records = [_record(each) for each in suspects]
+    more: list[str] = []
+    if decided:
+        records += [dict(zip(decided.columns, cells, strict=True)) for cells in decided.rows()]
+        more = [name for name in decided.columns if name not in COLUMNS]
+    columns = [*COLUMNS[:-1], *more, COLUMNS[-1]]
+    files.write_csv(path, columns, ([each.get(name, "") for name in columns] for each in records))
+
+
+def _record(suspect: Suspect) -> dict[str, str]:
+    return {
+        "row": str(suspect.row),
+        "text": suspect.text,
+        "label": suspect.label,
+        "suggested": suspect.suggested,
+        "p_wrong": f"{suspect.p_wrong:.4f}",
+        "p_label": f"{suspect.p_label:.4f}",
+        "p_suggested": f"{suspect.p_suggested:.4f}",
+        "neighbours": str(suspect.neighbours),
+    }
 
 
 def apply(path: Path, table: Table) -> tuple[Table, int, int]:
@@ -66,28 +99,10 @@ def apply(path: Path, table: Table) -> tuple[Table, int, int]:
         DataError: If the file is no such table, its rows are not those of `table`, or a decision is
             no label.
     """
-    known = {files.escape_formula(label): label for label in table.labels}
-    labels: list[str | None] = list(table.labels)
-    num_corrected = 0
-    for line, record in _records(path):
-        row = _row(path, line, record, table)
-        decision = record["decision"].strip()
-        if decision in known:
-            num_corrected += known[decision] != table.labels[row]
-            labels[row] = known[decision]
-        elif decision.lower() == DELETE:
-            labels[row] = None
-        elif decision:
-            close = close_match(decision, known)
-            hint = f"did you mean {quote(close)}?" if close else f"give a label, or {DELETE}"
-            raise DataError(
-                f"{path}: line {line} has the decision {quote(decision)}, which is no label; {hint}"
-            )
-    kept = [(text, label) for text, label in zip(table.texts, labels, strict=True) if label]
-    if not kept:
+    cleaned, num_corrected, num_deleted = correct(table, read_corrections(path, table).decisions)
+    if not len(cleaned):
         raise DataError(f"{path} deletes every row; keep some")
-    cleaned = Table([text for text, _ in kept], [label for _, label in kept])
-    return cleaned, num_corrected, len(table) - len(kept)
+    return cleaned, num_corrected, num_deleted
 
 
 def write_table(path: Path, table: Table) -> None:
@@ -101,37 +116,29 @@ def write_table(path: Path, table: Table) -> None:
         temporary.replace(path)
 
 
-def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Return each row of the file with the line that it ends on."""
+@contextlib.contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Keep other processes from writing a run's relabel.csv.
+
+    Raises:
+        ConfigError: If one writes it already.
+    """
+    from filelock import FileLock, Timeout
+
+    lock, holder = FileLock(directory / _LOCK), directory / _HOLDER
+    with files.disk_errors(directory / FILE, "review a copy of the run"):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            other = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another"
+            raise ConfigError(
+                f"{directory / FILE} is being reviewed or written by {other}; go on there, or stop "
+                "that"
+            ) from None
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            records = [(reader.line_num, record) for record in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read ({reason}); give a relabel.csv") from error
-    needed = ("row", "text", "label", "decision")
-    if missing := [name for name in needed if name not in (reader.fieldnames or ())]:
-        raise DataError(f"{path} has no column {missing[0]}; give a relabel.csv with decisions")
-    for line, record in records:
-        if any(record[name] is None for name in needed) or None in record:
-            raise DataError(f"{path}: line {line} has too few or too many fields; restore it")
-    return records
-
-
-def _row(path: Path, line: int, record: dict[str, str], table: Table) -> int:
-    """Return the place of a record's row in the table."""
-    number = record["row"].strip()
-    row = int(number) - 1 if number.isdecimal() else -1
-    if not 0 <= row < len(table):
-        raise DataError(
-            f"{path}: line {line} is for row {quote(number)}, which is not in the data; "
-            "use it with the table that was diagnosed"
-        )
-    expected = files.escape_formula(table.texts[row]), files.escape_formula(table.labels[row])
-    if expected != (record["text"], record["label"]):
-        raise DataError(
-            f"{path}: line {line} no longer matches row {number} of the data; "
-            "use it with the table that was diagnosed"
-        )
-    return row
+        with files.disk_errors(holder, "review a copy of the run"):
+            files.write_text(holder, f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()

@@ -69,9 +69,10 @@ def _labels(diagnosis: Diagnosis, run: Path) -> list[str]:
     lines = [
         f"noise      an estimated {diagnosis.wrong:.2%} of the training labels are wrong "
         f"(95% interval {low:.2%} to {high:.2%})",
-        f"suspects   {len(diagnosis.suspects):,} rows in {run / 'relabel.csv'}, most suspicious "
-        "first; decide in its last column, then --apply it",
+        _suspects(diagnosis, run),
     ]
+    if diagnosis.num_decided:
+        lines.append(f"           {diagnosis.num_decided:,} rows decided before are not among them")
     if planted := diagnosis.planted:
         lines.append(
             f"planted    {planted.num_found:,} of the {planted.num_wrong:,} deliberately wrong "
@@ -79,3 +80,15 @@ def _labels(diagnosis: Diagnosis, run: Path) -> list[str]:
             f"{planted.precision:.1%}; {planted.num_suggested:,} with the correct label suggested"
         )
     return lines
+
+
+def _suspects(diagnosis: Diagnosis, run: Path) -> str:
+    """Return how many rows are listed, band by band, and what to do with them."""
+    path = run / "relabel.csv"
+    if not diagnosis.suspects:
+        return f"suspects   none in {path}"
+    bands = ", ".join(f"{count:,} {band}" for band, count in diagnosis.bands.items() if count)
+    return (
+        f"suspects   {len(diagnosis.suspects):,} rows in {path}: {bands}; decide with "
+        f"`remora review {run}`, or in its last column"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from remora.data.dataset import IMBALANCED_SHARE
+from remora.data.summary import IMBALANCED_SHARE
 from remora.display.console import (
     escaped,
     figures_table,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.text import Text
 
 from remora.display.console import print_line, spoken_file_bytes
@@ -23,6 +25,10 @@ class _TimeLeft(TimeRemainingColumn):
         return super().render(task) + ("" if task.finished else " left")
 
 
+STATUS_SECONDS = 30.0
+"""Time between two lines of a status where a line cannot be replaced."""
+
+
 class TerminalReporter(Reporter):
     """Shows a run on standard error: sentences, and one progress bar."""
 
@@ -32,6 +38,8 @@ class TerminalReporter(Reporter):
         self._training: TaskID | None = None
         self._scoring: TaskID | None = None
         self._scored = ""  # what that bar is of
+        self._line: Status | None = None
+        self._told_at = -STATUS_SECONDS
 
     @contextlib.contextmanager
     def live(self) -> Iterator[TerminalReporter]:
@@ -46,6 +54,13 @@ class TerminalReporter(Reporter):
         with Progress(*columns, console=self._console, transient=True) as self._progress:
             yield self
         self._progress = None
+
+    @contextlib.contextmanager
+    def status_line(self) -> Iterator[TerminalReporter]:
+        """Show the line of `status` while the context lasts."""
+        with self._console.status("") as self._line:
+            yield self
+        self._line = None
 
     def say(self, line: str) -> None:
         """Print a sentence."""
@@ -92,6 +107,14 @@ class TerminalReporter(Reporter):
         if done >= total:
             self._progress.remove_task(self._scoring)
             self._scoring = None
+
+    def status(self, line: str) -> None:
+        """Show a line in the place of the one before; in a log, now and then."""
+        if self._line is not None and self._console.is_terminal:
+            self._line.update(line)
+        elif time.monotonic() - self._told_at >= STATUS_SECONDS:
+            self._told_at = time.monotonic()
+            self.say(line)
 
 
 def _that_fit(room: int, *figures: str) -> str:

@@ -103,7 +103,7 @@ def assess(
     # Abstention and out-of-scope messages, if asked for
     abstention = None
     if abstain_at_accuracy is not None:
-        abstention = _abstain(measured, validation, abstain_at_accuracy)
+        abstention = abstain(measured, validation, abstain_at_accuracy)
     outside = None
     if out_of_scope is not None:
         outside = _out_of_scope(measured.confidence, out_of_scope.max(1), abstention)
@@ -214,7 +214,8 @@ def choose_threshold(rows: Scored, accuracy: float) -> float | None:
     return float(thresholds[good[-1]]) if len(good) else None
 
 
-def _abstain(measured: Scored, validation: Scored | None, accuracy: float) -> Abstention:
+def abstain(measured: Scored, validation: Scored | None, accuracy: float) -> Abstention:
+    """Choose a threshold on validation rows, or else the measured ones, and measure its result."""
     from scipy.stats import binomtest
 
     chosen_on = measured if validation is None else validation

@@ -207,18 +207,30 @@ def training(records: Sequence[dict[str, Any]]) -> list[Chart]:
         return []
     points, size = thinned(losses, MAX_POINTS)
     each = f"; each point averages {size} steps" if size > 1 else ""
+    held_out = [
+        (r["step"], r["validation_loss"])
+        for r in records
+        if math.isfinite(r.get("validation_loss", math.nan))
+    ]
+    beside, lines = "", [("loss", points, len(points) == 1)]
+    if held_out:
+        lines.append(("baseline", held_out, True))
+        beside = (
+            f" The dots are the loss on validation rows, {held_out[-1][1]:.3g} at the last "
+            "evaluation."
+        )
     steps = (0, losses[-1][0])
     drawn = [
         chart(
             "loss",
-            "Training loss",
+            "Training and validation loss" if held_out else "Training loss",
             f"From {points[0][1]:.3g} at the start to {points[-1][1]:.3g} at the end, in nats "
-            f"per answer token{each}.",
-            [("loss", points, len(points) == 1)],
+            f"per answer token{each}.{beside}",
+            lines,
             x_label="step",
             y_label="loss",
             x_range=steps,
-            y_range=(0, max(loss for _, loss in points)),
+            y_range=(0, max(loss for _, loss in (*points, *held_out))),
         )
     ]
     if accuracies:

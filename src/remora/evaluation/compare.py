@@ -107,10 +107,10 @@ def compare_runs(config: CompareConfig) -> Comparison:
         raise ConfigError("a run is given twice; give different runs")
     runs = [_read(path) for path in config.runs]
     for other in runs[1:]:
-        _refuse_other_rows(runs[0], other)
+        refuse_other_rows(runs[0], other)
 
     # Runs and baselines, from the smallest to the biggest
-    names = _names(config.runs)
+    names = run_names(config.runs)
     contenders: dict[str, tuple[Contender, Sequence[str]]] = {
         name: (_contender(name, each.figures), each.predicted)
         for name, each in zip(names, runs, strict=True)
@@ -126,7 +126,7 @@ def compare_runs(config: CompareConfig) -> Comparison:
     # Differences, and what follows from them
     pairs = _pairs(runs[0].true, ordered)
     ranked = [each for each, _ in ordered]
-    best, rival = _best_and_rival(ranked, pairs)
+    best, rival = best_and_rival(ranked, pairs)
     return Comparison(
         num_rows=len(runs[0].true),
         contenders=tuple(ranked),
@@ -151,7 +151,8 @@ def _read(path: Path) -> Results:
     return run
 
 
-def _refuse_other_rows(first: Results, other: Results) -> None:
+def refuse_other_rows(first: Results, other: Results) -> None:
+    """Refuse runs that were measured on different rows; raises DataError."""
     advice = "train both with the same --test table, or the same data and --seed"
     if len(first.true) != len(other.true):
         raise DataError(
@@ -167,7 +168,7 @@ def _refuse_other_rows(first: Results, other: Results) -> None:
             )
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def run_names(paths: Sequence[Path]) -> list[str]:
     """Return the runs' names, or their paths if two names are the same."""
     names = [path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
@@ -291,11 +292,12 @@ def _shared_mistakes(runs: Sequence[Results]) -> tuple[SharedMistake, ...]:
     return tuple(SharedMistake(true=t, predicted=p, count=n) for (t, p), n in ranked[:NUM_SHARED])
 
 
-def _between(pairs: Sequence[Pair], first: Contender, second: Contender) -> Pair:
+def between(pairs: Sequence[Pair], first: Contender, second: Contender) -> Pair:
+    """Return the pair of two contenders, the bigger one given first."""
     return next(p for p in pairs if (p.first, p.second) == (first.name, second.name))
 
 
-def _best_and_rival(
+def best_and_rival(
     ranked: Sequence[Contender], pairs: Sequence[Pair]
 ) -> tuple[Contender, Contender | None]:
     """Return the most accurate contender, and the smaller one that it must justify itself against.
@@ -306,9 +308,7 @@ def _best_and_rival(
     smaller = ranked[: ranked.index(best)]
     if not smaller:
         return best, None
-    alike = [
-        each for each in smaller if _between(pairs, best, each).adjusted_p_value >= SIGNIFICANT
-    ]
+    alike = [each for each in smaller if between(pairs, best, each).adjusted_p_value >= SIGNIFICANT]
     return best, alike[0] if alike else max(smaller, key=lambda each: each.accuracy)
 
 
@@ -318,7 +318,7 @@ def _answer(
     """Say whether the bigger model earns its keep."""
     if rival is None:
         return f"No bigger model earns its keep: {best.name}, the smallest, is the most accurate."
-    pair = _between(pairs, best, rival)
+    pair = between(pairs, best, rival)
     low, high = (100 * bound for bound in pair.difference_interval)
     figures = (
         f"{100 * pair.difference:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, "
@@ -327,7 +327,7 @@ def _answer(
     alike = best.num_bytes == rival.num_bytes
     bigger = ""
     if (biggest := ranked[-1]).num_bytes > best.num_bytes:
-        behind = -100 * _between(pairs, biggest, best).difference
+        behind = -100 * between(pairs, biggest, best).difference
         worse = f"{behind:.1f} points worse" if behind else "no better"
         bigger = f" {biggest.name}, bigger still, is {worse}."
     if pair.adjusted_p_value >= SIGNIFICANT:
@@ -361,7 +361,7 @@ def _value(
     """Say how many more messages the best gets right than its smaller rival, and their value."""
     if config.volume is None or rival is None:
         return None
-    pair = _between(pairs, best, rival)
+    pair = between(pairs, best, rival)
     errors = [config.volume * d for d in (pair.difference, *pair.difference_interval)]
     text = (
         f"Of {config.volume:,} messages, {best.name} gets {errors[0]:,.0f} more right than "

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from remora.config.train import BASELINES
 from remora.errors import DataError, ModelError
-from remora.formatting import one_line
+from remora.formatting import escape_formula, one_line, unescape_formula
 from remora.runtime import files
 
 PREDICTIONS = "predictions.csv"
@@ -101,14 +101,14 @@ def read_predictions(path: Path, labels: Sequence[str]) -> Predictions:
     Raises:
         DataError: If the file is broken, or has other labels.
     """
-    originals = {files.escape_formula(label): label for label in labels}
+    originals = {escape_formula(label): label for label in labels}
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         if not rows:
             raise ValueError("it has no rows")
         return Predictions(
-            texts=[files.unescape_formula(row["text"]) for row in rows],
+            texts=[unescape_formula(row["text"]) for row in rows],
             true=[originals[row["label"]] for row in rows],
             predicted=[originals[row["predicted"]] for row in rows],
             probability=[float(row["probability"]) for row in rows],

@@ -11,8 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import remora
-from remora.evaluation import charts, results
+from remora.errors import ModelError
+from remora.evaluation import charts, contradictions, results
 from remora.evaluation.confusion_matrix import Cell, cells, confusion_counts, matrix_labels
+from remora.evaluation.findings import NextStep
+from remora.evaluation.next_steps import find_next_steps, told_next_steps
+from remora.evaluation.predictions import PROBABILITIES, read_probabilities
+from remora.evaluation.rendering import isolated, percent
 from remora.evaluation.results import Results
 from remora.evaluation.rivals import Rival, of_figures, seconds_of, verdict
 from remora.evaluation.run_files import (
@@ -24,6 +29,7 @@ from remora.evaluation.run_files import (
     plan_rows,
     read_records,
     read_suspects,
+    resolved,
     setting_rows,
 )
 
@@ -31,6 +37,10 @@ MAX_MESSAGES = 25_000
 MAX_CHARS = 1_500_000  # of all messages together
 
 NUM_CONFUSIONS = 10
+NUM_TOP = 3  # labels beside a message
+
+LISTS = ("labels", "rows_per_label")
+"""Entries of data.json that the report shows elsewhere."""
 
 Figures = dict[str, Any]  # of a JSON file
 Rows = list[tuple[str, str]]  # of a table of names and values
@@ -46,6 +56,7 @@ class Message:
     predicted: int
     probability: float
     baseline: int | None
+    others: list[tuple[int, float]]  # the next most probable labels, with their probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +68,7 @@ class ScriptData:
     rows: list[int]  # of each label
     mistakes: list[int]  # rows of each label that are wrong, plus rows wrongly predicted as it
     messages: list[Message]
+    thresholds: list[tuple[int, int]]  # rows answered and answered correctly, from 0% to 100%
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +86,7 @@ class TrainingSection:
 
     charts: list[charts.Chart]
     validations: list[Figures]
+    note: str | None  # on validation beside test accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +106,8 @@ class ConfusionSection:
     largest_by_label: dict[str, Figures]
     shown: list[int]
     cells: dict[tuple[int, int], Cell]
+    num_predicted: list[int]  # rows predicted as each label
+    correct: list[int]  # rows of each label that are predicted as it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +121,23 @@ class MessagesSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSection:
-    """The reliability in evaluation.json, and its charts."""
+    """The reliability in evaluation.json, what it says, and its charts."""
 
     figures: Figures
+    summary: str
+    notes: list[str]
     charts: list[charts.Chart]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosisSection:
-    """diagnosis.json, None if there is none, and the first rows of relabel.csv."""
+    """diagnosis.json, None if there is none, what it says, and the first rows of relabel.csv."""
 
     figures: Figures | None
+    summary: str
+    notes: list[str]
+    decided: list[Figures]  # pairs of labels with a verdict
+    undecided: list[Figures]
     suspects: list[dict[str, str]]
 
 
@@ -146,8 +167,10 @@ class Report:
     version: str
     trained: str  # "adapter" or "model"
     figures: Figures  # evaluation.json
+    next_steps: tuple[NextStep, ...]
     labels: list[str]
     places: dict[str, int]  # the index of each label
+    worst_first: list[Figures]  # figures of each label
     result: ResultSection
     training: TrainingSection | None
     learning_curve: LearningCurveSection | None
@@ -158,6 +181,11 @@ class Report:
     plan: PlanSection | None
     settings: SettingsSection
     data: ScriptData
+
+    def spoken_others(self, message: Message) -> str:
+        """Return the labels after a message's predicted one as words, "" if they are not kept."""
+        named = (f"{isolated(self.labels[i])} {percent(share)}" for i, share in message.others)
+        return f", then {' and '.join(named)}" if message.others else ""
 
 
 def collect(run: Results) -> Report:
@@ -176,21 +204,20 @@ def collect(run: Results) -> Report:
         version=remora.__version__,
         trained=trained,
         figures=figures,
+        next_steps=told_next_steps(lambda: find_next_steps(run.directory), lambda line: None),
         labels=run.labels,
         places={label: place for place, label in enumerate(run.labels)},
+        worst_first=sorted(figures["metrics"]["per_class"], key=lambda each: each["f1"]),
         result=_result(figures, trained),
-        training=_training(run.directory),
+        training=_training(run),
         learning_curve=_learning_curve(run.directory),
         confusion=_confusion(run, counts, shown),
         messages=MessagesSection(
             surest_mistakes=[m for m in kept if m.label != m.predicted][:NUM_STATIC_MESSAGES],
             num_kept=len(kept),
         ),
-        calibration=_calibration(figures.get("reliability")),
-        diagnosis=DiagnosisSection(
-            figures=results.read_json(run.directory / "diagnosis.json"),
-            suspects=read_suspects(run.directory / "relabel.csv"),
-        ),
+        calibration=_calibration(figures),
+        diagnosis=_diagnosis(run),
         plan=_plan(run.directory),
         settings=_settings(run.directory),
         data=ScriptData(
@@ -199,6 +226,7 @@ def collect(run: Results) -> Report:
             rows=counts.sum(1).tolist(),
             mistakes=(counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()).tolist(),
             messages=kept,
+            thresholds=_thresholds(run),
         ),
     )
 
@@ -220,13 +248,14 @@ def _result(figures: Mapping[str, Any], trained: str) -> ResultSection:
     )
 
 
-def _training(directory: Path) -> TrainingSection | None:
-    records = read_records(directory)
+def _training(run: Results) -> TrainingSection | None:
+    records = read_records(run.directory)
     drawn = charts.training(records)
     if not drawn:
         return None
     validations = [_evaluation(record) for record in records if "validation_accuracy" in record]
-    return TrainingSection(charts=drawn, validations=validations)
+    note = contradictions.of_validation(records, run.figures)
+    return TrainingSection(charts=drawn, validations=validations, note=note)
 
 
 def _evaluation(record: Figures) -> Figures:
@@ -255,13 +284,40 @@ def _confusion(run: Results, counts: NDArray[np.int64], shown: list[int]) -> Con
         largest_by_label={each["true"]: each for each in reversed(confusions)},
         shown=shown,
         cells=cells(counts, run.labels, shown),
+        num_predicted=counts.sum(0).tolist(),
+        correct=counts.diagonal().tolist(),
     )
 
 
-def _calibration(reliability: Figures | None) -> CalibrationSection | None:
+def _calibration(figures: Figures) -> CalibrationSection | None:
+    reliability = figures.get("reliability")
     if not reliability:
         return None
-    return CalibrationSection(figures=reliability, charts=charts.calibration(reliability))
+    summary, notes = contradictions.of_confidence(figures)
+    return CalibrationSection(
+        figures=reliability, summary=summary, notes=notes, charts=charts.calibration(reliability)
+    )
+
+
+def _diagnosis(run: Results) -> DiagnosisSection:
+    figures = results.read_json(run.directory / "diagnosis.json")
+    pairs = figures["pairs"] if figures else []
+    return DiagnosisSection(
+        figures=figures,
+        summary=contradictions.diagnosis_summary(figures) if figures else "",
+        notes=contradictions.of_diagnosis(figures, run.figures) if figures else [],
+        decided=[each for each in pairs if each["verdict"] != "undecided"],
+        undecided=[each for each in pairs if each["verdict"] == "undecided"],
+        suspects=read_suspects(run.directory / "relabel.csv"),
+    )
+
+
+def _thresholds(run: Results) -> list[tuple[int, int]]:
+    """Return the rows answered, and answered correctly, at each whole percentage."""
+    confidence = np.array(run.probability)
+    right = np.array(run.true) == np.array(run.predicted)
+    answered = [confidence >= percent / 100 for percent in range(101)]
+    return [(int(rows.sum()), int((rows & right).sum())) for rows in answered]
 
 
 def _plan(directory: Path) -> PlanSection | None:
@@ -276,8 +332,8 @@ def _plan(directory: Path) -> PlanSection | None:
 def _settings(directory: Path) -> SettingsSection:
     summary = results.read_json(directory / "data.json") or {}
     return SettingsSection(
-        settings=setting_rows(results.read_settings(directory)),
-        data=[row for row in setting_rows(summary) if row[0] != "labels"],
+        settings=setting_rows(resolved(results.read_settings(directory), directory)),
+        data=setting_rows({k: v for k, v in summary.items() if k not in LISTS}),
         environment=environment_rows(directory),
     )
 
@@ -285,6 +341,7 @@ def _settings(directory: Path) -> SettingsSection:
 def _messages(run: Results) -> list[Message]:
     """Return all messages: mistakes first, the surest first; then the rest, the surest last."""
     place = {label: index for index, label in enumerate(run.labels)}
+    others = _others(run)
     answers = zip(run.texts, run.true, run.predicted, run.probability, strict=True)
     messages = [
         Message(
@@ -294,12 +351,30 @@ def _messages(run: Results) -> list[Message]:
             predicted=place[predicted],
             probability=round(probability, 4),
             baseline=None if run.baseline is None else place[run.baseline[row]],
+            others=others[row] if others else [],
         )
         for row, (text, true, predicted, probability) in enumerate(answers)
     ]
     wrong = sorted((m for m in messages if m.label != m.predicted), key=lambda m: -m.probability)
     right = sorted((m for m in messages if m.label == m.predicted), key=lambda m: m.probability)
     return wrong + right
+
+
+def _others(run: Results) -> list[list[tuple[int, float]]]:
+    """Return the second and third label of each row with their probabilities; [] if not kept."""
+    split = run.figures["measured_on"]
+    try:
+        scored = read_probabilities(run.directory / PROBABILITIES, run.labels, split)
+    except ModelError:  # someone has broken the file
+        return []
+    if scored is None or len(scored.true) != len(run.texts):
+        return []
+    best = np.argsort(-scored.probabilities, axis=1, kind="stable")[:, 1:NUM_TOP]
+    shares = np.take_along_axis(scored.probabilities, best, 1)
+    return [
+        [(int(label), round(float(share), 4)) for label, share in zip(*row, strict=True)]
+        for row in zip(best, shares, strict=True)
+    ]
 
 
 def _kept(messages: Sequence[Message]) -> list[Message]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from remora.evaluation import results
-from remora.formatting import spoken_bytes
-from remora.runtime import files
+from remora.formatting import spoken_bytes, unescape_formula
 
 MAX_MESSAGE_CHARS = 1_000  # of one message
 NUM_STATIC_MESSAGES = 20
@@ -49,7 +48,7 @@ def read_suspects(path: Path) -> list[dict[str, str]]:
             rows = list(itertools.islice(csv.DictReader(file), NUM_STATIC_MESSAGES))
         return [
             {"row": row["row"]}
-            | {k: cut(files.unescape_formula(row[k])) for k in ("text", "label", "suggested")}
+            | {k: cut(unescape_formula(row[k])) for k in ("text", "label", "suggested")}
             for row in rows
         ]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error):
@@ -95,6 +94,39 @@ def setting_rows(values: Mapping[str, Any], above: str = "") -> list[tuple[str, 
         else:
             rows.append((above + name.replace("_", " "), _spoken(value)))
     return rows
+
+
+def resolved(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Return settings with what a run has chosen in place of what was left to it.
+
+    The peak learning rate and the epochs are in metrics.jsonl, the adapted layers in the adapter's
+    configuration, and device, precision and micro-batch in the plan.
+    """
+    records = [each for each in read_records(directory) if "loss" in each]
+    plan = results.read_json(directory / "plan.json") or {}
+    adapter = results.read_json(directory / "adapter" / "adapter_config.json") or {}
+    found: dict[str, Any] = {}
+    if records:
+        rate = max(each.get("learning_rate", 0.0) for each in records)
+        found = {"learning_rate": f"{rate:.2g}", "epochs": f"{records[-1].get('epoch', 0):.1f}"}
+    modules = adapter.get("target_modules")
+    if modules:
+        found["target_modules"] = (
+            modules if isinstance(modules, str) else ", ".join(sorted(modules))
+        )
+    found |= {k: plan[k] for k in ("device", "precision", "layout") if k in plan}
+    if "checkpointing" in plan:
+        found["checkpointing"] = "on" if plan["checkpointing"] else "off"
+    if "micro_batch_tokens" in plan:
+        found["micro_batch_tokens"] = plan["micro_batch_tokens"]
+    if "shard" in plan:
+        found["shard"] = "on" if plan["shard"] else "off"
+    chosen = {
+        name: f"{_spoken(value)} (by default)"
+        for name, value in found.items()
+        if settings.get(name) in (None, [], "auto")
+    }
+    return {**settings, **chosen}
 
 
 def _spoken(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -222,6 +223,32 @@ def open_trained(
         path, base=base, dtype=arithmetic.base, device=chosen, dequantized=dequantized
     )
     return Trained(model=model, prompt=prompt, card=card, precision=arithmetic, device=chosen)
+
+
+def find_weights(path: Path, *, base: str | None) -> tuple[AdapterCard, int]:
+    """Return the card of a trained model, and the number of its weights with those of its base.
+
+    Fetches or converts what is not here yet.
+
+    Raises:
+        ModelError: If a file is missing or broken.
+    """
+    folder = adapter_folder(path)
+    folders = [folder]
+    if is_whole(folder):
+        card = parse_card(folder)
+    else:
+        card = read_card(folder)
+        folders.append(find_base(card, base, folder))
+    count = 0
+    for file in (file for each in folders for file in each.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file} cannot be read ({first_line(error)}); restore it") from error
+        count += sum(math.prod(shape) for shape in shapes)
+    return card, count
 
 
 def load_adapter(

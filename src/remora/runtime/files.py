@@ -1,4 +1,4 @@
-"""Files written whole or not at all, their hashes, and cells that are safe in a spreadsheet."""
+"""Files written whole or not at all, and their hashes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from remora.errors import ResourceError
-from remora.formatting import one_line
-
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+from remora.formatting import escape_formula, one_line
 
 
 @contextlib.contextmanager
@@ -90,16 +88,6 @@ def replacing(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-
-
-def escape_formula(cell: str) -> str:
-    """Return a cell that no spreadsheet reads as a formula: with a quote in front."""
-    return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
-
-
-def unescape_formula(cell: str) -> str:
-    """Undo `escape_formula`."""
-    return cell[1:] if cell.startswith("'") and escape_formula(cell[1:]) == cell else cell
 
 
 def folder_bytes(folder: Path, pattern: str = "*") -> int:

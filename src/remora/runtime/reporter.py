@@ -53,6 +53,9 @@ class Reporter:
     def scoring(self, what: str, done: int, total: int) -> None:
         """Receive the progress of an evaluation, in rows."""
 
+    def status(self, line: str) -> None:
+        """Receive the progress of work without a known end, which replaces the line before it."""
+
 
 class SayOnce(Reporter):
     """Passes everything on, each sentence once: several sessions in a row repeat theirs."""
@@ -78,3 +81,7 @@ class SayOnce(Reporter):
     def scoring(self, what: str, done: int, total: int) -> None:
         """Pass on the progress of an evaluation."""
         self._reporter.scoring(what, done, total)
+
+    def status(self, line: str) -> None:
+        """Pass on the progress of work without a known end."""
+        self._reporter.status(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ import torch
 
 import remora
 from remora.config import TrainConfig
-from remora.errors import ConfigError
+from remora.errors import ConfigError, DataError
 from remora.formatting import one_line
 from remora.runtime.files import disk_errors
 
@@ -89,11 +90,34 @@ def read_settings(directory: Path) -> TrainConfig:
     """
     path = directory / "config.toml"
     try:
-        return TrainConfig.from_toml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return TrainConfig.from_toml(text, directory)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"
         ) from error
+
+
+def refuse_changed_rows(directory: Path, data: str, sha256: str) -> None:
+    """Refuse rows that are not those that a run was trained on.
+
+    Args:
+        directory: The run.
+        data: Their source, for the message.
+        sha256: The hash of the rows as they are now.
+
+    Raises:
+        DataError: If they differ, or the run does not say.
+    """
+    try:
+        wanted = json.loads((directory / "data.json").read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{directory} has no readable data.json; train it again") from error
+    if wanted != sha256:
+        raise DataError(
+            f"the rows of {data} have changed since {directory} was trained; restore them, or "
+            "train again"
+        )
 
 
 def _refuse_file(parent: Path) -> None:

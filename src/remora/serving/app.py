@@ -36,7 +36,7 @@ def application(state: State) -> Any:
         },
     )
     app.state.service = state
-    app.state.bodies = BodyReader(state.config)
+    app.state.bodies = BodyReader(state.config.body_bytes(), state.config.read_seconds)
     for module in (routes, compatible, pages):
         app.include_router(module.router)
     return Guard(app, state)

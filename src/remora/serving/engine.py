@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from remora.errors import ModelError
 from remora.runtime.device import Precision
 from remora.serving.adapters import AdapterSet, Generation
+from remora.serving.predictor import BATCH_ROWS
 from remora.serving.snapshot import Snapshot
 
-BATCH_TEXTS = 64
+BATCH_TEXTS = BATCH_ROWS
 """Texts at which a batch takes no further request; `predict` scores as many at a time."""
 
 _log = logging.getLogger(__name__)

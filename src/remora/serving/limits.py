@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
-from remora.config import ServeConfig
 from remora.serving.state import State
 
 OPEN_ROUTES = ("/health", "/")
@@ -23,6 +22,7 @@ CLASSIFYING = ("/v1/classify", "/classify", "/v1/chat/completions")
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 RETRY_SECONDS = 1
+OTHER_HOST = "the Host header does not name this machine"
 FULL = "too many texts are waiting"
 HELD_BODIES = 64
 """Most bodies of the largest size that are held at a time, complete or not."""
@@ -46,6 +46,13 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> 
     # In ASCII, since a client's own words may hold what cannot be encoded.
     content = json.dumps({"error": " ".join(detail.split())[:500]})
     return Response(content, status, headers, "application/json")
+
+
+def host_of(scope: Any) -> str:
+    """Return the name in the Host header of a request, without its port."""
+    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").rsplit(":", 1)
+    name = host[0] if len(host) > 1 and host[1].isdigit() else ":".join(host)
+    return str(name.strip("[]").lower())
 
 
 class Guard:
@@ -81,11 +88,9 @@ class Guard:
         headers = dict(scope["headers"])
         state, path = self._state, scope["path"]
         if state.token is None:
-            host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)
-            name = host[0] if len(host) > 1 and host[1].isdigit() else ":".join(host)
-            if name.strip("[]").lower() not in (*LOCAL_NAMES, state.config.host.lower()):
+            if host_of(scope) not in (*LOCAL_NAMES, state.config.host.lower()):
                 # DNS rebinding: a web page may point a name of its own at this machine.
-                return problem(403, "the Host header does not name this machine")
+                return problem(403, OTHER_HOST)
         elif path not in OPEN_ROUTES:
             wanted = b"Bearer " + state.token
             if not hmac.compare_digest(headers.get(b"authorization", b""), wanted):
@@ -101,9 +106,9 @@ class Guard:
 class BodyReader:
     """Reads bodies within their limits of bytes and time."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        self._limit = config.body_bytes()
-        self._seconds = config.read_seconds
+    def __init__(self, max_bytes: int, seconds: float) -> None:
+        self._limit = max_bytes
+        self._seconds = seconds
         self._held_bytes = 0  # of all bodies that are being read
 
     async def read(self, request: Request) -> bytes:

@@ -18,7 +18,7 @@ router = APIRouter(include_in_schema=False)
 @router.get("/")
 async def page() -> Response:
     """Show a page to try a message."""
-    return _page("try.html", "try.css", "try.js")
+    return render_page("try.html", "try.css", "try.js")
 
 
 @router.get("/docs")
@@ -30,7 +30,7 @@ async def docs(request: Request) -> Response:
         for path, route in description["paths"].items()
         if "requestBody" in route.get("post", {})
     }
-    return _page(
+    return render_page(
         "openapi.html",
         "openapi.css",
         "openapi.js",
@@ -51,7 +51,8 @@ def _example(route: dict[str, Any], description: dict[str, Any]) -> dict[str, An
     }
 
 
-def _page(name: str, style: str, script: str, **context: Any) -> Response:
+def render_page(name: str, style: str, script: str, **context: Any) -> Response:
+    """Return a page of a template that runs one script, and speaks to no one but its service."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import Any, Protocol, TextIO
 
+from remora.config import PredictConfig
 from remora.errors import ConfigError, DataError
-from remora.formatting import one_line
+from remora.formatting import escape_formula, one_line
 from remora.runtime import files
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -38,14 +40,58 @@ class Writer(Protocol):
         """Write the end."""
 
 
-def check_output(path: Path) -> None:
+def check_output(name: str) -> None:
     """Refuse a file whose name tells no format; raises ConfigError."""
-    if path.suffix.lower() not in SUFFIXES:
+    check_format(name)
+    if Path(name).is_dir():
+        raise ConfigError(f"{name} is a folder; name a file with --output")
+
+
+def check_format(name: str) -> str:
+    """Return the suffix that tells the format of an output; raises ConfigError."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix not in SUFFIXES:
         raise ConfigError(
-            f"{path} has no format by its name; end it with one of {', '.join(SUFFIXES)}"
+            f"{name} has no format by its name; end it with one of {', '.join(SUFFIXES)}"
         )
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name a file with --output")
+    return suffix
+
+
+@contextlib.contextmanager
+def open_writer(
+    config: PredictConfig, columns: Sequence[str], schema: Any, output: str | Path | TextIO
+) -> Iterator[Writer]:
+    """Open what writes predictions; a file is there whole or not at all.
+
+    Args:
+        config: The settings.
+        columns: The input's columns that are kept.
+        schema: Their schema of Arrow, None where the format has none.
+        output: A file's name, or where to write CSV or JSON lines.
+
+    Raises:
+        DataError: If the format cannot hold the input's values.
+        ResourceError: If the disk fails.
+    """
+    abstains = config.threshold is not None or config.abstain_at_accuracy is not None
+    suffix = ".jsonl" if config.json else ".csv"
+    with contextlib.ExitStack() as stack:
+        writer: Writer
+        if isinstance(output, str | Path):
+            suffix = check_format(str(output))
+            temporary = stack.enter_context(files.replacing(Path(output)))
+            if suffix != ".parquet":
+                output = stack.enter_context(
+                    temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+                )
+        if isinstance(output, str | Path):
+            writer = ParquetWriter(temporary, columns, config.top_k, schema)
+        elif suffix == ".jsonl":
+            writer = JsonWriter(output, columns, abstains=abstains)
+        else:
+            writer = CsvWriter(output, columns, config.top_k, safe=config.spreadsheet_safe)
+        yield writer
+        writer.close()
 
 
 def free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
@@ -88,7 +134,7 @@ class CsvWriter:
         self._put(cells + [""] * (2 * (self._top_k - len(ranked))))
 
     def _put(self, cells: list[str]) -> None:
-        self._writer.writerow(map(files.escape_formula, cells) if self._safe else cells)
+        self._writer.writerow(map(escape_formula, cells) if self._safe else cells)
 
     def flush(self) -> None:
         """Hand on what was written."""
@@ -186,19 +232,34 @@ class ParquetWriter:
         self._rows = []
 
     def _full_schema(self, pyarrow: Any, columns: Sequence[Sequence[object]]) -> Any:
-        """Return the schema of the file: that of the input as far as it has one."""
-        fields = []
-        for place, name in enumerate(self._columns):
-            if self._schema is not None and name in self._schema.names:
-                kind = self._schema.field(name).type
-            else:
-                kind = pyarrow.array(columns[place]).type
-            text = pyarrow.types.is_null(kind) or pyarrow.types.is_dictionary(kind)
-            fields.append((name, pyarrow.string() if text else kind))
+        """Return the schema of the file."""
+        schema = input_schema(self._columns, columns, self._schema)
         for name in self._names[len(self._columns) :]:
             is_label = "label" in name.removeprefix("predicted_").split("_")
-            fields.append((name, pyarrow.string() if is_label else pyarrow.float64()))
-        return pyarrow.schema(fields)
+            kind = pyarrow.string() if is_label else pyarrow.float64()
+            schema = schema.append(pyarrow.field(name, kind))
+        return schema
+
+
+def input_schema(names: Sequence[str], columns: Sequence[Sequence[object]], given: Any) -> Any:
+    """Return the schema of Arrow of the input's columns.
+
+    Args:
+        names: Their names.
+        columns: Their first values, by which types are found that the input does not give.
+        given: The input's own schema as far as it has one, None if it has none.
+    """
+    import pyarrow
+
+    fields = []
+    for place, name in enumerate(names):
+        if given is not None and name in given.names:
+            kind = given.field(name).type
+        else:
+            kind = pyarrow.array(columns[place]).type
+        text = pyarrow.types.is_null(kind) or pyarrow.types.is_dictionary(kind)
+        fields.append((name, pyarrow.string() if text else kind))
+    return pyarrow.schema(fields)
 
 
 def _cell(value: object) -> str:

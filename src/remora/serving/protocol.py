@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 import uvicorn.server
@@ -16,6 +17,30 @@ BEHIND_SECONDS = 0.5
 """A server is behind if its tick, due every tenth of a second, comes later than this."""
 
 TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+def configure(application: Any, *, read_seconds: float, ending_seconds: float) -> uvicorn.Config:
+    """Return the configuration of a server that logs nothing.
+
+    Args:
+        application: What answers, an ASGI application.
+        read_seconds: The longest wait for a client.
+        ending_seconds: The longest wait for open requests when the server is stopped.
+    """
+    return uvicorn.Config(
+        application,
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=read_seconds,  # type: ignore[arg-type]  # any number
+        timeout_graceful_shutdown=int(ending_seconds) + 1,
+        backlog=65_535,  # the kernel lowers it to its own limit
+    )
 
 
 class Server(uvicorn.Server):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-import numpy as np
 import prometheus_client
 from fastapi import APIRouter, Depends, Query, Request, Response
 
@@ -16,6 +15,7 @@ from remora.models.metadata import is_text
 from remora.runtime import memory
 from remora.serving.engine import Answer, QueueFullError
 from remora.serving.limits import FULL, RefusedError, StrictRoute, busy
+from remora.serving.predictor import rank
 from remora.serving.schemas import (
     Adapters,
     AdapterState,
@@ -58,14 +58,9 @@ async def classify(body: Classify, state: SharedState) -> Classified:
     num_labels = len(answer.labels)
     if body.top_k > num_labels:
         raise RefusedError(422, f"top_k is {body.top_k}; the adapter has {num_labels} labels")
-    order = np.argsort(-answer.probabilities, axis=1, kind="stable")[:, : body.top_k]
     results = [
-        Result(
-            labels=[
-                Label(label=answer.labels[i], probability=round(float(row[i]), 6)) for i in best
-            ]
-        )
-        for row, best in zip(answer.probabilities, order, strict=True)
+        Result(labels=[Label(label=label, probability=round(p, 6)) for label, p in ranked])
+        for ranked in rank(answer.labels, answer.probabilities, body.top_k)
     ]
     return Classified(adapter=name, sha256=answer.sha256, results=results)
 

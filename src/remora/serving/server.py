@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +16,9 @@ from remora.config import ServeConfig
 from remora.errors import ConfigError, ModelError
 from remora.models import metadata
 from remora.runtime.device import choose_device, choose_precision
+from remora.serving import sockets
 from remora.serving.engine import Engine
+from remora.serving.sockets import TOKEN_VARIABLE
 
 try:
     import uvicorn
@@ -29,8 +29,6 @@ except ModuleNotFoundError as missing:
         f"serve needs {missing.name}, which is not installed; pip install 'remora[serve]'"
     ) from missing
 
-
-TOKEN_VARIABLE = "REMORA_TOKEN"
 
 OPEN_FILES = 10_240
 """The most open files that macOS lets a process have, though its hard limit may be infinite."""
@@ -54,7 +52,12 @@ class Service:
         token = _token(config)
         self._say = say
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._socket = _bind(config, has_token=token is not None)
+        self._socket = sockets.bind(
+            config.host,
+            config.port,
+            has_token=token is not None,
+            advice="choose another --port or --host",
+        )
         metrics = state.Metrics()
         try:
             self._engine = _load_engine(config, metrics)
@@ -70,8 +73,7 @@ class Service:
     @property
     def url(self) -> str:
         """The address that the service listens on."""
-        host, port = self._socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return sockets.url_of(self._socket)
 
     def run(self) -> None:
         """Serve until a signal or `stop`, and finish open requests before it returns.
@@ -187,19 +189,10 @@ def _load_engine(config: ServeConfig, metrics: state.Metrics) -> Engine:
 
 
 def _uvicorn_config(config: ServeConfig, shared: state.State) -> uvicorn.Config:
-    return uvicorn.Config(
+    return protocol.configure(
         app.application(shared),
-        http=protocol.Protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=config.read_seconds,  # type: ignore[arg-type]  # any number
-        timeout_graceful_shutdown=int(config.timeout_seconds + config.read_seconds) + 1,
-        backlog=65_535,  # the kernel lowers it to its own limit
+        read_seconds=config.read_seconds,
+        ending_seconds=config.timeout_seconds + config.read_seconds,
     )
 
 
@@ -233,42 +226,6 @@ def _token(config: ServeConfig) -> bytes | None:
     if not token or not token.isascii() or not token.isprintable():
         raise ConfigError(f"the token in {source} is empty or not plain ASCII; write another")
     return token.encode()
-
-
-def _bind(config: ServeConfig, *, has_token: bool) -> socket.socket:
-    """Return a socket that is bound to the address of the settings.
-
-    Raises:
-        ConfigError: If the port is in use or cannot be bound, or the address needs a token and
-            there is none.
-    """
-    where = f"{config.host}, port {config.port}"
-    try:
-        addresses = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, number, _, address = addresses[0]
-        if not has_token and not ipaddress.ip_address(address[0]).is_loopback:
-            raise ConfigError(
-                f"{config.host} can be reached from other machines and there is no token; set "
-                f"{TOKEN_VARIABLE} or give --token-file"
-            )
-        bound = socket.socket(family, kind, number)
-        try:
-            if os.name != "nt":  # there it would let two processes have one port
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except BaseException:
-            bound.close()
-            raise
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"cannot listen on {where} ({reason}); choose another --port or --host"
-        ) from None
-    return bound
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ const data = JSON.parse(byId("data").textContent);
 
 // Messages
 
-const PAGE = 50;
+const PAGE = matchMedia("(max-width: 40rem)").matches ? 10 : 50;
 let matches = [];
+
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
 
 function fillSlots(node, values) {
   for (const [slot, value] of Object.entries(values)) {
@@ -26,9 +28,12 @@ function showMore() {
       text: each.text,
       label: data.labels[each.label],
       predicted: data.labels[each.predicted],
-      probability: `${(100 * each.probability).toFixed(1)}%`,
+      probability: percent(each.probability),
       baseline: each.baseline === null ? "none" : data.labels[each.baseline],
       row: each.row,
+      others: each.others.length
+        ? ", then " + each.others.map(([label, share]) => `\u2068${data.labels[label]}\u2069 ${percent(share)}`).join(" and ")
+        : "",
     });
     list.append(item);
   }
@@ -56,18 +61,22 @@ function showMessages() {
   byId("message-status").textContent = `${matches.length.toLocaleString("en")} ${what}`;
 }
 
+let cameFrom = null;  // the button that led to the messages shown
+
 function goToMessages(label, predicted, from) {
   byId("message-filter").value = "";
   byId("message-true").value = label ?? "";
   byId("message-predicted").value = predicted ?? "";
   byId("message-wrong").checked = label !== predicted;
   showMessages();
-  const back = byId("message-back");
-  back.hidden = false;
-  back.onclick = () => from.focus();
+  cameFrom = from;
+  byId("message-back").hidden = false;
+  keepView("messages", true);
   byId("messages-heading").focus({preventScroll: true});
   byId("messages").scrollIntoView();
 }
+
+byId("message-back").addEventListener("click", () => history.back());
 
 for (const id of ["message-true", "message-predicted"]) {
   data.labels
@@ -75,14 +84,12 @@ for (const id of ["message-true", "message-predicted"]) {
     .sort((a, b) => byName(a.text, b.text))
     .forEach((option) => byId(id).append(option));
 }
-for (const id of ["message-filter", "message-true", "message-predicted", "message-order", "message-wrong"]) {
-  byId(id).addEventListener("input", showMessages);
-}
 byId("message-more").addEventListener("click", showMore);
 byId("message-clear").addEventListener("click", () => {
   byId("message-controls").reset();
   byId("message-wrong").checked = false;
   showMessages();
+  keepView("messages", false);
 });
 
 // The confusion matrix: the table's rows and columns are sorted and hidden
@@ -91,6 +98,10 @@ const matrix = byId("matrix");
 const head = matrix.tHead.rows[0];
 const rowOf = new Map(data.shown.map((label, k) => [label, matrix.tBodies[0].rows[k]]));
 const headOf = new Map(data.shown.map((label, k) => [label, head.cells[k + 1]]));
+const foot = matrix.tFoot.rows[0];
+const footOf = new Map(data.shown.map((label, k) => [label, foot.cells[k + 1]]));
+const [totalHead, totalFoot] = [head, foot].map((row) => row.cells[row.cells.length - 1]);
+const totalOf = new Map([...rowOf].map(([label, row]) => [label, row.cells[row.cells.length - 1]]));
 const cellOf = new Map();  // by label and prediction
 for (const label of data.shown) {
   data.shown.forEach((predicted, k) => cellOf.set(`${label} ${predicted}`, rowOf.get(label).cells[k + 1]));
@@ -105,6 +116,7 @@ for (const label of data.shown) {
     const button = document.createElement("button");
     button.type = "button";
     button.tabIndex = -1;
+    button.dataset.count = cell.textContent;
     button.textContent = cell.textContent;
     button.setAttribute("aria-label", cell.title);
     button.addEventListener("click", () => goToMessages(label, predicted, button));
@@ -123,11 +135,17 @@ function showMatrix() {
   if (order === "mistakes") kept.sort((a, b) => data.mistakes[b] - data.mistakes[a]);
   if (order === "rows") kept.sort((a, b) => data.rows[b] - data.rows[a]);
   if (order === "name") kept.sort((a, b) => byName(data.labels[a], data.labels[b]));
-  head.replaceChildren(head.cells[0], ...kept.map((label) => headOf.get(label)));
+  const isPercent = byId("matrix-percent").checked;
+  head.replaceChildren(head.cells[0], ...kept.map((label) => headOf.get(label)), totalHead);
+  foot.replaceChildren(foot.cells[0], ...kept.map((label) => footOf.get(label)), totalFoot);
   matrix.tBodies[0].replaceChildren(...kept.map((label) => rowOf.get(label)));
   for (const label of kept) {
     const row = rowOf.get(label);
-    row.replaceChildren(row.cells[0], ...kept.map((other) => cellOf.get(`${label} ${other}`)));
+    row.replaceChildren(row.cells[0], ...kept.map((other) => cellOf.get(`${label} ${other}`)), totalOf.get(label));
+    for (const button of row.querySelectorAll("button")) {
+      const count = button.dataset.count;
+      button.textContent = isPercent ? `${Math.round(100 * count / data.rows[label])}%` : count;
+    }
   }
   for (const label of data.shown) {
     cellOf.get(`${label} ${label}`).classList.toggle("right-hidden", wrong);
@@ -136,7 +154,24 @@ function showMatrix() {
   byId("matrix-status").textContent = `${kept.length} of ${data.labels.length} labels` +
     (partners ? ", including those they are confused with" : "");
   makeReachable(matrix.querySelector("td:not(.right-hidden) button"));
+  showCue();
 }
+
+// What lies outside of the matrix's frame
+
+const frame = matrix.closest(".matrix-frame");
+function showCue() {
+  const inside = frame.getBoundingClientRect();
+  const num = (cells, isOut) => [...cells].filter((cell) => isOut(cell.getBoundingClientRect())).length;
+  const below = num(matrix.tBodies[0].rows, (box) => box.top + 4 > inside.bottom);
+  const right = num([...head.cells].slice(1), (box) => box.left + 4 > inside.right);
+  const parts = [[below, "rows below"], [right, "columns to the right"]].filter(([count]) => count);
+  byId("matrix-cue").hidden = !parts.length;
+  byId("matrix-cue").textContent =
+    `Scroll inside the matrix for ${parts.map(([count, what]) => `${count} more ${what}`).join(" and ")}.`;
+}
+frame.addEventListener("scroll", showCue, {passive: true});
+addEventListener("resize", showCue);
 
 function makeReachable(button) {  // by the tab key, which stops at one number of the matrix
   for (const other of matrix.querySelectorAll('button[tabindex="0"]')) other.tabIndex = -1;
@@ -156,9 +191,6 @@ matrix.addEventListener("keydown", (event) => {
   buttons[buttons.indexOf(event.target) + step]?.focus();
 });
 matrix.addEventListener("focusin", (event) => makeReachable(event.target));
-for (const id of ["matrix-order", "matrix-filter", "matrix-wrong"]) {
-  byId(id).addEventListener("input", showMatrix);
-}
 
 // Tables that link to messages, and sortable tables
 
@@ -175,6 +207,11 @@ for (const row of document.querySelectorAll("tr[data-true]")) {
   const {true: label, predicted} = row.dataset;
   addButton(row.querySelector("th"), "Show the messages", (button) =>
     goToMessages(Number(label), predicted === undefined ? undefined : Number(predicted), button));
+  const [missed, wrongly] = [".missed", ".wrongly"].map((name) => row.querySelector(name));
+  if (missed) {
+    addButton(missed, "Show the messages that it misses", (button) => goToMessages(Number(label), undefined, button));
+    addButton(wrongly, "Show the messages wrongly predicted as it", (button) => goToMessages(undefined, Number(label), button));
+  }
 }
 
 function valueOf(row, column) {
@@ -187,21 +224,118 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((cell, column) => addButton(cell, "", () => {
     const rises = cell.ariaSort === "descending" || (cell.ariaSort !== "ascending" && column === 0);
-    heads.forEach((other) => other.removeAttribute("aria-sort"));
-    cell.setAttribute("aria-sort", rises ? "ascending" : "descending");
-    const rows = [...table.tBodies[0].rows].sort((a, b) => {
-      const [x, y] = [valueOf(a, column), valueOf(b, column)];
-      const order = typeof x === "string" ? byName(x, y) : x - y;
-      return rises ? order : -order;
-    });
-    table.tBodies[0].append(...rows);
+    sortBy(table, column, rises);
+    keepView("labels", false);
   }));
 }
 
-for (const id of ["matrix-controls", "message-controls"]) {
+function sortBy(table, column, rises) {
+  const heads = [...table.tHead.rows[0].cells];
+  const cell = heads[column];
+  heads.forEach((other) => other.removeAttribute("aria-sort"));
+  cell.setAttribute("aria-sort", rises ? "ascending" : "descending");
+  const rows = [...table.tBodies[0].rows].sort((a, b) => {
+    const [x, y] = [valueOf(a, column), valueOf(b, column)];
+    const order = typeof x === "string" ? byName(x, y) : x - y;
+    return rises ? order : -order;
+  });
+  table.tBodies[0].append(...rows);
+}
+
+// A threshold for the confidence: what is answered, and how much of it correctly
+
+function showThreshold() {
+  const place = Number(byId("threshold").value);
+  const [answered, right] = data.thresholds[place];
+  const num = data.thresholds[0][0];
+  byId("threshold-value").textContent = `${place}%`;
+  byId("threshold").setAttribute("aria-valuetext", `${place}%`);
+  byId("threshold-status").textContent = answered
+    ? `${answered.toLocaleString("en")} of ${num.toLocaleString("en")} messages are answered ` +
+      `(${percent(answered / num)}), ${percent(right / answered)} of them correctly; ` +
+      `${(num - answered).toLocaleString("en")} go to a person.`
+    : "No message is answered.";
+}
+
+// Views: what is chosen in a section stands in the address, so that it can be linked, and Back works
+
+const CONTROLS = {
+  messages: {text: "message-filter", label: "message-true", predicted: "message-predicted", order: "message-order", mistakes: "message-wrong"},
+  confusion: {order: "matrix-order", label: "matrix-filter", mistakes: "matrix-wrong", percent: "matrix-percent"},
+  ...(byId("threshold") ? {calibration: {threshold: "threshold"}} : {}),
+};
+const SHOW = {messages: showMessages, confusion: showMatrix, calibration: showThreshold};
+const isLabel = (id) => id === "message-true" || id === "message-predicted";
+const sorted = document.querySelector("table.sortable");
+const unsorted = [...sorted.tBodies[0].rows];
+
+function valueIn(id) {
+  const control = byId(id);
+  if (control.type === "checkbox") return control.checked ? "yes" : "no";
+  return isLabel(id) && control.value !== "" ? data.labels[control.value] : control.value;
+}
+
+function setIn(id, value) {
+  const control = byId(id);
+  if (control.type === "checkbox") control.checked = value === "yes";
+  else if (isLabel(id)) control.value = value === "" ? "" : data.labels.indexOf(value);
+  else control.value = value;
+  if (control.selectedIndex === -1) control.selectedIndex = 0;  // an address of another report
+}
+
+const defaults = Object.fromEntries(Object.values(CONTROLS).flatMap((names) =>
+  Object.values(names).map((id) => [id, valueIn(id)])));
+
+function keepView(section, isNew) {
+  const view = new URLSearchParams();
+  for (const [name, id] of Object.entries(CONTROLS[section] ?? {})) {
+    if (valueIn(id) !== defaults[id]) view.set(name, valueIn(id));
+  }
+  if (section === "labels") {
+    const column = [...sorted.tHead.rows[0].cells].findIndex((cell) => cell.ariaSort);
+    view.set("sort", column);
+    view.set("rises", sorted.tHead.rows[0].cells[column].ariaSort === "ascending" ? "yes" : "no");
+  }
+  const address = `#${section}${String(view) && `?${view}`}`;
+  if (address !== location.hash) history[isNew ? "pushState" : "replaceState"](null, "", address);
+}
+
+function showView(isBack) {
+  const [section, words] = location.hash.slice(1).split("?");
+  const view = new URLSearchParams(words ?? "");
+  for (const [name, names] of Object.entries(CONTROLS)) {
+    for (const [key, id] of Object.entries(names)) {
+      setIn(id, (name === section ? view.get(key) : null) ?? defaults[id]);
+    }
+    SHOW[name]();
+  }
+  const column = section === "labels" ? Number(view.get("sort") ?? -1) : -1;
+  if (sorted.tHead.rows[0].cells[column]) sortBy(sorted, column, view.get("rises") === "yes");
+  else {
+    for (const cell of sorted.tHead.rows[0].cells) cell.removeAttribute("aria-sort");
+    sorted.tBodies[0].append(...unsorted);
+  }
+  if (isBack && cameFrom && section !== "messages") {
+    cameFrom.focus();
+    cameFrom = null;
+    byId("message-back").hidden = true;
+  } else if (words && byId(section)) byId(section).scrollIntoView();
+}
+
+for (const [section, names] of Object.entries(CONTROLS)) {
+  for (const id of Object.values(names)) {
+    byId(id).addEventListener("input", () => {
+      SHOW[section]();
+      keepView(section, false);
+    });
+  }
+}
+addEventListener("popstate", () => showView(true));
+
+for (const id of ["matrix-controls", "message-controls", "threshold-controls"]) {
+  if (!byId(id)) continue;
   byId(id).hidden = false;
   byId(id).addEventListener("submit", (event) => event.preventDefault());
 }
 for (const note of document.querySelectorAll(".js")) note.hidden = false;
-showMatrix();
-showMessages();
+showView(false);

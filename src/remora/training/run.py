@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
+from remora.config.train import CORRECTIONS
 from remora.data.dataset import Dataset, load_data
 from remora.errors import ConfigError
 from remora.models import metadata, saved
@@ -198,4 +199,8 @@ def _write_settings(
     files.write_json(directory / "environment.json", environment)
     files.write_json(directory / "data.json", dataset.summary.to_dict())
     files.write_json(directory / "plan.json", planned.to_dict())
+    if dataset.corrections:
+        sheet, path = dataset.corrections.sheet, directory / CORRECTIONS
+        files.write_csv(path, sheet.columns, sheet.rows())
+        config = replace(config, corrections=str(path))
     files.write_text(directory / "config.toml", config.to_toml())

@@ -1,0 +1,194 @@
+"""A person's decisions on labels: read from a relabel.csv, and applied to the rows of a table."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from remora.data.table import Table
+from remora.errors import DataError
+from remora.formatting import close_match, escape_formula, quote, unescape_formula
+
+RELABEL = "relabel.csv"
+"""The table of rows to decide that a diagnosis leaves in a run directory."""
+
+DELETE = "delete"
+"""The decision that removes a row, unless a label has this name."""
+
+NEEDED = ("row", "text", "label", "decision")
+
+Decisions = Mapping[int, str | None]
+"""By the places of rows in their source: the right label, None to delete the row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A relabel.csv as it is, its cells escaped for spreadsheets."""
+
+    columns: tuple[str, ...]
+    records: tuple[dict[str, str], ...]
+    lines: tuple[int, ...]  # of the file, on which each record ends
+
+    def rows(self) -> list[list[str]]:
+        """Return the cells of each record, as they are without their escapes."""
+        return [[unescape_formula(each[name]) for name in self.columns] for each in self.records]
+
+    def decided(self) -> Sheet:
+        """Return the records that have a decision."""
+        kept = [
+            (line, record)
+            for line, record in zip(self.lines, self.records, strict=True)
+            if record["decision"].strip()
+        ]
+        return Sheet(
+            columns=self.columns,
+            records=tuple(record for _, record in kept),
+            lines=tuple(line for line, _ in kept),
+        )
+
+
+def read_sheet(path: Path) -> Sheet:
+    """Read a relabel.csv, as Remora or a spreadsheet wrote it.
+
+    Columns may be separated by commas, semicolons or tabs, and the encoding may be UTF-8, UTF-16 or
+    that of Western Windows: texts are compared with the table's, so a wrong guess is noticed.
+
+    Raises:
+        DataError: If the file cannot be read or is no such table.
+    """
+    try:
+        text = _decoded(path.read_bytes())
+        first, _, rest = text.partition("\n")
+        if first.strip().lower().startswith("sep="):  # Excel's word to itself
+            text = rest
+            first = rest.partition("\n")[0]
+        delimiter = max(",;\t", key=lambda mark: len({*NEEDED} & {*_names(first, mark)}))
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        found = [(reader.line_num, record) for record in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read ({reason}); give a relabel.csv") from error
+    columns = tuple(reader.fieldnames)
+    if missing := [name for name in NEEDED if name not in columns]:
+        raise DataError(f"{path} has no column {missing[0]}; give a relabel.csv with decisions")
+    kept: dict[int, dict[str, str]] = {}
+    for line, record in found:
+        extra = record.pop(None, None) or []
+        if not any(record.values()) and not any(extra):  # a spreadsheet's empty row
+            continue
+        if any(record[name] is None for name in columns) or any(extra):
+            raise DataError(f"{path}: line {line} has too few or too many fields; restore it")
+        kept[line] = record
+    return Sheet(columns=columns, records=tuple(kept.values()), lines=tuple(kept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrections:
+    """Decisions, and the records that they stand in."""
+
+    decisions: Decisions
+    sheet: Sheet  # decided records only
+
+
+def read_corrections(path: Path, table: Table) -> Corrections:
+    """Read a relabel.csv that was written for the rows of `table`; see `read_decisions`."""
+    sheet = read_sheet(path)
+    return Corrections(decisions=read_decisions(path, sheet, table), sheet=sheet.decided())
+
+
+def _decoded(content: bytes) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252")
+
+
+def _names(line: str, delimiter: str) -> list[str]:
+    try:
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), ())]
+    except csv.Error:
+        return []
+
+
+def read_decisions(path: Path, sheet: Sheet, table: Table) -> Decisions:
+    """Return the decisions of a sheet.
+
+    Args:
+        path: Where the sheet is, for messages.
+        sheet: Records with decisions or without; rows may be left out or reordered.
+        table: The rows that it was written for.
+
+    Raises:
+        DataError: If its rows are not those of `table`, or a decision is no label.
+    """
+    known = {escape_formula(label): label for label in table.labels}
+    places = {row: place for place, row in enumerate(table.places)}
+    decided: dict[int, str | None] = {}
+    decided_on: dict[int, int] = {}
+    for line, record in zip(sheet.lines, sheet.records, strict=True):
+        row = _row(path, line, record, table, places)
+        decision = record["decision"].strip()
+        if not decision:
+            continue
+        if decision not in known and decision.lower() != DELETE:
+            close = close_match(decision, known)
+            hint = f"did you mean {quote(close)}?" if close else f"give a label, or {DELETE}"
+            raise DataError(
+                f"{path}: line {line} has the decision {quote(decision)}, which is no label; {hint}"
+            )
+        choice = known.get(decision)
+        if decided.setdefault(row, choice) != choice:
+            raise DataError(
+                f"{path}: line {line} decides row {row + 1} otherwise than line "
+                f"{decided_on[row]}; keep one of them"
+            )
+        decided_on.setdefault(row, line)
+    return decided
+
+
+def _row(
+    path: Path, line: int, record: Mapping[str, str], table: Table, places: Mapping[int, int]
+) -> int:
+    """Return the place of a record's row in the source."""
+    number = record["row"].strip()
+    row = int(number) - 1 if number.isdecimal() else -1
+    if row not in places:
+        raise DataError(
+            f"{path}: line {line} is for row {quote(number)}, which is not in the data; "
+            "use it with the table that was diagnosed"
+        )
+    place = places[row]
+    expected = escape_formula(table.texts[place]), escape_formula(table.labels[place])
+    if tuple(map(_lines_alike, expected)) != tuple(
+        map(_lines_alike, (record["text"], record["label"]))
+    ):
+        raise DataError(
+            f"{path}: line {line} no longer matches row {number} of the data; "
+            "use it with the table that was diagnosed"
+        )
+    return row
+
+
+def _lines_alike(cell: str) -> str:
+    """Return a cell with the line ends that any spreadsheet may have given it."""
+    return cell.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def correct(table: Table, decisions: Decisions) -> tuple[Table, int, int]:
+    """Return the rows with decisions applied, how many were corrected, and how many deleted."""
+    chosen = [
+        decisions.get(row, label) for row, label in zip(table.places, table.labels, strict=True)
+    ]
+    num_corrected = sum(
+        new is not None and new != old for new, old in zip(chosen, table.labels, strict=True)
+    )
+    kept = table.take([place for place, label in enumerate(chosen) if label is not None])
+    labels = [label for label in chosen if label is not None]
+    return Table(kept.texts, labels, kept.rows), num_corrected, len(table) - len(kept)

@@ -1,0 +1,543 @@
+"""What a run says to do next, held against what a practitioner would say of six runs.
+
+Also covers remora.evaluation.findings, label_findings, run_facts and run_commands, and
+remora.display.next_steps.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import finished
+from conftest import call
+from remora import cli
+from remora.config import CompareConfig, TrainConfig
+from remora.data import label_forms
+from remora.display.next_steps import show_next_steps
+from remora.evaluation import calibration, compare, results
+from remora.evaluation.findings import NextStep
+from remora.evaluation.metrics import measure
+from remora.evaluation.next_steps import after_comparison, find_next_steps
+from remora.evaluation.predictions import (
+    PROBABILITIES,
+    Scored,
+    write_predictions,
+    write_probabilities,
+)
+from remora.evaluation.rivals import Answers, rate
+from remora.runtime import files
+from test_docs import parse
+
+LABELS = [f"label {i}" for i in range(10)]
+NUM_TEST = 1000
+LEVEL = ((125, 0.80, 0.60), (188, 0.85, 0.52), (250, 0.85, 0.51))
+"""Steps, validation accuracy and loss of a run that has levelled off."""
+
+
+def construct(
+    path: Path,
+    *,
+    wrong: int,  # of 1,000 test rows
+    wrong_by_rival: int,
+    alike: int = 0,  # of both, with the same label
+    rival: str = "svm",
+    rival_seconds: float = 5.0,
+    num_train: int = 2000,
+    history: Sequence[tuple[int, float, float]] = LEVEL,
+    num_steps: int | None = None,
+    planned: int | None = None,
+    train_loss: float = 0.4,
+    num_base: int = 100_000_000,
+    confidences: tuple[float, float] = (0.93, 0.55),  # mean, of right and of wrong answers
+    rows_per_label: dict[str, int] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Write a run whose figures are those that training would have left."""
+    finished.write(path, labels=LABELS, texts=["a"], true=[0], predicted=[0])
+    true = [i % 10 for i in range(NUM_TEST)]
+    shift = lambda rows, by: [(t + by) % 10 if i in rows else t for i, t in enumerate(true)]  # noqa: E731
+    spread = np.random.default_rng(1).permutation(NUM_TEST).tolist()
+    ours = {*spread[:wrong]}
+    theirs = {*spread[:alike], *spread[wrong : wrong + wrong_by_rival - alike]}
+    predicted, by_rival = shift(ours, 1), shift(theirs, 1)
+    scored = {
+        "test": score(true, predicted, confidences, 2),
+        "validation": score(
+            true[:400],
+            shift({*range(0, 400, max(1, NUM_TEST // max(wrong, 1)))}, 1)[:400],
+            confidences,
+            3,
+        ),
+    }
+    truth, answers, others = ([LABELS[i] for i in each] for each in (true, predicted, by_rival))
+    given = Answers(
+        name=rival,
+        description={"svm": "TF-IDF + linear SVM"}.get(rival, "sentence embeddings"),
+        rows=range(NUM_TEST),
+        predicted=others,
+        seconds=rival_seconds,
+        num_train_rows=num_train,
+        num_all_train_rows=num_train,
+    )
+    figures = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
+    steps = num_steps or history[-1][0]
+    figures |= {
+        "metrics": measure(LABELS, truth, answers, scored["test"].probabilities).to_dict(),
+        "reliability": calibration.assess(scored["test"], scored["validation"]).to_dict(),
+        "rivals": [rate(given, LABELS, truth, answers).to_dict()],
+        "baseline": None,
+        "parameters": {"trainable": 1_000_000, "total": 1_000_000 + num_base},
+        "num_steps": steps,
+        "best_step": steps,
+    }
+    files.write_json(path / "evaluation.json", figures)
+    write_predictions(
+        path / "predictions.csv",
+        [f"message {i}" for i in range(NUM_TEST)],
+        truth,
+        answers,
+        scored["test"].confidence.tolist(),
+        others if rival == "svm" else None,
+        {} if rival == "svm" else {rival: dict(enumerate(others))},
+    )
+    write_probabilities(path / PROBABILITIES, LABELS, scored)
+    config = TrainConfig("data.csv", model="some/base", **settings or {})
+    files.write_text(path / "config.toml", config.to_toml())
+    counts = rows_per_label or dict.fromkeys(LABELS, num_train // 10)
+    files.write_json(
+        path / "data.json",
+        {"source": "data.csv", "num_train": num_train, "rows_per_label": counts},
+    )
+    records = [
+        {"step": i, "num_steps": planned or steps, "loss": train_loss, "learning_rate": 3e-4}
+        for i in range(1, steps + 1)
+    ]
+    best = 0.0
+    for step, accuracy, loss in history:
+        named = {"accuracy": accuracy, "loss": loss, "rows": 400, "best": accuracy > best}
+        best = max(best, accuracy)
+        records.append({"step": step} | {f"validation_{k}": v for k, v in named.items()})
+    lines = "".join(json.dumps(each) + "\n" for each in records)
+    files.write_text(path / "metrics.jsonl", lines)
+    return path
+
+
+def score(
+    true: Sequence[int], predicted: Sequence[int], confidences: tuple[float, float], seed: int
+) -> Scored:
+    """Probabilities with these predictions; wrong answers are less confident, on average."""
+    generator = np.random.default_rng(seed)
+    probabilities = np.empty((len(true), 10))
+    for row, (t, p) in enumerate(zip(true, predicted, strict=True)):
+        mean = confidences[t != p]
+        top = 0.11 + 0.89 * generator.beta(8 * mean, 8 * (1 - mean))
+        probabilities[row] = (1 - top) / 9
+        probabilities[row, p] = top
+    return Scored(probabilities=probabilities, true=np.array(true))
+
+
+def diagnose(
+    run: Path,
+    *,
+    wrong: tuple[float, float, float] = (0.002, 0.0, 0.006),
+    held_out_wrong: float = 0.0,
+    num_likely: int = 0,
+    overlapping: float = 0.0,
+    pairs: Sequence[dict[str, Any]] = (),
+    decided: str = "",
+) -> None:
+    """Add a diagnosis: estimated share of wrong labels with its interval, and pairs of labels."""
+    rate_, low, high = wrong
+    ceiling = 1 - held_out_wrong - overlapping
+    found = {
+        "num_rows": 2000,
+        "suspects": num_likely + 20,
+        "wrong": rate_,
+        "wrong_interval": [low, high],
+        "ceiling": {
+            "accuracy": ceiling,
+            "interval": [ceiling - 0.02, min(1.0, ceiling + 0.02)],
+            "wrong": held_out_wrong,
+            "overlapping": overlapping,
+        },
+        "pairs": [*pairs],
+    }
+    files.write_json(run / "diagnosis.json", found)
+    rows = [("0.8", decided)] * num_likely + [("0.3", "")] * 20
+    with (run / "relabel.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("row", "text", "label", "suggested", "p_wrong", "decision"))
+        for row, (p_wrong, decision) in enumerate(rows, 1):
+            writer.writerow((row, "a", LABELS[0], LABELS[1], p_wrong, decision))
+
+
+def pair(first: int, second: int, verdict: str, accuracy_if_merged: float) -> dict[str, Any]:
+    return {
+        "first": LABELS[first],
+        "second": LABELS[second],
+        "verdict": verdict,
+        "reason": "judges confuse the same rows (p = 0.001)",
+        "accuracy_if_merged": accuracy_if_merged,
+    }
+
+
+def arguments(step: NextStep) -> list[str]:
+    """The words of a step's command as a shell passes them."""
+    first, *rest = shlex.split(step.command)
+    assert first == "remora"
+    return rest
+
+
+# What a practitioner would say of six runs
+
+
+def say(run: Path) -> list[str]:
+    return [each.kind for each in find_next_steps(run)]
+
+
+def test_undertrained(tmp_path: Path) -> None:
+    """ "It has not even seen all rows once. Train it properly before you look at anything else;
+    until then the SVM is better. And some mistakes look like label mistakes.\""""
+    run = construct(
+        tmp_path / "run",
+        wrong=380,
+        wrong_by_rival=260,
+        alike=40,
+        history=((19, 0.40, 1.5), (38, 0.62, 1.1)),
+        settings={"max_steps": None, "epochs": 0.6},
+    )
+    first, second, third = find_next_steps(run)
+    assert (first.kind, second.kind, third.kind) == ("train_longer", "rival", "diagnose")
+    assert "0.6 epochs, so 40% of the training rows were never seen" in first.evidence[0]
+    assert "by default 2,000 rows get 4.0" in first.evidence[0]
+    assert "TF-IDF + linear SVM is 12.0 points above the adapter" in first.evidence[2]
+    config = str(run / "config.toml")
+    assert arguments(first) == ["train", "--config", config, "--epochs", "4"]
+    assert second.sentence.startswith("Use TF-IDF + linear SVM until")
+    assert arguments(third) == ["diagnose", str(run)]
+
+
+def test_noisy_labels(tmp_path: Path) -> None:
+    """ "One label in twelve is wrong. Go through the suspects before anything else.\""""
+    run = construct(tmp_path / "run", wrong=140, wrong_by_rival=200, alike=50)
+    diagnose(run, wrong=(0.08, 0.065, 0.096), held_out_wrong=0.06, num_likely=130)
+    first, *others = find_next_steps(run)
+    assert first.kind == "review"
+    assert "130 rows" in first.sentence
+    assert "20 more" in first.sentence
+    assert "8.0% of the training labels are wrong (95% interval 6.5% to 9.6%)" in first.evidence[0]
+    assert arguments(first) == ["review", str(run)]
+    assert [each.kind for each in others] == ["abstain"]
+
+
+def test_too_few_rows(tmp_path: Path) -> None:
+    """ "Nine rows a label, learned by heart. Label more, and measure first what that brings.\""""
+    run = construct(
+        tmp_path / "run",
+        wrong=300,
+        wrong_by_rival=420,
+        alike=4,
+        num_train=90,
+        history=((30, 0.6, 1.1), (45, 0.69, 1.0), (60, 0.69, 1.0)),
+        train_loss=0.004,
+        confidences=(0.8, 0.6),
+    )
+    first, *others = find_next_steps(run)
+    assert first.kind == "more_rows"
+    assert [each.kind for each in others] == ["abstain", "diagnose"]
+    assert first.evidence[0] == "9 training rows for each of 10 labels on average"
+    assert "0.004 on training rows and 1.000 on validation rows" in first.evidence[1]
+    assert arguments(first)[-2:] == ["--learning-curve", "1,2,4,all"]
+
+
+def test_a_rival_is_better(tmp_path: Path) -> None:
+    """ "It has learned what it can. Take the embeddings, or a larger model.\""""
+    run = construct(tmp_path / "run", wrong=200, wrong_by_rival=130, alike=4, rival="embeddings")
+    first, *others = find_next_steps(run)
+    assert first.kind == "rival"
+    assert [each.kind for each in others] == ["abstain", "diagnose"]
+    assert first.sentence.startswith("Use sentence embeddings instead of this adapter.")
+    assert "7.0 points above the adapter (95% interval +3." in first.evidence[0]
+    assert arguments(first)[-2:] == ["--model", "Qwen/Qwen2.5-0.5B-Instruct"]
+    assert "train_longer" not in say(run)
+
+
+def test_overlapping_labels(tmp_path: Path) -> None:
+    """ "Nobody can tell these two apart. Merge them, or write down where the border is.\""""
+    run = construct(tmp_path / "run", wrong=140, wrong_by_rival=200, alike=50)
+    pairs = [pair(0, 1, "labels overlap", 0.92), pair(1, 2, "labels overlap", 0.87)]
+    diagnose(run, overlapping=0.1, pairs=[*pairs, pair(3, 4, "undecided", 0.9)])
+    first, second = find_next_steps(run)
+    assert (first.kind, second.kind) == ("merge_labels", "abstain")
+    assert "'label 0' and 'label 1'." in first.sentence  # a label is merged once only
+    assert "accuracy would be 92.0% instead of 86.0%" in first.evidence[0]
+    names = json.loads(arguments(first)[-1])
+    assert names == dict.fromkeys(("label 0", "label 1"), "label 0 or label 1")
+    label_forms.refuse_unknown(names, LABELS)
+
+
+def test_all_well(tmp_path: Path) -> None:
+    """ "Nothing to do. Ship it.\""""
+    run = construct(
+        tmp_path / "run",
+        wrong=25,
+        wrong_by_rival=90,
+        alike=4,
+        history=((125, 0.96, 0.15), (188, 0.975, 0.12), (250, 0.975, 0.12)),
+        confidences=(0.985, 0.6),
+    )
+    (only,) = find_next_steps(run)
+    assert only.kind == "all_well"
+    assert only.sentence.startswith("All is well")
+    assert "97.5% accuracy (95% interval 96.3% to 98.3%) on 1,000 test rows" in only.evidence[0]
+    assert "6.5 points below the adapter" in only.evidence[1]
+    assert arguments(only) == ["predict", str(run)]
+
+
+# Each finding needs its evidence
+
+
+def test_validation_that_still_rises_is_not_trained_for_long_enough(tmp_path: Path) -> None:
+    rising = ((125, 0.70, 0.9), (188, 0.76, 0.8), (250, 0.80, 0.7))
+    shape = {"wrong": 190, "wrong_by_rival": 300}
+    (step, *_) = find_next_steps(construct(tmp_path / "rising", history=rising, **shape))
+    assert step.kind == "train_longer"
+    assert (
+        "rose from 70.0% at step 125 to 80.0% at step 250, the last (400 rows)" in step.evidence[0]
+    )
+    assert arguments(step)[-2:] == ["--epochs", "8"]
+    # Five rows of 400 may be chance, a loss that rises is overfitting, and patience has ended
+    few = ((188, 0.78, 0.8), (200, 0.7925, 0.79), (250, 0.7925, 0.79))
+    worse = ((188, 0.70, 0.8), (250, 0.80, 0.9))
+    for name, history, more in (
+        ("few", few, {}),
+        ("worse", worse, {}),
+        ("ended", rising, {"planned": 500}),
+    ):
+        run = construct(tmp_path / name, history=history, **shape, **more)
+        assert "train_longer" not in say(run), name
+
+
+def test_steps_that_were_limited_are_given_as_steps(tmp_path: Path) -> None:
+    run = construct(
+        tmp_path / "run",
+        wrong=380,
+        wrong_by_rival=260,
+        history=((20, 0.62, 1.1),),
+        settings={"max_steps": 20, "name": "demo", "output": tmp_path},
+    )
+    (tmp_path / "demo-2").mkdir()
+    assert arguments(find_next_steps(run)[0])[3:] == ["--name", "demo-3", "--max-steps", "252"]
+
+
+def test_a_lead_that_may_be_chance_is_no_reason_to_change(tmp_path: Path) -> None:
+    assert "rival" not in say(construct(tmp_path / "run", wrong=150, wrong_by_rival=135))
+    as_good = construct(tmp_path / "same", wrong=150, wrong_by_rival=148, alike=145)
+    (step, *_) = (each for each in find_next_steps(as_good) if each.kind == "rival")
+    assert "as good, and far cheaper" in step.sentence
+    dear = construct(
+        tmp_path / "dear", wrong=150, wrong_by_rival=148, alike=145, rival_seconds=60.0
+    )
+    assert "rival" not in say(dear)
+
+
+def test_training_that_does_harm_calls_for_a_lower_learning_rate(tmp_path: Path) -> None:
+    run = construct(tmp_path / "run", wrong=300, wrong_by_rival=200, rival="zero-shot")
+    (step, *_) = find_next_steps(run)
+    assert step.sentence.startswith("Lower the learning rate")
+    assert arguments(step)[-2:] == ["--learning-rate", "0.0001"]
+
+
+def test_labels_of_few_rows_are_named(tmp_path: Path) -> None:
+    run = construct(tmp_path / "run", wrong=100, wrong_by_rival=300)
+    counts = dict.fromkeys(LABELS, 250)
+    summary = json.loads((run / "data.json").read_text(encoding="utf-8"))
+    # label 9 has 14 rows; it has no more mistakes than the others, so far
+    files.write_json(run / "data.json", summary | {"rows_per_label": counts | {LABELS[9]: 14}})
+    assert "more_rows" not in say(run)
+    figures = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    figures["metrics"]["per_class"][9]["recall"] = 0.5
+    files.write_json(run / "evaluation.json", figures)
+    (step,) = (each for each in find_next_steps(run) if each.kind == "more_rows")
+    assert "'label 9'" in step.sentence
+    assert "50 of 100 rows of labels with at most 14 training rows are wrong" in step.evidence[0]
+
+
+def test_a_learning_curve_that_rises_calls_for_rows(tmp_path: Path) -> None:
+    run = construct(tmp_path / "run", wrong=200, wrong_by_rival=300)
+    finished.learn(run)
+    (step, *_) = find_next_steps(run)
+    assert step.kind == "more_rows"
+    assert "from 200 to 400 rows, accuracy changed by +10.0 points per doubling" in step.evidence[0]
+    curve = json.loads((run / "learning_curve.json").read_text(encoding="utf-8"))
+    files.write_json(
+        run / "learning_curve.json", curve | {"gain": 0.001, "gain_interval": [-0.007, 0.009]}
+    )
+    (step,) = (each for each in find_next_steps(run) if each.kind == "larger_model")
+    assert "doubling the rows adds at most 0.9 points" in step.evidence[0]
+
+
+def test_decided_rows_are_applied(tmp_path: Path) -> None:
+    run = construct(tmp_path / "run", wrong=140, wrong_by_rival=200)
+    noisy = {"wrong": (0.08, 0.065, 0.096), "held_out_wrong": 0.06}
+    diagnose(run, **noisy, num_likely=130, decided=LABELS[1])
+    (step, *_) = find_next_steps(run)
+    assert step.sentence == "Train again on the corrected rows: 130 are decided."
+    assert arguments(step) == ["diagnose", str(run), "--apply", str(run / "relabel.csv")]
+    diagnose(run, **noisy, num_likely=130, decided=LABELS[0])  # all were right as they are
+    assert not {"apply", "review"} & {*say(run)}
+    (run / "relabel.csv").write_text("row,text\n1", encoding="utf-8")  # someone broke it
+    assert not {"apply", "review"} & {*say(run)}
+
+
+def test_confidence_that_is_too_high_is_no_probability(tmp_path: Path) -> None:
+    shape = {"wrong": 140, "wrong_by_rival": 300}
+    run = construct(tmp_path / "run", confidences=(0.97, 0.97), **shape)
+    (step,) = (each for each in find_next_steps(run) if each.kind == "calibrate")
+    assert "points too high" in step.sentence
+    assert "accuracy 86.0% (95% interval 83.7% to 88.0%)" in step.evidence[0]
+    good = construct(tmp_path / "good", confidences=(0.86, 0.85), **shape)
+    assert "calibrate" not in say(good)
+
+
+def test_an_easy_task_may_do_with_a_smaller_model(tmp_path: Path) -> None:
+    shape = {"wrong": 15, "wrong_by_rival": 30, "confidences": (0.99, 0.6)}
+    (step,) = find_next_steps(construct(tmp_path / "7b", num_base=7_600_000_000, **shape))
+    assert step.kind == "smaller_model"
+    assert arguments(step)[-2:] == ["--model", "Qwen/Qwen2.5-1.5B-Instruct"]
+    assert say(construct(tmp_path / "small", **shape)) == ["all_well"]
+
+
+def test_rows_from_standard_input_are_not_diagnosed(tmp_path: Path) -> None:
+    run = construct(tmp_path / "run", wrong=300, wrong_by_rival=400, alike=100)
+    assert "diagnose" in say(run)
+    config = TrainConfig("-", model="some/base")
+    files.write_text(run / "config.toml", config.to_toml())
+    assert "diagnose" not in say(run)
+
+
+def test_a_run_of_an_earlier_version_has_next_steps(tmp_path: Path) -> None:
+    run = construct(tmp_path / "run", wrong=200, wrong_by_rival=130)
+    for name in ("data.json", "metrics.jsonl", PROBABILITIES):
+        (run / name).unlink()
+    figures = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    for key in ("rivals", "reliability"):
+        del figures[key]
+    files.write_json(run / "evaluation.json", figures)
+    assert find_next_steps(run)
+
+
+# Commands and where they are shown
+
+
+def test_every_command_is_one_that_remora_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the run is called, and whatever its labels are."""
+    seen = set()
+    noisy = {"num_likely": 99, "wrong": (0.05, 0.03, 0.07)}
+    for number, (shape, about) in enumerate(
+        (
+            (
+                {"wrong": 380, "wrong_by_rival": 260, "alike": 50, "num_steps": 38, "history": ()},
+                {},
+            ),
+            ({"wrong": 200, "wrong_by_rival": 130}, noisy),
+            ({"wrong": 200, "wrong_by_rival": 130, "rival": "zero-shot"}, {}),
+            ({"wrong": 140, "wrong_by_rival": 200}, {"overlapping": 0.1}),
+            ({"wrong": 140, "wrong_by_rival": 200}, noisy | {"decided": LABELS[3]}),
+            ({"wrong": 300, "wrong_by_rival": 420, "num_train": 90}, {}),
+            ({"wrong": 140, "wrong_by_rival": 300, "confidences": (0.97, 0.97)}, {}),
+            ({"wrong": 15, "wrong_by_rival": 30, "num_base": 7_600_000_000}, {}),
+            ({"wrong": 140, "wrong_by_rival": 150}, {}),
+            ({"wrong": 25, "wrong_by_rival": 90}, {}),
+        )
+    ):
+        run = construct(tmp_path / f"it's a $(run) {number}", **shape)
+        if about:
+            diagnose(run, pairs=[pair(0, 1, "labels overlap", 0.92)], **about)
+        for step in find_next_steps(run):
+            seen.add(step.kind)
+            words = arguments(step)
+            assert any(str(run) in word for word in words)
+            if step.kind == "review" and words[0] not in cli.app:
+                assert words == ["review", str(run)]
+                continue
+            with monkeypatch.context() as undone:
+                parse(words, undone)
+    assert seen >= {
+        *("train_longer", "rival", "review", "apply", "merge_labels", "more_rows", "larger_model"),
+        *("smaller_model", "diagnose", "abstain", "calibrate", "all_well"),
+    }
+
+
+def test_compare_says_which_run_to_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = construct(tmp_path / "small", wrong=150, wrong_by_rival=400)
+    large = construct(tmp_path / "large", wrong=148, wrong_by_rival=400)
+    figures = json.loads((large / "evaluation.json").read_text(encoding="utf-8"))
+    files.write_json(large / "evaluation.json", figures | {"base_bytes": 10**10})
+    runs = (small, large)
+    first, *others = after_comparison(compare.compare_runs(CompareConfig(runs)), runs)
+    assert first.sentence == "Take small."
+    assert "large may lead small by chance: +0.2 points" in first.evidence[0]
+    assert arguments(first) == ["predict", str(small)]
+    assert others == [*find_next_steps(small)][:2]
+    assert call("compare", *runs) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[shown.index("what to do next") + 1] == "1. Take small."
+    assert shown[-1] == f"    {others[-1].command}"
+    assert call("compare", *runs, "--json") == 0
+    given = json.loads(capsys.readouterr().out)["next_steps"]
+    assert [each["kind"] for each in given] == ["take", *(each.kind for each in others)]
+    assert given[0] | {"evidence": (), "worth": 0} == vars(first) | {"evidence": (), "worth": 0}
+
+
+def test_a_baseline_that_no_run_beats_is_the_one_to_take(tmp_path: Path) -> None:
+    run = construct(tmp_path / "run", wrong=300, wrong_by_rival=290)
+    first, *others = after_comparison(compare.compare_runs(CompareConfig((run,))), (run,))
+    assert first.sentence == "Take TF-IDF + linear SVM."
+    assert others
+    assert "rival" not in [each.kind for each in others]
+
+
+def test_a_broken_file_takes_only_the_next_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = construct(tmp_path / "run", wrong=300, wrong_by_rival=290)
+    (run / "diagnosis.json").write_text("{", encoding="utf-8")
+    assert call("compare", run) == 0
+    captured = capsys.readouterr()
+    assert "what to do next" not in captured.out
+    assert "there are no next steps, since" in captured.err
+    (run / "diagnosis.json").write_text("[]", encoding="utf-8")
+    assert results.read(run)
+
+
+def test_lines_break_at_words_and_commands_do_not() -> None:
+    step = NextStep(
+        kind="diagnose",
+        sentence="Find out why it errs, " * 4,
+        evidence=("one clause that is longer than a line of forty characters is",),
+        command="remora diagnose 'a folder with a name that is longer than the line'",
+        worth=0.1,
+    )
+    for is_terminal, num_lines in ((True, 8), (False, 5)):
+        file = StringIO()
+        console = Console(file=file, width=40, force_terminal=is_terminal, color_system=None)
+        show_next_steps([step], console)
+        lines = file.getvalue().splitlines()
+        assert lines[-1] == f"    {step.command}"
+        assert len(lines) == num_lines
+        if is_terminal:
+            assert max(map(len, lines[:-1])) <= 40
+            assert lines[3].startswith("  ")

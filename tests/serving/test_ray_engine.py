@@ -1,0 +1,502 @@
+"""`predict --engine ray`: every row exactly once, whoever dies, in the forms of `predict`.
+
+Most tests compute by a stand-in for Ray in this process, whose workers die where a test wants it;
+those at the end by Ray itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import pyarrow.parquet
+import pytest
+
+from conftest import WAYS, call
+from remora.config import PredictConfig
+from remora.data import locations
+from remora.errors import ConfigError, DataError, ModelError, ResourceError
+from remora.runtime.reporter import Reporter
+from remora.serving import ray_engine, ray_workers
+from remora.serving.part_files import JOURNAL
+from remora.serving.predictor import Predictor
+from service import write_adapter
+
+NUM_ROWS = 600
+HAS_RAY = importlib.util.find_spec("ray") is not None
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("runs") / "a", base, 1)
+
+
+def write_rows(path: Path, first: int = 0, num_rows: int = NUM_ROWS) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "text", "note"])
+        for i in range(first, first + num_rows):
+            writer.writerow([i, "" if i % 97 == 5 else WAYS[i % 5].format(i), f'a "b",\n{i}'])
+    return path
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text, newline="")))
+
+
+def read_parts(folder: Path) -> list[list[str]]:
+    """The rows of all parts of CSV in their order, the header once."""
+    parts = [rows_of(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("part-*"))]
+    assert all(part[0] == parts[0][0] and len(part) > 1 for part in parts)
+    return parts[0][:1] + [row for part in parts for row in part[1:]]
+
+
+def journal(folder: Path) -> Any:
+    return json.loads((folder / JOURNAL).read_text())
+
+
+def plain(run: Path, source: Path, tmp_path: Path) -> list[list[str]]:
+    out = tmp_path / "plain.csv"
+    assert call("predict", run, source, "--device", "cpu", "--output", out) == 0
+    return rows_of(out.read_text(encoding="utf-8"))
+
+
+class Told(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+class RayError(Exception): ...
+
+
+class RayTaskError(RayError):
+    cause: BaseException
+
+
+class StandIn:
+    """What is used of Ray: calls are computed when they are waited for, in a random order."""
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+
+    def __init__(self, dies: Callable[[int], bool] = lambda number: False) -> None:
+        self.dies, self.num_calls, self.num_actors = dies, 0, 0
+        self.random = random.Random(0)
+        self.resources = {"CPU": 2.0, "memory": 9e9}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": self.resources}, {"Alive": False, "Resources": {}}]
+
+    def remote(self, kind: Any) -> Any:
+        return SimpleNamespace(
+            options=lambda **_: SimpleNamespace(remote=lambda *given: self._actor(kind(*given)))
+        )
+
+    def _actor(self, actor: Any) -> Any:
+        self.num_actors += 1
+        state = {"dead": False}
+
+        def method(name: str) -> Any:
+            def call(*given: Any) -> Any:
+                return SimpleNamespace(run=lambda: getattr(actor, name)(*given), state=state)
+
+            return SimpleNamespace(remote=lambda *given: Reference(call(*given)))
+
+        return SimpleNamespace(open=method("open"), answers=method("answers"))
+
+    def wait(self, references: list[Any], num_returns: int, timeout: float) -> Any:
+        if timeout == 0 and self.random.random() < 0.5:
+            return [], references
+        ready = self.random.sample(references, self.random.randint(1, num_returns))
+        return ready, [each for each in references if each not in ready]
+
+    def get(self, reference: Any) -> Any:
+        self.num_calls += 1
+        state = reference.call.state
+        state["dead"] |= self.dies(self.num_calls)
+        if state["dead"]:
+            raise RayError("the worker is dead")
+        try:
+            return reference.call.run()
+        except Exception as error:
+            failed = RayTaskError("a long traceback")
+            failed.cause = error
+            raise failed from error
+
+
+class Reference:
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    ray = StandIn()
+
+    @contextlib.contextmanager
+    def connected(address: str | None) -> Iterator[Any]:
+        yield ray
+
+    monkeypatch.setattr(ray_workers, "connected", connected)
+    monkeypatch.setattr(ray_workers, "require", lambda: None)
+    monkeypatch.setattr(ray_engine, "CHUNK_ROWS", 64)
+    return ray
+
+
+def settings(run: Path, source: object, output: object, **more: Any) -> PredictConfig:
+    common = {"engine": "ray", "device": "cpu", "worker_cores": 1, "part_rows": 200}
+    return PredictConfig(run, str(source), output=str(output), **{**common, **more})
+
+
+def write(*given: Any, **more: Any) -> list[str]:
+    told = Told()
+    ray_engine.write_parts(settings(*given, **more), told)
+    return told.lines
+
+
+def test_the_rows_are_those_of_predict(run: Path, tmp_path: Path, ray: StandIn) -> None:
+    source, out = write_rows(tmp_path / "a.csv"), tmp_path / "out.csv"
+    lines = write(run, source, out)
+    assert read_parts(out) == plain(run, source, tmp_path)
+    parts = journal(out)["parts"]
+    assert [part["rows"] for part in parts] == [256, 256, 88]  # whole batches of 64
+    assert lines[0] == "1 file; 2 workers, each with 1 core"
+    assert "7 rows with a blank text, without a label; the first is row 6" in lines[2]
+    assert lines[3].startswith(f"600 rows in 3 parts in {out}")
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert write(run, source, out) == ["all 600 rows in 3 parts are there already"]
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_a_dead_worker_is_replaced_and_no_row_is_lost_or_repeated(
+    run: Path, tmp_path: Path, ray: StandIn
+) -> None:
+    source = write_rows(tmp_path / "a.csv")
+    expected = plain(run, source, tmp_path)
+    for number, deaths in enumerate(({1}, {2}, {4, 5}, {3, 6, 9, 12}, set(range(3, 40, 4)))):
+        ray.num_calls, ray.num_actors, ray.dies = 0, 0, deaths.__contains__
+        out = tmp_path / f"{number}.csv"
+        lines = write(run, source, out)
+        assert read_parts(out) == expected
+        num_dead = ray.num_actors - 2
+        assert num_dead
+        assert lines.count("a worker died; another takes over its rows") == num_dead
+
+
+def test_workers_that_die_again_and_again_end_the_run_and_its_parts_stay(
+    run: Path, tmp_path: Path, ray: StandIn
+) -> None:
+    source, out = write_rows(tmp_path / "a.csv"), tmp_path / "out.csv"
+    ray.dies = lambda number: number > 9
+    with pytest.raises(ResourceError, match=r"3 workers died .*; they may be out of memory"):
+        write(run, source, out)
+    kept = read_parts(out)
+    assert 64 < len(kept) < NUM_ROWS
+    ray.dies = lambda number: False
+    assert (
+        f"{len(kept) - 1} rows in 1 part are there already; resuming" in write(run, source, out)[0]
+    )
+    assert read_parts(out) == plain(run, source, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["part", "journal"])
+def test_a_process_that_ends_anywhere_resumes_there(
+    run: Path, tmp_path: Path, ray: StandIn, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """It ends before each file is in its place, and so between a part and the journal."""
+    source, out = write_rows(tmp_path / "a.csv", num_rows=300), tmp_path / "out.csv"
+    replace, dice = os.replace, random.Random(0)
+
+    class Killed(BaseException): ...
+
+    def killing(place: Path, target: Path) -> None:
+        is_journal = Path(target).name == JOURNAL
+        if is_journal == (stage == "journal") and dice.random() < 0.5:
+            raise Killed
+        replace(place, target)
+
+    monkeypatch.setattr(os, "replace", killing)
+    num_starts = 0
+    while not (out / JOURNAL).exists() or not journal(out)["finished"]:
+        num_starts += 1
+        assert num_starts < 50
+        with contextlib.suppress(Killed):
+            write(run, source, out, part_rows=64)
+    assert num_starts > 2
+    monkeypatch.undo()
+    assert read_parts(out) == plain(run, source, tmp_path)
+    assert [part["rows"] for part in journal(out)["parts"]] == [64, 64, 64, 64, 44]
+
+
+def test_several_files_of_a_glob_a_folder_or_a_url(run: Path, tmp_path: Path, ray: StandIn) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "_SUCCESS").write_text("")
+    (folder / "notes.md").write_text("none of them")
+    both = [write_rows(folder / f"{n}.csv", first=n * 130, num_rows=130) for n in range(2)]
+    expected = [row for path in both for row in plain(run, path, tmp_path)[1:]]
+    memory = fsspec.filesystem("memory")
+    for path in both:
+        memory.pipe_file(f"/in/{path.name}", path.read_bytes())
+    sources = [folder / "*.csv", folder, "memory://in/*.csv"]
+    for number, source in enumerate(sources):
+        out = tmp_path / f"{number}.csv"
+        write(run, source, out, part_rows=100)
+        assert read_parts(out)[1:] == expected
+        assert [part["source"] for part in journal(out)["parts"]] == [0, 0, 1, 1]
+    write(run, "memory://in/*.csv", "memory://out.csv", part_rows=100)
+    names = sorted(Path(each).name for each in memory.ls("/out.csv", detail=False))
+    assert names == [JOURNAL, *(f"part-0000{n}.csv" for n in range(4))]
+    for name in names[1:]:
+        assert memory.cat_file(f"/out.csv/{name}") == (tmp_path / "0.csv" / name).read_bytes()
+    assert "are there already" in write(run, "memory://in/*.csv", "memory://out.csv")[0]
+    memory.rm("/in", recursive=True)
+    memory.rm("/out.csv", recursive=True)
+
+
+def test_parts_of_parquet_have_one_schema(run: Path, tmp_path: Path, ray: StandIn) -> None:
+    records = [{"n": None if i < 70 else i, "text": WAYS[i % 5].format(i)} for i in range(150)]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write(run, source, tmp_path / "out.parquet", part_rows=64, top_k=2, threshold=0.5)
+    schemas = {pyarrow.parquet.read_schema(p) for p in (tmp_path / "out.parquet").glob("part-*")}
+    assert len(schemas) == 1
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet")  # as a stranger reads it
+    assert found.select(["n", "text"]).to_pylist() == records
+    args = ("--output", tmp_path / "plain.parquet", "--top-k", 2, "--threshold", 0.5)
+    assert call("predict", run, source, "--device", "cpu", *args) == 0
+    assert found.equals(pyarrow.parquet.read_table(tmp_path / "plain.parquet"))
+    lines = write(run, source, tmp_path / "out.jsonl", threshold=1.0)
+    assert "150 of 150 rows are below the threshold 1.0000 and have no label" in lines
+
+
+def test_an_error_of_a_row_or_a_model_comes_as_it_is(
+    run: Path, tmp_path: Path, ray: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "a.jsonl", tmp_path / "out.csv"
+    source.write_text("".join(f'{{"text": "a {i}"}}\n' for i in range(200)) + "{\n")
+    with pytest.raises(DataError, match=r"a.jsonl: row 201 is not valid JSON"):
+        write(run, source, out)
+    assert len(read_parts(out)) == 201  # what was right before it is kept
+    assert not journal(out)["finished"]
+
+    def fail(self: Predictor) -> None:
+        raise ModelError("the base is not here; copy it")
+
+    monkeypatch.setattr(Predictor, "open", fail)
+    with pytest.raises(ModelError, match="the base is not here; copy it"):
+        write(run, write_rows(tmp_path / "b.csv"), tmp_path / "b_out.csv")
+
+
+def test_a_source_or_a_folder_of_another_run_is_refused(
+    run: Path, tmp_path: Path, ray: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_rows(tmp_path / "a.csv", num_rows=130), tmp_path / "out.csv"
+    write(run, source, out, part_rows=64)
+    kept = read_parts(out)
+    with pytest.raises(ConfigError, match="another run, with top_k 1 where this has 2; give"):
+        write(run, source, out, top_k=2)
+    os.utime(source, ns=(1, 1))
+    with pytest.raises(DataError, match=r"a.csv has changed since .*out.csv was begun; give"):
+        write(run, source, out)
+    write_rows(tmp_path / "b.csv", num_rows=130)
+    with pytest.raises(DataError, match=r"b.csv was not there when .* was begun; give"):
+        write(run, tmp_path / "b.csv", out)
+    assert read_parts(out) == kept
+    write(run, tmp_path / "[ab].csv", tmp_path / "both.csv")
+    (tmp_path / "b.csv").unlink()
+    with pytest.raises(DataError, match=r"b.csv is gone since .*both.csv was begun; give another"):
+        write(run, tmp_path / "[ab].csv", tmp_path / "both.csv")
+    (tmp_path / "photos.csv").mkdir()
+    (tmp_path / "photos.csv" / "me.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"holds 'me.png', and no predictions in parts; give"):
+        write(run, source, tmp_path / "photos.csv")
+    with pytest.raises(ConfigError, match=r"is a file, and the parts need a folder; give"):
+        write(run, source, write_rows(tmp_path / "b.csv"))
+    # A part that is lost, while the run is not finished
+    write(run, source, tmp_path / "c.csv", part_rows=64)
+    (tmp_path / "c.csv" / "part-00001.csv").unlink()
+    with pytest.raises(DataError, match=r"lacks part-00001.csv, which was finished; re"):
+        write(run, source, tmp_path / "c.csv")
+    (tmp_path / "c.csv" / JOURNAL).write_text("{")
+    with pytest.raises(ConfigError, match=r"_remora.json cannot be read .*; give another --output"):
+        write(run, source, tmp_path / "c.csv")
+    # While it is read
+    changed = locations.changed
+    monkeypatch.setattr(locations, "changed", lambda each: source.write_text("") or changed(each))
+    with pytest.raises(DataError, match=r"a.csv changed while it was read; give another --output"):
+        write(run, source, tmp_path / "d.csv")
+    assert not journal(tmp_path / "d.csv")["finished"]
+
+
+def test_two_processes_do_not_write_to_one_folder(run: Path, tmp_path: Path, ray: StandIn) -> None:
+    from filelock import FileLock
+
+    source, out = write_rows(tmp_path / "a.csv", num_rows=70), tmp_path / "out.csv"
+    out.mkdir()
+    refused = pytest.raises(ConfigError, match=r"another process writes to .*out.csv; wait for it")
+    with FileLock(out / "_remora.lock"), refused:
+        write(run, source, out)
+    write(run, source, out)
+    assert not (out / "_remora.lock").exists()
+
+
+def test_files_that_are_missing_or_differ_are_refused(
+    run: Path, tmp_path: Path, ray: StandIn
+) -> None:
+    out = tmp_path / "out.csv"
+    for source, error, match in (
+        (tmp_path / "none.csv", DataError, "there is no file or folder"),
+        (tmp_path / "*.csv", DataError, "there are no tables at"),
+        ("memory://none/*.csv", DataError, "there are no tables at memory://none/"),
+        ("nowhere://a/b.csv", ConfigError, "cannot be opened by fsspec .*; correct the URL"),
+        ("-", ConfigError, "engine ray does not read standard input; name files"),
+    ):
+        with pytest.raises(error, match=match):
+            write(run, source, out)
+    write_rows(tmp_path / "a.csv", num_rows=3)
+    (tmp_path / "b.csv").write_text("text,id\na,b\n")
+    with pytest.raises(DataError, match=r"b.csv has the columns 'text', 'id', where .*a.csv has"):
+        write(run, tmp_path / "?.csv", out)
+    assert not out.exists()
+
+
+def test_the_number_of_workers_is_what_there_is_room_for(run: Path, ray: StandIn) -> None:
+    def room(num_weights: int = 1000, **more: Any) -> Any:
+        config = PredictConfig(run, "a.csv", output="o.csv", engine="ray", **more)
+        return ray_workers.find_room(ray, config, num_weights)
+
+    ray.resources = {"CPU": 16.0, "memory": 20e9}
+    assert str(room()) == "4 workers, each with 4 cores"
+    assert str(room(worker_cores=1)) == "16 workers, each with 1 core"
+    assert str(room(workers=2)) == "2 workers, each with 4 cores"
+    assert str(room(worker_cores=64)) == "1 worker, each with 16 cores"
+    # 2 billion weights of 4 bytes, and 0.6 GB for each process
+    assert room(2_000_000_000, precision="float32").num_workers == 2
+    with pytest.raises(ResourceError, match=r"room for 2 of 3 workers, .* 8.60 GB of memory each"):
+        room(2_000_000_000, precision="float32", workers=3)
+    with pytest.raises(ResourceError, match=r"room for 0 of 1 workers, .*; give a smaller model"):
+        room(6_000_000_000, precision="float32")
+    ray.resources |= {"GPU": 2.0}
+    assert str(room(6_000_000_000)) == "2 workers, each with a GPU"
+    assert str(room(device="cpu")) == "4 workers, each with 4 cores"
+    with pytest.raises(ResourceError, match=r"room for 2 of 3 workers, which need a GPU each"):
+        room(device="cuda", workers=3)
+
+
+def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_workers, "require", lambda: None)
+    refused = pytest.raises(ConfigError, match=r"no Ray cluster answers at 127.0.0.1:1 .*--address")
+    with refused, ray_workers.connected("127.0.0.1:1"):
+        pass
+
+
+# By Ray itself
+
+needs_ray = pytest.mark.skipif(not HAS_RAY, reason="needs Ray: pip install 'remora[ray]'")
+
+
+def command(run: Path, source: Path, out: Path, *more: str) -> list[str]:
+    given = ["predict", str(run), str(source), "--engine", "ray", "--output", str(out)]
+    return [sys.executable, "-m", "remora", *given, "--device", "cpu", "--worker-cores", "1", *more]
+
+
+@needs_ray
+def test_workers_of_ray_give_the_rows_of_predict(run: Path, tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "a.csv"), tmp_path / "out.csv"
+    done = subprocess.run(
+        command(run, source, out, "--workers", "1"), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert "600 rows in 1 part in" in done.stderr
+    assert read_parts(out) == plain(run, source, tmp_path)
+
+
+def ray_processes(driver: int, what: str) -> list[int]:
+    import psutil
+
+    return [
+        each.pid
+        for each in psutil.Process(driver).children(recursive=True)
+        if what in " ".join(each.cmdline())
+    ]
+
+
+@needs_ray
+@pytest.mark.durability
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_every_row_is_there_once_after_sigkill_of_a_worker_and_of_the_driver(
+    run: Path, tmp_path: Path
+) -> None:
+    import psutil
+
+    num_rows = 20_000
+    source, out = write_rows(tmp_path / "a.csv", num_rows=num_rows), tmp_path / "out.csv"
+    expected = plain(run, source, tmp_path)
+    more = ("--workers", "2", "--part-rows", "1000")
+
+    def wait_for(number: int) -> None:
+        until = time.monotonic() + 300
+        while len(list(out.glob("part-*.csv"))) < number and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(list(out.glob("part-*.csv"))) >= number
+
+    with subprocess.Popen(command(run, source, out, *more), stderr=subprocess.PIPE) as first:
+        wait_for(2)
+        worker = ray_processes(first.pid, "ray::_Actor")[0]
+        os.kill(worker, signal.SIGKILL)
+        wait_for(5)
+        left = [psutil.Process(pid) for pid in ray_processes(first.pid, "ray")]
+        os.kill(first.pid, signal.SIGKILL)
+        assert first.stderr is not None
+        assert b"a worker died; another takes over its rows" in first.stderr.read()
+    gone, alive = psutil.wait_procs(left, timeout=60)
+    assert gone
+    assert not alive  # nothing of Ray outlives its driver
+    assert not journal(out)["finished"]
+    num_before = len(journal(out)["parts"])
+    again = subprocess.run(
+        command(run, source, out, *more), capture_output=True, text=True, check=True
+    )
+    assert f"rows in {num_before} parts are there already; resuming after them" in again.stderr
+    assert read_parts(out) == expected
+    assert sorted(int(row[0]) for row in expected[1:]) == list(range(num_rows))
+
+
+@needs_ray
+@pytest.mark.durability
+def test_ray_data_maps_batches_by_the_predictor(run: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.csv")
+    code = f"""
+import ray, remora
+ray.init(address="local", include_dashboard=False, num_cpus=2)
+ray.data.read_csv({str(source)!r}).map_batches(
+    remora.Predictor, fn_constructor_args=({str(run)!r},),
+    fn_constructor_kwargs={{"device": "cpu"}}, batch_size=64,
+    compute=ray.data.ActorPoolStrategy(size=1),
+).write_parquet({str(tmp_path / "out")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    found = pyarrow.parquet.read_table(tmp_path / "out").to_pylist()
+    expected = {row[0]: row for row in plain(run, source, tmp_path)[1:]}
+    assert len(found) == len(expected) == NUM_ROWS
+    for row in found:
+        _, _, _, label, probability = expected[str(row["id"])]
+        assert (row["label"] or "") == label
+        assert not label or row["probability"] == pytest.approx(float(probability), abs=2e-6)
