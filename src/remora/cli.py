@@ -246,16 +246,21 @@ def retrain(config: RetrainConfig) -> None:
         raise SystemExit(launch.run(devices, sys.argv[1:]))
     stop = Stop()
     with stop.listening():
+        from remora.evaluation import next_steps
         from remora.training import retrain
 
         with display.TerminalReporter().live() as reporter:
             result, change = retrain.retrain_run(config, reporter=reporter)
         with stop.deferred():
+            steps = next_steps.told_next_steps(
+                lambda: next_steps.find_next_steps(result.directory), reporter.say
+            )
             if config.json:
-                _print_json(result.to_dict() | {"change": change.to_dict()})
+                _print_json(result.to_dict() | {"change": change.to_dict()} | _as_json(steps))
                 return
             display.show_result(result)
             display.show_change(change)
+            display.show_next_steps(steps)
 
 
 @app.command(help_epilogue=examples("export"))

@@ -29,6 +29,7 @@ ORDER = "[...document.querySelectorAll('#matrix tbody th')].map(e => e.textConte
 COLUMNS = "[...document.querySelectorAll('#matrix thead th:not(.total)')].map(e => e.textContent)"
 
 
+LABEL_FIELD = "document.getElementById('message-true')"
 LABEL_ROWS = "[...document.querySelector('table.sortable').tBodies[0].rows]"
 
 
@@ -185,6 +186,7 @@ def test_every_view_has_a_link_and_back_works(page: chromium.Page, run: Path) ->
         (link, f"{LABEL_ROWS}.map(e => e.cells[0].textContent)", sorted(LABELS)),
         ("#messages?label=top+up&mistakes=no", STATUS, "20 messages"),
         ("#messages?label=nothing&predicted=no", STATUS, "11 mistakes"),  # of another report
+        ("#messages?label=nothing", f"{LABEL_FIELD}.selectedOptions[0]?.text", "any"),
         ("#confusion?order=name&percent=yes", f"{cell('pin', 'refund')}.textContent", "25%"),
         ("#calibration?threshold=100", "document.getElementById('threshold').value", "100"),
     ):

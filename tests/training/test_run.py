@@ -100,7 +100,7 @@ def test_train_learns_and_shows_what_a_user_wants_to_know(finished) -> None:
         assert wanted in done.stdout
     *_, command = done.stdout.splitlines()
     assert "\nwhat to do next\n1. " in done.stdout
-    assert command.startswith("   remora ")
+    assert command.startswith("    remora ")
     assert str(directory) in command
     assert "it/s" not in done.stdout + done.stderr
     assert "Warning" not in done.stderr

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SIGNIFICANT = 0.05
+SIGNIFICANT = 0.01
+"""Stricter than elsewhere, since every report makes these comparisons."""
 
 
 def of_validation(records: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> str | None:

@@ -71,12 +71,11 @@ def suspect_labels(facts: RunFacts) -> NextStep | None:
     if suspects.num_likely < max(5, 0.005 * num_rows):
         if not suspects.num_changed:
             return None
-        list_of_rows = facts.directory / "relabel.csv"
         return NextStep(
             kind="apply",
             sentence=f"Train again on the corrected rows: {suspects.num_changed:,} are decided.",
             evidence=tuple(evidence),
-            command=run_commands.command("diagnose", facts.directory, "--apply", list_of_rows),
+            command=run_commands.command("retrain", facts.directory),
             worth=worth,
         )
     others = suspects.num_undecided - suspects.num_likely

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
+from remora.data.corrections import read_sheet
+from remora.errors import DataError
 from remora.evaluation import results
 from remora.evaluation.predictions import PROBABILITIES, Scored, read_probabilities
 from remora.evaluation.results import Results
@@ -190,14 +191,13 @@ def _suspects(path: Path) -> Suspects | None:
     if not path.is_file():
         return None
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_sheet(path).records
         undecided = [row for row in rows if not row["decision"].strip()]
         return Suspects(
             num_rows=len(rows),
-            num_likely=sum(float(row["p_wrong"]) >= 0.5 for row in undecided),
+            num_likely=sum(float(row["p_wrong"].replace(",", ".")) >= 0.5 for row in undecided),
             num_undecided=len(undecided),
             num_changed=sum(row["decision"].strip() not in {"", row["label"]} for row in rows),
         )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error):
+    except (DataError, ValueError, KeyError):
         return None

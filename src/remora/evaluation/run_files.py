@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from remora.data.corrections import read_sheet
+from remora.errors import DataError
 from remora.evaluation import results
 from remora.formatting import spoken_bytes, unescape_formula
 
@@ -44,14 +44,13 @@ def read_suspects(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(itertools.islice(csv.DictReader(file), NUM_STATIC_MESSAGES))
+        rows = read_sheet(path).records[:NUM_STATIC_MESSAGES]
         return [
             {"row": row["row"]}
             | {k: cut(unescape_formula(row[k])) for k in ("text", "label", "suggested")}
             for row in rows
         ]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error):
+    except (DataError, KeyError):
         return []
 
 
