@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,17 @@ def test_labels_are_written_as_words_where_that_differs(config: TrainConfig) -> 
     assert tuning._words() == {"card_arrival": "card arrival", "topUpFailed": "top up failed"}
     tuning.dataset = replace(tuning.dataset, labels=("a_b", "a b"))
     assert tuning._words() == {}
+
+
+@pytest.mark.parametrize("answer", ["words", "classes"])
+def test_what_is_written_is_searched_where_a_label_is_written(
+    answer: Any, settings: TuneConfig, config: TrainConfig
+) -> None:
+    tuning = object.__new__(tune._Tuning)
+    tuning.config = replace(settings, answer=answer, search=("rank", "label_texts"))
+    tuning.plain = replace(config, answer=answer)
+    tuning.dataset = replace(load_data(config), labels=("card_arrival", "refund"))
+    assert list(tuning._space()) == ["rank", "label_texts"][: 2 if answer == "words" else 1]
 
 
 def test_a_search_with_other_settings_is_refused(settings: TuneConfig) -> None:
