@@ -143,9 +143,9 @@ def begun_on_ray(shop: Workshop, output: str) -> None:
 
 
 def changed_source(shop: Workshop) -> list[str]:
-    begun_on_ray(shop, "changed.csv")
+    begun_on_ray(shop, "answers.csv")
     shop.write("begun.csv", table(GOOD_ROWS[1:]))
-    return on_ray(shop, "begun.csv", "changed.csv")
+    return on_ray(shop, "begun.csv", "answers.csv")
 
 
 def other_run(shop: Workshop) -> list[str]:
