@@ -231,12 +231,15 @@ class Workers(Generic[Tag]):
             self._start()
 
     def answered(
-        self, batches: Iterator[tuple[Tag, Sequence[str | None]]]
+        self,
+        batches: Iterator[tuple[Tag, Sequence[str | None]]],
+        check: Callable[[], object] = lambda: None,
     ) -> Iterator[tuple[Tag, list[Answer]]]:
         """Yield the answers to batches of messages, in their order.
 
         Args:
             batches: A tag of each batch, which comes back with its answers, and the messages.
+            check: Called every second or more often; what it raises ends the work.
 
         Raises:
             ResourceError: If workers die again and again.
@@ -261,6 +264,7 @@ class Workers(Generic[Tag]):
                 yield waiting.popleft().tag, answers
             if ended and not waiting:
                 break
+            check()
             self._send(unsent)
             self._receive(unsent)
         if failed is not None:
