@@ -91,10 +91,12 @@ def connected(address: str | None) -> Iterator[Any]:
     if address is None and not tokens & os.environ.keys():  # Ray reads them when it is imported
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
-    from ray._private import worker
 
-    # It would print the death of a worker on standard output; we say it ourselves.
-    worker.listen_error_messages = lambda *_: None
+    with contextlib.suppress(ImportError):
+        from ray._private import worker
+
+        # It would print the death of a worker on standard output; we say it ourselves.
+        worker.listen_error_messages = lambda *_: None
     how: dict[str, Any] = {"address": address}
     if address is None:
         how = {
