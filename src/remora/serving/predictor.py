@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +45,6 @@ SETTINGS = {
 
 Answer: TypeAlias = "tuple[Ranked, str | None]"
 """The likeliest labels of a message, none for a blank one, and the one given, None if withheld."""
-
-Batch = TypeVar("Batch")
 
 
 def rank(labels: Sequence[str], probabilities: NDArray[np.float64], top_k: int = 1) -> list[Ranked]:
@@ -177,7 +175,7 @@ class Predictor:
                 found.append((likeliest, likeliest[0][0] if sure else None))
         return found
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Any) -> Any:
         """Return a batch with the columns `label` and `probability` beside its own.
 
         With `top_k`, also `label_2`, `probability_2` and so on. Names that the batch has get
@@ -185,6 +183,9 @@ class Predictor:
 
         Args:
             batch: A dict of columns (arrays or lists), a pandas DataFrame, or a pyarrow Table.
+
+        Returns:
+            A batch of the same kind.
 
         Raises:
             DataError: If the batch has no text column, or a cell that is no text.
@@ -198,8 +199,7 @@ class Predictor:
             labels = [label for label, _ in likeliest] if place else [label for _, label in answers]
             columns[names[2 * place]] = labels
             columns[names[2 * place + 1]] = [probability for _, probability in likeliest]
-        added: Batch = _beside(batch, columns)
-        return added
+        return _beside(batch, columns)
 
     def _open(self) -> _Opened:
         if self._opened is None:

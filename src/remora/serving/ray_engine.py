@@ -25,6 +25,7 @@ from remora.models import metadata, saved
 from remora.models.metadata import AdapterCard
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
+from remora.runtime.stop import Stop
 from remora.serving import pauses, ray_workers
 from remora.serving.part_files import PartFolder, Row
 from remora.serving.predict import withheld
@@ -61,6 +62,7 @@ def write_parts(config: PredictConfig, reporter: Reporter | None = None) -> None
         reporter: Told of the progress, and of what is worth a line.
 
     Raises:
+        Stopped: If SIGTERM or SIGINT asked for it.
         RemoraError: If the model, the cluster, a table or the folder cannot be used. What was
             answered before is kept, and the same command resumes there.
     """
@@ -84,7 +86,8 @@ def write_parts(config: PredictConfig, reporter: Reporter | None = None) -> None
             reporter.say(f"{_counted(folder)} are there already; resuming after them")
 
         # The rows, in order, to the workers and back
-        with ray_workers.connected(config.address) as ray:
+        stop = Stop()
+        with ray_workers.connected(config.address) as ray, stop.listening(), stop.deferred():
             room = ray_workers.find_room(ray, config, num_weights)
             reporter.say(f"{len(sources):,} file{'' if len(sources) == 1 else 's'}; {room}")
             # The threshold as it is, since workers may lack the run that it was chosen on
@@ -94,7 +97,8 @@ def write_parts(config: PredictConfig, reporter: Reporter | None = None) -> None
             )
             batches = _batches(config, sources, folder, card, remarks)
             answered = workers.answered(
-                ((place, rows), [text for text, _ in rows]) for place, rows in batches
+                (((place, rows), [text for text, _ in rows]) for place, rows in batches),
+                stop.check,
             )
             progress = _Progress(reporter, room.num_workers)
             folder.write(_with_rows(answered), config, columns, schema, progress.advance)

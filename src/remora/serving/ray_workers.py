@@ -91,10 +91,12 @@ def connected(address: str | None) -> Iterator[Any]:
     if address is None and not tokens & os.environ.keys():  # Ray reads them when it is imported
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
-    from ray._private import worker
 
-    # It would print the death of a worker on standard output; we say it ourselves.
-    worker.listen_error_messages = lambda *_: None
+    with contextlib.suppress(ImportError):
+        from ray._private import worker
+
+        # It would print the death of a worker on standard output; we say it ourselves.
+        worker.listen_error_messages = lambda *_: None
     how: dict[str, Any] = {"address": address}
     if address is None:
         how = {
@@ -231,12 +233,15 @@ class Workers(Generic[Tag]):
             self._start()
 
     def answered(
-        self, batches: Iterator[tuple[Tag, Sequence[str | None]]]
+        self,
+        batches: Iterator[tuple[Tag, Sequence[str | None]]],
+        check: Callable[[], object] = lambda: None,
     ) -> Iterator[tuple[Tag, list[Answer]]]:
         """Yield the answers to batches of messages, in their order.
 
         Args:
             batches: A tag of each batch, which comes back with its answers, and the messages.
+            check: Called every second or more often; what it raises ends the work.
 
         Raises:
             ResourceError: If workers die again and again.
@@ -261,6 +266,7 @@ class Workers(Generic[Tag]):
                 yield waiting.popleft().tag, answers
             if ended and not waiting:
                 break
+            check()
             self._send(unsent)
             self._receive(unsent)
         if failed is not None:
