@@ -58,7 +58,8 @@ def adapter_bytes(run: Path) -> bytes:
 
 
 def answers(run: Path, model: str | None = None) -> Any:
-    return TextClassifier.load(run, model=model, device="cpu").predict_proba(MESSAGES)
+    loaded = TextClassifier.load(run, model=model, device="cpu", precision="float32")
+    return loaded.predict_proba(MESSAGES)
 
 
 def test_what_a_run_says_of_its_base(shop: SimpleNamespace) -> None:
@@ -77,7 +78,7 @@ def test_stock_peft_finds_the_converted_base(shop: SimpleNamespace) -> None:
     config = json.loads((shop.run / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(hub.find("base.gguf"))
     stock = peft.AutoPeftModelForCausalLM.from_pretrained(shop.run / "adapter").eval()
-    ours = TextClassifier.load(shop.run, device="cpu").model_
+    ours = TextClassifier.load(shop.run, device="cpu", precision="float32").model_
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
         torch.testing.assert_close(stock(input_ids=ids).logits, ours(input_ids=ids).logits)

@@ -13,6 +13,7 @@ import pytest
 
 from remora.errors import ResourceError
 from remora.evaluation.predictions import write_predictions
+from remora.formatting import escape_formula, unescape_formula
 from remora.runtime import files
 
 
@@ -42,7 +43,7 @@ def test_cells_that_would_run_as_formulas_are_escaped(tmp_path):
 
 def test_escaped_cells_come_back():
     for cell in ("=1+1", "'quoted", "plain", "", "'"):
-        assert files.unescape_formula(files.escape_formula(cell)) == cell
+        assert unescape_formula(escape_formula(cell)) == cell
 
 
 def test_text_has_the_same_bytes_on_windows(monkeypatch, tmp_path):

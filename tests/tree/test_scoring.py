@@ -172,7 +172,7 @@ def test_an_evaluation_equals_the_exhaustive_computation(architecture, tokenizer
     right = exhaustive(model, prompt, MESSAGES).argmax(1).repeat(len(LABELS)) == labels
     rows = prompt.rows(messages, [LABELS[label] for label in labels])
     expected = []
-    for ids, start, _ in rows:
+    for ids, start in ((row.token_ids, row.answer_start) for row in rows):
         with torch.no_grad():
             logits = model.eval()(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]
         target = torch.tensor(ids[start:])

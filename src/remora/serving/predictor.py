@@ -248,8 +248,11 @@ _loaded: dict[tuple[object, ...], Trained] = {}
 def _load(config: PredictConfig) -> Trained:
     folder = metadata.adapter_folder(config.adapter)
     files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("remora.json"))
-    stamps = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-    key = (config.adapter, config.model, config.device, config.precision, *stamps)
+    if (folder / "remora.json").is_file():  # a base that was edited is told of again
+        base = Path(config.model or metadata.parse_card(folder).base_model)
+        files += sorted(path for path in base.glob("*") if path.is_file())
+    stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    key = (folder.resolve(), config.device, config.precision, *stamps)
     if key not in _loaded:
         _loaded.clear()  # before the next one takes its memory
         _loaded[key] = open_trained(
