@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+FEW = "rows_per_class=10, test_fraction=0.03, validation_fraction=0.03"
 PATH = Path(__file__).parents[1] / "notebooks" / "from_table_to_adapter.ipynb"
 
 
@@ -16,8 +17,8 @@ def test_it_runs_and_measures(tmp_path: Path) -> None:
     assert "EPOCHS = 5 if" in settings.source
     settings.source += "\nEPOCHS = 1"
     (training,) = [cell for cell in notebook.cells if "train(TrainConfig(" in cell.source]
-    training.source = training.source.replace("epochs=EPOCHS", "epochs=EPOCHS, rows_per_class=20")
-    assert "rows_per_class" in training.source  # a part of the table, which tests the same cells
+    training.source = training.source.replace("epochs=EPOCHS", f"epochs=EPOCHS, {FEW}")
+    assert FEW in training.source  # a part of the table, which tests the same cells
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
     shown = "\n".join(
         output.text
