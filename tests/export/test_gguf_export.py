@@ -65,7 +65,9 @@ STAND_IN = pytest.mark.skipif("REMORA_LLAMA_CPP" in os.environ, reason="breaks t
 
 def test_llama_cpp_gives_the_adapters_labels(place: Path, source: Path, capsys) -> None:
     assert remora("run", "--gguf", "f16", "--llama-cpp", source, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert f"run-f16.gguf: 0 of {told['num_rows']} rows get another label" in shown.err
     folder = place / "run" / "gguf"
     assert told["directory"] == str(folder)
     (file,) = told["files"]

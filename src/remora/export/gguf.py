@@ -344,6 +344,9 @@ def _measure(
             reporter.scoring(path.name, index + 1, len(stems))
     seconds = time.monotonic() - began
     differing = _count(found, results.predicted, equal=False)
+    reporter.say(
+        f"{path.name}: {differing:,} of {len(found):,} rows get another label than from the adapter"
+    )
     share = config.differing
     if share is None:
         share = DIFFERING.get(kind, DIFFERING_QUANTIZED)
