@@ -116,7 +116,11 @@ def test_a_label_joins_and_the_others_stay(config: TrainConfig, place: Path, bas
     assert not {*held_out.test.texts, *held_out.validation.texts} & learned
 
 
-def test_it_takes_a_third_of_the_steps(config: TrainConfig) -> None:
+def test_it_takes_a_third_of_the_steps_at_half_the_rate(config: TrainConfig) -> None:
+    default = replace(config, learning_rate=None)
+    assert default.rate(1536) == pytest.approx(1e-4)
+    assert replace(default, start_from=None).rate(1536) == pytest.approx(2e-4)
+    assert config.rate(1536) == RATE
     for rows in (100, 10_000):
         anew = replace(config, start_from=None).num_steps(rows)
         assert abs(config.num_steps(rows) - anew / 3) <= 1

@@ -52,8 +52,9 @@ LEAST_EPOCHS, MOST_EPOCHS = 3, 20
 CORRECTIONS = "corrections.csv"
 """The file of a run with the decisions that its training rows were corrected by."""
 
-WARM_SHARE = 1 / 3
-"""Passes of a run that begins with another one's adapter, as a share of those without."""
+WARM_SHARE, WARM_RATE = 1 / 3, 1 / 2
+"""Passes and learning rate of a run that begins with another one's adapter, as shares of those
+without; docs/log.md has the measurements."""
 
 LEAST_STEPS = 250
 """Steps that few rows are passed over for; docs/log.md has the measurements."""
@@ -139,7 +140,8 @@ class TrainConfig:
 
     start_from: RunToBeginFrom = None
     """Run to begin with: its adapter, on the same base model, learns on. Labels that the table has
-    in common with it keep their answers, and new ones join. Takes a third of the default epochs."""
+    in common with it keep their answers, and new ones join. By default a third of the epochs and
+    half of the learning rate."""
 
     method: Method = "lora"
     """Fine-tuning method: a LoRA adapter (lora), a LoRA adapter on a base quantized to 4 bits
@@ -399,6 +401,11 @@ class TrainConfig:
     def max_seconds(self) -> float | None:
         """`max_time` in seconds; None without a limit."""
         return to_seconds(self.max_time or "")
+
+    def rate(self, width: int) -> float:
+        """Return the peak learning rate for a model of a hidden size."""
+        share = WARM_RATE if self.start_from else 1.0
+        return self.learning_rate or share * default_learning_rate(width, self.method)
 
     def num_steps(self, num_rows: int) -> int:
         """Return the number of optimizer steps to train on `num_rows` rows."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from remora.config import TrainConfig
-from remora.config.train import default_learning_rate
 from remora.data.dataset import Dataset
 from remora.tree.forward import text_config
 
@@ -27,7 +26,7 @@ def create_optimizer(
 
     num_steps = config.num_steps(len(dataset.train))
     width = text_config(adapted).hidden_size
-    rate = config.learning_rate or default_learning_rate(width, config.method)
+    rate = config.rate(width)
     groups: list[dict[str, Any]] = [{"params": list(named.values())}]
     if config.loraplus_lr_ratio is not None:  # https://arxiv.org/abs/2402.12354; as in PEFT
         is_faster = {name: "lora_B" in name or p.dim() == 1 for name, p in named.items()}

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from remora.config import TrainConfig
-from remora.config.train import default_learning_rate
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
@@ -146,8 +145,9 @@ def introduce(
         yield f"weights of the base model: {gguf.described(card.gguf_quantization)}"
     width = text_config(adapted).hidden_size
     if config.learning_rate is None:
-        rate = default_learning_rate(width, config.method)
-        yield f"learning rate {rate:.1e}, the default for a hidden size of {width}"
+        why = ", halved to learn on" if config.start_from else ""
+        rate = config.rate(width)
+        yield f"learning rate {rate:.1e}, the default for a hidden size of {width}{why}"
     if config.start_from:
         yield from warm_start.told(config.start_from, dataset.labels)
     if prompt.label_texts.keys() - config.label_texts.keys():

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig, TuneConfig
-from remora.config.train import default_learning_rate
 from remora.data.dataset import Dataset, load_data
 from remora.errors import ConfigError, DivergedError, ResourceError
 from remora.evaluation import results
@@ -182,11 +181,9 @@ class _Tuning:
         return {name: given[name] for name in self.space}
 
     def _rate(self) -> float:
-        if self.config.learning_rate is not None:
-            return self.config.learning_rate
         folder = hub.find(self.config.model, weights=False)
         width = loading.load_config(folder).get_text_config().hidden_size
-        return default_learning_rate(width, self.config.method)
+        return self.config.rate(width)
 
     def _epochs(self) -> float:
         rows = len(self.dataset.train)
