@@ -18,7 +18,7 @@ from remora.config import ChooseConfig, TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, ResourceError, Stopped
 from remora.planning.plan import Duration
-from remora.training import choose
+from remora.training import choose, finish
 
 LABELS = ("bill", "card", "loan")
 
@@ -148,13 +148,13 @@ def test_a_baseline_that_clears_needs_no_model(
     told = [
         f"{text} {label}" for text, label in zip(rows.test.texts, rows.test.labels, strict=True)
     ]
-    real = choose.train_baseline
+    real = finish.train_baseline
 
     def easy(texts, labels, _, test_labels, *rest, **settings):
         trained = [f"{text} {label}" for text, label in zip(texts, labels, strict=True)]
         return real(trained, labels, told, test_labels, *rest, **settings)
 
-    monkeypatch.setattr(choose, "train_baseline", easy)
+    monkeypatch.setattr(finish, "train_baseline", easy)
     trained = Trained({"small": (60, 0.9, 0.97)})
     choice = search(trained, bar=0.9)
     assert choice.chosen == "TF-IDF + linear SVM"
@@ -169,6 +169,15 @@ def test_the_budget_is_kept(search) -> None:
     assert trained.runs == ["small"]
     (left,) = (each for each in choice.options if each.left_out)
     assert left.left_out == ("it would take 10 min, and of the budget of 5.0 min 4.0 min are left")
+
+
+def test_a_pilot_that_serves_two_comparisons_is_paid_once(search) -> None:
+    models = {"a": (60, 0.1, 0.7), "b": (100, 0.4, 0.7), "c": (110, 0.7, 0.7), "d": (120, 1, 0.7)}
+    trained = Trained(models)
+    # Before d, 2 * (60 + 100 + 110) s are spent, and d takes 120 s; b's pilot has served twice.
+    choice = search(trained, bar=0.9, budget="11m40s")
+    assert [each.name for each in choice.options if each.left_out] == []
+    assert trained.runs.count("b-40-per-class") == 1
 
 
 def test_models_that_do_not_fit_or_fail_are_left_out(search) -> None:

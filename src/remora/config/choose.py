@@ -58,6 +58,4 @@ class ChooseConfig(TrainConfig):
 
     def of(self, model: str, **settings: object) -> TrainConfig:
         """Return the settings of a run with one of the models."""
-        names = TrainConfig.__dataclass_fields__
-        values = {name: getattr(self, name) for name in names}
-        return TrainConfig(**{**values, "model": model, **settings})
+        return TrainConfig.taken_from(self, model=model, **settings)

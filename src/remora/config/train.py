@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -40,6 +40,9 @@ from remora.config.checks import (
     to_seconds,
 )
 from remora.config.help_pages import grouped
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -428,6 +431,12 @@ class TrainConfig:
         trained = steps * num_rows // math.ceil(num_rows / self.batch_size)
         most = max(LEAST_EVAL_ROWS, int(EVAL_SHARE * trained))
         return min(self.eval_rows or most, num_validation)
+
+    @classmethod
+    def taken_from(cls, settings: "TrainConfig", **changes: Any) -> "Self":
+        """Return the settings of a run among those of another verb, with some changed."""
+        names = TrainConfig.__dataclass_fields__
+        return cls(**{**{name: getattr(settings, name) for name in names}, **changes})
 
     @classmethod
     def from_toml(cls, text: str, directory: Path) -> "TrainConfig":

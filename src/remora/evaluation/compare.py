@@ -112,7 +112,7 @@ def compare_runs(config: CompareConfig) -> Comparison:
     # Runs and baselines, from the smallest to the biggest
     names = run_names(config.runs)
     contenders: dict[str, tuple[Contender, Sequence[str]]] = {
-        name: (_contender(name, each.figures), each.predicted)
+        name: (contender(name, each.figures), each.predicted)
         for name, each in zip(names, runs, strict=True)
     }
     baselines, notes = _baselines(runs, names)
@@ -142,7 +142,7 @@ def compare_runs(config: CompareConfig) -> Comparison:
 def _read(path: Path) -> Results:
     run = results.read(path)
     try:
-        _contender("", run.figures)
+        contender("", run.figures)
         of_figures(run.figures)
     except (KeyError, TypeError) as error:
         raise DataError(
@@ -174,7 +174,8 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _contender(name: str, figures: dict[str, Any]) -> Contender:
+def contender(name: str, figures: dict[str, Any]) -> Contender:
+    """Return a run by the figures in its evaluation.json."""
     metrics = figures["metrics"]
     parameters = figures["parameters"]
     # An adapter needs its base model, a fully fine-tuned model does not.

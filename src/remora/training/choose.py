@@ -17,8 +17,7 @@ from remora.config import ChooseConfig, CompareConfig, PlanConfig, TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, DivergedError, ModelError, ResourceError
 from remora.evaluation import report, results, rivals
-from remora.evaluation.baselines import train_baseline
-from remora.evaluation.compare import Comparison, compare_runs
+from remora.evaluation.compare import Comparison, compare_runs, contender
 from remora.evaluation.results import Results
 from remora.evaluation.significance import difference_interval
 from remora.formatting import spoken_bytes, spoken_seconds, spoken_time
@@ -95,13 +94,13 @@ class _Search:
     stop: Stop
     reporter: Reporter
     options: dict[str, Option] = field(default_factory=dict)
-    runs: list[Results] = field(default_factory=list)
+    runs: dict[Path, Results] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dataset = load_data(self.config.of(self.config.models[0]))
         for line in self.dataset.summary.lines():
             self.reporter.say(line)
-        self.split, self.held_out = finish.held_out_rows(self.dataset)
+        _, self.held_out = finish.held_out_rows(self.dataset)
         settings = self.config
         names = run_directory.paths(settings.output, settings.name, settings.data, "choice")
         self.directory = next(names)
@@ -137,21 +136,11 @@ class _Search:
     def _plan(self, model: str) -> Plan:
         """Return the plan of a run with a model; its weights are not loaded."""
         self.reporter.say(f"planning {model}")
-        run = self.config.of(model)
-        names = TrainConfig.__dataclass_fields__
-        return make_plan(PlanConfig(**{name: getattr(run, name) for name in names}))
+        return make_plan(PlanConfig.taken_from(self.config, model=model))
 
     def _baseline(self) -> Option:
         """Train and measure the SVM, which needs no model."""
-        rows = self.dataset.train
-        found = train_baseline(
-            rows.texts,
-            rows.labels,
-            self.held_out.texts,
-            self.held_out.labels,
-            self.dataset.labels,
-            seed=self.config.seed,
-        )
+        found = finish.train_svm(self.dataset, self.held_out, self.config.seed)
         option = Option(
             name=found.description,
             is_model=False,
@@ -215,7 +204,7 @@ class _Search:
     @property
     def _spent(self) -> float:
         """Seconds of all runs so far, those of earlier calls too."""
-        return sum(_seconds_of(run) for run in self.runs)
+        return sum(rivals.seconds_of(run.figures) for run in self.runs.values())
 
     def _expected_seconds(self, model: str) -> float | None:
         """Return the planned time of a model, corrected by what plans were off so far."""
@@ -237,19 +226,18 @@ class _Search:
         seconds = self._expected_seconds(model)
         about = "" if seconds is None else f", about {spoken_seconds(seconds)}"
         run = self._run(model, None, f"{told}{about}")
-        figures = run.figures
-        base = 0 if figures.get("method") == "full" else figures["base_bytes"]
+        measured = contender(model, run.figures)
         self.options[model] = Option(
             name=model,
             is_model=True,
-            seconds=_seconds_of(run),
-            peak_bytes=figures["peak_memory_bytes"],
-            num_bytes=base + figures["adapter_bytes"],
-            accuracy=figures["metrics"]["accuracy"],
-            accuracy_interval=_pair(figures["metrics"]["accuracy_interval"]),
+            seconds=rivals.seconds_of(run.figures),
+            peak_bytes=measured.peak_memory_bytes,
+            num_bytes=measured.num_bytes,
+            accuracy=measured.accuracy,
+            accuracy_interval=measured.accuracy_interval,
             run=str(run.directory),
         )
-        for each in rivals.of_figures(figures):
+        for each in rivals.of_figures(run.figures):
             if each.num_rows == each.num_all_rows and each.description not in self.options:
                 self.options[each.description] = Option(
                     name=each.description,
@@ -257,7 +245,7 @@ class _Search:
                     seconds=each.seconds,
                     num_bytes=each.num_bytes,
                     accuracy=each.accuracy,
-                    accuracy_interval=_pair(each.accuracy_interval),
+                    accuracy_interval=each.accuracy_interval,
                 )
         self.reporter.say(f"{model}: {_spoken_accuracy(self.options[model])}")
         return run
@@ -280,9 +268,8 @@ class _Search:
         else:
             self.reporter.say(told)
             train_until(settings, self.stop, self.reporter)
-        run = results.read(path)
-        self.runs.append(run)
-        return run
+        self.runs[path] = results.read(path)
+        return self.runs[path]
 
     def _refuse_other_run(self, path: Path, settings: TrainConfig) -> None:
         sha256 = load_data(settings).summary.sha256 if settings.rows_per_class else ""
@@ -395,17 +382,6 @@ def _spoken_accuracy(option: Option) -> str:
     assert option.accuracy_interval is not None
     low, high = option.accuracy_interval
     return f"{option.accuracy:.1%} (95% interval {low:.1%} to {high:.1%})"
-
-
-def _seconds_of(run: Results) -> float:
-    """Return the time that a run took to train, validate and score held-out rows."""
-    parts = ("train_seconds", "validation_seconds", "test_seconds")
-    return float(sum(run.figures.get(name, 0.0) for name in parts))
-
-
-def _pair(interval: Sequence[float]) -> tuple[float, float]:
-    low, high = interval
-    return low, high
 
 
 def _different_names(models: Sequence[str]) -> dict[str, str]:

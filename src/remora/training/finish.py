@@ -100,6 +100,20 @@ def held_out_rows(dataset: Dataset) -> tuple[str, Table]:
     return next(iter(tables_to_measure_on(dataset).items()))
 
 
+def train_svm(dataset: Dataset, held_out: Table, seed: int) -> Baseline:
+    """Train the SVM on the training rows, within half of the free memory, and measure it."""
+    free = memory.free_bytes(torch.device("cpu"))
+    return train_baseline(
+        dataset.train.texts,
+        dataset.train.labels,
+        held_out.texts,
+        held_out.labels,
+        dataset.labels,
+        seed=seed,
+        max_bytes=None if free is None else free // 2,
+    )
+
+
 def conclude(
     session: Session, directory: Path, progress: Progress, scores: Mapping[str, Scored], svm: bool
 ) -> TrainResult:
@@ -116,19 +130,7 @@ def conclude(
     measured_on, held_out = held_out_rows(dataset)
     probabilities = scores[measured_on].probabilities
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
-    # The SVM, within half of the free memory
-    baseline = None
-    if svm:
-        free = memory.free_bytes(torch.device("cpu"))
-        baseline = train_baseline(
-            dataset.train.texts,
-            dataset.train.labels,
-            held_out.texts,
-            held_out.labels,
-            dataset.labels,
-            seed=config.seed,
-            max_bytes=None if free is None else free // 2,
-        )
+    baseline = train_svm(dataset, held_out, config.seed) if svm else None
     # Figures
     weights = metadata.adapter_folder(directory)
     result = TrainResult(

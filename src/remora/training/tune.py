@@ -101,8 +101,7 @@ class _Tuning:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.config, self.stop, self.reporter = config, stop, reporter
-        names = TrainConfig.__dataclass_fields__
-        self.plain = TrainConfig(**{name: getattr(config, name) for name in names})
+        self.plain = TrainConfig.taken_from(config)
         self.dataset: Dataset = load_data(self.plain)
         if not len(self.dataset.validation):
             raise ConfigError("there are no validation rows to compare trials on; give more rows")
@@ -320,25 +319,17 @@ class _Tuning:
         return path
 
 
-class _Pruning(Reporter):
-    """Passes a trial's evaluations to Optuna, which may end it."""
+class _Pruning(SayOnce):
+    """Passes a trial's evaluations to Optuna too, which may end it."""
 
     def __init__(self, reporter: Reporter, trial: Any, metric: str) -> None:
-        self._reporter, self._trial, self._metric = reporter, trial, metric
-
-    def say(self, line: str) -> None:
-        self._reporter.say(line)
-
-    def stepped(self, step: Any) -> None:
-        self._reporter.stepped(step)
-
-    def scoring(self, what: str, done: int, total: int) -> None:
-        self._reporter.scoring(what, done, total)
+        super().__init__(reporter)
+        self._trial, self._metric = trial, metric
 
     def validated(self, validation: Validation) -> None:
         import optuna
 
-        self._reporter.validated(validation)
+        super().validated(validation)
         values = {
             "accuracy": validation.accuracy,
             "macro_f1": validation.macro_f1,
