@@ -73,7 +73,8 @@ def refused(place: Path, capsys, code: int, wanted: str, *arguments: str | Path)
     assert remora(*arguments) == code
     captured = capsys.readouterr()
     assert captured.out == ""
-    (line,) = [line for line in captured.err.splitlines() if line.strip() and "merging" not in line]
+    lines = (line for line in captured.err.splitlines() if line.strip())
+    (line,) = (line for line in lines if not line.startswith(("merging ", "writing ")))
     assert line.startswith("error: ")
     assert wanted in line
     assert contents(place) == before

@@ -29,7 +29,7 @@ GGUF_TYPES = (
 )
 """Types of GGUF files, the last ones by llama-quantize."""
 
-WAYS = ("merge", "compress", "gguf", "gguf_lora", "vllm")
+WAYS = ("merge", "compress", "gguf", "gguf_lora", "vllm", "onnx")
 """The settings that say what is written."""
 
 Names = Annotated[tuple[str, ...], Parameter(negative=())]
@@ -61,6 +61,10 @@ class ExportConfig:
     vllm: bool = False
     """Write a merged model folder for vLLM, with a script that serves it and a client."""
 
+    onnx: bool = False
+    """Write an ONNX model, of a run with `--answer classes`, with its tokenizer and a client;
+    ONNX Runtime answers the run's rows, and its labels are compared with the adapter's."""
+
     llama_cpp: Path | None = None
     """Folder of llama.cpp's source, whose converter writes GGUF files. Types other than f32, f16,
     bf16 and q8_0 need its llama-quantize, built there or on the PATH."""
@@ -70,8 +74,8 @@ class ExportConfig:
     default 1, for q8_0 2, in fewer bits 10. Above it nothing is written."""
 
     output: Path | None = None
-    """Folder to write; by default merged, compressed, gguf, gguf-lora or vllm in the run
-    directory."""
+    """Folder to write; by default merged, compressed, gguf, gguf-lora, vllm or onnx in the
+    run directory."""
 
     dtype: Literal["float32", "bfloat16", "float16", "float8"] | None = None
     """Data type to store weights in; by default that of the base model with `merge`, float8 with
@@ -133,6 +137,10 @@ class ExportConfig:
             (
                 self.dtype == "float8" and not self.compress,
                 "dtype float8 needs compress; merge in 16 or 32 bits",
+            ),
+            (
+                self.onnx and self.dtype not in (None, "float32"),
+                "an ONNX model is stored in float32; leave out dtype",
             ),
             (
                 bool(engine) and self.dtype is not None,

@@ -21,6 +21,7 @@ from remora.evaluation import charts, report, results
 from remora.export.compress import Compressed, compress
 from remora.export.gguf import Gguf, write_gguf
 from remora.export.merge import Parity, merge
+from remora.export.onnx import write_onnx
 from remora.export.vllm import write_vllm
 from remora.models import metadata
 from remora.runtime import files
@@ -58,7 +59,7 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
     output = (config.output or config.run / _default_name(config)).absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} exists already; give another --output or remove it")
-    if metadata.is_full(config.run) and not config.gguf:
+    if metadata.is_full(config.run) and not (config.gguf or config.onnx):
         raise ModelError(
             f"{config.run} trained all weights and has no adapter to merge or compress; use "
             f"{metadata.adapter_folder(config.run)}, which is a plain model folder already"
@@ -81,19 +82,25 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
 
 
 def _refuse_other_answer(config: ExportConfig) -> None:
-    """Refuse what is written for models that write their labels, if a head scores them.
+    """Refuse what is written for models of the other kind of answer.
 
     Raises:
-        ModelError: If the run's labels are classes, and it is not to be merged.
+        ModelError: If the run's labels are classes and the way needs written ones, or the reverse.
     """
     folder = metadata.adapter_folder(config.run)
     if config.merge or not (folder / "remora.json").is_file():
         return
     if metadata.parse_card(folder).classes:
-        (way,) = (way for way in WAYS if getattr(config, way))
+        if not config.onnx:
+            (way,) = (way for way in WAYS if getattr(config, way))
+            raise ModelError(
+                f"{config.run} answers by classes, and --{way.replace('_', '-')} is for models "
+                "that write their labels; use --merge or --onnx, or train with --answer words"
+            )
+    elif config.onnx:
         raise ModelError(
-            f"{config.run} answers by classes, and --{way.replace('_', '-')} is for models that "
-            "write their labels; use --merge, or train with --answer words"
+            f"{config.run} writes its labels, and --onnx is for a head over classes; use --gguf, "
+            "or train with --answer classes"
         )
 
 
@@ -110,6 +117,8 @@ def _export_into(
         return merge(config, folder, measured, reporter)
     if config.compress:
         return compress(config, folder, measured, reporter)
+    if config.onnx:
+        return write_onnx(config, folder, measured, reporter)
     if config.vllm:
         return write_vllm(config, folder, measured, reporter)
     return write_gguf(config, folder, measured, reporter)

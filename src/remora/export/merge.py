@@ -113,7 +113,7 @@ def merge(config: ExportConfig, folder: Path, results: Results, reporter: Report
     got = scoring.score_table(scorer(merged), results.texts, "merged", reporter)
     del merged
     gc.collect()  # Windows renames no folder whose weights are still mapped into memory
-    parity = _compare(wanted, got, dtype=name, allowed=min(tolerance, effect / 10))
+    parity = compare_probabilities(wanted, got, dtype=name, allowed=min(tolerance, effect / 10))
     if not parity.holds:
         raise ModelError(_refusal(parity))
     return parity
@@ -173,7 +173,7 @@ def _differences(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArra
     return difference
 
 
-def _compare(
+def compare_probabilities(
     wanted: NDArray[np.float64], got: NDArray[np.float64], *, dtype: str, allowed: float
 ) -> Parity:
     """Compare the probabilities of a merged model with the adapter's, both [rows, labels]."""
