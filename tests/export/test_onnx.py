@@ -16,7 +16,6 @@ import torch
 from conftest import WAYS, WORDS, write_table
 from exporting import refused, remora
 from remora.config import TrainConfig
-from remora.data.class_prompt import ClassPrompt
 from remora.export import onnx, onnx_client
 from remora.models.saved import open_trained
 from remora.training.run import train
@@ -130,9 +129,9 @@ def test_what_answers_otherwise_is_not_written(place: Path, capsys, monkeypatch)
         patch.setattr(onnx.LastToken, "forward", wrong_token)
         refused(place, capsys, 4, "is not the same classifier", "run", "--onnx")
     with monkeypatch.context() as patch:
-        patch.setattr(ClassPrompt, "tail", " now:", raising=False)
         patch.setattr(onnx, "_write_model", lambda *_: None)
         patch.setattr(onnx_client, "onnxruntime", Engine)
+        patch.setattr(onnx_client.Classifier, "token_ids", lambda _, batch: [[5, 6]] * len(batch))
         refused(place, capsys, 4, "reads other tokens than the adapter was", "run", "--onnx")
 
     def fail(*_: object, **__: object) -> None:
