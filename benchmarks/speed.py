@@ -6,14 +6,13 @@ its own and sees the same rows in the same batches; the arms run one after the o
 
     python benchmarks/speed.py                  both prompts, all arms
     python benchmarks/speed.py --list-labels    only the prompt that lists the 77 labels
-    python benchmarks/speed.py --size hybrid-0.8B --layers 4 --arms recipe padded remora
+    python benchmarks/speed.py --size Qwen3.5-0.8B --no-list-labels --arms padded remora
     python benchmarks/speed.py --device cuda --size 1.5B --steps 20 --slow-steps 20
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -21,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import workload
@@ -35,6 +35,25 @@ ARMS = {
     "trl-padding-free": "TRL SFTTrainer: padding-free, chunked loss, 16-bit base, no checkpointing",
     "remora": "Remora: token tree or padded rows, 16-bit base",
 }
+
+
+@dataclass
+class Steps:
+    """What the optimizer steps of an arm gave and took, each of them."""
+
+    losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of the process, all its threads
+
+    def clock(self) -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def took(self, began: tuple[float, float]) -> None:
+        """Note the time of a step since `began`."""
+        ended = self.clock()
+        self.seconds.append(ended[0] - began[0])
+        self.cpu_seconds.append(ended[1] - began[1])
 
 
 def main() -> None:
@@ -87,7 +106,9 @@ def compare(options: argparse.Namespace, list_labels: bool) -> dict[str, Any]:
                 f"{speedup:.1f}x",
                 f"{run['peak_bytes'] / 1e9:.1f} GB",
                 f"{memory:.1f}x",
+                f"{run['examples_per_cpu_second']:.2f}",
                 " ".join(f"{loss:.4f}" for loss in run["losses"][:3]),
+                " ".join(f"{norm:.4f}" for norm in run["gradient_norms"][:3]),
             ]
         )
     header = [
@@ -97,7 +118,9 @@ def compare(options: argparse.Namespace, list_labels: bool) -> dict[str, Any]:
         "Remora is",
         "peak",
         "of Remora's",
+        "examples/CPU s",
         "first losses",
+        "gradient norms",
     ]
     workload.print_table(header, rows)
     return found
@@ -134,13 +157,13 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     rows = prompt.rows([texts[i] for i in picked], [labels[i] for i in picked])
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
     measure = remora_arm if options.arm == "remora" else stock_arm
-    losses, seconds = measure(options, batches)
+    steps = measure(options, batches)
     return {
         "arm": options.arm,
         "micro_batch": options.micro_batch[0],
-        "examples_per_second": BATCH / statistics.median(seconds[options.warm_up :]),
-        "seconds": seconds,
-        "losses": losses,
+        "examples_per_second": BATCH / statistics.median(steps.seconds[options.warm_up :]),
+        "examples_per_cpu_second": BATCH / statistics.median(steps.cpu_seconds[options.warm_up :]),
+        **asdict(steps),
         "peak_bytes": workload.peak_memory_bytes(options.device),
     }
 
@@ -156,7 +179,7 @@ def adapter(model: Any) -> Any:
     return get_peft_model(model, config)
 
 
-def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[float], list[float]]:
+def remora_arm(options: argparse.Namespace, batches: list[Any]) -> Steps:
     """Time the step that `remora.training.fit` takes, with its own functions."""
     import torch
 
@@ -177,7 +200,7 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = True if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=fused)
-    losses, seconds = [], []
+    steps = Steps()
     with accelerator_for(choose_precision(device, "bfloat16"), device) as accelerator:
         most = DEFAULT_MICRO_BATCH_TOKENS
         graphs = device.type == "cuda"
@@ -185,15 +208,16 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
             model, most, accelerator, None, ProcessGroup(), Reporter(), graphs=graphs
         )
         for batch in batches:
-            began = time.perf_counter()
+            began = steps.clock()
             loss, _ = micro_batches.add_gradients(batch)
-            accelerator.clip_grad_norm_(parameters, 1.0)
+            norm = accelerator.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             synchronize(options)
-            losses.append(loss)
-            seconds.append(time.perf_counter() - began)
-    return losses, seconds
+            steps.losses.append(loss)
+            steps.gradient_norms.append(float(norm))
+            steps.took(began)
+    return steps
 
 
 def synchronize(options: argparse.Namespace) -> None:
@@ -204,7 +228,7 @@ def synchronize(options: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[float], list[float]]:
+def stock_arm(options: argparse.Namespace, batches: list[Any]) -> Steps:
     """Time the optimizer steps of a stock trainer, from one step's begin to the next one's."""
     import tempfile
 
@@ -229,16 +253,19 @@ def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[flo
             for row in ordered
         ]
     )
-    times: list[float] = []
+    steps = Steps()
+    times: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             synchronize(options)
-            times.append(time.perf_counter())
+            if times:
+                steps.took(times[-1])
+            times.append(steps.clock())
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             synchronize(options)
-            times.append(time.perf_counter())
+            steps.took(times[-1])
 
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {
@@ -263,8 +290,10 @@ def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[flo
         trainer = make(base, table, settings, options.arm)
         trainer.add_callback(Clock())
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, [b - a for a, b in itertools.pairwise(times)]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    steps.losses = [entry["loss"] for entry in logged]
+    steps.gradient_norms = [float(entry["grad_norm"]) for entry in logged]
+    return steps
 
 
 def _trainer(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:

@@ -56,7 +56,7 @@ QWEN = {
 """The shapes of Qwen2.5."""
 
 HYBRID = {
-    "hybrid-0.8B": {
+    "Qwen3.5-0.8B": {
         "hidden_size": 1_024,
         "intermediate_size": 3_584,
         "num_hidden_layers": 24,
@@ -67,9 +67,16 @@ HYBRID = {
         "linear_num_value_heads": 16,
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
+        "vocab_size": 248_320,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000.0,
+            "partial_rotary_factor": 0.25,
+        },
     }
 }
-"""A shape in the manner of Qwen3.5: three layers of four are gated delta rules."""
+"""The text part of Qwen3.5-0.8B: three layers of four are gated delta rules."""
 
 
 def hybrid(size: str, dtype: Any, layers: int | None = None) -> Any:
@@ -78,7 +85,7 @@ def hybrid(size: str, dtype: Any, layers: int | None = None) -> Any:
     from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
     shape = {**HYBRID[size], **({"num_hidden_layers": layers} if layers else {})}
-    config = Qwen3_5TextConfig(**shape, vocab_size=151_936, tie_word_embeddings=True)
+    config = Qwen3_5TextConfig(**shape)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(dtype)
 

@@ -1,6 +1,6 @@
 """Tiny random models whose rows cannot branch: states along the row, ALiBi, attention of their own.
 
-And one that can, to be computed by rows as well.
+And two that can: one to be computed by rows as well, and a mixture of experts.
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ def hybrid_config(kind: str, vocabulary: int) -> Any:
                 embed_dropout=0.0,
                 resid_dropout=0.0,
                 attention_dropout=0.0,
+            )
+        case "qwen3_moe":
+            return transformers.Qwen3MoeConfig(
+                **gated,
+                head_dim=8,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=16,
             )
         case "llama":
             return transformers.LlamaConfig(**gated)

@@ -68,7 +68,7 @@ def line(trial: Trial) -> str:
         return f"| {trial.architecture} | refused: {reason} | | | | |\n"
     attention = {"remora": "blocks", "sdpa": "whole masks"}.get(trial.attention, trial.attention)
     attention = attention if trial.layout == "tree" else "the model's own"
-    exact = "1e-12" if trial.difference < 1e-12 else "1e-6"
+    exact = "1e-10" if trial.difference < 1e-10 else "1e-6"
     memory = "counted" if trial.counted else "estimated"
     cells = trial.architecture, trial.layout, attention, ", ".join(trial.modules), memory, exact
     return f"| {' | '.join(cells)} |\n"

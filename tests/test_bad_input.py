@@ -198,6 +198,16 @@ def hybrid(shop: Workshop, kind: str) -> str:
     return kind
 
 
+def without_kernel(shop: Workshop) -> list[str]:
+    from transformers.models.lfm2 import modeling_lfm2
+
+    def forward(*_: Any, **__: Any) -> None:
+        raise ImportError("causal_conv1d is not installed, please install it")
+
+    shop.patch().setattr(modeling_lfm2.Lfm2ShortConv, "forward", forward)
+    return train("good.csv", model=hybrid(shop, "lfm2"))
+
+
 def damaged(shop: Workshop, name: str, content: bytes) -> list[str]:
     (shop.copy_of_base() / name).write_bytes(content)
     return train("good.csv", model="copy")
@@ -783,6 +793,16 @@ CASES: list[Case] = [
         4,
         lambda s: broken_base(s, model_type="own", auto_map={"AutoConfig": "own.Config"}),
     ),
+    (
+        "a model whose kernels are not installed",
+        4,
+        without_kernel,
+    ),
+    (
+        "weights in 4 bits of another kind, whose kernels are not installed",
+        4,
+        lambda s: broken_base(s, quantization_config={"quant_method": "awq", "bits": 4}),
+    ),
     ("a tokenizer longer than the embedding", 4, longer_tokenizer),
     ("an adapter whose base model has moved", 4, moved_base),
     (
@@ -1013,6 +1033,7 @@ def test_it_ends_with_its_code_and_one_line(
     assert len(errors) == 1, shown
     assert errors[0] == shown[-1]
     assert "Traceback" not in "\n".join(shown)
-    row = f"| {what} | {code} | `{shortened(errors[0], shop.folder)}` |\n"
+    told = shortened(errors[0], shop.folder)
+    row = f"| {what} | {code} | {f'`` {told} ``' if '`' in told else f'`{told}`'} |\n"
     rows.append(row)
     assert WRITE or row in DOCS.read_text(encoding="utf-8"), "run it with REMORA_WRITE_DOCS=1"

@@ -17,7 +17,7 @@ from conftest import WORDS
 from remora.cli import main
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import sources
-from remora.data.dataset import dataset_from_lists, load_dataset
+from remora.data.dataset import dataset_from_lists, load_data, load_dataset
 from remora.data.table import Table, read_table
 from remora.diagnosis import (
     diagnose,
@@ -32,7 +32,7 @@ from remora.diagnosis.regressions import pool
 from remora.errors import ConfigError, DataError, Stopped
 from remora.evaluation.predictions import read_predictions, write_predictions
 from remora.models import metadata
-from remora.runtime import files
+from remora.runtime import files, run_directory
 from remora.runtime.device import choose_precision
 from remora.runtime.reporter import Reporter, Step
 from remora.training.run import train
@@ -106,6 +106,36 @@ def test_planted_errors_lead_the_list(finished: Path, method: str, capsys) -> No
     _, dataset, _ = diagnose.load(DiagnoseConfig(finished))
     shared = len(set(dataset.test.texts) & set(dataset.train.texts))
     assert figures["num_test_exact"] == shared > 30  # test rows are copies of training rows
+
+
+def test_rows_that_the_run_did_not_use_are_not_judged(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 8 rows per class 24 of the 96 train; the others' features are not computed."""
+    settings = replace(run_directory.read_settings(finished), test=None)
+    settings = replace(settings, test_fraction=0.1, rows_per_class=8)
+    dataset = load_data(settings)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (24, 10, 10)
+    files.write_text(finished / "config.toml", settings.to_toml())
+    files.write_json(finished / "data.json", dataset.summary.to_dict())
+    test = dataset.test
+    own = test.labels
+    write_predictions(finished / "predictions.csv", test.texts, own, own, [0.9] * 10, own)
+    judged = []
+    stock = out_of_sample.frozen_features
+    monkeypatch.setattr(
+        out_of_sample,
+        "frozen_features",
+        lambda texts, *rest: judged.extend(texts) or stock(texts, *rest),
+    )
+    diagnosis = diagnose.diagnose_run(DiagnoseConfig(finished, folds=4))
+    used = [*dataset.train.texts, *dataset.validation.texts, *test.texts]
+    assert sorted(judged) == sorted(used)
+    assert diagnosis.num_rows == 44
+    places = {*dataset.train.places, *dataset.validation.places, *test.places}
+    assert {suspect.row - 1 for suspect in diagnosis.suspects} <= places
+    table = rows()
+    assert all(table.texts[each.row - 1] == each.text for each in diagnosis.suspects)
 
 
 def judged(
@@ -510,12 +540,12 @@ def test_how_many_planted_errors_were_found() -> None:
             neighbours=0,
         )
 
-    found = diagnose._planted(
-        {3: "b", 7: "c", 9: "b"}, [suspect(7, "c"), suspect(4, "b"), suspect(3, "c")]
-    )
+    rows = Table([""] * 9, ["a"] * 9)
+    wrong = {3: "b", 7: "c", 9: "b", 10: "b"}  # the last is in a row that the run did not use
+    found = diagnose._planted(wrong, rows, [suspect(7, "c"), suspect(4, "b"), suspect(3, "c")])
     assert found == diagnose.Planted(num_wrong=3, num_listed=3, num_found=2, num_suggested=1)
     assert (found.precision, found.recall) == (2 / 3, 2 / 3)
-    assert diagnose._planted({}, [suspect(7, "c")]) is None
+    assert diagnose._planted({}, rows, [suspect(7, "c")]) is None
 
 
 def test_held_out_rows_that_begin_like_formulas_are_found_again(tmp_path: Path) -> None:

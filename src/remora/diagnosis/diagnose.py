@@ -16,7 +16,7 @@ from remora.config import DiagnoseConfig, TrainConfig
 from remora.config.train import CORRECTIONS
 from remora.data import sources
 from remora.data.corrections import Corrections, Decisions, read_corrections
-from remora.data.dataset import Dataset, load_again
+from remora.data.dataset import Dataset, load_again, source_rows
 from remora.data.table import Table
 from remora.diagnosis import duplicates, label_noise, out_of_sample, rare_tokens, relabel, verdicts
 from remora.diagnosis.label_noise import LabelNoise
@@ -127,6 +127,8 @@ def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis:
     before = decided_before(config.run, given)
     decided = before.decisions if before else {}
     labels, rows = dataset.labels, everything.train
+    if settings.num_per_class is not None:
+        rows = _used(rows, dataset)
     run = read_predictions(config.run / PREDICTIONS, labels)
     place = {label: index for index, label in enumerate(labels)}
 
@@ -188,7 +190,7 @@ def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis:
         ),
         tied_tokens=rare_tokens.tied(rows)[:NUM_TOKENS],
         accuracy=float((held_out.true == held_out.by_run).mean()),
-        planted=_planted(sources.planted_errors(settings.data), suspects, decided),
+        planted=_planted(sources.planted_errors(settings.data), rows, suspects, decided),
         num_decided=len(decided),
     )
 
@@ -262,6 +264,12 @@ def _whole(settings: TrainConfig) -> TrainConfig:
     """Return settings that hold no rows out."""
     whole = replace(settings, validation_fraction=0.0, test_fraction=0.0)
     return replace(whole, rows_per_class=None, learning_curve=None)
+
+
+def _used(rows: Table, dataset: Dataset) -> Table:
+    """Return those rows of a table that a run was trained or measured on."""
+    used = set(source_rows(dataset).places)
+    return rows.take([i for i, place in enumerate(rows.places) if place in used])
 
 
 def _layout(run: Path, settings: TrainConfig) -> Literal["auto", "tree", "rows"]:
@@ -397,10 +405,17 @@ def _suspects(
 
 
 def _planted(
-    wrong: Mapping[int, str], suspects: Sequence[Suspect], decided: Decisions | None = None
+    wrong: Mapping[int, str],
+    rows: Table,
+    suspects: Sequence[Suspect],
+    decided: Decisions | None = None,
 ) -> Planted | None:
-    """Count the planted errors among the suspects, without those that a person has decided."""
-    wrong = {row: label for row, label in wrong.items() if row - 1 not in (decided or {})}
+    """Count the planted errors of some rows among the suspects.
+
+    Those that a person has decided do not count.
+    """
+    open_rows = set(rows.places) - set(decided or {})
+    wrong = {row: label for row, label in wrong.items() if row - 1 in open_rows}
     if not wrong:
         return None
     listed = [suspect for suspect in suspects if suspect.row in wrong]

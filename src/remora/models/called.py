@@ -62,7 +62,7 @@ def _called(model: Any) -> set[str] | None:
     try:
         with torch.random.fork_rng(), torch.no_grad():
             model(input_ids=torch.zeros(1, 4, dtype=torch.int64, device=device), use_cache=False)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
         if memory.is_exhausted(error):
             raise
         return None

@@ -152,9 +152,14 @@ def load(
                 **how,
             )
     except Exception as error:
+        advice = "give the folder of a Hugging Face causal language model"
+        if quantized or isinstance(error, ImportError):
+            other = (
+                "the original weights, which are not quantized" if quantized else "another model"
+            )
+            advice = f"install what it needs, or give {other}"
         raise ModelError(
-            f"the model in {folder} cannot be loaded ({first_line(error)}); "
-            "give the folder of a Hugging Face causal language model"
+            f"the model in {folder} cannot be loaded ({first_line(error)}); {advice}"
         ) from error
     loaded, info = result
     # transformers only warns of missing weights and leaves random ones in their place.

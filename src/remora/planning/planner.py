@@ -76,7 +76,9 @@ def make_plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: No
         config = loading.load_config(folder, prompt.classes)
         try:
             time = timing.measured(operations, made, config, settings, precision, packed, here)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (
+            *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError),
+        ) as error:
             if memory.is_exhausted(error):
                 raise
             say(f"no time is estimated: one layer cannot be computed alone ({first_line(error)})")

@@ -32,7 +32,9 @@ from remora.tree.loss import loss_sum
 from remora.tree.packing import MicroBatch
 from remora.tree.rows import head_at
 
-_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
+_FAILURES = (
+    *(RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError, ImportError),
+)
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 

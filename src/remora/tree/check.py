@@ -22,8 +22,9 @@ from remora.tree.rows import build
 
 _FAILURES = (
     *(RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError),
+    ImportError,
 )
-"""What a model raises that does not take masks or positions such as a tree's."""
+"""What a model raises that does not take masks or positions such as a tree's, or lacks a kernel."""
 
 MARGIN = 64
 """Tokens beyond a window that a checked tree has at least."""
@@ -189,9 +190,10 @@ def check_rows(model: nn.Module, rows: Sequence[TokenSequence]) -> None:
     except _FAILURES as error:
         if isinstance(error, ModelError) or memory.is_exhausted(error):
             raise
-        raise ModelError(
-            f"this model computes no padded rows ({first_line(error)}); choose another"
-        ) from error
+        found, advice = "this model computes no padded rows", "choose another"
+        if isinstance(error, ImportError):
+            found, advice = "this model needs what is not here", f"install it, or {advice} model"
+        raise ModelError(f"{found} ({first_line(error)}); {advice}") from error
     finally:
         model.train(was_training)
     if not same_logits(model, together, alone):

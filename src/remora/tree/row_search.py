@@ -96,7 +96,9 @@ class RowSearch(LabelSearch):
         try:
             with torch.inference_mode():
                 return self._same_in_parts(in_steps=in_steps)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (
+            *(RuntimeError, TypeError, ValueError, LookupError, AttributeError, ImportError),
+        ) as error:
             if memory.is_exhausted(error):
                 raise
             return False
