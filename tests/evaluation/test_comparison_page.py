@@ -259,8 +259,9 @@ def test_figures_stand_below_their_headings(browser: chromium.Page, page: Path) 
         browser.run(
             "[...document.querySelectorAll('tbody td.number')].filter(e => { const head ="
             " e.closest('table').tHead.rows[0].cells[e.cellIndex];"
-            " return Math.abs(head.getBoundingClientRect().right - e.getBoundingClientRect().right) > 1"
-            " || getComputedStyle(head).textAlign !== getComputedStyle(e).textAlign }).length"
+            " const [a, b] = [head, e].map(x => x.getBoundingClientRect().right);"
+            " const [s, t] = [head, e].map(x => getComputedStyle(x).textAlign);"
+            " return Math.abs(a - b) > 1 || s !== t }).length"
         )
         == 0
     )

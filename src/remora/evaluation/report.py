@@ -125,9 +125,7 @@ def comparison_page(
     """
     with of_this_version(directories[0]):
         page = comparison_sections.collect(comparison, directories, next_steps, folder)
-        return _scripted(
-            "comparison.html", {"page": page}, page.side_by_side and page.side_by_side.data
-        )
+        return _scripted("comparison.html", {"page": page}, page.data)
 
 
 def _scripted(name: str, context: Mapping[str, Any], data: Any) -> str:
