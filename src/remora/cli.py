@@ -181,12 +181,12 @@ def compare(config: CompareConfig) -> None:
     if config.report:
         report.check_output(config.report, "report")
     comparison = compare.compare_runs(config)
-    if config.report:
-        report.write_comparison(config.report, comparison, config.runs)
     steps = next_steps.told_next_steps(
         lambda: next_steps.after_comparison(comparison, config.runs),
         display.TerminalReporter().say,
     )
+    if config.report:
+        report.write_comparison(config.report, comparison, config.runs, steps)
     if config.json:
         _print_json(comparison.to_dict() | _as_json(steps))
     else:

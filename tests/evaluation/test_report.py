@@ -30,7 +30,6 @@ from remora.evaluation import (
     contradictions,
     next_steps,
     report,
-    report_sections,
     run_files,
 )
 from remora.evaluation.predictions import PROBABILITIES
@@ -236,7 +235,7 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
 
 
 def test_a_page_holds_no_more_than_it_can(run: Path, monkeypatch) -> None:
-    monkeypatch.setattr(report_sections, "MAX_CHARS", 200)
+    monkeypatch.setattr(run_files, "MAX_CHARS", 200)
     monkeypatch.setattr(run_files, "MAX_MESSAGE_CHARS", 9)
     found = Read(report.page(run))
     messages = json.loads(found.code[1])["messages"]
@@ -247,7 +246,7 @@ def test_a_page_holds_no_more_than_it_can(run: Path, monkeypatch) -> None:
     surest = [m["probability"] for m in messages if m["label"] != m["predicted"]]
     assert surest == sorted(surest, reverse=True)
     assert "This page holds 18 of 100 messages, mistakes first" in found.text
-    monkeypatch.setattr(report_sections, "MAX_MESSAGES", 5)
+    monkeypatch.setattr(run_files, "MAX_MESSAGES", 5)
     assert len(json.loads(Read(report.page(run)).code[1])["messages"]) == 5
 
 

@@ -128,6 +128,11 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
             console, f"  {mistake.count:>4}  {mistake.true} predicted as {mistake.predicted}"
         )
 
+    if comparison.by_label:
+        changes = comparison.by_label
+        named = "" if len(comparison.runs) == 2 else f" of {changes.first} over {changes.second}"
+        print_line(console, f"\nby label{named}: {changes.summary[0].lower()}{changes.summary[1:]}")
+
     # The answer
     print_line(console, "")
     for text in (*comparison.notes, comparison.bar, comparison.value, comparison.answer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from remora.config import CompareConfig
 from remora.errors import ConfigError, DataError
 from remora.evaluation import results
+from remora.evaluation.label_changes import LabelChanges, label_changes
 from remora.evaluation.results import Results
 from remora.evaluation.rivals import Rival, of_figures
 from remora.evaluation.significance import difference_interval, holm, mcnemar
@@ -47,7 +48,10 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two contenders on the same rows; `first` is the bigger one."""
+    """Two contenders on the same rows; `second` is no bigger than `first`.
+
+    Of two of one size, `first` is the one that took longer to train.
+    """
 
     first: str
     second: str
@@ -80,16 +84,22 @@ class Comparison:
     contenders: tuple[Contender, ...]
     pairs: tuple[Pair, ...]
     shared_mistakes: tuple[SharedMistake, ...]
+    by_label: LabelChanges | None  # of the two most accurate runs; None if there is only one
     answer: str
     bar: str | None
     value: str | None
     notes: tuple[str, ...]
 
     @property
+    def runs(self) -> tuple[Contender, ...]:
+        """The contenders that are runs, not baselines."""
+        return tuple(each for each in self.contenders if not each.is_baseline)
+
+    @property
     def shown_pairs(self) -> tuple[Pair, ...]:
         """The pairs of which at least one is a run; two baselines are of less interest."""
-        baselines = {each.name for each in self.contenders if each.is_baseline}
-        return tuple(each for each in self.pairs if not {each.first, each.second} <= baselines)
+        runs = {each.name for each in self.runs}
+        return tuple(each for each in self.pairs if {each.first, each.second} & runs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them."""
@@ -127,11 +137,13 @@ def compare_runs(config: CompareConfig) -> Comparison:
     pairs = _pairs(runs[0].true, ordered)
     ranked = [each for each, _ in ordered]
     best, rival = best_and_rival(ranked, pairs)
+    by_name = dict(zip(names, runs, strict=True))
     return Comparison(
         num_rows=len(runs[0].true),
         contenders=tuple(ranked),
         pairs=pairs,
         shared_mistakes=_shared_mistakes(runs),
+        by_label=_by_label(ranked, by_name),
         answer=_answer(ranked, best, rival, pairs),
         bar=None if config.bar is None else _clears(ranked, config.bar),
         value=_value(best, rival, pairs, config),
@@ -313,47 +325,81 @@ def best_and_rival(
     return best, alike[0] if alike else max(smaller, key=lambda each: each.accuracy)
 
 
+def _by_label(ranked: Sequence[Contender], runs: Mapping[str, Results]) -> LabelChanges | None:
+    """Compare the two most accurate runs label by label; as in a `Pair`, the bigger one first."""
+    theirs = [each for each in ranked if not each.is_baseline]
+    if len(theirs) < 2:
+        return None
+    two = sorted(theirs, key=lambda each: -each.accuracy)[:2]
+    second, first = (each.name for each in theirs if each in two)
+    run = runs[first]
+    return label_changes(
+        (first, second), run.labels, run.true, run.predicted, runs[second].predicted
+    )
+
+
+def spoken_lead(pair: Pair) -> str:
+    """Return the difference of a pair with its interval and p-value."""
+    low, high = (100 * bound for bound in pair.difference_interval)
+    return (
+        f"{100 * pair.difference:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, "
+        f"p = {pair.adjusted_p_value:.2g}"
+    )
+
+
 def _answer(
     ranked: Sequence[Contender], best: Contender, rival: Contender | None, pairs: Sequence[Pair]
 ) -> str:
     """Say whether the bigger model earns its keep."""
+    if len(ranked) == 1:
+        return f"There is nothing to compare {best.name} with."
+    last = ranked[-1]
+    bigger = "" if last is best else f" {_behind(between(pairs, last, best), last, best)}"
     if rival is None:
-        return f"No bigger model earns its keep: {best.name}, the smallest, is the most accurate."
+        is_bigger = last.num_bytes > best.num_bytes
+        keeps = "No bigger model earns its keep" if is_bigger else "None is bigger"
+        return f"{keeps}: {best.name} is the most accurate, and none is smaller.{bigger}"
     pair = between(pairs, best, rival)
-    low, high = (100 * bound for bound in pair.difference_interval)
-    figures = (
-        f"{100 * pair.difference:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, "
-        f"p = {pair.adjusted_p_value:.2g}"
-    )
     alike = best.num_bytes == rival.num_bytes
-    bigger = ""
-    if (biggest := ranked[-1]).num_bytes > best.num_bytes:
-        behind = -100 * between(pairs, biggest, best).difference
-        worse = f"{behind:.1f} points worse" if behind else "no better"
-        bigger = f" {biggest.name}, bigger still, is {worse}."
     if pair.adjusted_p_value >= SIGNIFICANT:
         keeps = "Neither is bigger" if alike else "The bigger model does not earn its keep"
         smaller = "" if alike else "the smaller "
         return (
             f"{keeps}: the lead of {best.name} over {smaller}{rival.name} may be chance "
-            f"({figures}).{bigger}"
+            f"({spoken_lead(pair)}).{bigger}"
         )
     keeps = "Neither is bigger, and one is better" if alike else "The bigger model earns its keep"
+    others = [each for each in ranked[: ranked.index(best)] if each is not rival]
+    are_smaller = all(each.num_bytes < best.num_bytes for each in (*others, rival))
+    also = f" and every other {'smaller one' if are_smaller else 'one that is no bigger'}"
     return (
-        f"{keeps}: {best.name} is better than {rival.name} and every other smaller one ({figures})."
-        f"{bigger}"
+        f"{keeps}: {best.name} is better than {rival.name}{also if others else ''} "
+        f"({spoken_lead(pair)}).{bigger}"
     )
+
+
+def _behind(pair: Pair, last: Contender, best: Contender) -> str:
+    """Return a sentence on the last contender, which is behind the most accurate one."""
+    size = "bigger still" if last.num_bytes > best.num_bytes else "of the same size"
+    if not pair.difference:
+        return f"{last.name}, {size}, is no better."
+    is_chance = pair.adjusted_p_value >= SIGNIFICANT
+    chance = f", which may be chance (p = {pair.adjusted_p_value:.2g})" if is_chance else ""
+    return f"{last.name}, {size}, is {-100 * pair.difference:.1f} points worse{chance}."
 
 
 def _clears(ranked: Sequence[Contender], bar: float) -> str:
     """Name the smallest contender that reaches the bar."""
-    for each in ranked:
-        if each.accuracy >= bar:
-            low = each.accuracy_interval[0]
-            sure = "" if low >= bar else f", but its 95% interval starts at {low:.1%}"
-            return f"{each.name} is the smallest that reaches {bar:.1%}: {each.accuracy:.2%}{sure}."
-    best = max(ranked, key=lambda each: each.accuracy)
-    return f"None reaches {bar:.1%}; {best.name} comes closest with {best.accuracy:.2%}."
+    reach = [each for each in ranked if each.accuracy >= bar]
+    if not reach:
+        best = max(ranked, key=lambda each: each.accuracy)
+        return f"None reaches {bar:.1%}; {best.name} comes closest with {best.accuracy:.2%}."
+    first = reach[0]
+    low = first.accuracy_interval[0]
+    sure = "" if low >= bar else f", but its 95% interval starts at {low:.1%}"
+    is_only = all(each.num_bytes > first.num_bytes for each in reach[1:])
+    which = "the smallest that reaches" if is_only else "one of the smallest that reach"
+    return f"{first.name} is {which} {bar:.1%}: {first.accuracy:.2%}{sure}."
 
 
 def _value(

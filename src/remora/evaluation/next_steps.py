@@ -73,7 +73,7 @@ def after_comparison(comparison: Comparison, runs: Sequence[Path]) -> tuple[Next
     directories = dict(zip(run_names(runs), runs, strict=True))
     ranked = comparison.contenders
     best, rival = best_and_rival(ranked, comparison.pairs)
-    chosen, why = best, f"{best.name}, the smallest, is the most accurate"
+    chosen, why = best, f"{best.name} is the most accurate, and none is smaller"
     if rival is not None:
         pair = between(comparison.pairs, best, rival)
         low, high = (100 * bound for bound in pair.difference_interval)

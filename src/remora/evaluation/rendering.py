@@ -48,6 +48,7 @@ def rendered(name: str, context: Mapping[str, Any], **code: str) -> str:
         "seconds": spoken_seconds,
         "time": spoken_time,
         "percent": percent,
+        "points": points,
         "count": "{:,}".format,
         "isolated": isolated,
     }
@@ -84,6 +85,12 @@ def json_for_html(value: Any) -> str:
 def percent(share: float, digits: int = 1) -> str:
     """Return a share as a percentage."""
     return f"{100 * share:.{digits}f}%"
+
+
+def points(difference: float) -> str:
+    """Return a difference of two shares as percentage points; zero has no sign."""
+    text = f"{100 * difference:+.1f}"
+    return "0.0" if float(text) == 0 else text
 
 
 def isolated(text: str) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import remora
 from remora.config import ReportConfig
 from remora.errors import ConfigError, ResourceError
-from remora.evaluation import charts, report_sections, results
+from remora.evaluation import charts, comparison_sections, report_sections, results
 from remora.evaluation.compare import Comparison
+from remora.evaluation.findings import NextStep
 from remora.evaluation.rendering import (
     csp_hash,
     json_for_html,
@@ -19,32 +19,7 @@ from remora.evaluation.rendering import (
     rendered,
     template_text,
 )
-from remora.evaluation.results import Results
-from remora.evaluation.run_files import NUM_STATIC_MESSAGES, cut, setting_rows
 from remora.runtime import files
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedMistake:
-    """A message that every run gives the same wrong label."""
-
-    row: int  # in predictions.csv, from 1
-    text: str
-    true: str
-    predicted: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonPage:
-    """What the page of a comparison shows."""
-
-    version: str
-    comparison: Comparison
-    names: list[str]  # of the runs
-    intervals: charts.Intervals
-    shared_mistakes: list[SharedMistake]
-    num_shared_mistakes: int
-    differences: list[tuple[str, list[str]]]  # settings that differ, a value for each run
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -78,14 +53,19 @@ def write(directory: Path, output: Path | None = None) -> Path:
     return path
 
 
-def write_comparison(path: Path, comparison: Comparison, directories: Sequence[Path]) -> None:
+def write_comparison(
+    path: Path,
+    comparison: Comparison,
+    directories: Sequence[Path],
+    next_steps: tuple[NextStep, ...] = (),
+) -> None:
     """Write the page of a comparison, whole or not at all.
 
     Raises:
         DataError: If the files of a run are broken.
         ResourceError: If the page cannot be written.
     """
-    files.write_text(path, comparison_page(comparison, directories))
+    files.write_text(path, comparison_page(comparison, directories, next_steps, path.parent))
 
 
 def write_chart(path: Path, chart: charts.Chart) -> None:
@@ -120,62 +100,42 @@ def page(directory: Path) -> str:
     Raises:
         DataError: If the run is not finished, or its files are broken.
     """
-    from markupsafe import Markup
-
     run = results.read(directory)
-    script = template_text("report.js")
     with of_this_version(directory):
         report = report_sections.collect(run)
-        return rendered(
-            "report.html",
-            {"report": report, "data": Markup(json_for_html(report.data))},
-            script=Markup(script),
-            script_hash=csp_hash(script),
-        )
+        return _scripted("report.html", {"report": report}, report.data)
 
 
-def comparison_page(comparison: Comparison, directories: Sequence[Path]) -> str:
-    """Return the page of a comparison as HTML; it has no script, and texts are escaped.
+def comparison_page(
+    comparison: Comparison,
+    directories: Sequence[Path],
+    next_steps: tuple[NextStep, ...] = (),
+    folder: Path = Path(),
+) -> str:
+    """Return the page of a comparison as HTML; texts enter it as they enter a report.
+
+    Args:
+        comparison: As `compare_runs` returns it.
+        directories: Of its runs, in the order in which they were compared.
+        next_steps: What to do next.
+        folder: Where the page will be; its links to the runs' reports are relative.
 
     Raises:
         DataError: If the files of a run are broken.
     """
-    runs = [results.read(directory) for directory in directories]
-    mistakes = _shared_mistakes(runs)
-    contenders = comparison.contenders
     with of_this_version(directories[0]):
-        page = ComparisonPage(
-            version=remora.__version__,
-            comparison=comparison,
-            names=[each.name for each in contenders if not each.is_baseline],
-            intervals=charts.intervals(
-                [
-                    ("baseline" if each.is_baseline else "ours", each.name, vars(each))
-                    for each in contenders
-                ]
-            ),
-            shared_mistakes=mistakes[:NUM_STATIC_MESSAGES],
-            num_shared_mistakes=len(mistakes),
-            differences=_differences(directories),
-        )
-        return rendered("comparison.html", {"page": page})
+        page = comparison_sections.collect(comparison, directories, next_steps, folder)
+        return _scripted("comparison.html", {"page": page}, page.data)
 
 
-def _shared_mistakes(runs: Sequence[Results]) -> list[SharedMistake]:
-    """Return the messages that every run gives the same wrong label."""
-    predictions = zip(*(each.predicted for each in runs), strict=True)
-    return [
-        SharedMistake(row=row, text=cut(text), true=true, predicted=given[0])
-        for row, (text, true, given) in enumerate(
-            zip(runs[0].texts, runs[0].true, predictions, strict=True), 1
-        )
-        if len(set(given)) == 1 and given[0] != true
-    ]
+def _scripted(name: str, context: Mapping[str, Any], data: Any) -> str:
+    """Return a page of a template with its script, which reads `data`."""
+    from markupsafe import Markup
 
-
-def _differences(directories: Sequence[Path]) -> list[tuple[str, list[str]]]:
-    """Return the settings that differ between runs, with each run's value."""
-    settings = [dict(setting_rows(results.read_settings(directory))) for directory in directories]
-    names = dict.fromkeys(name for each in settings for name in each)
-    values = [(name, [each.get(name, "none") for each in settings]) for name in names]
-    return [(name, each) for name, each in values if len(set(each)) > 1]
+    script = "".join(map(template_text, ("page.js", name.replace(".html", ".js"))))
+    return rendered(
+        name,
+        {**context, "data": Markup(json_for_html(data))},
+        script=Markup(script),
+        script_hash=csp_hash(script),
+    )

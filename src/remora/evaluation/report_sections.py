@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from remora.evaluation.run_files import (
     NUM_STATIC_MESSAGES,
     cut,
     environment_rows,
+    fitting,
     memory_rows,
     plan_rows,
     read_records,
@@ -32,9 +33,6 @@ from remora.evaluation.run_files import (
     resolved,
     setting_rows,
 )
-
-MAX_MESSAGES = 25_000
-MAX_CHARS = 1_500_000  # of all messages together
 
 NUM_CONFUSIONS = 10
 NUM_TOP = 3  # labels beside a message
@@ -198,7 +196,7 @@ def collect(run: Results) -> Report:
     trained = "model" if figures.get("method") == "full" else "adapter"
     counts = confusion_counts(run)
     shown = matrix_labels(counts)
-    kept = _kept(_messages(run))
+    kept = fitting(_messages(run))
     return Report(
         name=run.directory.resolve().name,
         version=remora.__version__,
@@ -375,10 +373,3 @@ def _others(run: Results) -> list[list[tuple[int, float]]]:
         [(int(label), round(float(share), 4)) for label, share in zip(*row, strict=True)]
         for row in zip(best, shares, strict=True)
     ]
-
-
-def _kept(messages: Sequence[Message]) -> list[Message]:
-    """Return as many of the first messages as a page can hold."""
-    ends = np.cumsum([len(message.text) for message in messages])
-    num_fitting = int(np.searchsorted(ends, MAX_CHARS, side="right"))
-    return list(messages[: min(num_fitting, MAX_MESSAGES)])

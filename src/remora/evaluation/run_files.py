@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from remora.data.corrections import read_sheet
 from remora.errors import DataError
@@ -14,12 +15,32 @@ from remora.evaluation import results
 from remora.formatting import spoken_bytes, unescape_formula
 
 MAX_MESSAGE_CHARS = 1_000  # of one message
+MAX_CHARS = 1_500_000  # of all messages of a list together
+MAX_MESSAGES = 25_000
 NUM_STATIC_MESSAGES = 20
+
+
+class Shown(Protocol):
+    """A message as a page shows it."""
+
+    @property
+    def text(self) -> str:
+        """Its text, cut."""
+
+
+MessageT = TypeVar("MessageT", bound=Shown)
 
 
 def cut(text: str) -> str:
     """Return a message, truncated if it is too long for a page."""
     return text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + " …"
+
+
+def fitting(messages: Sequence[MessageT]) -> list[MessageT]:
+    """Return as many of the first messages as a page can hold."""
+    ends = itertools.accumulate(len(message.text) for message in messages)
+    num_fitting = sum(1 for _ in itertools.takewhile(lambda end: end <= MAX_CHARS, ends))
+    return list(messages[: min(num_fitting, MAX_MESSAGES)])
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:

@@ -1,43 +1,21 @@
-"use strict";
 // Sorting, filtering, and links from numbers to their messages. The page reads without them.
-// Texts enter the page as text contents only.
-
-const byId = (id) => document.getElementById(id);
-const byName = new Intl.Collator("en").compare;
-const data = JSON.parse(byId("data").textContent);
 
 // Messages
 
-const PAGE = matchMedia("(max-width: 40rem)").matches ? 10 : 50;
 let matches = [];
 
-const percent = (share) => `${(100 * share).toFixed(1)}%`;
-
-function fillSlots(node, values) {
-  for (const [slot, value] of Object.entries(values)) {
-    node.querySelector(`[data-slot="${slot}"]`).textContent = value;
-  }
-}
-
 function showMore() {
-  const list = byId("message-list");
-  for (const each of matches.slice(list.children.length, list.children.length + PAGE)) {
-    const item = document.createElement("li");
-    item.append(byId("message").content.cloneNode(true));
-    fillSlots(item, {
-      text: each.text,
-      label: data.labels[each.label],
-      predicted: data.labels[each.predicted],
-      probability: percent(each.probability),
-      baseline: each.baseline === null ? "none" : data.labels[each.baseline],
-      row: each.row,
-      others: each.others.length
-        ? ", then " + each.others.map(([label, share]) => `\u2068${data.labels[label]}\u2069 ${percent(share)}`).join(" and ")
-        : "",
-    });
-    list.append(item);
-  }
-  byId("message-more").hidden = list.children.length >= matches.length;
+  byId("message-more").hidden = !addMessages(byId("message-list"), byId("message"), matches, (each) => ({
+    text: each.text,
+    label: data.labels[each.label],
+    predicted: data.labels[each.predicted],
+    probability: percent(each.probability),
+    baseline: each.baseline === null ? "none" : data.labels[each.baseline],
+    row: each.row,
+    others: each.others.length
+      ? ", then " + each.others.map(([label, share]) => `\u2068${data.labels[label]}\u2069 ${percent(share)}`).join(" and ")
+      : "",
+  }));
 }
 
 function showMessages() {
@@ -78,12 +56,7 @@ function goToMessages(label, predicted, from) {
 
 byId("message-back").addEventListener("click", () => history.back());
 
-for (const id of ["message-true", "message-predicted"]) {
-  data.labels
-    .map((label, place) => new Option(label, place))
-    .sort((a, b) => byName(a.text, b.text))
-    .forEach((option) => byId(id).append(option));
-}
+for (const id of ["message-true", "message-predicted"]) addLabels(byId(id));
 byId("message-more").addEventListener("click", showMore);
 byId("message-clear").addEventListener("click", () => {
   byId("message-controls").reset();
@@ -194,15 +167,6 @@ matrix.addEventListener("focusin", (event) => makeReachable(event.target));
 
 // Tables that link to messages, and sortable tables
 
-function addButton(cell, name, act) {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.append(...cell.childNodes);
-  if (name) button.title = name;
-  button.addEventListener("click", () => act(button));
-  cell.append(button);
-}
-
 for (const row of document.querySelectorAll("tr[data-true]")) {
   const {true: label, predicted} = row.dataset;
   addButton(row.querySelector("th"), "Show the messages", (button) =>
@@ -214,32 +178,8 @@ for (const row of document.querySelectorAll("tr[data-true]")) {
   }
 }
 
-function valueOf(row, column) {
-  const text = row.cells[column].textContent;
-  const number = Number(text.replace(/[,%]/g, ""));
-  return column === 0 || Number.isNaN(number) ? text : number;
-}
-
 for (const table of document.querySelectorAll("table.sortable")) {
-  const heads = [...table.tHead.rows[0].cells];
-  heads.forEach((cell, column) => addButton(cell, "", () => {
-    const rises = cell.ariaSort === "descending" || (cell.ariaSort !== "ascending" && column === 0);
-    sortBy(table, column, rises);
-    keepView("labels", false);
-  }));
-}
-
-function sortBy(table, column, rises) {
-  const heads = [...table.tHead.rows[0].cells];
-  const cell = heads[column];
-  heads.forEach((other) => other.removeAttribute("aria-sort"));
-  cell.setAttribute("aria-sort", rises ? "ascending" : "descending");
-  const rows = [...table.tBodies[0].rows].sort((a, b) => {
-    const [x, y] = [valueOf(a, column), valueOf(b, column)];
-    const order = typeof x === "string" ? byName(x, y) : x - y;
-    return rises ? order : -order;
-  });
-  table.tBodies[0].append(...rows);
+  makeSortable(table, () => keepView("labels", false));
 }
 
 // A threshold for the confidence: what is answered, and how much of it correctly
