@@ -44,6 +44,19 @@ def conflicts(settings: TrainConfig) -> tuple[tuple[bool, str], ...]:
     )
 
 
+def refuse(settings: TrainConfig, verb: str) -> None:
+    """Refuse a run whose rows have several labels, for a verb that is for rows with one.
+
+    Raises:
+        ConfigError: If they have.
+    """
+    if settings.multi_label == "on":
+        raise ConfigError(
+            f"{verb} is for rows with one label, and those of this run have several; see "
+            "predictions.csv and report.html for its mistakes"
+        )
+
+
 def settled(settings: Settings, *, is_multi_label: bool) -> Settings:
     """Return the settings with what follows from whether rows have several labels.
 

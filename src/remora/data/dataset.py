@@ -311,7 +311,12 @@ def _unlabelled(part: Part, split: str) -> str:
 
 
 def dataset_from_lists(
-    texts: Sequence[str], labels: Sequence[str], *, validation_fraction: float, seed: int
+    texts: Sequence[str],
+    labels: Sequence[str],
+    *,
+    validation_fraction: float,
+    seed: int,
+    multi_label: bool = False,
 ) -> Dataset:
     """Check texts and labels in memory, and hold out a validation set, but no test set.
 
@@ -320,6 +325,7 @@ def dataset_from_lists(
         labels: Their labels, [N], kept exactly as they are.
         validation_fraction: The share of the rows to hold out, stratified by label. At most 2,000.
         seed: Selects the rows held out.
+        multi_label: Whether a label is a set of labels, as `label_sets` writes it.
 
     Raises:
         ConfigError: The fraction is outside [0, 1).
@@ -331,7 +337,8 @@ def dataset_from_lists(
         raise DataError(
             f"there are {len(texts):,} texts and {len(labels):,} labels; give one for each text"
         )
-    table, columns = Table(list(texts), list(labels)), ["text", "label"]
+    table = Table(list(texts), list(labels), multi_label=multi_label)
+    columns = ["text", "label"]
 
     def rows(pick: Pick, _: Remarks) -> Iterator[Row]:
         pick(columns, list)
@@ -344,7 +351,8 @@ def dataset_from_lists(
                     )
             yield row, row, (text, label)
 
-    read_parts([Part("memory", rows)], strict=True)
+    form = LabelForm("on") if multi_label else None
+    read_parts([Part("memory", rows)], strict=True, form=form)
     return _assemble(
         "memory",
         columns,

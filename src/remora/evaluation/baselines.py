@@ -144,8 +144,7 @@ def train_set_baseline(
         num_train_rows=len(texts),
         num_all_train_rows=len(train),
         seconds=time.perf_counter() - began,
-        description="TF-IDF + linear SVMs"
-        + (" (thresholds by validation)" if len(validation) else " (threshold 0)"),
+        description="TF-IDF + linear SVMs" + ("" if len(validation) else ", threshold 0"),
     )
 
 

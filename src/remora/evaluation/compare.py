@@ -123,6 +123,15 @@ def compare_runs(config: CompareConfig) -> Comparison:
         contenders.values(), key=lambda each: (each[0].num_bytes, each[0].train_seconds)
     )
 
+    if runs[0].multi_label:
+        notes.append(
+            "rows have several labels, and accuracy is the share of rows with all of them right; "
+            + ", ".join(
+                f"{name} has {each.figures['metrics']['micro_f1']:.2%} micro-F1"
+                for name, each in zip(names, runs, strict=True)
+            )
+        )
+
     # Differences, and what follows from them
     pairs = _pairs(runs[0].true, ordered)
     ranked = [each for each, _ in ordered]

@@ -10,7 +10,7 @@ from pathlib import Path
 import remora
 from remora.config import ReportConfig
 from remora.errors import ConfigError, ResourceError
-from remora.evaluation import charts, report_sections, results
+from remora.evaluation import charts, multi_label_report, report_sections, results
 from remora.evaluation.compare import Comparison
 from remora.evaluation.rendering import (
     csp_hash,
@@ -123,6 +123,9 @@ def page(directory: Path) -> str:
     from markupsafe import Markup
 
     run = results.read(directory)
+    if run.multi_label:
+        with of_this_version(directory):
+            return rendered("multi_label_report.html", {"report": multi_label_report.collect(run)})
     script = template_text("report.js")
     with of_this_version(directory):
         report = report_sections.collect(run)

@@ -211,8 +211,9 @@ def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
         how += f", adjusted for {len(rivals)} baselines"
     p = f"p = {p_value:.2g}, {how}"
     if p_value < SIGNIFICANT and points > 0:
+        what = " of rows with all labels right" if best.micro_f1 is not None else ""
         return (
-            f"{best.description} reaches {best.accuracy:.1%} in {spoken_time(best.seconds)}, "
+            f"{best.description} reaches {best.accuracy:.1%}{what} in {spoken_time(best.seconds)}, "
             f"{points:.1f} points above the {trained} ({p}): prefer it, or give the {trained} "
             "more rows or epochs"
         )
