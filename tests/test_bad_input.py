@@ -246,6 +246,20 @@ def of_classes(shop: Workshop, *more: str) -> list[str]:
     return [*more]
 
 
+def several(shop: Workshop, *labels: str) -> str:
+    """Write a table with rows of several labels; return its name."""
+    one, other, *_ = labels or ("x", "y")
+    rows = [{"text": f"a {i}", "label": [one, other][: i % 3]} for i in range(30)]
+    return shop.write("several.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def of_several(shop: Workshop, verb: str) -> list[str]:
+    path = shop.copy_of_run() / "config.toml"
+    kept = path.read_text().replace('answer = "words"\n', "")
+    path.write_text(kept.replace('multi_label = "auto"', 'multi_label = "on"'))
+    return [verb, "copy"]
+
+
 def taken_port(shop: Workshop) -> list[str]:
     listening = socket.create_server(("127.0.0.1", 0))
     shop.held.callback(listening.close)
@@ -571,10 +585,83 @@ CASES: list[Case] = [
         lambda s: train(s.write("flags.csv", "text,toxic,threat\na,1,0\nb,0,1\n")),
     ),
     (
-        "a list of labels",
+        "a list of labels, where each row is to have one",
         3,
-        lambda s: train(s.write("lists.jsonl", '{"text": "a", "label": ["x", "y"]}\n')),
+        lambda s: train(
+            s.write("lists.jsonl", '{"text": "a", "label": ["x", "y"]}\n'), "--multi-label", "off"
+        ),
     ),
+    (
+        "a list of labels without commas, as NumPy writes it",
+        3,
+        lambda s: train(s.write("numpy.csv", "text,label\na,\"['x' 'y']\"\n")),
+    ),
+    (
+        "a list of labels in a list",
+        3,
+        lambda s: train(s.write("nested.jsonl", '{"text": "a", "label": ["x", ["y"]]}\n')),
+    ),
+    (
+        "a blank label in a list",
+        3,
+        lambda s: train(s.write("blank.jsonl", '{"text": "a", "label": ["x", ""]}\n')),
+    ),
+    (
+        "several labels a row, and none in any",
+        3,
+        lambda s: train(s.write("none.jsonl", '{"text": "a", "label": []}\n' * 4)),
+    ),
+    (
+        "a column of 0 and 1 with a 2",
+        3,
+        lambda s: train(
+            *(s.write("flags.csv", "text,toxic,threat\na,1,0\nb,0,2\n"),),
+            *("--label-columns", "toxic,threat"),
+        ),
+    ),
+    (
+        "several labels a row, one of them in the test rows only",
+        3,
+        lambda s: train(
+            *(several(s), "--test"),
+            s.write("unheard.jsonl", '{"text": "a", "label": ["x", "unheard"]}\n'),
+        ),
+    ),
+    (
+        "several labels a row in the test rows only",
+        3,
+        lambda s: train("good.csv", "--test", several(s, *WORDS)),
+    ),
+    (
+        "several labels a row, written as words",
+        2,
+        lambda s: train(several(s), "--answer", "words"),
+    ),
+    (
+        "class weights for several labels a row",
+        2,
+        lambda s: train(several(s), "--class-weights", "balanced"),
+    ),
+    (
+        "label columns beside a label column",
+        2,
+        lambda s: train("good.csv", "--label-columns", "x,y", "--label-column", "label"),
+    ),
+    ("one label column of 0 and 1", 2, lambda s: train("good.csv", "--label-columns", "x")),
+    ("labels split at nothing", 2, lambda s: train("good.csv", "--split-labels-at", "")),
+    (
+        "a search of settings for several labels a row",
+        2,
+        lambda s: ["tune", several(s), "--model", "base"],
+    ),
+    (
+        "a choice of models for several labels a row",
+        2,
+        lambda s: ["choose", several(s), "--models", "base", "--bar", "0.9"],
+    ),
+    ("a diagnosis of several labels a row", 2, lambda s: of_several(s, "diagnose")),
+    ("a review of several labels a row", 2, lambda s: of_several(s, "review")),
+    ("retraining on several labels a row", 2, lambda s: of_several(s, "retrain")),
     (
         "a chat with two questions",
         3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,24 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from remora.config import TrainConfig
+from remora.config.several_labels import settled
 from remora.data.dataset import dataset_from_lists
+from remora.data.label_sets import set_text
 from remora.errors import DataError
+from remora.evaluation.multi_label import with_thresholds
+from remora.evaluation.predictions import ScoredSets
 from remora.formatting import close_match
 from remora.models import saved
 from remora.models.saved import open_trained
+from remora.runtime.reporter import Reporter
 from remora.training.loop import fit
 from remora.training.session import open_session
+from remora.tree.scoring import score_rows
 
 OF_A_RUN = {
     *("data", "validation", "test", "text_column", "label_column", "test_fraction"),
     *("input_format", "columns", "strict", "merge_labels", "rename_labels"),
+    *("multi_label", "split_labels_at", "label_columns"),
     *("rows_per_class", "learning_curve", "name", "output", "trackers"),
     *("baselines", "embedding_model", "tolerance"),
     *("devices", "shard", "checkpoint_minutes", "max_time"),
@@ -93,7 +101,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Args:
             X: Texts, [n_samples].
-            y: Their labels, [n_samples].
+            y: Their labels, [n_samples]; or a list of labels for each, where a text may have
+                several or none.
 
         Returns:
             The classifier itself.
@@ -105,6 +114,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ResourceError: If memory does not suffice.
         """
         texts = _texts(X)
+        if _are_sets(y):
+            return self._fit_sets(texts, y)
         targets = np.asarray(y)
         check_classification_targets(targets)
         if targets.ndim != 1 or len(targets) != len(texts):
@@ -134,18 +145,59 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self._trained = session.trained
         return self
 
+    def _fit_sets(self, texts: list[str], y: Any) -> TextClassifier:
+        """Train where a text may have several labels, or none."""
+        sets = [[str(label) for label in labels] for labels in y]
+        if len(sets) != len(texts):
+            raise DataError(
+                f"there are {len(texts)} texts and {len(sets)} lists of labels; give one list for "
+                "each text"
+            )
+        config = self._config()
+        dataset = dataset_from_lists(
+            texts,
+            [set_text(labels) for labels in sets],
+            validation_fraction=config.validation_fraction,
+            seed=config.seed,
+            multi_label=True,
+        )
+        config = settled(config, is_multi_label=True)
+        with open_session(config, dataset) as session:
+            fit(session)
+            trained, validation = session.trained, dataset.validation
+            if len(validation):
+                scored = score_rows(session.scorer(), validation, "validation", Reporter())
+                fitted = with_thresholds({"validation": scored})["validation"]
+                assert isinstance(fitted, ScoredSets)
+                thresholds = tuple(fitted.thresholds.tolist())
+                trained = replace(trained, card=replace(trained.card, thresholds=thresholds))
+        kinds = {str(label): label for labels in y for label in labels}
+        self.classes_ = np.array([kinds[name] for name in dataset.labels])
+        self.model_, self.prompt_ = session.model, session.prompt
+        self._trained = trained
+        return self
+
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return the probability of each class for each text, [n_samples, n_classes].
 
-        The columns are in the order of `classes_`.
+        The columns are in the order of `classes_`. Where a text may have several labels each is a
+        probability of its own, and a row need not sum to 1.
         """
         check_is_fitted(self)
         scorer = self._trained.scorer(max_tokens=self._config().max_tokens)
         return scorer.probabilities(_texts(X))
 
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the likeliest class for each text, [n_samples]."""
-        chosen = self.predict_proba(X).argmax(axis=1)
+    def predict(self, X: ArrayLike) -> NDArray[Any] | list[list[Any]]:
+        """Return the likeliest class for each text, [n_samples].
+
+        Where a text may have several labels, return the list of its labels for each text.
+        """
+        probabilities = self.predict_proba(X)
+        card = self._trained.card
+        if card.multi_label:
+            given = probabilities >= np.array(card.thresholds)
+            return [self.classes_[row].tolist() for row in given]
+        chosen = probabilities.argmax(axis=1)
         result: NDArray[Any] = self.classes_[chosen]
         return result
 
@@ -205,6 +257,23 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tags.input_tags.two_d_array = False
         tags.target_tags.required = True
         return tags
+
+
+def _are_sets(y: Any) -> bool:
+    """Return whether targets are a collection of labels for each text.
+
+    Raises:
+        DataError: If they are a matrix of 0 and 1, or some are collections and others are not.
+    """
+    if isinstance(y, np.ndarray) and y.ndim > 1:
+        raise DataError(
+            f"the labels are an array of shape {y.shape}; give a label for each text, or a list of "
+            "its labels (inverse_transform of a MultiLabelBinarizer gives them)"
+        )
+    kinds = {isinstance(each, list | tuple | set | frozenset) for each in y}
+    if len(kinds) > 1:
+        raise DataError("some texts have a list of labels and others none; give a list for each")
+    return kinds == {True}
 
 
 def _texts(X: ArrayLike) -> list[str]:

@@ -276,7 +276,7 @@ SEVERAL = {
     "columns of 0 and 1": (
         "a.csv",
         "comment_text,toxic,obscene,id\none comment,0,1,x\nother comment,1,0,y\nlast one,0,0,z\n",
-        r"columns of 0 and 1 \('toxic', 'obscene'\) give a row several labels",
+        r"columns of 0 and 1 \('toxic', 'obscene'\) its labels\? .* --label-columns toxic,obscene$",
     ),
 }
 

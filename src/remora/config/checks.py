@@ -118,6 +118,7 @@ Port = Annotated[int, Constraint("a whole number from 0 to 65535", lambda n: 0 <
 PlainName = Annotated[str, Constraint("a name without slashes", _is_plain_name)]
 
 Answer = Literal["words", "classes"]
+SelectionMetric = Literal["accuracy", "micro_f1", "macro_f1", "log_loss"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Method = Literal["lora", "qlora", "full"]
 Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())]

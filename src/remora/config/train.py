@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from remora.config import several_labels
 from remora.config.checks import (
     DEFAULT_MICRO_BATCH_TOKENS,
     Answer,
@@ -31,6 +32,7 @@ from remora.config.checks import (
     Positive,
     PositiveOrZero,
     PrecisionName,
+    SelectionMetric,
     Share,
     TableFormat,
     as_names,
@@ -110,6 +112,16 @@ class TrainConfig:
     label_column: str | None = None
     """Column of the labels; by default found by its name."""
 
+    multi_label: Literal["auto", "on", "off"] = "auto"
+    """Whether a row may have several labels, or none: a head then scores each label by itself.
+    auto: where labels are lists, such as ["a", "b"] or "['a', 'b']", and not all of one label."""
+
+    split_labels_at: str | None = None
+    """Text between the labels of a row that has several in one cell, such as '|' or ', '."""
+
+    label_columns: Names = ()
+    """Columns of 0 and 1, one for each label, separated by commas, in place of a label column."""
+
     rows_per_class: Count | None = None
     """Training rows per class, sampled by the seed; classes with fewer keep all of theirs. By
     default all rows."""
@@ -177,10 +189,10 @@ class TrainConfig:
     loraplus_lr_ratio: LearningRateRatio | None = None
     """Learning rate of the adapter's B as a multiple of that of A, such as 16 (LoRA+)."""
 
-    answer: Answer = "words"
+    answer: Answer | None = None
     """What answers a message: the model writes the label (words), or a linear head at the last
     token of the prompt scores the labels (classes), as in transformers' and PEFT's sequence
-    classification."""
+    classification. By default words, and classes where rows have several labels."""
 
     instruction: str = "Classify the message."
     """Instruction in the prompt before each message."""
@@ -229,9 +241,10 @@ class TrainConfig:
     seed: CountOrZero = 0
     """Seed of the splits, the order of rows, the adapter's initialization and the dropout."""
 
-    metric: Literal["accuracy", "macro_f1", "log_loss"] = "accuracy"
-    """Metric on the validation rows that selects the best checkpoint. macro_f1, for classes of very
-    different size, takes about twice the time."""
+    metric: SelectionMetric | None = None
+    """Metric on the validation rows that selects the best checkpoint: by default accuracy, and
+    micro_f1 where rows have several labels. macro_f1, for classes of very different size, takes
+    about twice the time where rows have one label."""
 
     patience: CountOrZero = 3
     """Early stopping: stop after this many evaluations in a row without improvement; 0 turns it
@@ -312,7 +325,7 @@ class TrainConfig:
             ConfigError: Naming everything that is wrong.
         """
         object.__setattr__(self, "text_column", as_names(self.text_column))
-        for name in ("baselines", "columns", "target_modules"):
+        for name in ("baselines", "columns", "label_columns", "target_modules"):
             object.__setattr__(self, name, split_names(getattr(self, name)))
         object.__setattr__(self, "target_modules", tuple(filter(None, self.target_modules)))
         unknown = [each for each in self.baselines if each not in {*BASELINES, "auto", "none"}]
@@ -341,6 +354,7 @@ class TrainConfig:
                 "baselines has zero-shot and answer is classes, whose head answers nothing before "
                 "it is trained; leave it out, or use --answer words",
             ),
+            *several_labels.conflicts(self),
             (
                 self.use_dora and self.method == "qlora",
                 "use_dora does not work on a 4-bit base; use --method lora",

@@ -40,7 +40,7 @@ def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
 
             wanted = [columns[place] for place in pick(columns, peek)]
             described = [features.get(column) for column in wanted]
-            names = [each.get("names") if isinstance(each, dict) else None for each in described]
+            names = [_names_in(each) for each in described]
             batches = file.iter_batches(columns=list(dict.fromkeys(wanted)), batch_size=10_000)
             yield from _arrow_rows(batches, wanted, names)
     except (pyarrow.ArrowException, ValueError, KeyError, AttributeError) as error:
@@ -63,6 +63,13 @@ def file_schema(source: Path | IO[bytes]) -> Any:
     return schema
 
 
+def _names_in(described: Any) -> list[str] | None:
+    """Return the names of class numbers, or of lists of them, as a Parquet file describes them."""
+    if not isinstance(described, dict):
+        return None
+    return described.get("names") or _names_in(described.get("feature"))
+
+
 def _values(batch: Any) -> list[list[Any]]:
     return [column.to_pylist() for column in batch.columns]
 
@@ -70,14 +77,22 @@ def _values(batch: Any) -> list[list[Any]]:
 def _arrow_rows(
     batches: Iterable[Any], columns: list[str], names: list[list[str] | None]
 ) -> Iterator[Row]:
-    """Yield the rows of Arrow batches, class numbers replaced by their names if there are any."""
+    """Yield the rows of Arrow batches, class numbers replaced by their names if there are any.
+
+    Lists of numbers are several labels a row.
+    """
     row = 0
     for batch in batches:
         values = [batch.column(column).to_pylist() for column in columns]
         for place, classes in enumerate(names):
             if classes:  # a hidden label is -1
                 by_number = dict(enumerate(classes))
-                values[place] = [by_number.get(number) for number in values[place]]
+                values[place] = [
+                    [by_number.get(each) for each in number]
+                    if isinstance(number, list)
+                    else by_number.get(number)
+                    for number in values[place]
+                ]
         for record in zip(*values, strict=True):
             row += 1
             yield row, row, record
@@ -132,7 +147,8 @@ def _hub_rows(rows: datasets.Dataset, pick: Pick, _remarks: Remarks) -> Iterator
         return [list(row.values()) for row in rows.select(range(min(PEEKED_ROWS, len(rows))))]
 
     wanted = [rows.column_names[place] for place in pick(rows.column_names, peek)]
-    names = [getattr(rows.features[column], "names", None) for column in wanted]
+    features = [rows.features[column] for column in wanted]
+    names = [getattr(getattr(each, "feature", each), "names", None) for each in features]
     columns = list(dict.fromkeys(wanted))
     batches = rows.select_columns(columns).with_format("arrow").iter(batch_size=10_000)
     yield from _arrow_rows(batches, wanted, names)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from remora.config.checks import Answer
+from remora.data.label_sets import labels_in
 from remora.data.prompt import Prompt, TokenSequence
 
 
@@ -48,5 +49,28 @@ class ClassPrompt(Prompt):
         return "leave out --list-labels" if self.list_labels else "shorten the instruction"
 
 
-PROMPTS: Mapping[Answer, type[Prompt]] = {"words": Prompt, "classes": ClassPrompt}
-"""The prompt of each kind of answer."""
+class LabelSetPrompt(ClassPrompt):
+    """The same where a row has several labels, or none: the head scores each label by itself.
+
+    The label of a row is a set as `label_sets` writes it.
+    """
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether each label is scored by itself."""
+        return True
+
+    def rows(self, messages: Sequence[str], labels: Sequence[str]) -> list[TokenSequence]:
+        """Return the sequences to train on, one for each message and its set of labels."""
+        place = {label: index for index, label in enumerate(self.labels)}
+        return [
+            TokenSequence(stem, len(stem), class_set=tuple(place[x] for x in labels_in(text)))
+            for stem, text in zip(self.stems(messages), labels, strict=True)
+        ]
+
+
+def prompt_class(answer: Answer | None, *, multi_label: bool) -> type[Prompt]:
+    """Return the prompt of a kind of answer; words by default."""
+    if multi_label:
+        return LabelSetPrompt
+    return ClassPrompt if answer == "classes" else Prompt

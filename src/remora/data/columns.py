@@ -36,18 +36,18 @@ class UnlabelledError(DataError):
 def choose(
     name: str,
     text_columns: Sequence[str],
-    label_column: str | None,
+    label_column: str | Sequence[str] | None,
     columns: Sequence[str],
     peek: Peek = list,
     trained: Sequence[str] = (),
     known: Collection[str] | None = None,
 ) -> list[int]:
-    """Return the indices of the text columns, and that of the label column last.
+    """Return the indices of the text columns, and those of the label columns last.
 
     Args:
         name: Of the table, for messages.
         text_columns: Names that were given; none to find one.
-        label_column: The name that was given, None to find it.
+        label_column: The name that was given, or those of columns of 0 and 1; None to find it.
         columns: The names of the table's columns.
         peek: Returns the first rows.
         trained: The names in the training table, the label last: they come before the usual ones,
@@ -63,6 +63,8 @@ def choose(
     if trained and not text_columns and set(trained[:-1]) <= set(columns):
         text_columns = trained[:-1]
     text = [_given(name, "text", each, columns, peek) for each in text_columns]
+    if label_column is not None and not isinstance(label_column, str):
+        return _with_flags(name, text, label_column, columns, peek, trained)
     label: int | None = None
     if label_column is not None and not (trained and label_column not in columns and text):
         label = _given(name, "label", label_column, columns, peek)
@@ -91,6 +93,34 @@ def choose(
             " give different columns with --text-column and --label-column"
         )
     return [*text, label]
+
+
+def _with_flags(
+    name: str,
+    text: list[int],
+    flags: Sequence[str],
+    columns: Sequence[str],
+    peek: Peek,
+    trained: Sequence[str],
+) -> list[int]:
+    """Return the columns of the texts and those of 0 and 1, one for each label."""
+    if trained and not {*flags} & {*columns}:
+        raise UnlabelledError(
+            f"{name} has none of the label columns {listed(flags)}; add them, or classify the "
+            "table with `remora predict`"
+        )
+    labels = [_given(name, "label", each, columns, peek) for each in flags]
+    if not text:
+        others = [each for each in columns if each not in flags]
+        text = (
+            [columns.index(others[0])] if len(others) == 1 else choose_text(name, (), columns, peek)
+        )
+    if both := {*text} & {*labels}:
+        raise ConfigError(
+            f"column {quote(columns[min(both)])} is both text and label column;"
+            " give different columns with --text-column and --label-columns"
+        )
+    return [*text, *labels]
 
 
 def _both(
@@ -211,8 +241,8 @@ def _missing_columns(
     binary = [columns[place] for place in contents.binary]
     if "label" in missing and len(binary) > 1:
         return DataError(
-            f"{found}; columns of 0 and 1 ({listed(binary)}) give a row several labels, and each"
-            " row needs one: write it into one column"
+            f"{found}; are the columns of 0 and 1 ({listed(binary)}) its labels? Then name them"
+            f" with --label-columns {','.join(map(_argument, binary))}"
         )
     suggested = _suggested(contents, missing, columns, known)
     if not suggested:

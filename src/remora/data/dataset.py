@@ -10,13 +10,15 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
-from remora.data import label_forms
+from remora.data import label_forms, label_sets
 from remora.data.columns import UnlabelledError
 from remora.data.corrections import Corrections, correct, read_corrections
+from remora.data.label_sets import LabelForm
 from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
 from remora.data.readers import STANDARD_INPUT, file_part
 from remora.data.sources import source_parts
@@ -39,6 +41,11 @@ class Dataset:
     summary: DataSummary
     corrections: Corrections | None = None  # applied to the training rows
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row has several labels, or one, or none."""
+        return self.train.multi_label
+
 
 def load_data(settings: TrainConfig) -> Dataset:
     """Return the dataset that a run's settings name; raises as `load_dataset` does."""
@@ -57,6 +64,7 @@ def load_data(settings: TrainConfig) -> Dataset:
         merge_labels=settings.merge_labels,
         seen=seen,
         rename_labels=settings.rename_labels,
+        form=label_form(settings),
     )
     if remark and settings.test is None:
         remarks = (*dataset.summary.remarks, remark)
@@ -66,6 +74,11 @@ def load_data(settings: TrainConfig) -> Dataset:
         return limited
     corrections = read_corrections(Path(settings.corrections), source_rows(dataset))
     return _corrected(limited, corrections)
+
+
+def label_form(settings: TrainConfig) -> LabelForm:
+    """Return how the labels of a row are written, by a run's settings."""
+    return LabelForm(settings.multi_label, settings.split_labels_at, settings.label_columns)
 
 
 def source_rows(dataset: Dataset) -> Table:
@@ -160,9 +173,10 @@ def limit_rows(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:
     if per_class is None:
         return dataset
     rows, seen, kept = dataset.train, Counter[str](), []
+    strata = rows.strata
     for row in np.random.default_rng(seed).permutation(len(rows)).tolist():
-        seen[rows.labels[row]] += 1
-        if seen[rows.labels[row]] <= per_class:
+        seen[strata[row]] += 1
+        if seen[strata[row]] <= per_class:
             kept.append(row)
     return _with_train(dataset, rows.take(sorted(kept)))
 
@@ -194,6 +208,7 @@ def load_dataset(
     merge_labels: bool = False,
     seen: Collection[str] = (),
     rename_labels: Mapping[str, str] | None = None,
+    form: LabelForm | None = None,
 ) -> Dataset:
     """Read a source, check every row, and hold out the splits that it does not have.
 
@@ -214,6 +229,7 @@ def load_dataset(
             the most frequent of them.
         seen: Texts that a model has learned, which are not held out.
         rename_labels: Names to read in place of labels, in all tables.
+        form: How several labels a row are written; by default as lists.
 
     A test or validation table of the source that has no labels is left out.
 
@@ -230,18 +246,22 @@ def load_dataset(
         if path is not None:
             parts[split] = [file_part(Path(path), options)]
     columns_given = {"text_column": text_column, "label_column": label_column}
-    how: dict[str, Any] = {**columns_given, "strict": strict}
+    form = form or LabelForm()
+    how: dict[str, Any] = {**columns_given, "strict": strict, "form": form}
     remarks, forms, names = Remarks(), None, rename_labels or {}
     train, columns = read_parts(parts["train"], **how, remarks=remarks)
+    form = replace(form, several="on" if train.multi_label else form.several)
     if merge_labels:
-        forms = label_forms.most_frequent_forms(train.labels)
-        train = Table(train.texts, label_forms.merged(train.labels, forms))
-    label_forms.refuse_unknown(names, train.labels)
-    known, train = sorted({*train.labels, *names.values()}), _renamed(train, names)
+        forms = label_forms.most_frequent_forms(train.each_label)
+        train = train.relabelled(partial(label_forms.merged, forms=forms))
+    label_forms.refuse_unknown(names, train.each_label)
+    known, train = sorted({*train.each_label, *names.values()}), _renamed(train, names)
     labels = _labels(source, train)
-    how |= {"known": known, "remarks": remarks, "trained": columns, "forms": forms}
+    how |= {"form": form, "known": known, "remarks": remarks, "trained": columns, "forms": forms}
     tables, unlabelled = _read_held_out(parts, given, how, names)
     notes = [*label_forms.spoken(label_forms.twins(labels)), *unlabelled]
+    if train.multi_label:
+        notes.insert(0, label_sets.spoken_sets(train.labels, form))
     return _assemble(
         source,
         columns,
@@ -265,7 +285,13 @@ def _read_held_out(
     tables, notes = {}, []
     for split in (each for each in given if each in parts):
         try:
-            tables[split] = _renamed(read_parts(parts[split], **how)[0], names)
+            table = read_parts(parts[split], **how)[0]
+            if table.multi_label and how["form"].several != "on":
+                raise DataError(
+                    f"{parts[split][0].name} has rows with several labels, and the training rows "
+                    "have one each; give --multi-label on, or rows of one label"
+                )
+            tables[split] = _renamed(table, names)
         except UnlabelledError:
             if given[split] is not None:
                 raise
@@ -274,7 +300,7 @@ def _read_held_out(
 
 
 def _renamed(table: Table, names: Mapping[str, str]) -> Table:
-    return Table(table.texts, label_forms.renamed(table.labels, names))
+    return table.relabelled(partial(label_forms.renamed, names=names)) if names else table
 
 
 def _unlabelled(part: Part, split: str) -> str:
@@ -285,7 +311,12 @@ def _unlabelled(part: Part, split: str) -> str:
 
 
 def dataset_from_lists(
-    texts: Sequence[str], labels: Sequence[str], *, validation_fraction: float, seed: int
+    texts: Sequence[str],
+    labels: Sequence[str],
+    *,
+    validation_fraction: float,
+    seed: int,
+    multi_label: bool = False,
 ) -> Dataset:
     """Check texts and labels in memory, and hold out a validation set, but no test set.
 
@@ -294,6 +325,7 @@ def dataset_from_lists(
         labels: Their labels, [N], kept exactly as they are.
         validation_fraction: The share of the rows to hold out, stratified by label. At most 2,000.
         seed: Selects the rows held out.
+        multi_label: Whether a label is a set of labels, as `label_sets` writes it.
 
     Raises:
         ConfigError: The fraction is outside [0, 1).
@@ -305,7 +337,8 @@ def dataset_from_lists(
         raise DataError(
             f"there are {len(texts):,} texts and {len(labels):,} labels; give one for each text"
         )
-    table, columns = Table(list(texts), list(labels)), ["text", "label"]
+    table = Table(list(texts), list(labels), multi_label=multi_label)
+    columns = ["text", "label"]
 
     def rows(pick: Pick, _: Remarks) -> Iterator[Row]:
         pick(columns, list)
@@ -318,7 +351,8 @@ def dataset_from_lists(
                     )
             yield row, row, (text, label)
 
-    read_parts([Part("memory", rows)], strict=True)
+    form = LabelForm("on") if multi_label else None
+    read_parts([Part("memory", rows)], strict=True, form=form)
     return _assemble(
         "memory",
         columns,
@@ -331,7 +365,10 @@ def dataset_from_lists(
 
 
 def _labels(source: str, train: Table) -> tuple[str, ...]:
-    labels = tuple(sorted(set(train.labels)))
+    labels = tuple(sorted(set(train.each_label)))
+    if len(labels) < 2 and train.multi_label:
+        found = f"no label but {quote(labels[0])}" if labels else "no label at all"
+        raise DataError(f"{source}: the training rows have {found}; add rows of others")
     if len(labels) < 2:
         raise DataError(
             f"{source}: every training row has the label {quote(labels[0])};"
@@ -363,7 +400,7 @@ def _assemble(
         if split not in given and fraction > 0
     }
     train, held_out = hold_out(train, sizes, seed, seen)
-    tables = {"train": train, "validation": Table([], []), **given, **held_out}
+    tables = {"train": train, "validation": train.take([]), **given, **held_out}
     return Dataset(
         train=train,
         validation=tables["validation"],

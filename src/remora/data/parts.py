@@ -35,14 +35,19 @@ class Remarks:
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], list[Any]] = {}  # -> count, first place
+        self._told: list[str] = []
 
     def add(self, name: str, what: str, row: int, line: int) -> None:
         """Count a row of a table that `what` is true of, such as "with a blank text, skipped"."""
         self._found.setdefault((name, what), [0, row_place(row, line)])[0] += 1
 
+    def tell(self, line: str) -> None:
+        """Keep a sentence that is true of a whole table."""
+        self._told.append(line)
+
     def lines(self) -> list[str]:
         """Return a sentence for each finding."""
-        return [
+        return self._told + [
             f"{name}: {count:,} row{'' if count == 1 else 's'} {what}"
             + (f"; {place}" if count == 1 else f"; the first is {place}")
             for (name, what), (count, place) in self._found.items()

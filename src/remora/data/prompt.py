@@ -29,25 +29,31 @@ GAP = " ... "
 class TokenSequence(NamedTuple):
     """One row for the model, which learns to predict its targets, one at each of its predictors.
 
-    The targets are the tokens from `answer_start` on, or a class that follows the whole row.
+    The targets are the tokens from `answer_start` on, or a class that follows the whole row, or
+    several.
     """
 
     token_ids: list[int]
     answer_start: int
     weight: float = 1.0  # of the row in the loss
     class_index: int | None = None  # the class that follows the row, which then has no answer
+    class_set: tuple[int, ...] | None = None  # the same where several classes follow, or none
 
     @property
     def targets(self) -> list[int]:
-        """What is predicted: the tokens of the answer, or the class."""
+        """What is predicted: the tokens of the answer, the class, or the classes of a set."""
+        if self.class_set is not None:
+            return list(self.class_set)
         if self.class_index is not None:
             return [self.class_index]
         return self.token_ids[self.answer_start :]
 
     @property
     def num_targets(self) -> int:
-        """How many predictions the row is supervised on."""
-        return len(self.token_ids) - self.answer_start if self.class_index is None else 1
+        """How many predictions the row is supervised on; a set of classes is one."""
+        if self.class_index is not None or self.class_set is not None:
+            return 1
+        return len(self.token_ids) - self.answer_start
 
     @property
     def predictors(self) -> range:
@@ -218,6 +224,11 @@ class Prompt:
     def classes(self) -> tuple[str, ...]:
         """The labels that a linear head scores; () where the model writes their words."""
         return ()
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether each label is scored by itself, since a row may have several or none."""
+        return False
 
     @property
     def num_answer_tokens(self) -> int:

@@ -47,6 +47,8 @@ def hold_out(
 ) -> tuple[Table, dict[str, Table]]:
     """Hold rows out, stratified by class; every class keeps a training row.
 
+    Where rows have several labels, the class is the rarest of them.
+
     scikit-learn's stratified splits refuse classes of one row, and more classes than rows to hold
     out. So rows are allotted here by the largest remainder method.
 
@@ -103,8 +105,9 @@ def _by_class(
     """Return rows by class, shuffled within each, [N], and the rows of each class, [L]."""
     import numpy as np
 
-    place = {label: i for i, label in enumerate(sorted(set(table.labels)))}
-    codes = np.fromiter((place[label] for label in table.labels), np.int64, len(table))  # [N]
+    strata = table.strata
+    place = {label: i for i, label in enumerate(sorted(set(strata)))}
+    codes = np.fromiter((place[label] for label in strata), np.int64, len(table))  # [N]
     order = rng.permutation(len(table))
     return order[np.argsort(codes[order], kind="stable")], np.bincount(codes)
 

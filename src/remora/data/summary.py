@@ -44,11 +44,15 @@ class DataSummary:
     text_columns: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()  # what else was found while reading
     rows_per_label: Mapping[str, int] = field(default_factory=dict)  # training rows
+    multi_label: bool = False  # whether a row may have several labels, or none
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
         lists = {name: list(getattr(self, name)) for name in ("labels", "text_columns", "remarks")}
-        return asdict(self) | lists
+        values = asdict(self) | lists
+        if not self.multi_label:
+            del values["multi_label"]
+        return values
 
     def lines(self) -> list[str]:
         """Return the counts worth reading, one sentence a line."""
@@ -75,7 +79,7 @@ class DataSummary:
         )
         lines += [f"{spoken_rows(count)} {remark}" for count, remark in remarks if count]
         share = self.largest_label_rows / self.num_train
-        if share >= IMBALANCED_SHARE:
+        if share >= IMBALANCED_SHARE and not self.multi_label:
             lines.append(
                 f"imbalanced: always answering {quote(self.largest_label)} would be right for"
                 f" {share:.1%} of the training rows; look at macro-F1, and try --class-weights"
@@ -125,7 +129,7 @@ def summarize(
         for text, label in zip(tables[split].texts, tables[split].labels, strict=True):
             digest.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
 
-    counts = sorted(Counter(train.labels).items(), key=lambda item: (item[1], item[0]))
+    counts = sorted(Counter(train.each_label).items(), key=lambda item: (item[1], item[0]))
     return DataSummary(
         source=source,
         text_column=", ".join(columns[:-1]),
@@ -148,6 +152,7 @@ def summarize(
         text_columns=tuple(columns[:-1]),
         remarks=remarks,
         rows_per_label=dict(counts),
+        multi_label=train.multi_label,
     )
 
 

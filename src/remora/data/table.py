@@ -6,19 +6,22 @@ A file is CSV, TSV, JSON, Parquet, Excel or, for texts alone, one text a line. E
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from remora.data import label_sets
 from remora.data.columns import UnlabelledError, choose, choose_text, joined
+from remora.data.label_sets import LabelForm, LabelReader
 from remora.data.parts import Part, Peek, ReadOptions, Remarks, row_place
 from remora.data.readers import STANDARD_INPUT, file_part
-from remora.data.values import is_blank, is_hidden, label_of, text_of
+from remora.data.values import is_blank, is_hidden, text_of
 from remora.errors import DataError
 from remora.formatting import quote
 
+ONE = "one label a row (--multi-label on trains them as several)"
 SKIPPED = {"text": "with a blank text, skipped", "label": "without a label, skipped"}
 
 
@@ -30,6 +33,8 @@ class Table:
     labels: list[str]
     rows: Sequence[int] = field(default=(), compare=False)
     """Their places in the table that they were read from, if they are a part of it."""
+    multi_label: bool = False
+    """Whether a label is a set of labels, as `label_sets` writes it."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -46,7 +51,24 @@ class Table:
             [self.texts[i] for i in places],
             [self.labels[i] for i in places],
             [rows[i] for i in places],
+            self.multi_label,
         )
+
+    @property
+    def each_label(self) -> list[str]:
+        """Every label of every row, as often as it occurs."""
+        return label_sets.flattened(self.labels) if self.multi_label else self.labels
+
+    @property
+    def strata(self) -> list[str]:
+        """What rows are stratified by: their label, and of several the rarest one."""
+        return label_sets.rarest(self.labels) if self.multi_label else self.labels
+
+    def relabelled(self, change: Callable[[Sequence[str]], Sequence[str]]) -> Table:
+        """Return the rows with labels replaced, one for one."""
+        if self.multi_label:
+            return replace(self, labels=label_sets.changed(self.labels, change))
+        return replace(self, labels=list(change(self.labels)))
 
 
 def named(columns: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -65,6 +87,7 @@ def read_table(
     remarks: Remarks | None = None,
     trained: Sequence[str] = (),
     forms: Mapping[str, str] | None = None,
+    form: LabelForm | None = None,
 ) -> Table:
     """Read one file into memory.
 
@@ -80,6 +103,7 @@ def read_table(
         remarks: Told of rows that are skipped, and of what else is worth a line.
         trained: Columns of the training table, the label last, which come before the usual ones.
         forms: The known labels by their keys, by which labels of another form become one of them.
+        form: How several labels a row are written; by default a row has one.
 
     Raises:
         DataError: The file is missing or broken, lacks a column, or has a broken or unknown value.
@@ -93,6 +117,7 @@ def read_table(
         remarks=remarks,
         trained=trained,
         forms=forms,
+        form=form,
     )[0]
 
 
@@ -106,6 +131,7 @@ def read_parts(
     remarks: Remarks | None = None,
     trained: Sequence[str] = (),
     forms: Mapping[str, str] | None = None,
+    form: LabelForm | None = None,
 ) -> tuple[Table, list[str]]:
     """Read and check the parts of one split; return it with the names of its columns, label last.
 
@@ -116,19 +142,24 @@ def read_parts(
     """
     known = None if known is None else frozenset(known)
     remarks = Remarks() if remarks is None else remarks
-    table, chosen = Table([], []), list[str]()
+    form = LabelForm("off") if form is None else form
+    reader, texts, chosen = LabelReader(form, known, forms), list[str](), list[str]()
+    num_labels = len(form.columns) or 1
     first_blank, num_blank, has_hidden = "", 0, False
     for part in parts:
 
         def pick(columns: Sequence[str], peek: Peek, name: str = part.name) -> list[int]:
             wanted = named(text_column)
-            places = choose(name, wanted, label_column, columns, peek, trained, known)
+            places = choose(
+                name, wanted, form.columns or label_column, columns, peek, trained, known
+            )
             chosen[:] = [columns[place] for place in places]
             return places
 
-        for row, line, (*cells, label) in part.read(pick, remarks):
+        for row, line, values in part.read(pick, remarks):
+            cells, labels = values[:-num_labels], values[-num_labels:]
             no_text = is_blank(cells[0]) and all(map(is_blank, cells))
-            if no_text or is_blank(label) or is_hidden(label, known):
+            if no_text or reader.is_unlabelled(labels) or is_hidden(labels[0], known):
                 kind = "text" if no_text else "label"
                 has_hidden |= not no_text
                 place = f"{part.name}: {row_place(row, line)}"
@@ -137,20 +168,25 @@ def read_parts(
                 remarks.add(part.name, SKIPPED[kind], row, line)
                 continue
             try:
-                table.texts.append(message(chosen[:-1], cells))
-                table.labels.append(label_of(label, known, forms))
+                texts.append(message(chosen[:-num_labels], cells))
+                reader.read(labels)
             except DataError as error:
                 raise DataError(f"{part.name}: {row_place(row, line)} has {error}") from None
-    if not len(table) and has_hidden and known is not None:
+    if not texts and has_hidden and known is not None:
         raise UnlabelledError(f"{parts[0].name} has no labels; add them")
-    if num_blank and (strict or not len(table)):
+    if num_blank and (strict or not texts):
         others = f", and it is one of {num_blank:,} rows with a blank value"
         raise DataError(
             f"{first_blank}{others if num_blank > 1 else ''}; fill it in or delete the row"
         )
-    if not len(table):
+    if not texts:
         raise DataError(f"{parts[0].name} has no rows; add some")
-    return table, chosen
+    if form.columns:
+        chosen[-num_labels:] = [", ".join(form.columns)]
+    labels, several, num_lists = reader.finish()
+    if num_lists:
+        remarks.tell(f"{parts[0].name}: the labels are lists of one label each, read as {ONE}")
+    return Table(texts, labels, multi_label=several), chosen
 
 
 def message(columns: Sequence[str], cells: Sequence[object]) -> str:

@@ -94,6 +94,12 @@ def is_hidden(value: object, known: Collection[str] | None) -> bool:
     return known is not None and _written(value) in {HIDDEN, "-1.0"} and HIDDEN not in known
 
 
+def plain_number(value: object) -> object:
+    """Return a number, a truth value or a date as text, anything else as it is."""
+    written = _written(value)
+    return value if written is None else written
+
+
 def _written(value: object) -> str | None:
     """Return a string, a number, a truth value or a date as text; None for anything else."""
     if isinstance(value, str):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.config import DiagnoseConfig, TrainConfig
+from remora.config import DiagnoseConfig, TrainConfig, several_labels
 from remora.config.train import CORRECTIONS
 from remora.data import sources
 from remora.data.corrections import Corrections, Decisions, read_corrections
@@ -117,6 +117,7 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
         Stopped: If a signal asked to stop while adapters were trained.
     """
     _need_file(config.run, PREDICTIONS)
+    several_labels.refuse(run_directory.read_settings(config.run), "diagnose")
     with relabel.hold(config.run):
         return _diagnose(config, reporter or Reporter())
 

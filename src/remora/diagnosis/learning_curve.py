@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from remora.config import TrainConfig
+from remora.config.several_labels import settled
 from remora.data.dataset import Dataset, limit_rows, load_data
 from remora.diagnosis.curve_answer import LearningCurve, Size, answer, followed
 from remora.diagnosis.extrapolation import extrapolate
@@ -99,6 +100,7 @@ class _Shared:
 
     def __init__(self, config: TrainConfig) -> None:
         self.whole = load_data(replace(config, learning_curve=None))
+        settled(config, is_multi_label=self.whole.multi_label)  # which refuses a curve
         self._loaded: tuple[Any, Any, Any, Any] | None = None
 
     def load_rows(self, config: TrainConfig) -> Dataset:

@@ -15,6 +15,7 @@ from remora.display.console import (
 from remora.evaluation.calibration import Abstention, Reliability
 from remora.evaluation.compare import Comparison, Contender, Pair
 from remora.evaluation.metrics import Metrics
+from remora.evaluation.multi_label import MultiLabelMetrics
 
 NUM_CONFUSIONS = 5
 
@@ -22,6 +23,9 @@ NUM_CONFUSIONS = 5
 def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = None) -> None:
     """Print the metrics of one evaluation: per class, most confused pairs, and the summary."""
     console = console or standard_output()
+    if isinstance(metrics, MultiLabelMetrics):
+        show_multi_label(metrics, measured_on, console)
+        return
     table = figures_table("label", "precision", "recall", "F1", "rows")
     for row in metrics.per_class:
         figures = (f"{row.precision:.2f}", f"{row.recall:.2f}", f"{row.f1:.2f}", f"{row.support:,}")
@@ -49,6 +53,41 @@ def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = N
     largest = max(metrics.per_class, key=lambda each: each.support)
     if (share := largest.support / metrics.num_rows) >= IMBALANCED_SHARE:
         print_line(console, f"majority   {share:.2%} accuracy by always answering {largest.label}")
+
+
+def show_multi_label(metrics: MultiLabelMetrics, measured_on: str, console: Console) -> None:
+    """Print the metrics of rows with several labels: per label, then the summary."""
+    table = figures_table("label", "precision", "recall", "F1", "rows", "threshold")
+    thresholds = metrics.thresholds or (None,) * len(metrics.per_class)
+    for row, threshold in zip(metrics.per_class, thresholds, strict=True):
+        figures = (f"{row.precision:.2f}", f"{row.recall:.2f}", f"{row.f1:.2f}", f"{row.support:,}")
+        shown = "" if threshold is None else f"{threshold:.3f}"
+        table.add_row(escaped(row.label), *figures, shown)
+    console.print(table)
+    note = (
+        "" if measured_on == "test" else ", which also selected weights and thresholds: optimistic"
+    )
+
+    def told(name: str, value: float, interval: tuple[float, float], more: str = "") -> None:
+        low, high = interval
+        spoken = f"{name:<11}{value:.2%}  (95% interval {low:.1%} to {high:.1%}){more}"
+        print_line(console, spoken)
+
+    print_line(
+        console,
+        f"\n{metrics.num_rows:,} {measured_on} rows with {metrics.labels_per_row:.2f} labels each, "
+        f"{metrics.predicted_per_row:.2f} predicted{note}",
+    )
+    told("micro-F1", metrics.micro_f1, metrics.micro_f1_interval)
+    told("macro-F1", metrics.macro_f1, metrics.macro_f1_interval)
+    told("exact", metrics.accuracy, metrics.accuracy_interval, " of the rows with all labels right")
+    if metrics.label_ranking is not None and metrics.label_ranking_interval is not None:
+        log_loss = "" if metrics.log_loss is None else f", log-loss {metrics.log_loss:.3f}"
+        told("ranking", metrics.label_ranking, metrics.label_ranking_interval, log_loss)
+    print_line(
+        console,
+        f"majority   {metrics.constant_accuracy:.2%} exact by always answering {metrics.constant}",
+    )
 
 
 def show_reliability(reliability: Reliability, console: Console | None = None) -> None:

@@ -85,9 +85,13 @@ class TerminalReporter(Reporter):
     def validated(self, validation: Validation) -> None:
         """Print a line for an evaluation."""
         mark = ", best so far" if validation.best else ""
-        macro_f1 = "" if validation.macro_f1 is None else f"macro-F1 {validation.macro_f1:.1%}, "
+        figures = f"accuracy {validation.accuracy:.1%}, "
+        if validation.micro_f1 is not None:
+            figures = f"exact match {validation.accuracy:.1%}, micro-F1 {validation.micro_f1:.1%}, "
+        if validation.macro_f1 is not None:
+            figures += f"macro-F1 {validation.macro_f1:.1%}, "
         self.say(
-            f"step {validation.step}: validation accuracy {validation.accuracy:.1%}, {macro_f1}"
+            f"step {validation.step}: validation {figures}"
             f"loss {validation.loss:.3f}, on {validation.rows:,} rows{mark}"
         )
 

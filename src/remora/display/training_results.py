@@ -13,7 +13,8 @@ from remora.display.console import (
     standard_output,
 )
 from remora.display.evaluation_results import show_metrics, show_reliability
-from remora.evaluation.rivals import verdict
+from remora.evaluation.multi_label import MultiLabelMetrics
+from remora.evaluation.rivals import spoken_micro_f1, verdict
 from remora.formatting import spoken_seconds, spoken_time
 from remora.training.finish import TrainResult
 
@@ -58,8 +59,9 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
 
 def _show_rivals(result: TrainResult, console: Console) -> None:
     """Print the baselines, each with its lead over the trained model, and the verdict."""
+    accuracy = "exact" if isinstance(result.metrics, MultiLabelMetrics) else "accuracy"
     table = figures_table(
-        *("baseline", "accuracy", "95% interval", "macro-F1", "time", "points", "p")
+        *("baseline", accuracy, "95% interval", "macro-F1", "time", "points", "p")
     )
     for each in result.rivals:
         low, high = each.accuracy_interval
@@ -77,6 +79,8 @@ def _show_rivals(result: TrainResult, console: Console) -> None:
     for each in result.rivals:
         if each.rows:
             print_line(console, f"{each.description}: {each.rows}")
+        if each.micro_f1 is not None:
+            print_line(console, spoken_micro_f1(each))
     trained = "model" if result.method == "full" else "adapter"
     seconds = result.train_seconds + result.test_seconds
     print_line(console, f"{verdict(result.rivals, trained, seconds)}\n")

@@ -133,6 +133,12 @@ def compare_runs(config: CompareConfig) -> Comparison:
         contenders.values(), key=lambda each: (each[0].num_bytes, each[0].train_seconds)
     )
 
+    if runs[0].multi_label:
+        notes.append(
+            "rows have several labels, and accuracy is the share of rows with all of them right; "
+            + ", ".join(_micro_f1(runs, names))
+        )
+
     # Differences, and what follows from them
     pairs = _pairs(runs[0].true, ordered)
     ranked = [each for each, _ in ordered]
@@ -204,6 +210,13 @@ def contender(name: str, figures: dict[str, Any]) -> Contender:
         examples_per_second=figures["examples_per_second"],
         peak_memory_bytes=figures["peak_memory_bytes"],
     )
+
+
+def _micro_f1(runs: Sequence[Results], names: Sequence[str]) -> list[str]:
+    """Return the micro-F1 of runs with several labels a row, and of the first one's baselines."""
+    found = {name: each.figures["metrics"] for name, each in zip(names, runs, strict=True)}
+    found |= {each.description: vars(each) for each in of_figures(runs[0].figures)}
+    return [f"{name} has {each['micro_f1']:.2%} micro-F1" for name, each in found.items()]
 
 
 def _baselines(

@@ -103,9 +103,13 @@ def after_comparison(comparison: Comparison, runs: Sequence[Path]) -> tuple[Next
 
 
 def _ranked(facts: RunFacts) -> tuple[NextStep, ...]:
-    found = [step for find in ALWAYS if (step := find(facts))]
+    always, once_trained = ALWAYS, ONCE_TRAINED
+    if facts.run.multi_label:  # the others look at rows with one label
+        always = (findings.undertrained, findings.better_rival)
+        once_trained = (findings.larger_model, findings.smaller_model)
+    found = [step for find in always if (step := find(facts))]
     if not any(step.kind == "train_longer" and step.worth >= LEAST_WORTH for step in found):
-        found += [step for find in ONCE_TRAINED if (step := find(facts))]
+        found += [step for find in once_trained if (step := find(facts))]
     worthwhile = [step for step in found if step.worth >= LEAST_WORTH]
     if any(step.kind == "abstain" for step in worthwhile):  # its threshold needs no calibration
         worthwhile = [step for step in worthwhile if step.kind != "calibrate"]
@@ -114,8 +118,9 @@ def _ranked(facts: RunFacts) -> tuple[NextStep, ...]:
 
 def _all_well(facts: RunFacts) -> NextStep:
     low, high = facts.metrics["accuracy_interval"]
+    what = "of the rows with all labels right" if facts.run.multi_label else "accuracy"
     evidence = [
-        f"{facts.metrics['accuracy']:.1%} accuracy (95% interval {low:.1%} to {high:.1%}) on "
+        f"{facts.metrics['accuracy']:.1%} {what} (95% interval {low:.1%} to {high:.1%}) on "
         f"{facts.num_rows:,} {facts.run.figures['measured_on']} rows"
     ]
     if facts.rivals:

@@ -15,12 +15,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from remora.config.train import BASELINES
+from remora.data.label_sets import labels_in, set_text
 from remora.errors import DataError, ModelError
 from remora.formatting import escape_formula, one_line, unescape_formula
 from remora.runtime import files
 
 PREDICTIONS = "predictions.csv"
 PROBABILITIES = "probabilities.safetensors"
+DEFAULT_THRESHOLD = 0.5
+
+_TINY = np.finfo(np.float64).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,57 @@ class Scored:
         return Scored(probabilities=scaled / scaled.sum(1, keepdims=True), true=self.true)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoredSets(Scored):
+    """Probabilities of some rows, each label by itself, with their true sets.
+
+    `true` is [rows, labels], 0 or 1. The confidence of a row is the probability of the set that it
+    is given, if labels are independent: the product over labels of p where given, else 1 - p.
+    """
+
+    thresholds: NDArray[np.float64]  # [labels]
+
+    @property
+    def given(self) -> NDArray[np.bool_]:
+        """Which labels each row is given, [rows, labels]."""
+        result: NDArray[np.bool_] = self.probabilities >= self.thresholds
+        return result
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        """Probability of the predicted set, [rows]."""
+        chosen = np.where(self.given, self.probabilities, 1 - self.probabilities)
+        result: NDArray[np.float64] = np.exp(np.log(np.maximum(chosen, _TINY)).sum(1))
+        return result
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether the predicted set is the true one, [rows]."""
+        result: NDArray[np.bool_] = (self.given == self.true.astype(bool)).all(1)
+        return result
+
+    @property
+    def log_loss(self) -> float:
+        """Binary cross entropy, the mean over rows and labels, in nats."""
+        chosen = np.where(self.true.astype(bool), self.probabilities, 1 - self.probabilities)
+        return float(-np.log(np.maximum(chosen, _TINY)).mean())
+
+    def at(self, temperature: float) -> ScoredSets:
+        """Return the rows with their logits divided by a temperature, thresholds alike."""
+        return ScoredSets(
+            probabilities=_scaled(self.probabilities, temperature),
+            true=self.true,
+            thresholds=_scaled(self.thresholds, temperature),
+        )
+
+
+def _scaled(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    from scipy.special import expit, logit
+
+    result: NDArray[np.float64] = expit(logit(probabilities) / temperature)
+    return result
+
+
 def write_predictions(
     path: Path,
     texts: Sequence[str],
@@ -92,16 +147,22 @@ def write_predictions(
     files.write_csv(path, header, zip(*columns, strict=True))
 
 
-def read_predictions(path: Path, labels: Sequence[str]) -> Predictions:
+def read_predictions(
+    path: Path, labels: Sequence[str], *, multi_label: bool = False
+) -> Predictions:
     """Read predictions.csv and undo its escaping.
 
-    A label is looked up among `labels`, so it comes back exactly. A text that itself begins with
-    an apostrophe before a formula loses the apostrophe: the file does not tell the two apart.
+    A label is looked up among `labels`, so it comes back exactly. Where rows have several labels,
+    those of a row are a JSON list, which no spreadsheet takes for a formula. A text that itself
+    begins with an apostrophe before a formula loses the apostrophe: the file does not tell the two
+    apart.
 
     Raises:
         DataError: If the file is broken, or has other labels.
     """
-    originals = {escape_formula(label): label for label in labels}
+    originals: Mapping[str, str] = {escape_formula(label): label for label in labels}
+    if multi_label:
+        originals = _Sets()
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -125,21 +186,32 @@ def read_predictions(path: Path, labels: Sequence[str]) -> Predictions:
         raise DataError(f"{path} is broken ({one_line(error)}); train the run again") from error
 
 
+class _Sets(dict[str, str]):
+    """Sets of labels by their text, as `data.label_sets` writes them."""
+
+    def __missing__(self, text: str) -> str:
+        return set_text(labels_in(text))
+
+
 def write_probabilities(path: Path, labels: Sequence[str], splits: Mapping[str, Scored]) -> None:
     """Write the probabilities of splits as safetensors, whole or not at all.
 
     Each split has `<split>.probabilities`, float32 [rows, labels], and `<split>.true`, int64
-    [rows], indices into the list of labels in the file's metadata.
+    [rows], indices into the list of labels in the file's metadata; where rows have several labels,
+    [rows, labels], 0 or 1.
     """
     from safetensors.numpy import save_file
 
     arrays: dict[str, NDArray[Any]] = {}
+    about = {"labels": json.dumps(list(labels))}
     for split, scored in splits.items():
+        if isinstance(scored, ScoredSets):
+            about["thresholds"] = json.dumps(scored.thresholds.tolist())
         arrays[f"{split}.probabilities"] = scored.probabilities.astype(np.float32)
         arrays[f"{split}.true"] = scored.true
     temporary = path.with_name(path.name + ".tmp")
     with files.disk_errors(path):
-        save_file(arrays, temporary, metadata={"labels": json.dumps(list(labels))})
+        save_file(arrays, temporary, metadata=about)
         os.replace(temporary, path)
 
 
@@ -157,9 +229,14 @@ def read_probabilities(path: Path, labels: Sequence[str], split: str) -> Scored 
                 raise ModelError(f"{path} has other labels than the model; restore the run")
             if f"{split}.true" not in file.keys():  # noqa: SIM118 - it is no mapping
                 return None
-            return Scored(
-                probabilities=file.get_tensor(f"{split}.probabilities").astype(np.float64),
-                true=file.get_tensor(f"{split}.true"),
+            probabilities = file.get_tensor(f"{split}.probabilities").astype(np.float64)
+            true = file.get_tensor(f"{split}.true")
+            if "thresholds" not in file.metadata():
+                return Scored(probabilities=probabilities, true=true)
+            return ScoredSets(
+                probabilities=probabilities,
+                true=true,
+                thresholds=np.array(json.loads(file.metadata()["thresholds"]), dtype=np.float64),
             )
-    except (SafetensorError, KeyError, TypeError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ModelError(f"{path} is broken ({one_line(error)}); restore or delete it") from error

@@ -9,7 +9,13 @@ from typing import Any
 
 from remora.config import ReportConfig
 from remora.errors import ConfigError, ResourceError
-from remora.evaluation import charts, comparison_sections, report_sections, results
+from remora.evaluation import (
+    charts,
+    comparison_sections,
+    multi_label_report,
+    report_sections,
+    results,
+)
 from remora.evaluation.compare import Comparison
 from remora.evaluation.findings import NextStep
 from remora.evaluation.rendering import (
@@ -101,6 +107,9 @@ def page(directory: Path) -> str:
         DataError: If the run is not finished, or its files are broken.
     """
     run = results.read(directory)
+    if run.multi_label:
+        with of_this_version(directory):
+            return rendered("multi_label_report.html", {"report": multi_label_report.collect(run)})
     with of_this_version(directory):
         report = report_sections.collect(run)
         return _scripted("report.html", {"report": report}, report.data)

@@ -206,18 +206,18 @@ def collect(run: Results) -> Report:
         labels=run.labels,
         places={label: place for place, label in enumerate(run.labels)},
         worst_first=sorted(figures["metrics"]["per_class"], key=lambda each: each["f1"]),
-        result=_result(figures, trained),
-        training=_training(run),
+        result=result_section(figures, trained),
+        training=training_section(run),
         learning_curve=_learning_curve(run.directory),
         confusion=_confusion(run, counts, shown),
         messages=MessagesSection(
             surest_mistakes=[m for m in kept if m.label != m.predicted][:NUM_STATIC_MESSAGES],
             num_kept=len(kept),
         ),
-        calibration=_calibration(figures),
+        calibration=calibration_section(figures),
         diagnosis=_diagnosis(run),
-        plan=_plan(run.directory),
-        settings=_settings(run.directory),
+        plan=plan_section(run.directory),
+        settings=settings_section(run.directory),
         data=ScriptData(
             labels=run.labels,
             shown=shown,
@@ -229,7 +229,8 @@ def collect(run: Results) -> Report:
     )
 
 
-def _result(figures: Mapping[str, Any], trained: str) -> ResultSection:
+def result_section(figures: Mapping[str, Any], trained: str) -> ResultSection:
+    """Return the verdict, and accuracies with their intervals."""
     rivals = of_figures(figures)
     said = verdict(rivals, trained, seconds_of(figures)) if rivals else None
     if said and said.startswith("the "):  # other sentences begin with a name
@@ -246,7 +247,8 @@ def _result(figures: Mapping[str, Any], trained: str) -> ResultSection:
     )
 
 
-def _training(run: Results) -> TrainingSection | None:
+def training_section(run: Results) -> TrainingSection | None:
+    """Return the curves of training, None if they are missing."""
     records = read_records(run.directory)
     drawn = charts.training(records)
     if not drawn:
@@ -287,7 +289,8 @@ def _confusion(run: Results, counts: NDArray[np.int64], shown: list[int]) -> Con
     )
 
 
-def _calibration(figures: Figures) -> CalibrationSection | None:
+def calibration_section(figures: Figures) -> CalibrationSection | None:
+    """Return what the reliability says, None in runs without it."""
     reliability = figures.get("reliability")
     if not reliability:
         return None
@@ -318,7 +321,8 @@ def _thresholds(run: Results) -> list[tuple[int, int]]:
     return [(int(rows.sum()), int((rows & right).sum())) for rows in answered]
 
 
-def _plan(directory: Path) -> PlanSection | None:
+def plan_section(directory: Path) -> PlanSection | None:
+    """Return the plan, None if it is missing."""
     figures = results.read_json(directory / "plan.json")
     if not figures:
         return None
@@ -327,7 +331,8 @@ def _plan(directory: Path) -> PlanSection | None:
     )
 
 
-def _settings(directory: Path) -> SettingsSection:
+def settings_section(directory: Path) -> SettingsSection:
+    """Return what it takes to repeat the run."""
     summary = results.read_json(directory / "data.json") or {}
     return SettingsSection(
         settings=setting_rows(resolved(results.read_settings(directory), directory)),

@@ -30,6 +30,11 @@ class Results(Predictions):
         """The closed label set."""
         return [row["label"] for row in self.figures["metrics"]["per_class"]]
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row may have several labels."""
+        return "micro_f1" in self.figures["metrics"]
+
 
 def read(directory: Path) -> Results:
     """Read the results of a finished run.
@@ -50,7 +55,8 @@ def read(directory: Path) -> Results:
         raise DataError(
             f"the figures in {directory} are broken ({one_line(error)}); train it again"
         ) from error
-    predictions = read_predictions(directory / PREDICTIONS, labels)
+    multi_label = "micro_f1" in figures["metrics"]
+    predictions = read_predictions(directory / PREDICTIONS, labels, multi_label=multi_label)
     if num_rows != len(predictions.texts):
         raise DataError(
             f"evaluation.json and predictions.csv in {directory} differ; train it again"

@@ -12,6 +12,7 @@ from typing import Any
 
 from remora.evaluation.baselines import Baseline
 from remora.evaluation.metrics import measure
+from remora.evaluation.multi_label import measure_sets, micro_f1_difference
 from remora.evaluation.significance import difference_interval, holm, mcnemar
 from remora.formatting import spoken_time
 
@@ -51,6 +52,10 @@ class Rival:
     num_all_train_rows: int
     seconds: float  # to train and to predict
     num_bytes: int
+    micro_f1: float | None = None  # where rows have several labels; accuracy is exact match there
+    micro_f1_interval: tuple[float, float] | None = None  # 95%, bootstrap
+    micro_f1_difference: float | None = None  # its micro-F1 minus that of the trained model
+    micro_f1_difference_interval: tuple[float, float] | None = None  # 95%, paired bootstrap
 
     @property
     def rows(self) -> str:
@@ -64,7 +69,9 @@ class Rival:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rival as JSON holds it."""
-        return asdict(self)
+        of_sets = {"micro_f1" + end for end in ("", "_interval", "_difference")}
+        of_sets.add("micro_f1_difference_interval")
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in of_sets}
 
 
 def of_baseline(baseline: Baseline) -> Answers:
@@ -81,7 +88,12 @@ def of_baseline(baseline: Baseline) -> Answers:
 
 
 def rate(
-    answers: Answers, labels: Sequence[str], true: Sequence[str], predicted: Sequence[str]
+    answers: Answers,
+    labels: Sequence[str],
+    true: Sequence[str],
+    predicted: Sequence[str],
+    *,
+    multi_label: bool = False,
 ) -> Rival:
     """Measure a rival beside the trained model.
 
@@ -90,10 +102,22 @@ def rate(
         labels: The closed label set.
         true: The label of each held-out row.
         predicted: The trained model's prediction for each held-out row.
+        multi_label: Whether these are sets of labels.
     """
     truth = [true[i] for i in answers.rows]
     ours = [predicted[i] for i in answers.rows]
-    metrics = measure(labels, truth, answers.predicted)
+    of_sets: dict[str, Any] = {}
+    if multi_label:
+        metrics = sets = measure_sets(labels, truth, answers.predicted)
+        lead, interval = micro_f1_difference(labels, truth, answers.predicted, ours)
+        of_sets = {
+            "micro_f1": sets.micro_f1,
+            "micro_f1_interval": sets.micro_f1_interval,
+            "micro_f1_difference": lead,
+            "micro_f1_difference_interval": interval,
+        }
+    else:
+        metrics = measure(labels, truth, answers.predicted)
     only_it = sum(a == t != b for t, a, b in zip(truth, answers.predicted, ours, strict=True))
     only_ours = sum(b == t != a for t, a, b in zip(truth, answers.predicted, ours, strict=True))
     return Rival(
@@ -112,6 +136,7 @@ def rate(
         num_all_train_rows=answers.num_all_train_rows,
         seconds=answers.seconds,
         num_bytes=answers.num_bytes,
+        **of_sets,
     )
 
 
@@ -149,6 +174,19 @@ def of_figures(figures: Mapping[str, Any]) -> list[Rival]:
     ]
 
 
+def spoken_micro_f1(rival: Rival) -> str:
+    """Return a sentence on the micro-F1 of a rival beside the trained model."""
+    assert rival.micro_f1 is not None
+    assert rival.micro_f1_difference is not None
+    assert rival.micro_f1_difference_interval is not None
+    low, high = (100 * bound for bound in rival.micro_f1_difference_interval)
+    return (
+        f"{rival.description}: micro-F1 {rival.micro_f1:.2%}, "
+        f"{100 * rival.micro_f1_difference:+.1f} points (95% interval {low:+.1f} to {high:+.1f}, "
+        "paired bootstrap)"
+    )
+
+
 def seconds_of(figures: Mapping[str, Any]) -> float:
     """Return the time that a run took to train and to score held-out rows."""
     return float(figures["train_seconds"] + figures.get("test_seconds", 0.0))
@@ -173,8 +211,9 @@ def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
         how += f", adjusted for {len(rivals)} baselines"
     p = f"p = {p_value:.2g}, {how}"
     if p_value < SIGNIFICANT and points > 0:
+        what = " of rows with all labels right" if best.micro_f1 is not None else ""
         return (
-            f"{best.description} reaches {best.accuracy:.1%} in {spoken_time(best.seconds)}, "
+            f"{best.description} reaches {best.accuracy:.1%}{what} in {spoken_time(best.seconds)}, "
             f"{points:.1f} points above the {trained} ({p}): prefer it, or give the {trained} "
             "more rows or epochs"
         )

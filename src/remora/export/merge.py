@@ -113,7 +113,12 @@ def merge(config: ExportConfig, folder: Path, results: Results, reporter: Report
     got = scoring.score_table(scorer(merged), results.texts, "merged", reporter)
     del merged
     gc.collect()  # Windows renames no folder whose weights are still mapped into memory
-    parity = compare_probabilities(wanted, got, dtype=name, allowed=min(tolerance, effect / 10))
+    allowed = min(tolerance, effect / 10)
+    if card.multi_label:
+        thresholds = np.array(card.thresholds)
+        parity = _compare_sets(wanted, got, thresholds, dtype=name, allowed=allowed)
+    else:
+        parity = compare_probabilities(wanted, got, dtype=name, allowed=allowed)
     if not parity.holds:
         raise ModelError(_refusal(parity))
     return parity
@@ -187,6 +192,29 @@ def compare_probabilities(
         num_rows=len(wanted),
         num_flips=int(flipped.sum()),
         num_near_ties=int((flipped & (gap <= allowed)).sum()),
+        largest_difference=float(_differences(wanted, got).max()),
+        allowed=allowed,
+    )
+
+
+def _compare_sets(
+    wanted: NDArray[np.float64],
+    got: NDArray[np.float64],
+    thresholds: NDArray[np.float64],
+    *,
+    dtype: str,
+    allowed: float,
+) -> Parity:
+    """Compare where each label is given by its threshold; a probability close to it is a tie."""
+    flipped = (wanted >= thresholds) != (got >= thresholds)  # [rows, labels]
+    with np.errstate(divide="ignore"):
+        near = np.abs(np.log(wanted) - np.log(thresholds)) <= allowed
+    is_flipped = flipped.any(1)
+    return Parity(
+        dtype=dtype,
+        num_rows=len(wanted),
+        num_flips=int(is_flipped.sum()),
+        num_near_ties=int((is_flipped & (near | ~flipped).all(1)).sum()),
         largest_difference=float(_differences(wanted, got).max()),
         allowed=allowed,
     )

@@ -26,6 +26,8 @@ HEAD = "score"
 KIND = "single_label_classification"
 """What transformers calls a model that answers with one of several classes."""
 
+SET_KIND = "multi_label_classification"
+"""What it calls one that scores each class by itself, since several may be true, or none."""
 
 NAMES = frozenset(f"{HEAD}.{name}" for name in ("weight", "bias"))
 """Names of the head's weights in a whole model."""
@@ -64,7 +66,7 @@ def describe(config: Any, classes: Sequence[str]) -> None:
 
 def is_described(config: Any) -> bool:
     """Return whether a configuration is that of a model with a head over classes."""
-    return getattr(config, "problem_type", None) == KIND
+    return getattr(config, "problem_type", None) in {KIND, SET_KIND}
 
 
 def auto_class(config: Any) -> Any:

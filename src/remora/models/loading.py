@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from remora.config import TrainConfig
-from remora.data.class_prompt import PROMPTS
+from remora.data.class_prompt import prompt_class
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import first_line
@@ -339,7 +339,8 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
     """
     tokenizer = load_tokenizer(folder)
     context = context_length(load_config(folder), tokenizer)
-    prompt = PROMPTS[settings.answer](
+    kind = prompt_class(settings.answer, multi_label=settings.multi_label == "on")
+    prompt = kind(
         tokenizer,
         labels,
         instruction=settings.instruction,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import remora
 from remora.config import TrainConfig
 from remora.config.checks import Answer
-from remora.data.class_prompt import PROMPTS
+from remora.data.class_prompt import prompt_class
+from remora.data.label_sets import LabelForm
 from remora.data.prompt import Kept, Prompt, Rendered
 from remora.errors import ModelError
 from remora.formatting import one_line
@@ -48,16 +49,28 @@ class AdapterCard:
     text_columns: tuple[str, ...] = ()  # of the training table; a text has several by their names
     label_column: str = ""
     truncate: Kept = "head"  # the part of a message longer than `max_length` that is kept
+    multi_label: bool = False  # whether a row may have several labels, each scored by itself
+    thresholds: tuple[float, ...] = ()  # probability from which on a row gets each label
+    split_labels_at: str | None = None  # how the training table wrote several labels, if in a text
+    label_columns: tuple[str, ...] = ()  # its columns of 0 and 1, if it had those
+
+    @property
+    def label_form(self) -> LabelForm:
+        """How the training table wrote the labels of a row."""
+        return LabelForm(
+            "on" if self.multi_label else "auto", self.split_labels_at, self.label_columns
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what remora.json holds.
 
         Fields of GGUF files and columns are there only where there are any; a layout if it is not
         the tree, what is kept of long messages if it is not their head, an answer if it is not
-        words.
+        words; what is for several labels a row only where there are several.
         """
         values = asdict(self)
         optional = {"gguf_sha256", "gguf_quantization", "rendered", "text_columns", "label_column"}
+        optional |= {"multi_label", "thresholds", "split_labels_at", "label_columns"}
         for name, usual in (("layout", "tree"), ("truncate", "head"), ("answer", "words")):
             if values[name] == usual:
                 del values[name]
@@ -70,7 +83,7 @@ class AdapterCard:
 
     def prompt(self, tokenizer: Any) -> Prompt:
         """Return the prompt that the model was trained with, and say what would differ now."""
-        prompt = PROMPTS[self.answer](
+        prompt = prompt_class(self.answer, multi_label=self.multi_label)(
             tokenizer,
             self.labels,
             instruction=self.instruction,
@@ -245,6 +258,7 @@ def parse_card(folder: Path) -> AdapterCard:
     try:
         columns = tuple(values.get("text_columns", ()))
         lists = {"labels": tuple(values["labels"]), "text_columns": columns}
+        lists |= {n: tuple(values[n]) for n in ("thresholds", "label_columns") if n in values}
         card = AdapterCard(**{**values, **lists})
     except (TypeError, KeyError) as error:
         raise ModelError(f"{path} is broken ({one_line(error)}); restore it") from error
@@ -263,9 +277,25 @@ def parse_card(folder: Path) -> AdapterCard:
         and isinstance(card.max_length, int)
         and 1 <= card.max_length <= untrusted.MAX_SIZE
         and _is_rendered(card.rendered, len(card.labels))
+        and _is_multi_label(card)
     ):
         raise ModelError(f"{path} is broken (a value has the wrong type); restore it")
     return card
+
+
+def _is_multi_label(card: AdapterCard) -> bool:
+    """Return whether what a card says on several labels a row is right, or it says nothing."""
+    if not isinstance(card.multi_label, bool):
+        return False
+    if not card.multi_label:
+        return not (card.thresholds or card.split_labels_at or card.label_columns)
+    return (
+        card.answer == "classes"
+        and len(card.thresholds) == len(card.labels)
+        and all(isinstance(each, float) and 0 <= each <= 1 for each in card.thresholds)
+        and (card.split_labels_at is None or is_text(card.split_labels_at))
+        and all(is_text(each) for each in card.label_columns)
+    )
 
 
 def _is_rendered(value: Any, num_labels: int) -> bool:
@@ -287,6 +317,12 @@ def _is_rendered(value: Any, num_labels: int) -> bool:
             for token in tokens
         )
     )
+
+
+def set_thresholds(folder: Path, thresholds: Sequence[float]) -> None:
+    """Write the thresholds by which a row gets its labels into the card in a folder."""
+    card = replace(parse_card(folder), thresholds=tuple(map(float, thresholds)))
+    files.write_json(folder / "remora.json", card.to_dict())
 
 
 def is_text(value: Any) -> bool:

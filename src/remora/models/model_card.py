@@ -89,7 +89,7 @@ def card(directory: Path) -> str:
     what = named.get(trained.get("method", ""), "A LoRA adapter (PEFT) for")
     text = _text(run, f"{what} {of}", data_name)
     if trained.get("answer") == "classes":
-        text += _stock_usage(base_name, is_full)
+        text += _stock_usage(base_name, is_full, run.multi_label)
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
 
 
@@ -107,7 +107,8 @@ def _text(run: Results, trained: str, data: str) -> str:
         "",
         f"{trained}, trained by Remora on {_code(data)}.",
         "",
-        f"Accuracy {metrics['accuracy']:.2%} (95% interval {low:.1%} to {high:.1%}), macro-F1 "
+        f"{_micro_f1(metrics)}{'All labels right in' if run.multi_label else 'Accuracy'} "
+        f"{metrics['accuracy']:.2%} (95% interval {low:.1%} to {high:.1%}), macro-F1 "
         f"{metrics['macro_f1']:.2%}, on {metrics['num_rows']:,} {figures['measured_on']} rows.",
         "",
         *_baselines(figures),
@@ -116,13 +117,22 @@ def _text(run: Results, trained: str, data: str) -> str:
         "remora predict . < messages.txt    # in this folder, or give its hub id",
         "```",
         "",
-        f"Every message gets one of these {len(run.labels)} labels: "
+        f"Every message gets {'any' if run.multi_label else 'one'} of these {len(run.labels)} "
+        f"labels{', or none' if run.multi_label else ''}: "
         f"{', '.join(_code(label) for label in run.labels)}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _stock_usage(base: str, is_full: bool) -> str:
+def _micro_f1(metrics: dict[str, Any]) -> str:
+    """Return a sentence where rows have several labels, else ""."""
+    if "micro_f1" not in metrics:
+        return ""
+    low, high = metrics["micro_f1_interval"]
+    return f"Micro-F1 {metrics['micro_f1']:.2%} (95% interval {low:.1%} to {high:.1%}). "
+
+
+def _stock_usage(base: str, is_full: bool, multi_label: bool) -> str:
     """Return how transformers alone answers by the head of a model that scores classes."""
     folder = json.dumps("." if is_full else base)
     adapted = (
@@ -149,7 +159,15 @@ def _stock_usage(base: str, is_full: bool) -> str:
         f"tokenizer = AutoTokenizer.from_pretrained({folder})",
         "prompt = card['rendered']['head'] + 'Where is my order?' + card['rendered']['tail']",
         "inputs = tokenizer(prompt, add_special_tokens=False, return_tensors='pt')",
-        "print(model.eval().config.id2label[int(model(**inputs).logits.argmax())])",
+        *(
+            (
+                "probabilities = model.eval()(**inputs).logits.sigmoid()[0].tolist()",
+                "rows = zip(card['labels'], probabilities, card['thresholds'])",
+                "print([label for label, p, threshold in rows if p >= threshold])",
+            )
+            if multi_label
+            else ("print(model.eval().config.id2label[int(model(**inputs).logits.argmax())])",)
+        ),
         "```",
     ]
     return "\n".join(lines) + "\n"

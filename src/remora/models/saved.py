@@ -96,6 +96,7 @@ def write_model(
     """Write a whole model with its tokenizer and card; the card gets the hash of these weights."""
     if prompt.classes:
         let_stock_pool(whole.config.get_text_config(), prompt)
+        whole.config.problem_type = class_head.SET_KIND if prompt.multi_label else class_head.KIND
     else:
         whole.generation_config = _writing_labels(whole.generation_config, prompt)
     with loading.without_progress_bar():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from remora.config import PlanConfig, TrainConfig
+from remora.config.several_labels import settled
 from remora.data.dataset import Dataset, load_data
 from remora.data.prompt import Prompt, TokenSequence, common_prefix_length
 from remora.formatting import first_line
@@ -52,6 +53,7 @@ def make_plan(settings: PlanConfig, *, say: Callable[[str], None] = lambda _: No
         RemoraError: If the settings, the data or the model cannot be used; see `remora.errors`.
     """
     dataset = load_data(settings)
+    settings = settled(settings, is_multi_label=dataset.multi_label)
     elsewhere = KNOWN_DEVICES.get(settings.device)
     if elsewhere is None:
         here = choose_device(settings.device)  # type: ignore[arg-type]  # the others are known

@@ -13,10 +13,11 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from remora.config import DiagnoseConfig, ReviewConfig
+from remora.config import DiagnoseConfig, ReviewConfig, several_labels
 from remora.diagnosis import diagnose, relabel
 from remora.errors import ConfigError
 from remora.review.queue import Queue, Summary, need_list
+from remora.runtime import run_directory
 
 try:
     from remora.review import app
@@ -49,6 +50,7 @@ class Review:
         """
         self._config, self._say = config, say
         self._loop: asyncio.AbstractEventLoop | None = None
+        several_labels.refuse(run_directory.read_settings(config.run), "review")
         need_list(config.run)
         settings, _, everything = diagnose.load(DiagnoseConfig(config.run))
         table = diagnose.rows_as_given(settings, everything)

@@ -30,7 +30,8 @@ class Validation:
     loss: float  # mean cross entropy of the answer tokens in nats, as that of a step
     rows: int  # that were scored
     best: bool
-    macro_f1: float | None = None  # where it selects the weights
+    macro_f1: float | None = None  # where it selects the weights, or rows have several labels
+    micro_f1: float | None = None  # where rows have several labels
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as it is logged."""

@@ -32,6 +32,7 @@ class Generation:
     module: str  # its name in PEFT's model, empty for a whole model
     scorer: Scorer
     text_columns: tuple[str, ...] = ()  # of its training table
+    thresholds: tuple[float, ...] = ()  # of labels, where a text may get several
 
 
 class AdapterSet:
@@ -134,6 +135,7 @@ class AdapterSet:
             module="",
             scorer=self._scorer(whole, prompt, card),
             text_columns=card.text_columns,
+            thresholds=card.thresholds,
         )
 
     def _load_adapters(self, base: str | None) -> None:
@@ -222,6 +224,7 @@ class AdapterSet:
             module=module,
             scorer=self._scorer(self._adapted, prompt, copied.card),
             text_columns=copied.card.text_columns,
+            thresholds=copied.card.thresholds,
         )
 
     def _refuse_missing(self, module: str, folder: Path) -> None:

@@ -168,6 +168,10 @@ async def classify(body: Input, state: SharedState) -> Classes:
 async def complete(body: Chat, state: SharedState) -> Completion:
     """Give the likeliest label as the assistant's answer, as OpenAI's API does."""
     name = adapter_name(state, body.model)
+    if state.engine.generations[name].thresholds:
+        raise RefusedError(
+            422, f"{name} may give a message several labels; ask /v1/classify, which gives them all"
+        )
     text = _only_text(body.messages)
     check_texts(state, [text])
     answer = await wait_for_answer(state, name, [text])

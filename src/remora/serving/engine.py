@@ -46,6 +46,7 @@ class Answer:
     sha256: str
     labels: tuple[str, ...]
     probabilities: NDArray[np.float64]  # [texts, labels]
+    thresholds: tuple[float, ...] = ()  # of labels, where a text may get several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +245,7 @@ class Engine:
                     sha256=generation.sha256,
                     labels=generation.labels,
                     probabilities=probabilities[start:end],
+                    thresholds=generation.thresholds,
                 )
             )
             start = end

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TextIO
+
+import numpy as np
 
 from remora.config import EvalConfig, PredictConfig
 from remora.data.label_forms import most_frequent_forms
 from remora.data.parts import ReadOptions, Remarks
 from remora.data.table import Stream, open_stream, read_table
-from remora.evaluation import calibration, predictions
-from remora.evaluation.metrics import Metrics, measure
+from remora.errors import ConfigError, DataError
+from remora.evaluation import calibration, multi_label, predictions
+from remora.evaluation.metrics import Metrics
+from remora.models.metadata import AdapterCard
 from remora.models.saved import open_trained
 from remora.runtime.reporter import Reporter
 from remora.serving import pauses
-from remora.serving.prediction_files import Ranked, check_output, open_writer
+from remora.serving.label_set_columns import LabelSetColumns, LabelSetWriter
+from remora.serving.prediction_files import Ranked, Writer, check_output, open_writer
 from remora.serving.predictor import BATCH_ROWS, Answer, Predictor
 from remora.tree import scoring
 
@@ -55,7 +62,7 @@ def write_predictions(
     num_rows = num_withheld = 0
     # Errors of the model or the table come before anything is written.
     first = next(answered)
-    with open_writer(config, stream.columns, stream.schema, config.output or output) as writer:
+    with _writer(config, predictor, stream, config.output or output) as writer:
         batch: list[tuple[str | None, list[object], Answer]] | None = first
         while batch is not None:
             for _, values, (ranked, answer) in batch:
@@ -68,6 +75,25 @@ def write_predictions(
         say(line)
     if predictor.threshold is not None:
         say(withheld(num_withheld, num_rows, predictor.threshold))
+
+
+@contextlib.contextmanager
+def _writer(
+    config: PredictConfig, predictor: Predictor, stream: Stream, output: str | TextIO
+) -> Iterator[Writer]:
+    """Open what writes predictions, of one label a row or several."""
+    card = predictor.trained.card
+    if not card.multi_label:
+        with open_writer(config, stream.columns, stream.schema, output) as writer:
+            yield writer
+        return
+    columns = LabelSetColumns(card.labels, card.label_form, stream.columns)
+    schema = columns.schema()
+    for field in stream.schema or ():
+        schema = schema.append(field)
+    names = [*stream.columns, *columns.names]
+    with open_writer(config, names, schema, output, are_whole=True) as writer:
+        yield LabelSetWriter(columns, writer)
 
 
 def withheld(num_withheld: int, num_rows: int, threshold: float) -> str:
@@ -120,6 +146,7 @@ def evaluate_adapter(
 
     # The rows: the table's, those out of scope, and the run's own validation rows
     card, remarks = trained.card, Remarks()
+    _refuse_confidence(config, card)
     options = ReadOptions(config.input_format, config.columns)
     table = read_table(
         config.data,
@@ -131,7 +158,13 @@ def evaluate_adapter(
         forms=most_frequent_forms(labels) if config.merge_labels else None,
         remarks=remarks,
         trained=(*card.text_columns, card.label_column) if card.text_columns else (),
+        form=replace(card.label_form, columns=()) if config.label_column else card.label_form,
     )
+    if table.multi_label and not card.multi_label:
+        raise DataError(
+            f"{config.data} has rows with several labels, and {config.adapter} was trained on rows "
+            "with one; give rows with one label"
+        )
     outside = None
     if config.out_of_scope is not None:
         rows = open_stream(
@@ -153,16 +186,28 @@ def evaluate_adapter(
     if scorer.remark:
         reporter.say(scorer.remark)
     scored = scoring.score_rows(scorer, table, "test", reporter)
+    if isinstance(scored, predictions.ScoredSets):
+        scored = replace(scored, thresholds=np.array(card.thresholds))
     reliability = calibration.assess(
         scored,
         validation,
         abstain_at_accuracy=config.abstain_at_accuracy,
         out_of_scope=None if outside is None else scorer.probabilities(outside),
     )
-    probabilities = scored.probabilities
-    predicted = [labels[i] for i in probabilities.argmax(1)]
     if config.predictions is not None:
+        given = multi_label.labels_given(scored, labels)
+        confidence = scored.confidence.tolist()
         predictions.write_predictions(
-            config.predictions, table.texts, table.labels, predicted, probabilities.max(1).tolist()
+            config.predictions, table.texts, table.labels, given, confidence
         )
-    return measure(labels, table.labels, predicted, probabilities), reliability
+    return multi_label.measured(scored, table, labels), reliability
+
+
+def _refuse_confidence(config: EvalConfig, card: AdapterCard) -> None:
+    """Refuse what needs one label a row; raises ConfigError."""
+    for name in ("abstain_at_accuracy", "out_of_scope"):
+        if card.multi_label and getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name} is for models of one label a row, and {config.adapter} gives several; "
+                "leave it out"
+            )

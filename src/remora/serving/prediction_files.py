@@ -59,7 +59,12 @@ def check_format(name: str) -> str:
 
 @contextlib.contextmanager
 def open_writer(
-    config: PredictConfig, columns: Sequence[str], schema: Any, output: str | Path | TextIO
+    config: PredictConfig,
+    columns: Sequence[str],
+    schema: Any,
+    output: str | Path | TextIO,
+    *,
+    are_whole: bool = False,
 ) -> Iterator[Writer]:
     """Open what writes predictions; a file is there whole or not at all.
 
@@ -68,12 +73,14 @@ def open_writer(
         columns: The input's columns that are kept.
         schema: Their schema of Arrow, None where the format has none.
         output: A file's name, or where to write CSV or JSON lines.
+        are_whole: Whether the predictions are among the columns already.
 
     Raises:
         DataError: If the format cannot hold the input's values.
         ResourceError: If the disk fails.
     """
     abstains = config.threshold is not None or config.abstain_at_accuracy is not None
+    top_k = 0 if are_whole else config.top_k
     suffix = ".jsonl" if config.json else ".csv"
     with contextlib.ExitStack() as stack:
         writer: Writer
@@ -85,11 +92,11 @@ def open_writer(
                     temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="")
                 )
         if isinstance(output, str | Path):
-            writer = ParquetWriter(temporary, columns, config.top_k, schema)
+            writer = ParquetWriter(temporary, columns, top_k, schema)
         elif suffix == ".jsonl":
-            writer = JsonWriter(output, columns, abstains=abstains)
+            writer = JsonWriter(output, columns, abstains=abstains, are_whole=are_whole)
         else:
-            writer = CsvWriter(output, columns, config.top_k, safe=config.spreadsheet_safe)
+            writer = CsvWriter(output, columns, top_k, safe=config.spreadsheet_safe)
         yield writer
         writer.close()
 
@@ -104,6 +111,8 @@ def free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
 
 def ranked_names(top_k: int) -> list[str]:
     """Return the names of the columns of labels and probabilities."""
+    if not top_k:
+        return []
     more = [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("label", "probability")]
     return ["label", "probability", *more]
 
@@ -147,23 +156,33 @@ class CsvWriter:
 class JsonWriter:
     """Writes JSON lines: the input's fields, and a list of labels with their probabilities."""
 
-    def __init__(self, output: TextIO, columns: Sequence[str], *, abstains: bool) -> None:
+    def __init__(
+        self, output: TextIO, columns: Sequence[str], *, abstains: bool, are_whole: bool = False
+    ) -> None:
         """Name the fields.
 
         Args:
             output: Where to write.
             columns: Those of the input.
             abstains: Whether to tell of each row if its label is withheld.
+            are_whole: Whether the predictions are among the columns already.
         """
         self._output, self._columns, self._abstains = output, list(columns), abstains
+        self._are_whole = are_whole
         self._labels, self._abstained = free_names(["labels", "abstained"], columns)
 
     def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
         """Write a row."""
         record: dict[str, object] = dict(zip(self._columns, values, strict=True))
+        if self._are_whole:
+            self._put(record)
+            return
         record[self._labels] = [{"label": label, "probability": round(p, 6)} for label, p in ranked]
         if self._abstains:
             record[self._abstained] = answer is None
+        self._put(record)
+
+    def _put(self, record: dict[str, object]) -> None:
         self._output.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
     def flush(self) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from remora.config import PredictConfig
 from remora.data.columns import choose_text
+from remora.data.label_sets import set_text
 from remora.data.parts import PEEKED_ROWS
 from remora.data.table import message, named
 from remora.data.values import is_blank
@@ -25,7 +26,9 @@ from remora.errors import ConfigError, DataError
 from remora.evaluation import calibration, predictions
 from remora.formatting import close_match
 from remora.models import metadata
+from remora.models.metadata import AdapterCard
 from remora.models.saved import Trained, open_trained
+from remora.serving.label_set_columns import LabelSetColumns
 from remora.serving.prediction_files import Ranked, free_names, ranked_names
 from remora.tree.scoring import Scorer
 
@@ -45,6 +48,32 @@ SETTINGS = {
 
 Answer: TypeAlias = "tuple[Ranked, str | None]"
 """The likeliest labels of a message, none for a blank one, and the one given, None if withheld."""
+
+
+def rank_given(
+    labels: Sequence[str],
+    probabilities: NDArray[np.float64],
+    thresholds: Sequence[float],
+    top_k: int = 1,
+) -> list[tuple[Ranked, str]]:
+    """Return the labels that each message is given, as a set, beside those ranked.
+
+    Ranked are all that are given and the `top_k` most probable ones, the most probable first.
+
+    Args:
+        labels: The names of the labels.
+        probabilities: Of each label for each message, [messages, labels].
+        thresholds: From which on a label is given, [labels].
+        top_k: Labels to rank at least.
+    """
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    given = probabilities >= np.asarray(thresholds)
+    found = []
+    for row, best, mask in zip(probabilities, order, given, strict=True):
+        kept = [i for place, i in enumerate(best) if place < top_k or mask[i]]
+        ranked = [(labels[i], float(row[i])) for i in kept]
+        found.append((ranked, set_text(labels[i] for i in np.flatnonzero(mask))))
+    return found
 
 
 def rank(labels: Sequence[str], probabilities: NDArray[np.float64], top_k: int = 1) -> list[Ranked]:
@@ -69,6 +98,7 @@ class _Opened:
     trained: Trained
     scorer: Scorer
     threshold: float | None  # probability below which a message gets no label
+    thresholds: tuple[float, ...]  # from which on it gets each one, where it may get several
 
 
 def _signature() -> inspect.Signature:
@@ -166,6 +196,11 @@ class Predictor:
         for start in range(0, len(texts), BATCH_ROWS):
             batch = texts[start : start + BATCH_ROWS]
             asked = [text for text in batch if text is not None]
+            if opened.thresholds:
+                probabilities = opened.scorer.probabilities(asked)
+                sets = iter(rank_given(labels, probabilities, opened.thresholds, top_k))
+                found += [([], None) if text is None else next(sets) for text in batch]
+                continue
             ranked = iter(rank(labels, opened.scorer.probabilities(asked), top_k))
             for text in batch:
                 likeliest = [] if text is None else next(ranked)
@@ -180,6 +215,7 @@ class Predictor:
 
         With `top_k`, also `label_2`, `probability_2` and so on. Names that the batch has get
         `predicted_` before them. A blank message gets no label, and a withheld label is missing.
+        Where a message may have several labels, the columns are those of `LabelSetColumns`.
 
         Args:
             batch: A dict of columns (arrays or lists), a pandas DataFrame, or a pyarrow Table.
@@ -192,6 +228,12 @@ class Predictor:
             RemoraError: If the model or its base model cannot be used.
         """
         answers = self.answers(self._texts(batch))
+        card = self.trained.card
+        if card.multi_label:
+            of_sets = LabelSetColumns(card.labels, card.label_form, _names(batch))
+            rows = [of_sets.cells(*answer) for answer in answers]
+            found = list(zip(*rows, strict=True)) or [()] * len(of_sets.names)
+            return _with_sets(batch, of_sets, found)
         names = free_names(ranked_names(self.config.top_k), _names(batch))
         columns: dict[str, list[Any]] = {}
         for place in range(self.config.top_k):
@@ -204,14 +246,15 @@ class Predictor:
     def _open(self) -> _Opened:
         if self._opened is None:
             trained = _load(self.config)
-            labels = trained.prompt.labels
+            labels, card = trained.prompt.labels, trained.card
             check_top_k(self.config, labels)
             self._opened = _Opened(
                 trained=trained,
                 scorer=trained.scorer(
                     max_tokens=self.config.micro_batch_tokens, tolerance=self.config.tolerance
                 ),
-                threshold=find_threshold(self.config, labels),
+                threshold=None if card.multi_label else find_threshold(self.config, labels),
+                thresholds=find_thresholds(self.config, card),
             )
         return self._opened
 
@@ -268,6 +311,24 @@ def check_top_k(config: PredictConfig, labels: Sequence[str]) -> None:
             f"top_k is {config.top_k} but the model has {len(labels)} labels; give at most"
             f" {len(labels)}"
         )
+
+
+def find_thresholds(config: PredictConfig, card: AdapterCard) -> tuple[float, ...]:
+    """Return the probability from which on a message gets each label; () where it gets one.
+
+    Raises:
+        ConfigError: If a setting is for models of one label a message.
+    """
+    if not card.multi_label:
+        return ()
+    if config.abstain_at_accuracy is not None:
+        raise ConfigError(
+            "abstain_at_accuracy is for models of one label a row, and this one gives several; "
+            "leave it out, or give a --threshold for all labels"
+        )
+    if config.threshold is not None:
+        return (config.threshold,) * len(card.labels)
+    return card.thresholds
 
 
 def find_threshold(config: PredictConfig, labels: Sequence[str]) -> float | None:
@@ -329,6 +390,22 @@ def _values(batch: Any, name: str) -> list[Any]:
     if _is_pandas(batch):  # whose own value for what is missing is not comparable
         return list(column.astype(object).where(column.notna(), None).tolist())
     return list(column.tolist() if hasattr(column, "tolist") else column)
+
+
+def _with_sets(batch: Any, columns: LabelSetColumns, values: Sequence[Sequence[object]]) -> Any:
+    """Return a batch of the same kind with columns of several labels a row added."""
+    if _is_arrow(batch):
+        import pyarrow
+
+        for field, each in zip(columns.schema(), values, strict=True):
+            batch = batch.append_column(field.name, pyarrow.array(each, field.type))
+        return batch
+    arrays: dict[str, Any] = {}
+    for name, each in zip(columns.names, values, strict=True):
+        arrays[name] = np.empty(len(each), dtype=object)
+        for row, value in enumerate(each):  # NumPy would take lists of one length for an array
+            arrays[name][row] = value
+    return {**batch, **arrays} if isinstance(batch, Mapping) else batch.assign(**arrays)
 
 
 def _beside(batch: Any, columns: dict[str, list[Any]]) -> Any:

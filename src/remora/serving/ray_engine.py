@@ -19,7 +19,7 @@ from remora.data import locations
 from remora.data.locations import Location
 from remora.data.parts import ReadOptions, Remarks
 from remora.data.table import Stream, open_part
-from remora.errors import DataError
+from remora.errors import ConfigError, DataError
 from remora.formatting import listed
 from remora.models import metadata, saved
 from remora.models.metadata import AdapterCard
@@ -73,6 +73,11 @@ def write_parts(config: PredictConfig, reporter: Reporter | None = None) -> None
     # What there is to do, and what is done
     ray_workers.require()
     card, num_weights = saved.find_weights(config.adapter, base=config.model)
+    if card.multi_label:
+        raise ConfigError(
+            f"engine ray is for models of one label a row, and {config.adapter} gives several; "
+            "leave out --engine, or use Predictor in Ray Data"
+        )
     check_top_k(config, card.labels)
     threshold = find_threshold(config, card.labels)
     sources = locations.find_files(config.source)

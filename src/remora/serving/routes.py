@@ -9,13 +9,15 @@ import prometheus_client
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from remora.data.columns import joined
+from remora.data.label_sets import labels_in
 from remora.errors import ModelError
 from remora.formatting import listed
 from remora.models.metadata import is_text
 from remora.runtime import memory
 from remora.serving.engine import Answer, QueueFullError
 from remora.serving.limits import FULL, RefusedError, StrictRoute, busy
-from remora.serving.predictor import rank
+from remora.serving.prediction_files import Ranked
+from remora.serving.predictor import rank, rank_given
 from remora.serving.schemas import (
     Adapters,
     AdapterState,
@@ -47,7 +49,11 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem} for status in statuses}
 
 
-@router.post("/v1/classify", responses=problems(400, 404, 408, 413, 422, 503))
+@router.post(
+    "/v1/classify",
+    responses=problems(400, 404, 408, 413, 422, 503),
+    response_model_exclude_none=True,
+)
 async def classify(body: Classify, state: SharedState) -> Classified:
     """Give the likeliest labels for each text."""
     name = adapter_name(state, body.adapter)
@@ -58,11 +64,22 @@ async def classify(body: Classify, state: SharedState) -> Classified:
     num_labels = len(answer.labels)
     if body.top_k > num_labels:
         raise RefusedError(422, f"top_k is {body.top_k}; the adapter has {num_labels} labels")
+    if answer.thresholds:
+        given = rank_given(answer.labels, answer.probabilities, answer.thresholds, body.top_k)
+        results = [
+            Result(labels=_labels(ranked), predicted=list(labels_in(text)))
+            for ranked, text in given
+        ]
+        return Classified(adapter=name, sha256=answer.sha256, results=results)
     results = [
-        Result(labels=[Label(label=label, probability=round(p, 6)) for label, p in ranked])
+        Result(labels=_labels(ranked))
         for ranked in rank(answer.labels, answer.probabilities, body.top_k)
     ]
     return Classified(adapter=name, sha256=answer.sha256, results=results)
+
+
+def _labels(ranked: Ranked) -> list[Label]:
+    return [Label(label=label, probability=round(p, 6)) for label, p in ranked]
 
 
 @router.get("/v1/labels", responses=problems(404, 422))

@@ -37,6 +37,11 @@ class Result(BaseModel):
     """What is found for one message."""
 
     labels: list[Label] = Field(description="The likeliest labels, the likeliest first.")
+    predicted: list[str] | None = Field(
+        default=None,
+        description="Where a message may have several labels, or none: those that it is given, by "
+        "the threshold of each. They are all among `labels`.",
+    )
 
 
 class Classified(BaseModel):

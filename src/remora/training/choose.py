@@ -98,6 +98,10 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.dataset = load_data(self.config.of(self.config.models[0]))
+        if self.dataset.multi_label:
+            raise ConfigError(
+                "choose is for rows with one label, and these have several; use remora train"
+            )
         for line in self.dataset.summary.lines():
             self.reporter.say(line)
         _, self.held_out = finish.held_out_rows(self.dataset)

@@ -13,13 +13,15 @@ from remora.data.dataset import Dataset
 from remora.data.table import Table
 from remora.errors import DataError
 from remora.evaluation import calibration, report
-from remora.evaluation.baselines import Baseline, train_baseline
+from remora.evaluation.baselines import Baseline, train_baseline, train_set_baseline
 from remora.evaluation.calibration import Reliability
-from remora.evaluation.metrics import Metrics, measure
+from remora.evaluation.metrics import Metrics
+from remora.evaluation.multi_label import labels_given, measured
 from remora.evaluation.predictions import (
     PREDICTIONS,
     PROBABILITIES,
     Scored,
+    ScoredSets,
     write_predictions,
     write_probabilities,
 )
@@ -101,8 +103,20 @@ def held_out_rows(dataset: Dataset) -> tuple[str, Table]:
 
 
 def train_svm(dataset: Dataset, held_out: Table, seed: int) -> Baseline:
-    """Train the SVM on the training rows, within half of the free memory, and measure it."""
+    """Train the SVM on the training rows, within half of the free memory, and measure it.
+
+    Where rows have several labels, its thresholds are fitted on the validation rows.
+    """
     free = memory.free_bytes(torch.device("cpu"))
+    if dataset.multi_label:
+        return train_set_baseline(
+            dataset.train,
+            dataset.validation,
+            held_out,
+            dataset.labels,
+            seed=seed,
+            max_bytes=None if free is None else free // 2,
+        )
     return train_baseline(
         dataset.train.texts,
         dataset.train.labels,
@@ -119,6 +133,9 @@ def conclude(
 ) -> TrainResult:
     """Measure beside the SVM, and write the figures into the run directory.
 
+    Where rows have several labels, the thresholds by which they are given are in the scores, and go
+    into the model's card.
+
     Args:
         session: The session that has trained.
         directory: The run directory.
@@ -128,16 +145,17 @@ def conclude(
     """
     config, dataset = session.config, session.dataset
     measured_on, held_out = held_out_rows(dataset)
-    probabilities = scores[measured_on].probabilities
-    predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
+    predicted = labels_given(scores[measured_on], dataset.labels)
     baseline = train_svm(dataset, held_out, config.seed) if svm else None
     # Figures
     weights = metadata.adapter_folder(directory)
+    if isinstance(scores[measured_on], ScoredSets):
+        metadata.set_thresholds(weights, scores[measured_on].thresholds.tolist())
     result = TrainResult(
         directory=directory,
         method=config.method,
         measured_on=measured_on,
-        metrics=measure(dataset.labels, held_out.labels, predicted, probabilities),
+        metrics=measured(scores[measured_on], held_out, dataset.labels),
         reliability=calibration.assess(
             scores[measured_on], scores.get("validation") if measured_on == "test" else None
         ),
@@ -174,17 +192,19 @@ def add_rivals(
         answers: The rivals' answers.
     """
     labels, (measured_on, held_out) = session.dataset.labels, held_out_rows(session.dataset)
-    probabilities = scores[measured_on].probabilities
-    predicted = [labels[i] for i in probabilities.argmax(1)]
+    predicted = labels_given(scores[measured_on], labels)
     svm = [of_baseline(result.baseline)] if result.baseline else []
-    rivals = [rate(each, labels, held_out.labels, predicted) for each in (*svm, *answers)]
+    rivals = [
+        rate(each, labels, held_out.labels, predicted, multi_label=session.dataset.multi_label)
+        for each in (*svm, *answers)
+    ]
     result = replace(result, rivals=tuple(rivals))
     write_predictions(
         result.directory / PREDICTIONS,
         held_out.texts,
         held_out.labels,
         predicted,
-        probabilities.max(1).tolist(),
+        scores[measured_on].confidence.tolist(),
         result.baseline.predictions if result.baseline else None,
         {each.name: dict(zip(each.rows, each.predicted, strict=True)) for each in answers},
     )

@@ -17,6 +17,8 @@ from torch import Tensor
 from remora.data import splits
 from remora.errors import DivergedError, Stopped
 from remora.evaluation.metrics import measure
+from remora.evaluation.multi_label import at_best_threshold, f1_scores
+from remora.evaluation.predictions import ScoredSets
 from remora.planning.plan import Duration, Rates
 from remora.runtime import memory, sharding
 from remora.runtime.reporter import Reporter, Step, Validation
@@ -240,17 +242,25 @@ def _evaluate(session: Session, state: _State) -> Validation:
     """Score the validation rows, and keep the weights if they are the best so far."""
     progress, rows, metric = state.progress, state.eval_rows, session.config.metric
     told = ("validation", session.reporter, session.stop, session.group)
-    began, macro_f1 = time.perf_counter(), None
+    began, micro_f1, macro_f1 = time.perf_counter(), None, None
     try:
-        accuracy, loss = scoring.evaluate_rows(session.scorer(), rows, *told)
-        if metric == "macro_f1":  # which needs the label that each row gets
+        if session.dataset.multi_label:
+            sets = scoring.score_rows(session.scorer(), rows, *told)
+            assert isinstance(sets, ScoredSets)
+            sets = at_best_threshold(sets)
+            accuracy, loss = float(sets.correct.mean()), sets.log_loss
+            micro_f1, macro_f1 = f1_scores(sets)
+        else:
+            accuracy, loss = scoring.evaluate_rows(session.scorer(), rows, *told)
+        if metric == "macro_f1" and macro_f1 is None:  # which needs the label that each row gets
             scored = scoring.score_rows(session.scorer(tolerance=1.0), rows, *told)
             predicted = [session.prompt.labels[i] for i in scored.probabilities.argmax(1)]
             macro_f1 = measure(session.prompt.labels, rows.labels, predicted).macro_f1
     finally:
         state.eval_seconds = time.perf_counter() - began
         progress.validation_seconds += state.eval_seconds
-    quality = (macro_f1 if macro_f1 is not None else accuracy, -loss)
+    chosen = {"macro_f1": macro_f1, "micro_f1": micro_f1}.get(metric or "accuracy")
+    quality = (accuracy if chosen is None else chosen, -loss)
     if metric == "log_loss":
         quality = (-loss, accuracy)
     better = math.isfinite(loss) and (progress.best is None or quality > progress.best)
@@ -265,6 +275,7 @@ def _evaluate(session: Session, state: _State) -> Validation:
         rows=len(rows),
         best=better,
         macro_f1=macro_f1,
+        micro_f1=micro_f1,
     )
 
 

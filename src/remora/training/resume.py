@@ -24,6 +24,7 @@ CHECKPOINTS, LOCK = "checkpoints", ".lock"
 FREE = {
     *("data", "validation", "test", "text_column", "label_column"),  # the rows' hash tells
     *("input_format", "columns", "strict", "merge_labels", "rename_labels", "corrections"),
+    *("multi_label", "split_labels_at", "label_columns"),
     "model",  # the weights' hash tells
     *("name", "output", "trackers", "checkpoint_minutes", "max_time"),
     *("baselines", "embedding_model"),  # they come after the training

@@ -120,6 +120,8 @@ def choose(session: Session, held_out: Table, encoder_folder: Path | None) -> Ch
     width, num_labels = text_config(session.model).hidden_size, len(session.dataset.labels)
     most = min(num_train, MAX_TRAIN_ROWS, regression.max_rows(width, num_labels))
     rows = (0, 0, 0)
+    if session.dataset.multi_label:  # the others are for rows with one label
+        return Chosen(svm=bool(names & {"auto", "svm"}))
     if "auto" in names:
         rows = affordable(
             SHARE * forward_tokens(session.plan, config.method),

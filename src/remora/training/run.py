@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
+from remora.config.several_labels import settled
 from remora.config.train import CORRECTIONS
 from remora.data.dataset import Dataset, load_data
 from remora.errors import ConfigError
+from remora.evaluation.multi_label import with_thresholds
 from remora.models import metadata, saved
 from remora.planning import plan
 from remora.runtime import files, launch, memory, run_directory, sharding
@@ -82,6 +84,7 @@ def train_until(
             tracking.check(config.trackers)
             encoder = rivals.find_encoder(config)
             dataset = load_rows(config)
+            config = settled(config, is_multi_label=dataset.multi_label)
             _introduce(config, dataset, reporter)
         sha256 = dataset.summary.sha256
         group.refuse_differences({"data": sha256, **resume.fixed(config), "model": config.model})
@@ -113,6 +116,7 @@ def train_until(
                 name: scoring.score_rows(scorer, table, name, reporter, stop, group)
                 for name, table in tables_to_measure_on(dataset).items()
             }
+            scores = with_thresholds(scores)
             progress.test_seconds = time.perf_counter() - began
         stop.check()
         # Measure and write

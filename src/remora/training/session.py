@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from remora.config import TrainConfig
+from remora.config.several_labels import settled
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, Rendered
 from remora.models import lora
@@ -145,6 +146,7 @@ def open_session(
         ModelError: If the model cannot be used, or does not follow the layout that is asked for.
     """
     group, stop, reporter = group or ProcessGroup(), stop or Stop(), reporter or Reporter()
+    config = settled(config, is_multi_label=dataset.multi_label)
     with contextlib.ExitStack() as stack:
         with group.together():
             device, precision = feasibility.choose_arithmetic(config, group.size, reporter)

@@ -69,10 +69,14 @@ def load_trainable(
         max_length=prompt.max_length,
         truncate=prompt.kept,
         method=config.method,
-        answer=config.answer,
+        answer=config.answer or "words",
         gguf_sha256=base_hash.gguf_sha256,
         gguf_quantization=base_hash.gguf_quantization,
         rendered=prompt.rendered._asdict(),
+        multi_label=prompt.multi_label,
+        thresholds=(0.5,) * len(labels) if prompt.multi_label else (),  # fitted after training
+        split_labels_at=config.split_labels_at,
+        label_columns=config.label_columns,
     )
     return adapted, prompt, card, folder
 

@@ -103,6 +103,10 @@ class _Tuning:
         self.config, self.stop, self.reporter = config, stop, reporter
         self.plain = TrainConfig.taken_from(config)
         self.dataset: Dataset = load_data(self.plain)
+        if self.dataset.multi_label:
+            raise ConfigError(
+                "tune searches for rows with one label, and these have several; use remora train"
+            )
         if not len(self.dataset.validation):
             raise ConfigError("there are no validation rows to compare trials on; give more rows")
         data = f"{run_directory.slug(config.data)}-{run_directory.slug(config.model)}"
@@ -137,7 +141,7 @@ class _Tuning:
         run = self._train_best(best.params)
         tuned = Tuned(
             directory=str(self.directory),
-            metric=self.config.metric,
+            metric=self.config.metric or "accuracy",
             trials=found,
             best=trials.index(best),
             run=str(run),
@@ -163,7 +167,7 @@ class _Tuning:
             "label_texts": CategoricalDistribution(["labels", "words"]),
             "list_labels": CategoricalDistribution([False, True]),
         }
-        writes = self.config.answer == "words"
+        writes = self.config.answer in {None, "words"}
         if self.config.label_texts or not writes or not self._words():  # nothing else to write
             del space["label_texts"]
         return {name: space[name] for name in self.config.search if name in space}
@@ -269,7 +273,7 @@ class _Tuning:
         settings, began = self._settings(trial.params), time.monotonic()
         self._refuse_other_trial(place, trial.params)
         resumed = checkpoint.newest(place / resume.CHECKPOINTS, self.reporter.say)
-        reporter = _Pruning(self.reporter, trial, settings.metric)
+        reporter = _Pruning(self.reporter, trial, settings.metric or "accuracy")
         if resumed:
             for step in (each for each in told if each <= resumed.state["progress"]["step"]):
                 trial.report(told[step], step)
@@ -332,6 +336,7 @@ class _Pruning(SayOnce):
         super().validated(validation)
         values = {
             "accuracy": validation.accuracy,
+            "micro_f1": validation.accuracy,  # the same where each row has one label
             "macro_f1": validation.macro_f1,
             "log_loss": -validation.loss,
         }

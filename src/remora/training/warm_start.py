@@ -52,6 +52,11 @@ def load_adapter_of(
                 f"{run} was trained with {_setting(name, there)}; give the same, so that its "
                 "labels keep their answers"
             )
+    if card.multi_label:
+        raise ConfigError(
+            f"{run} gives a message several labels, and these rows have one each; begin with the "
+            "base model"
+        )
     places = {label: index for index, label in enumerate(card.classes)}
     rows = [places.get(label) for label in prompt.classes]
     saved.load_into(adapted, folder, _refuse_other_form(run, config), rows)

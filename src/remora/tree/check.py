@@ -168,6 +168,10 @@ def _compare_far_rows(
 
 def _row_loss(logits: Tensor, row: TokenSequence) -> float:
     """Return the summed loss of a row's answer; logits [answer tokens, vocabulary]."""
+    if row.class_set is not None:
+        wanted = torch.zeros_like(logits, dtype=torch.float32)
+        wanted[0, list(row.class_set)] = 1
+        return float(functional.binary_cross_entropy_with_logits(logits.float(), wanted))
     targets = torch.tensor(row.targets, device=logits.device)
     return float(functional.cross_entropy(logits.float(), targets, reduction="sum"))
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Search:
     """The search of one message: complete labels, and open nodes that bound the others."""
 
     log_probabilities: NDArray[np.float64]  # [labels], -inf where not complete
+    each_by_itself: ClassVar[bool] = False  # whether scores are logits of independent labels
     frontier: list[Open] = field(default_factory=list)
 
     def choose(self, tolerance: float) -> list[Open]:
@@ -69,6 +70,20 @@ class Search:
             logs[below] = opened.log_probability - math.log(len(below))
         scaled = np.exp(logs - logs.max())
         result: NDArray[np.float64] = scaled / scaled.sum()
+        return result
+
+
+@dataclass(slots=True)
+class LabelSetSearch(Search):
+    """The scores of labels that exclude none of each other; one pass completes all of them."""
+
+    each_by_itself: ClassVar[bool] = True
+
+    def probabilities(self) -> NDArray[np.float64]:
+        """Return the probability of each label by itself: the logistic function of its logit."""
+        from scipy.special import expit
+
+        result: NDArray[np.float64] = expit(self.log_probabilities)
         return result
 
 
@@ -123,7 +138,8 @@ def look_below(
     edges = [list(node.children) for _, nodes, _, _ in chains for node in nodes]
     rows = [index for index, tokens in enumerate(edges) for _ in tokens]
     targets = [token for tokens in edges for token in tokens]
-    scores = iter(_log_probabilities(logits, rows, targets))
+    by_itself = chains[0][0].each_by_itself
+    scores = iter(_log_probabilities(logits, rows, targets, normalized=not by_itself))
     for search, nodes, log_probability, positions in chains:
         total = log_probability
         for index, (node, position) in enumerate(zip(nodes, positions, strict=True)):
@@ -139,9 +155,17 @@ def look_below(
                     search.frontier.append(Open(child, token, reached, position))
 
 
-def _log_probabilities(logits: Tensor, rows: Sequence[int], targets: Sequence[int]) -> list[float]:
-    """Return log softmax(logits)[rows, targets], in nats, the normalizer in float32 at least."""
+def _log_probabilities(
+    logits: Tensor, rows: Sequence[int], targets: Sequence[int], *, normalized: bool
+) -> list[float]:
+    """Return log softmax(logits)[rows, targets], in nats, the normalizer in float32 at least.
+
+    Not normalized they are the logits.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
+    if not normalized:
+        plain: list[float] = logits[rows, targets].to(wide).tolist()
+        return plain
     step = max(1, (1 << 21) // logits.shape[-1])
     normalizers = [part.to(wide).logsumexp(-1) for part in torch.split(logits, step)]
     normalizer = torch.cat(normalizers)
@@ -221,6 +245,8 @@ class LabelSearch(ABC):
     def begin(self, true: int | None) -> Search:
         """Return a new search: of all labels, or whether the true one is the most probable."""
         unknown = np.full(len(self.prompt.labels), -np.inf)
+        if self.prompt.multi_label:
+            return LabelSetSearch(unknown)
         return Search(unknown) if true is None else TrueLabelSearch(unknown, true=true)
 
     def nodes(self, tokens: Sequence[int]) -> list[Node]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from remora.tree.packing import MicroBatch
 
@@ -13,12 +14,20 @@ from remora.tree.packing import MicroBatch
 def loss_sum(logits: Tensor, batch: MicroBatch) -> Tensor:
     """Return sum(weight * cross entropy) over a batch's edges, in nats, computed in float32.
 
+    Where classes are sets, it is the sum over rows of weight * mean binary cross entropy of the
+    classes, as `BCEWithLogitsLoss` in transformers' multi-label classification.
+
     Divide by the sum of the weights over the whole effective batch to get its mean loss.
 
     Args:
         logits: [P, vocabulary], from `answer_logits`.
         batch: The batch of these logits.
     """
+    if batch.row_weights is not None:
+        of_sets: Tensor = _BinaryCrossEntropySum.apply(  # type: ignore[no-untyped-call]
+            logits, batch.edge_predictors, batch.edge_targets, batch.edge_weights, batch.row_weights
+        )
+        return of_sets
     loss: Tensor = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
         logits, batch.edge_predictors, batch.edge_targets, batch.edge_weights
     )
@@ -68,3 +77,44 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_outputs[0]).to(ctx.dtype), None, None, None
+
+
+class _BinaryCrossEntropySum(torch.autograd.Function):
+    """Mean binary cross entropy over classes of several weighted sets per row.
+
+    With x the logits of a row, w its weight and w_c that of its sets with class c, the loss is the
+    mean over c of w * softplus(x_c) - w_c * x_c. The gradient is computed beside it, as above.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        row_weights: Tensor,
+    ) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        share = 1 / logits.shape[-1]
+        weights, row_weights = weights.to(wide) * share, row_weights.to(wide) * share
+        needs_gradient = logits.requires_grad
+        gradient = torch.empty_like(logits, dtype=wide) if needs_gradient else None
+        loss = -(weights * logits[rows, targets].to(wide)).sum()
+        step = max(1, _CrossEntropySum.CHUNK_ELEMENTS // logits.shape[-1])
+        for start in range(0, len(logits), step):
+            part = slice(start, start + step)
+            x = logits[part].to(wide)
+            loss += (row_weights[part, None] * functional.softplus(x)).sum()
+            if gradient is not None:
+                gradient[part] = row_weights[part, None] * torch.sigmoid(x)
+        if gradient is not None:
+            gradient.index_put_((rows, targets), -weights, accumulate=True)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_outputs[0]).to(ctx.dtype), None, None, None, None

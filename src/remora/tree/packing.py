@@ -11,8 +11,9 @@ the list of labels. The trie of a batch, laid out in depth-first preorder, is ON
 
 The head is computed only at `predictors`, the nodes below which an answer token is predicted. The
 loss is sum(weight * cross entropy) / sum(weight) over the edges of the trie, where the weight of an
-edge counts the rows that are supervised on it. The edge of a class leads to no node. Gradients flow
-through the shared nodes, so they equal those of padded rows, up to rounding.
+edge counts the rows that are supervised on it. The edge of a class leads to no node. Where a row
+has a set of classes, its loss is the mean binary cross entropy of all classes at its last token.
+Gradients flow through the shared nodes, so they equal those of padded rows, up to rounding.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class MicroBatch:
     edge_weights: Tensor  # [E] float32, the sum over the rows supervised on the edge
     num_rows: int
     num_row_tokens: int  # tokens of all rows before packing, without padding
+    row_weights: Tensor | None = None
+    """[P] float32, the sum over the rows that end there, where each class is a question of its own:
+    the edges lead to the classes that are true, and all others are false. None where one is."""
 
     @property
     def num_tokens(self) -> int:
@@ -50,8 +54,9 @@ class MicroBatch:
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Answer tokens or classes of all rows: the sum of the edge weights."""
-        return int(self.edge_weights.sum())
+        """Answer tokens or classes of all rows: the sum of the edge weights; a set counts once."""
+        weights = self.edge_weights if self.row_weights is None else self.row_weights
+        return int(weights.sum())
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same with its tensors on `device`."""
@@ -92,6 +97,7 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
     parents: list[int] = []
     weights: list[float] = []
     classes: dict[tuple[int, int], float] = {}  # weights by predictor and class
+    ends: dict[int, float] = {}  # weights by predictor, where classes are sets
     path: list[int] = []  # nodes of the row before, from the root down
     before: list[int] = []
     # The trie in preorder: each sorted row adds its tokens below those that it shares.
@@ -110,9 +116,12 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
             weights.append(0.0)
         for node in path[row.answer_start :]:
             weights[node] += row.weight
-        if row.class_index is not None:
-            edge = path[-1], row.class_index
-            classes[edge] = classes.get(edge, 0.0) + row.weight
+        if row.class_index is not None or row.class_set is not None:
+            for target in row.targets:
+                edge = path[-1], target
+                classes[edge] = classes.get(edge, 0.0) + row.weight
+        if row.class_set is not None:
+            ends[path[-1]] = ends.get(path[-1], 0.0) + row.weight
         before = row.token_ids
     for node in path:
         subtree_end[node] = len(token_ids)
@@ -120,18 +129,19 @@ def build(rows: Sequence[TokenSequence]) -> TokenTree:
     # The supervised edges, each from its predictor.
     edges = [(parents[i], token_ids[i], weight) for i, weight in enumerate(weights) if weight]
     edges += [(*edge, weight) for edge, weight in classes.items()]
-    predictors = sorted({node for node, _, _ in edges})
+    predictors = sorted(ends or {node for node, _, _ in edges})
     place = {node: index for index, node in enumerate(predictors)}
     return TokenTree(
         token_ids=torch.tensor(token_ids),
         position_ids=torch.tensor(position_ids),
         subtree_end=torch.tensor(subtree_end),
         predictors=torch.tensor(predictors),
-        edge_predictors=torch.tensor([place[node] for node, _, _ in edges]),
-        edge_targets=torch.tensor([target for _, target, _ in edges]),
+        edge_predictors=torch.tensor([place[node] for node, _, _ in edges], dtype=torch.int64),
+        edge_targets=torch.tensor([target for _, target, _ in edges], dtype=torch.int64),
         edge_weights=torch.tensor([weight for _, _, weight in edges], dtype=torch.float32),
         num_rows=len(rows),
         num_row_tokens=sum(len(row.token_ids) for row in rows),
+        row_weights=torch.tensor([ends[node] for node in predictors]) if ends else None,
     )
 
 
@@ -181,6 +191,7 @@ def filled(tree: TokenTree) -> TokenTree:
         edge_predictors=fill(tree.edge_predictors, size, size - 1),
         edge_targets=fill(tree.edge_targets, size),
         edge_weights=fill(tree.edge_weights, size),
+        row_weights=None if tree.row_weights is None else fill(tree.row_weights, size),
     )
 
 

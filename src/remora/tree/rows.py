@@ -38,20 +38,27 @@ def build(rows: Sequence[TokenSequence]) -> PaddedRows:
         rows: Token sequences with a prompt and an answer.
     """
     width = max(len(row.token_ids) for row in rows)
-    predictors, targets, weights = [], [], []
+    predictors, edges, targets, weights = [], [], [], []
     for index, row in enumerate(rows):
         assert row.answer_start > 0 < row.num_targets, "a row needs a prompt and an answer"
+        begin = len(predictors)
         predictors += [index * width + place for place in row.predictors]
+        if row.class_set is None:
+            edges += range(begin, len(predictors))
+        else:
+            edges += [begin] * len(row.class_set)
         targets += row.targets
-        weights += [row.weight] * row.num_targets
+        weights += [row.weight] * len(row.targets)
+    are_sets = rows[0].class_set is not None
     return PaddedRows(
         token_ids=padded([row.token_ids for row in rows]),
         predictors=torch.tensor(predictors),
-        edge_predictors=torch.arange(len(predictors)),
-        edge_targets=torch.tensor(targets),
-        edge_weights=torch.tensor(weights),
+        edge_predictors=torch.tensor(edges, dtype=torch.int64),
+        edge_targets=torch.tensor(targets, dtype=torch.int64),
+        edge_weights=torch.tensor(weights, dtype=torch.float32),
         num_rows=len(rows),
         num_row_tokens=sum(len(row.token_ids) for row in rows),
+        row_weights=torch.tensor([row.weight for row in rows]) if are_sets else None,
     )
 
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from remora.data.prompt import Prompt
 from remora.data.table import Table
-from remora.evaluation.predictions import Scored
+from remora.evaluation.multi_label import indicators
+from remora.evaluation.predictions import DEFAULT_THRESHOLD, Scored, ScoredSets
 from remora.runtime import memory, sharding
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
@@ -216,12 +217,19 @@ def score_rows(
     stop: Stop | None = None,
     group: ProcessGroup | None = None,
 ) -> Scored:
-    """Return the probabilities of a table's rows beside their labels.
+    """Return the probabilities of a table's rows beside their labels, or sets of labels.
 
     Raises:
         Stopped: If the run was asked to stop.
     """
-    place = {label: index for index, label in enumerate(scorer.prompt.labels)}
+    labels = scorer.prompt.labels
+    place = {label: index for index, label in enumerate(labels)}
+    if scorer.prompt.multi_label:
+        return ScoredSets(
+            probabilities=score_table(scorer, table.texts, what, reporter, stop, group),
+            true=indicators(table.labels, labels),
+            thresholds=np.full(len(labels), DEFAULT_THRESHOLD),
+        )
     return Scored(
         probabilities=score_table(scorer, table.texts, what, reporter, stop, group),
         true=np.array([place[label] for label in table.labels], dtype=np.int64),

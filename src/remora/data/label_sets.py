@@ -1,0 +1,207 @@
+"""Rows with several labels: lists, labels in one text with a separator, columns of 0 and 1.
+
+Multi-label classification: a row has a set of labels, which may be empty. From here on the label of
+such a row is the set as one text, a sorted JSON list, so that whatever compares, counts or keeps a
+row's label does so with sets as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import io
+import json
+import sys
+import tokenize
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from remora.data.values import is_blank, label_of, plain_number
+from remora.errors import DataError
+from remora.formatting import quote
+
+NONE_OF_THEM = "[]"
+"""The text of the empty set."""
+
+
+def set_text(labels: Iterable[str]) -> str:
+    """Return a set of labels as one text."""
+    return json.dumps(sorted({*labels}), ensure_ascii=False)
+
+
+@functools.lru_cache(maxsize=100_000)
+def labels_in(text: str) -> tuple[str, ...]:
+    """Return the labels of a set that is one text, sorted."""
+    return tuple(json.loads(text))
+
+
+def flattened(sets: Iterable[str]) -> list[str]:
+    """Return every label of every row, as often as it occurs."""
+    return [label for text in sets for label in labels_in(text)]
+
+
+def changed(sets: Iterable[str], change: Callable[[Sequence[str]], Iterable[str]]) -> list[str]:
+    """Return sets whose labels were replaced; several that get one name become one."""
+    return [set_text(change(labels_in(text))) for text in sets]
+
+
+def rarest(sets: Sequence[str]) -> list[str]:
+    """Return for each row the rarest of its labels, "" where it has none.
+
+    Rows are stratified by it: combinations are too many, and most occur once.
+    """
+    counts = Counter(flattened(sets))
+    return [min(labels_in(text), key=lambda x: (counts[x], x), default="") for text in sets]
+
+
+@dataclass(frozen=True)
+class LabelForm:
+    """How the labels of a row are written."""
+
+    several: Literal["auto", "on", "off"] = "auto"  # auto: where a label is a list
+    separator: str | None = None  # between the labels in one text
+    columns: tuple[str, ...] = ()  # of 0 and 1, one for each label
+
+    @property
+    def spoken(self) -> str:
+        """The form in words."""
+        if self.columns:
+            return "columns of 0 and 1"
+        return f"separated by {quote(self.separator)}" if self.separator else "lists"
+
+
+class LabelReader:
+    """Reads the label of each row of a table: one, or a set."""
+
+    def __init__(
+        self,
+        form: LabelForm,
+        known: Collection[str] | None = None,
+        forms: Mapping[str, str] | None = None,
+    ) -> None:
+        """Keep how labels are written.
+
+        Args:
+            form: How several labels are written.
+            known: The labels that may occur; any, by default.
+            forms: The labels of `known` by their keys, by which others become one of them.
+        """
+        self._form, self._known, self._forms = form, known, forms
+        self._found: list[str | tuple[str, ...]] = []
+        self._num_lists = 0
+
+    def is_unlabelled(self, cells: Sequence[object]) -> bool:
+        """Return whether a row has no label: an empty set is one."""
+        if self._form.separator is not None:
+            return cells[0] is None
+        return any(map(is_blank, cells))
+
+    def read(self, cells: Sequence[object]) -> None:
+        """Read the label cells of the next row.
+
+        Raises:
+            DataError: Without the row: they hold no label, or none that may occur.
+        """
+        if self._form.columns:
+            self._found.append(self._of_columns(cells))
+            return
+        (cell,) = cells
+        items = None if self._form.several == "off" else self._items(cell)
+        if items is None:
+            self._found.append(label_of(cell, self._known, self._forms))
+            return
+        self._num_lists += 1
+        self._found.append(tuple(self._one(item) for item in items))
+
+    def finish(self) -> tuple[list[str], bool, int | None]:
+        """Return the label of each row, whether they are sets, and how many lists had one label.
+
+        Lists of one label each are ordinary labels, unless several are asked for.
+        """
+        sets = [(each,) if isinstance(each, str) else each for each in self._found]
+        several = self._form.several == "on" or self._form != LabelForm(self._form.several)
+        if not several and self._num_lists and any(len({*each}) != 1 for each in sets):
+            several = True
+        if several:
+            text = functools.lru_cache(maxsize=None)(set_text)
+            return [sys.intern(text(each)) for each in sets], True, None
+        return [each[0] for each in sets], False, self._num_lists or None
+
+    def _items(self, cell: object) -> Sequence[object] | None:
+        """Return the labels in a cell; None if it holds one."""
+        if self._form.separator is None:
+            return list_in(cell)
+        written = "" if is_blank(cell) else plain_number(cell)
+        if not isinstance(written, str):
+            return [cell]
+        parts = (part.strip() for part in written.split(self._form.separator))
+        return [part for part in parts if part]
+
+    def _one(self, item: object) -> str:
+        if is_blank(item):
+            raise DataError("a blank label in its list; remove it")
+        if isinstance(item, list | tuple | dict):
+            raise DataError(f"a list within its list of labels, {quote(str(item))}; write one list")
+        return label_of(item, self._known, self._forms)
+
+    def _of_columns(self, cells: Sequence[object]) -> tuple[str, ...]:
+        found = []
+        for column, cell in zip(self._form.columns, cells, strict=True):
+            written = str(plain_number(cell)).strip().casefold()
+            if written not in {"0", "1", "true", "false", "0.0", "1.0"}:
+                raise DataError(
+                    f"{quote(str(cell))} in the column {quote(column)}; write 1 where the row has "
+                    "this label and 0 where it has not"
+                )
+            if written in {"1", "1.0", "true"}:
+                found.append(label_of(column, self._known, self._forms))
+        return tuple(found)
+
+
+def list_in(cell: object) -> Sequence[object] | None:
+    """Return the items of a list, also of one that is written as text; None if it is none.
+
+    Raises:
+        DataError: Without the row: the items of a written list have no commas between them.
+    """
+    if isinstance(cell, set | frozenset):
+        return sorted(cell)
+    if isinstance(cell, list | tuple):
+        return None if cell and all(isinstance(each, dict) for each in cell) else list(cell)
+    text = cell.strip() if isinstance(cell, str) else ""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = _python_list(text)
+    return found if isinstance(found, list) else None
+
+
+def _python_list(text: str) -> object:
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return None
+    # Python joins neighbouring texts, and NumPy writes arrays without commas
+    if isinstance(found, list) and all(isinstance(each, str) for each in found):
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        if sum(token.type == tokenize.STRING for token in tokens) != len(found):
+            raise DataError(
+                f"a list without commas between its labels, {quote(text)}; write it as JSON, such "
+                'as ["a", "b"]'
+            )
+    return found
+
+
+def spoken_sets(sets: Sequence[str], form: LabelForm) -> str:
+    """Return a sentence on how many labels the rows have."""
+    sizes = [len(labels_in(text)) for text in sets]
+    none = sizes.count(0)
+    return (
+        f"several labels a row ({form.spoken}): {sum(sizes) / len(sizes):.2f} on average, from "
+        f"{min(sizes)} to {max(sizes)}"
+        + (f"; {none:,} row{'' if none == 1 else 's'} with none of them" if none else "")
+    )

@@ -1,0 +1,129 @@
+"""The contents of report.html where rows have several labels, as its own template reads them.
+
+A row has no single label to confuse with another, so a table by label stands in place of the
+confusion matrix. The page has no script.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import remora
+from remora.data.label_sets import labels_in
+from remora.evaluation import report_sections
+from remora.evaluation.findings import NextStep
+from remora.evaluation.next_steps import find_next_steps, told_next_steps
+from remora.evaluation.report_sections import (
+    CalibrationSection,
+    Figures,
+    PlanSection,
+    ResultSection,
+    SettingsSection,
+    TrainingSection,
+)
+from remora.evaluation.results import Results
+from remora.evaluation.run_files import NUM_STATIC_MESSAGES, cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRow:
+    """The figures of a label."""
+
+    label: str
+    figures: Figures  # precision, recall, f1, support
+    missed: int  # rows that have it and are not given it
+    wrongly: int  # rows that are given it and do not have it
+    threshold: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """A message whose labels are not all right."""
+
+    row: int  # in predictions.csv, from 1
+    text: str
+    right: list[str]
+    missed: list[str]
+    wrongly: list[str]
+    probability: float  # of the predicted set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that the page shows; a section is None if its file is missing."""
+
+    name: str
+    version: str
+    trained: str  # "adapter" or "model"
+    figures: Figures  # evaluation.json
+    next_steps: tuple[NextStep, ...]
+    labels: list[LabelRow]  # the worst F1 first
+    result: ResultSection
+    training: TrainingSection | None
+    mistakes: list[Mistake]  # the surest first
+    calibration: CalibrationSection | None
+    plan: PlanSection | None
+    settings: SettingsSection
+
+
+def collect(run: Results) -> Report:
+    """Collect what the report of a finished run shows.
+
+    Raises:
+        DataError: If one of the run's files is broken.
+    """
+    figures = run.figures
+    trained = "model" if figures.get("method") == "full" else "adapter"
+    return Report(
+        name=run.directory.resolve().name,
+        version=remora.__version__,
+        trained=trained,
+        figures=figures,
+        next_steps=told_next_steps(lambda: find_next_steps(run.directory), lambda line: None),
+        labels=_labels(run),
+        result=report_sections.result_section(figures, trained),
+        training=report_sections.training_section(run),
+        mistakes=_mistakes(run)[:NUM_STATIC_MESSAGES],
+        calibration=report_sections.calibration_section(figures),
+        plan=report_sections.plan_section(run.directory),
+        settings=report_sections.settings_section(run.directory),
+    )
+
+
+def _labels(run: Results) -> list[LabelRow]:
+    metrics = run.figures["metrics"]
+    pairs = [
+        ({*labels_in(true)}, {*labels_in(given)})
+        for true, given in zip(run.true, run.predicted, strict=True)
+    ]
+    thresholds = metrics["thresholds"] or [None] * len(run.labels)
+    rows = [
+        LabelRow(
+            label=each["label"],
+            figures=each,
+            missed=sum(each["label"] in true - given for true, given in pairs),
+            wrongly=sum(each["label"] in given - true for true, given in pairs),
+            threshold=threshold,
+        )
+        for each, threshold in zip(metrics["per_class"], thresholds, strict=True)
+    ]
+    return sorted(rows, key=lambda row: (row.figures["f1"], row.label))
+
+
+def _mistakes(run: Results) -> list[Mistake]:
+    rows = zip(run.texts, run.true, run.predicted, run.probability, strict=True)
+    found = []
+    for row, (text, true, predicted, probability) in enumerate(rows, 1):
+        wanted, given = {*labels_in(true)}, {*labels_in(predicted)}
+        if wanted != given:
+            found.append(
+                Mistake(
+                    row=row,
+                    text=cut(text),
+                    right=sorted(wanted & given),
+                    missed=sorted(wanted - given),
+                    wrongly=sorted(given - wanted),
+                    probability=probability,
+                )
+            )
+    return sorted(found, key=lambda each: -each.probability)

@@ -1,0 +1,161 @@
+"""Measures of rows with several labels are scikit-learn's; thresholds maximize F1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn import metrics as sklearn_metrics
+
+from remora.data.label_sets import set_text
+from remora.data.table import Table
+from remora.evaluation import multi_label
+from remora.evaluation.baselines import train_set_baseline
+from remora.evaluation.multi_label import as_sets, fit_thresholds, indicators, measure_sets
+from remora.evaluation.predictions import (
+    ScoredSets,
+    read_predictions,
+    read_probabilities,
+    write_predictions,
+    write_probabilities,
+)
+
+LABELS = ["a", "b", "c", "d", "e, f"]
+
+
+def scored(num_rows: int = 200, seed: int = 0) -> ScoredSets:
+    rng = np.random.default_rng(seed)
+    true = (rng.random((num_rows, len(LABELS))) < [0.5, 0.3, 0.1, 0.01, 0.2]).astype(np.int64)
+    noise = rng.normal(size=true.shape)
+    probabilities = 1 / (1 + np.exp(-(3 * true - 2 + noise)))
+    return ScoredSets(probabilities=probabilities, true=true, thresholds=np.full(5, 0.5))
+
+
+def test_figures_are_those_of_scikit_learn() -> None:
+    rows = scored()
+    given = rows.given.astype(int)
+    found = measure_sets(
+        LABELS, as_sets(rows.true > 0, LABELS), as_sets(rows.given, LABELS), rows.probabilities
+    )
+    assert found.accuracy == pytest.approx(sklearn_metrics.accuracy_score(rows.true, given))
+    assert found.micro_f1 == pytest.approx(
+        sklearn_metrics.f1_score(rows.true, given, average="micro")
+    )
+    occurs = rows.true.any(0) | rows.given.any(0)
+    assert found.macro_f1 == pytest.approx(
+        sklearn_metrics.f1_score(rows.true[:, occurs], given[:, occurs], average="macro")
+    )
+    assert found.label_ranking == pytest.approx(
+        sklearn_metrics.label_ranking_average_precision_score(rows.true, rows.probabilities)
+    )
+    per_label = [
+        sklearn_metrics.log_loss(rows.true[:, i], rows.probabilities[:, i], labels=[0, 1])
+        for i in range(5)
+    ]
+    assert found.log_loss == pytest.approx(np.mean(per_label))
+    assert [each.support for each in found.per_class] == rows.true.sum(0).tolist()
+    for name in ("micro_f1", "macro_f1", "label_ranking", "accuracy"):
+        low, high = getattr(found, f"{name}_interval")
+        assert low < getattr(found, name) < high
+        assert high - low < 0.25
+
+
+def test_the_ranking_of_every_row_averages_to_scikit_learns() -> None:
+    """The interval is of these; ties and rows without a label or with all of them among them."""
+    rng = np.random.default_rng(1)
+    true = np.concatenate([(rng.random((50, 5)) < 0.4), np.zeros((1, 5)), np.ones((1, 5))])
+    scores = rng.integers(0, 4, true.shape) / 3  # ties
+    mean, (low, high) = multi_label._ranking(true.astype(np.int64), scores, 0)
+    assert mean == pytest.approx(
+        sklearn_metrics.label_ranking_average_precision_score(true, scores)
+    )
+    assert low < mean < high
+
+
+def best_f1(scores: NDArray[np.float64], true: NDArray[np.int64]) -> float:
+    """Return the best F1 of any threshold, by trying all of them."""
+    tried = [*scores, np.inf]
+    return max(sklearn_metrics.f1_score(true, scores >= t, zero_division=0) for t in tried)
+
+
+def test_thresholds_maximize_the_f1_of_each_label() -> None:
+    rows = scored()
+    thresholds = fit_thresholds(rows.probabilities, rows.true)
+    frequent = rows.true.sum(0) >= multi_label.MIN_POSITIVES
+    assert frequent.tolist() == [True, True, True, False, True]
+    for label in np.flatnonzero(frequent):
+        given = rows.probabilities[:, label] >= thresholds[label]
+        reached = sklearn_metrics.f1_score(rows.true[:, label], given)
+        assert reached == pytest.approx(best_f1(rows.probabilities[:, label], rows.true[:, label]))
+    # The rare one has too few rows of its own, and gets the threshold that is best for all labels
+    pooled = rows.probabilities.ravel() >= thresholds[3]
+    assert sklearn_metrics.f1_score(rows.true.ravel(), pooled) == pytest.approx(
+        best_f1(rows.probabilities.ravel(), rows.true.ravel())
+    )
+    assert (fit_thresholds(rows.probabilities, np.zeros_like(rows.true)) == 0.5).all()
+
+
+def test_a_threshold_lies_between_the_scores_on_its_sides() -> None:
+    scores = np.array([[0.9], [0.8], [0.8], [0.3], [0.2]])
+    true = np.array([[1], [1], [1], [0], [0]])
+    repeated = np.repeat(scores, 3, 0), np.repeat(true, 3, 0)
+    assert fit_thresholds(*repeated)[0] == pytest.approx((0.8 + 0.3) / 2)
+
+
+def test_confidence_is_the_probability_of_the_set_that_is_given() -> None:
+    rows = ScoredSets(
+        probabilities=np.array([[0.9, 0.2], [0.4, 0.6]]),
+        true=np.array([[1, 0], [1, 1]]),
+        thresholds=np.array([0.5, 0.5]),
+    )
+    np.testing.assert_allclose(rows.confidence, [0.9 * 0.8, 0.6 * 0.6])
+    assert rows.correct.tolist() == [True, False]
+    assert rows.log_loss == pytest.approx(-np.log([0.9, 0.8, 0.4, 0.6]).mean())
+    hot = rows.at(2.0)
+    np.testing.assert_allclose(hot.probabilities[0, 0], 1 / (1 + (0.1 / 0.9) ** 0.5))
+    assert (hot.given == rows.given).all()
+
+
+def test_a_paired_bootstrap_finds_a_difference_and_none() -> None:
+    rows = scored()
+    true, ours = as_sets(rows.true > 0, LABELS), as_sets(rows.given, LABELS)
+    nothing = [set_text([])] * len(true)
+    lead, (low, high) = multi_label.micro_f1_difference(LABELS, true, ours, nothing)
+    assert low < lead < high
+    assert low > 0.5
+    assert multi_label.micro_f1_difference(LABELS, true, ours, ours) == (0.0, (0.0, 0.0))
+
+
+def test_files_give_back_sets_and_thresholds(tmp_path: Path) -> None:
+    rows = scored(5)
+    true, given = as_sets(rows.true > 0, LABELS), as_sets(rows.given, LABELS)
+    write_predictions(tmp_path / "p.csv", ["=text"] * 5, true, given, [0.5] * 5, given)
+    back = read_predictions(tmp_path / "p.csv", LABELS, multi_label=True)
+    assert (back.true, back.predicted, back.baseline) == (true, given, given)
+    path = tmp_path / "p.safetensors"
+    write_probabilities(path, LABELS, {"test": rows})
+    found = read_probabilities(path, LABELS, "test")
+    assert isinstance(found, ScoredSets)
+    assert (found.true == rows.true).all()
+    assert found.thresholds.tolist() == [0.5] * 5
+
+
+def test_the_svm_gives_sets_by_thresholds_of_its_own() -> None:
+    words = {"card": "a", "fee": "b", "late": "c"}
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(120):
+        chosen = [word for word in words if rng.random() < 0.4]
+        rows.append((f"{' '.join(chosen)} please {i}", set_text(words[w] for w in chosen)))
+    tables = [
+        Table(*map(list, zip(*part, strict=True)), multi_label=True)  # type: ignore[arg-type]
+        for part in (rows[:80], rows[80:100], rows[100:])
+    ]
+    found = train_set_baseline(*tables, ["a", "b", "c", "never"])
+    assert found.metrics.accuracy > 0.9
+    assert found.description == "TF-IDF + linear SVMs"
+    empty = train_set_baseline(tables[0], tables[1].take([]), tables[2], ["a", "b", "c"])
+    assert empty.description.endswith("threshold 0")
+    assert (indicators(found.predictions, ["never", "a", "b", "c"])[:, 0] == 0).all()
