@@ -31,6 +31,7 @@ from remora.config.checks import (
     Positive,
     PositiveOrZero,
     PrecisionName,
+    Separator,
     Share,
     TableFormat,
     as_names,
@@ -129,6 +130,10 @@ class TrainConfig:
     rename_labels: dict[str, str] = field(default_factory=dict)
     """Name to read in place of a label, such as '{"late": "delivery", "lost": "delivery"}': labels
     that get the same name are merged."""
+
+    label_separator: Separator | None = None
+    """What stands between the parts of labels that form a hierarchy, such as ' > ' in card >
+    arrival: they are also measured at each level."""
 
     validation_fraction: Fraction = 0.1
     """Share of the training rows held out to select the best checkpoint, at most 2,000 rows; unused

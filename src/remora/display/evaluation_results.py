@@ -14,7 +14,7 @@ from remora.display.console import (
 )
 from remora.evaluation.calibration import Abstention, Reliability
 from remora.evaluation.compare import Comparison, Contender, Pair
-from remora.evaluation.metrics import Metrics
+from remora.evaluation.metrics import LevelMetrics, Metrics
 
 NUM_CONFUSIONS = 5
 
@@ -49,6 +49,34 @@ def show_metrics(metrics: Metrics, measured_on: str, console: Console | None = N
     largest = max(metrics.per_class, key=lambda each: each.support)
     if (share := largest.support / metrics.num_rows) >= IMBALANCED_SHARE:
         print_line(console, f"majority   {share:.2%} accuracy by always answering {largest.label}")
+
+
+def show_levels(
+    metrics: Metrics, baseline: Metrics | None = None, console: Console | None = None
+) -> None:
+    """Print the metrics of each level of labels that form a hierarchy; nothing for others."""
+    if not metrics.levels:
+        return
+    console = console or standard_output()
+    columns = ("accuracy", "95% interval", "macro-F1", "95% interval")
+    table = figures_table("level", "", *columns, num_names=2)
+    theirs = baseline.levels if baseline else ()
+    for ours in metrics.levels:
+        table.add_row(f"{ours.level} ({ours.num_nodes:,} nodes)", "model", *_of_level(ours))
+        if theirs:
+            table.add_row("", "SVM", *_of_level(theirs[ours.level - 1]))
+    print_line(console, "")
+    console.print(table)
+    print_line(console, "")
+
+
+def _of_level(level: LevelMetrics) -> list[str]:
+    figures = (level.accuracy, level.accuracy_interval), (level.macro_f1, level.macro_f1_interval)
+    return [
+        text
+        for value, (low, high) in figures
+        for text in (f"{value:.2%}", f"{low:.1%} to {high:.1%}")
+    ]
 
 
 def show_reliability(reliability: Reliability, console: Console | None = None) -> None:

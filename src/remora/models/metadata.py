@@ -12,6 +12,7 @@ import remora
 from remora.config import TrainConfig
 from remora.config.checks import Answer
 from remora.data.class_prompt import PROMPTS
+from remora.data.levels import Hierarchy, hierarchy_of
 from remora.data.prompt import Kept, Prompt, Rendered
 from remora.errors import ModelError
 from remora.formatting import one_line
@@ -48,20 +49,32 @@ class AdapterCard:
     text_columns: tuple[str, ...] = ()  # of the training table; a text has several by their names
     label_column: str = ""
     truncate: Kept = "head"  # the part of a message longer than `max_length` that is kept
+    label_separator: str = ""  # between the parts of labels that form a hierarchy
 
     def to_dict(self) -> dict[str, Any]:
         """Return what remora.json holds.
 
-        Fields of GGUF files and columns are there only where there are any; a layout if it is not
-        the tree, what is kept of long messages if it is not their head, an answer if it is not
-        words.
+        Fields of GGUF files, columns and a separator are there only where there are any; a layout
+        if it is not the tree, what is kept of long messages if it is not their head, an answer if
+        it is not words.
         """
         values = asdict(self)
         optional = {"gguf_sha256", "gguf_quantization", "rendered", "text_columns", "label_column"}
+        optional |= {"label_separator"}
         for name, usual in (("layout", "tree"), ("truncate", "head"), ("answer", "words")):
             if values[name] == usual:
                 del values[name]
         return {k: v for k, v in values.items() if v or k not in optional}
+
+    @property
+    def hierarchy(self) -> Hierarchy | None:
+        """The hierarchy of the labels, None if they are none."""
+        return hierarchy_of(self.labels, self.label_separator)
+
+    @property
+    def num_upper_levels(self) -> int:
+        """The levels above the labels; 0 if they are no hierarchy."""
+        return self.hierarchy.depth - 1 if self.hierarchy else 0
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -250,6 +263,7 @@ def parse_card(folder: Path) -> AdapterCard:
         raise ModelError(f"{path} is broken ({one_line(error)}); restore it") from error
     texts = [card.base_model, card.base_sha256, card.instruction, card.method, card.remora_version]
     texts += [card.gguf_sha256, card.gguf_quantization, card.label_column, *card.text_columns]
+    texts += [card.label_separator]
     if not (
         all(is_text(text) for text in (*texts, *card.labels))
         and card.method in FOLDERS

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from remora.data.levels import Hierarchy
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import one_line
@@ -32,6 +33,7 @@ class Generation:
     module: str  # its name in PEFT's model, empty for a whole model
     scorer: Scorer
     text_columns: tuple[str, ...] = ()  # of its training table
+    hierarchy: Hierarchy | None = None  # of its labels
 
 
 class AdapterSet:
@@ -134,6 +136,7 @@ class AdapterSet:
             module="",
             scorer=self._scorer(whole, prompt, card),
             text_columns=card.text_columns,
+            hierarchy=card.hierarchy,
         )
 
     def _load_adapters(self, base: str | None) -> None:
@@ -222,6 +225,7 @@ class AdapterSet:
             module=module,
             scorer=self._scorer(self._adapted, prompt, copied.card),
             text_columns=copied.card.text_columns,
+            hierarchy=copied.card.hierarchy,
         )
 
     def _refuse_missing(self, module: str, folder: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from remora.data.levels import Hierarchy
 from remora.errors import ModelError
 from remora.runtime.device import Precision
 from remora.serving.adapters import AdapterSet, Generation
@@ -46,6 +47,7 @@ class Answer:
     sha256: str
     labels: tuple[str, ...]
     probabilities: NDArray[np.float64]  # [texts, labels]
+    hierarchy: Hierarchy | None = None  # of the labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +246,7 @@ class Engine:
                     sha256=generation.sha256,
                     labels=generation.labels,
                     probabilities=probabilities[start:end],
+                    hierarchy=generation.hierarchy,
                 )
             )
             start = end

@@ -10,6 +10,7 @@ from remora.data.label_forms import most_frequent_forms
 from remora.data.parts import ReadOptions, Remarks
 from remora.data.table import Stream, open_stream, read_table
 from remora.evaluation import calibration, predictions
+from remora.evaluation.level_metrics import with_levels
 from remora.evaluation.metrics import Metrics, measure
 from remora.models.saved import open_trained
 from remora.runtime.reporter import Reporter
@@ -30,7 +31,7 @@ def predict_stream(config: PredictConfig) -> Iterator[tuple[str, Ranked]]:
     predictor = Predictor.of(config)
     stream = _open_source(config, predictor, Remarks())
     for batch in _answered(config, predictor, stream):
-        yield from ((text, ranked) for text, _, (ranked, _) in batch if text is not None)
+        yield from ((text, answer.ranked) for text, _, answer in batch if text is not None)
 
 
 def write_predictions(
@@ -55,13 +56,15 @@ def write_predictions(
     num_rows = num_withheld = 0
     # Errors of the model or the table come before anything is written.
     first = next(answered)
-    with open_writer(config, stream.columns, stream.schema, config.output or output) as writer:
+    shape = stream.columns, stream.schema, config.output or output
+    num_levels = predictor.trained.card.num_upper_levels
+    with open_writer(config, *shape, num_levels) as writer:
         batch: list[tuple[str | None, list[object], Answer]] | None = first
         while batch is not None:
-            for _, values, (ranked, answer) in batch:
-                writer.write(values, ranked, answer)
+            for _, values, answer in batch:
+                writer.write(values, *answer)
                 num_rows += 1
-                num_withheld += bool(ranked) and answer is None
+                num_withheld += bool(answer.ranked) and answer.label is None
             writer.flush()
             batch = next(answered, None)
     for line in remarks.lines():
@@ -165,4 +168,5 @@ def evaluate_adapter(
         predictions.write_predictions(
             config.predictions, table.texts, table.labels, predicted, probabilities.max(1).tolist()
         )
-    return measure(labels, table.labels, predicted, probabilities), reliability
+    metrics = measure(labels, table.labels, predicted, probabilities)
+    return with_levels(metrics, card.hierarchy, table.labels, predicted), reliability

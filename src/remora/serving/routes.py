@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import prometheus_client
@@ -15,7 +16,7 @@ from remora.models.metadata import is_text
 from remora.runtime import memory
 from remora.serving.engine import Answer, QueueFullError
 from remora.serving.limits import FULL, RefusedError, StrictRoute, busy
-from remora.serving.predictor import rank
+from remora.serving.predictor import levels_above, rank
 from remora.serving.schemas import (
     Adapters,
     AdapterState,
@@ -47,7 +48,11 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem} for status in statuses}
 
 
-@router.post("/v1/classify", responses=problems(400, 404, 408, 413, 422, 503))
+@router.post(
+    "/v1/classify",
+    responses=problems(400, 404, 408, 413, 422, 503),
+    response_model_exclude_none=True,
+)
 async def classify(body: Classify, state: SharedState) -> Classified:
     """Give the likeliest labels for each text."""
     name = adapter_name(state, body.adapter)
@@ -58,11 +63,17 @@ async def classify(body: Classify, state: SharedState) -> Classified:
     num_labels = len(answer.labels)
     if body.top_k > num_labels:
         raise RefusedError(422, f"top_k is {body.top_k}; the adapter has {num_labels} labels")
+    ranked = rank(answer.labels, answer.probabilities, body.top_k)
+    levels = levels_above(answer.hierarchy, answer.probabilities)
     results = [
-        Result(labels=[Label(label=label, probability=round(p, 6)) for label, p in ranked])
-        for ranked in rank(answer.labels, answer.probabilities, body.top_k)
+        Result(labels=_labels(best), levels=_labels(above) or None)
+        for best, above in zip(ranked, levels, strict=True)
     ]
     return Classified(adapter=name, sha256=answer.sha256, results=results)
+
+
+def _labels(ranked: Sequence[tuple[str | None, float]]) -> list[Label]:
+    return [Label(label=label or "", probability=round(p, 6)) for label, p in ranked]
 
 
 @router.get("/v1/labels", responses=problems(404, 422))

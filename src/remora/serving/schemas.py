@@ -37,6 +37,11 @@ class Result(BaseModel):
     """What is found for one message."""
 
     labels: list[Label] = Field(description="The likeliest labels, the likeliest first.")
+    levels: list[Label] | None = Field(
+        default=None,
+        description="Where labels form a hierarchy, the levels above the likeliest one, the first "
+        "one first; each has the probability of all labels below it.",
+    )
 
 
 class Classified(BaseModel):

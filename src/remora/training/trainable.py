@@ -13,12 +13,14 @@ from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
+from remora.formatting import listed
 from remora.models import gguf, hub, loading, lora, metadata
 from remora.planning import plan
 from remora.runtime import sharding
 from remora.runtime.device import Precision
 from remora.training import warm_start
 from remora.tree.forward import text_config
+from remora.tree.label_search import nodes_not_in_trie
 
 KEPT = {
     "head": "their beginning is kept (--truncate tail or both keeps other parts)",
@@ -68,6 +70,7 @@ def load_trainable(
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
         truncate=prompt.kept,
+        label_separator=config.label_separator or "",
         method=config.method,
         answer=config.answer,
         gguf_sha256=base_hash.gguf_sha256,
@@ -156,6 +159,13 @@ def introduce(
             "this tokenizer cannot encode all labels as they are; they are written with spaces, "
             f"{label} as {text!r}"
         )
+    if card.hierarchy and not prompt.classes:
+        missing = nodes_not_in_trie(prompt.answers, card.hierarchy)
+        if missing:
+            yield (
+                f"the tokens of this tokenizer do not follow the levels below {listed(missing)}: as "
+                "exact, but slower; a separator such as ' > ', or --label-texts, changes that"
+            )
     for what, table in (("training", dataset.train), ("test", dataset.test)):
         if table is not None and (cut := prompt.count_cut(table.texts)):
             yield (
