@@ -197,10 +197,12 @@ class TrainConfig:
     """Text that the model writes for a label, if other than the label itself."""
 
     max_length: Count | None = None
-    """Longest sequence in tokens; longer messages are truncated. By default the model's context."""
+    """Longest sequence in tokens; longer messages are cut by `truncate`. By default the model's
+    context."""
 
-    truncate: Literal["head", "tail", "both"] = "head"
-    """The part of a longer message that is kept: its head, its tail, or half from each end."""
+    truncate: Literal["head", "tail", "both", "windows"] = "head"
+    """The part of a longer message that is kept: its head, its tail, or half from each end. Or all
+    of it, in windows that overlap: each is answered, and the answers are averaged."""
 
     epochs: Positive | None = None
     """Passes over the training rows; by default 3, and with few rows as many as make 250 steps, up

@@ -81,16 +81,24 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
 
 
 def _refuse_other_answer(config: ExportConfig) -> None:
-    """Refuse what is written for models that write their labels, if a head scores them.
+    """Refuse what is written for other engines, if a head scores labels or messages are windowed.
 
     Raises:
-        ModelError: If the run's labels are classes, and it is not to be merged.
+        ModelError: If the run's labels are classes, and it is not to be merged; or if another
+            engine would see the first window of a message alone.
     """
     folder = metadata.adapter_folder(config.run)
     if config.merge or not (folder / "remora.json").is_file():
         return
-    if metadata.parse_card(folder).classes:
-        (way,) = (way for way in WAYS if getattr(config, way))
+    card = metadata.parse_card(folder)
+    (way,) = (way for way in WAYS if getattr(config, way))
+    if card.truncate == "windows" and not config.compress:
+        raise ModelError(
+            f"{config.run} reads long messages in windows and averages their answers, which the "
+            f"engines that --{way.replace('_', '-')} is for do not; use --merge, or train with "
+            "--truncate both"
+        )
+    if card.classes:
         raise ModelError(
             f"{config.run} answers by classes, and --{way.replace('_', '-')} is for models that "
             "write their labels; use --merge, or train with --answer words"

@@ -12,8 +12,9 @@ import remora
 from remora.config import TrainConfig
 from remora.config.checks import Answer
 from remora.data.class_prompt import PROMPTS
+from remora.data.cutting import Kept
 from remora.data.levels import Hierarchy, hierarchy_of
-from remora.data.prompt import Kept, Prompt, Rendered
+from remora.data.prompt import Prompt, Rendered
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import gguf, hub, untrusted

@@ -67,7 +67,7 @@ def write_predictions(
                 num_withheld += bool(answer.ranked) and answer.label is None
             writer.flush()
             batch = next(answered, None)
-    for line in remarks.lines():
+    for line in (*remarks.lines(), *predictor.remarks()):
         say(line)
     if predictor.threshold is not None:
         say(withheld(num_withheld, num_rows, predictor.threshold))
@@ -162,6 +162,8 @@ def evaluate_adapter(
         abstain_at_accuracy=config.abstain_at_accuracy,
         out_of_scope=None if outside is None else scorer.probabilities(outside),
     )
+    if scorer.told_windows:
+        reporter.say(scorer.told_windows)
     probabilities = scored.probabilities
     predicted = [labels[i] for i in probabilities.argmax(1)]
     if config.predictions is not None:

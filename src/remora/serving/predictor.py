@@ -189,6 +189,11 @@ class Predictor:
         """The probability below which a message gets no label, None if all get one."""
         return self._open().threshold
 
+    def remarks(self) -> list[str]:
+        """Return sentences on the messages so far: how many were read in windows."""
+        told = self._opened and self._opened.scorer.told_windows
+        return [told] if told else []
+
     def open(self) -> None:
         """Load the model, if it is not; raises RemoraError."""
         self._open()

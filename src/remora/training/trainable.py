@@ -23,7 +23,7 @@ from remora.tree.forward import text_config
 from remora.tree.label_search import nodes_not_in_trie
 
 KEPT = {
-    "head": "their beginning is kept (--truncate tail or both keeps other parts)",
+    "head": "their beginning is kept (--truncate tail or both keeps other parts, windows all)",
     "tail": "their end is kept",
     "both": "beginning and end are kept, half from each",
 }
@@ -163,12 +163,23 @@ def introduce(
         missing = nodes_not_in_trie(prompt.answers, card.hierarchy)
         if missing:
             yield (
-                f"the tokens of this tokenizer do not follow the levels below {listed(missing)}: as "
+                f"this tokenizer's tokens do not follow the levels below {listed(missing)}: as "
                 "exact, but slower; a separator such as ' > ', or --label-texts, changes that"
             )
     for what, table in (("training", dataset.train), ("test", dataset.test)):
-        if table is not None and (cut := prompt.count_cut(table.texts)):
-            yield (
-                f"{cut:,} of {len(table):,} {what} messages are longer than "
-                f"{prompt.max_length} tokens and are truncated: {KEPT[prompt.kept]}"
-            )
+        if table is not None:
+            yield from told_cut(prompt, table.texts, what)
+
+
+def told_cut(prompt: Prompt, messages: Sequence[str], what: str) -> Iterator[str]:
+    """Yield a sentence on messages that are too long, if any are."""
+    in_windows = prompt.kept == "windows"
+    cut, num_windows = (
+        prompt.count_windows(messages) if in_windows else (prompt.count_cut(messages), 0)
+    )
+    longer = f"{cut:,} of {len(messages):,} {what} messages are longer than {prompt.max_length}"
+    if cut and in_windows:
+        each = num_windows / cut
+        yield f"{longer} tokens and are read in {num_windows:,} windows, {each:.1f} each"
+    elif cut:
+        yield f"{longer} tokens and are truncated: {KEPT[prompt.kept]}"
