@@ -688,6 +688,27 @@ CASES: list[Case] = [
         ),
     ),
     (
+        "a separator of levels that no label holds",
+        3,
+        lambda s: train("good.csv", "--label-separator", " > "),
+    ),
+    (
+        "a label with an empty level",
+        3,
+        lambda s: train(
+            s.write("empty.csv", table([("a", "x > y"), ("b", "x >  > z")] * 4)),
+            *("--label-separator", " > "),
+        ),
+    ),
+    (
+        "labels whose levels differ in spaces only",
+        3,
+        lambda s: train(
+            s.write("spaces.csv", table([("a", "x > y"), ("b", "x  > y")] * 4)),
+            *("--label-separator", " > "),
+        ),
+    ),
+    (
         "a new name for a label that is not there",
         2,
         lambda s: train("good.csv", "--rename-labels", '{"refnud": "money"}'),

@@ -153,6 +153,7 @@ def evaluate(config: EvalConfig) -> None:
         _print_json(metrics.to_dict() | {"reliability": reliability.to_dict()})
     else:
         display.show_metrics(metrics, "test")
+        display.show_levels(metrics)
         display.show_reliability(reliability)
 
 

@@ -115,6 +115,7 @@ MemorySize = Annotated[
     str, Constraint("an amount such as 16GB or 15.5GiB", lambda x: to_bytes(x) > 0)
 ]
 Port = Annotated[int, Constraint("a whole number from 0 to 65535", lambda n: 0 <= n <= 65_535)]
+Separator = Annotated[str, Constraint("a text such as ' > ' or /", lambda text: text != "")]
 PlainName = Annotated[str, Constraint("a name without slashes", _is_plain_name)]
 
 Answer = Literal["words", "classes"]

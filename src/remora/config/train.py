@@ -33,6 +33,7 @@ from remora.config.checks import (
     PositiveOrZero,
     PrecisionName,
     SelectionMetric,
+    Separator,
     Share,
     TableFormat,
     as_names,
@@ -142,6 +143,10 @@ class TrainConfig:
     """Name to read in place of a label, such as '{"late": "delivery", "lost": "delivery"}': labels
     that get the same name are merged."""
 
+    label_separator: Separator | None = None
+    """What stands between the parts of labels that form a hierarchy, such as ' > ' in card >
+    arrival: they are also measured at each level."""
+
     validation_fraction: Fraction = 0.1
     """Share of the training rows held out to select the best checkpoint, at most 2,000 rows; unused
     if validation rows are given."""
@@ -204,10 +209,12 @@ class TrainConfig:
     """Text that the model writes for a label, if other than the label itself."""
 
     max_length: Count | None = None
-    """Longest sequence in tokens; longer messages are truncated. By default the model's context."""
+    """Longest sequence in tokens; longer messages are cut by `truncate`. By default the model's
+    context."""
 
-    truncate: Literal["head", "tail", "both"] = "head"
-    """The part of a longer message that is kept: its head, its tail, or half from each end."""
+    truncate: Literal["head", "tail", "both", "windows"] = "head"
+    """The part of a longer message that is kept: its head, its tail, or half from each end. Or all
+    of it, in windows that overlap: each is answered, and the answers are averaged."""
 
     epochs: Positive | None = None
     """Passes over the training rows; by default 3, and with few rows as many as make 250 steps, up

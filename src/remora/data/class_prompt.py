@@ -26,13 +26,8 @@ class ClassPrompt(Prompt):
         """None: a sequence ends with its prompt."""
         return 0
 
-    def rows(self, messages: Sequence[str], labels: Sequence[str]) -> list[TokenSequence]:
-        """Return the sequences to train on, one for each message and its label."""
-        place = {label: index for index, label in enumerate(self.labels)}
-        return [
-            TokenSequence(stem, len(stem), class_index=place[label])
-            for stem, label in zip(self.stems(messages), labels, strict=True)
-        ]
+    def _row(self, stem: list[int], label: int, weight: float) -> TokenSequence:
+        return TokenSequence(stem, len(stem), weight, class_index=label)
 
     def _find_answers(
         self, opening: str, ending: str, written: Sequence[str]

@@ -19,6 +19,7 @@ from remora.data import label_forms, label_sets
 from remora.data.columns import UnlabelledError
 from remora.data.corrections import Corrections, correct, read_corrections
 from remora.data.label_sets import LabelForm
+from remora.data.levels import hierarchy_of
 from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
 from remora.data.readers import STANDARD_INPUT, file_part
 from remora.data.sources import source_parts
@@ -67,13 +68,21 @@ def load_data(settings: TrainConfig) -> Dataset:
         form=label_form(settings),
     )
     if remark and settings.test is None:
-        remarks = (*dataset.summary.remarks, remark)
-        dataset = replace(dataset, summary=replace(dataset.summary, remarks=remarks))
+        dataset = _remarked(dataset, remark)
     limited = limit_rows(dataset, settings.num_per_class, settings.seed)
-    if settings.corrections is None:
-        return limited
-    corrections = read_corrections(Path(settings.corrections), source_rows(dataset))
-    return _corrected(limited, corrections)
+    if settings.corrections is not None:
+        corrections = read_corrections(Path(settings.corrections), source_rows(dataset))
+        limited = _corrected(limited, corrections)
+    if hierarchy := hierarchy_of(limited.labels, settings.label_separator):
+        hierarchy.refuse_broken()
+        return _remarked(limited, *hierarchy.lines())
+    return limited
+
+
+def _remarked(dataset: Dataset, *remarks: str) -> Dataset:
+    """Return the dataset with further remarks in its summary."""
+    remarks = (*dataset.summary.remarks, *remarks)
+    return replace(dataset, summary=replace(dataset.summary, remarks=remarks))
 
 
 def label_form(settings: TrainConfig) -> LabelForm:

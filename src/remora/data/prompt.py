@@ -11,19 +11,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from remora.data import chat_template
+from remora.data import chat_template, cutting
+from remora.data.cutting import Kept
 from remora.errors import ConfigError, ModelError
 
 PROBES = ("where is it", "7 days ago?", "(no)", "Ünknown fee on my card!")
 """Messages that begin and end differently: the tokens that they share, all messages share."""
 
-
-Kept = Literal["head", "tail", "both"]
-
-GAP = " ... "
-"""Between head and tail of a message whose middle was cut out."""
+MAX_REMEMBERED = 1 << 16
+"""Messages whose windows are remembered, since training cuts them again in each epoch."""
 
 
 class TokenSequence(NamedTuple):
@@ -93,7 +91,8 @@ class Prompt:
         changed: What the tokenizer would render otherwise than `rendered`, as a line for the user;
             "" if nothing.
         max_length: The longest sequence, in tokens, answer included.
-        kept: The part of a longer message that is kept: its head, its tail, or half from each.
+        kept: The part of a longer message that is kept: its head, its tail, half from each, or all
+            of it in windows.
     """
 
     def __init__(
@@ -133,6 +132,7 @@ class Prompt:
         self.kept = kept
         self.tokenizer = tokenizer
         self._control = chat_template.control_tokens(tokenizer)
+        self._spans: dict[str, list[tuple[int, int]]] = {}  # of the windows of long messages
         if unknown := [label for label in self.label_texts if label not in self.labels]:
             raise ConfigError(
                 f"label_texts has the label {unknown[0]!r}, which is not in the data; "
@@ -241,33 +241,70 @@ class Prompt:
         return len(self._stem_ids([""])[0]) + self.num_answer_tokens
 
     def stems(self, messages: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each conversation up to its answer, messages truncated to fit."""
-        stems = self._stem_ids(messages)
+        """Return the token ids of each conversation up to its answer, messages truncated to fit.
+
+        Of a message that is read in windows it is the first one.
+        """
+        return [windows[0] for windows in self.windows(messages, most=1)]
+
+    def windows(self, messages: Sequence[str], most: int | None = None) -> list[list[list[int]]]:
+        """Return the stems of each message: one, or several where it is read in windows.
+
+        Args:
+            messages: The messages.
+            most: Windows of a message that are wanted; None for all.
+        """
+        found = [[stem] for stem in self._stem_ids(messages)]
         room = self.max_length - self.num_answer_tokens
-        for index, stem in enumerate(stems):
+        for index, (stem,) in enumerate(found):
             if len(stem) > room:
-                stems[index] = self._cut(messages[index], room)
-        return stems
+                message = messages[index].strip()
+                if self.kept == "windows":
+                    found[index] = self._windows(message, room, most)
+                else:
+                    found[index] = [self._cut(message, room)]
+        return found
 
     def rows(self, messages: Sequence[str], labels: Sequence[str]) -> list[TokenSequence]:
-        """Return the sequences to train on, one for each message and its label."""
+        """Return the sequences to train on, one for each message and its label.
+
+        Those of a message that is read in windows weigh 1 together.
+        """
+        return [row for rows in self.rows_by_message(messages, labels) for row in rows]
+
+    def rows_by_message(
+        self, messages: Sequence[str], labels: Sequence[str]
+    ) -> list[list[TokenSequence]]:
+        """Return the same as `rows`, those of each message together."""
         place = {label: index for index, label in enumerate(self.labels)}
         return [
-            TokenSequence([*stem, *self.answers[place[label]]], len(stem))
-            for stem, label in zip(self.stems(messages), labels, strict=True)
+            [self._row(stem, place[label], 1 / len(stems)) for stem in stems]
+            for stems, label in zip(self.windows(messages), labels, strict=True)
         ]
+
+    def _row(self, stem: list[int], label: int, weight: float) -> TokenSequence:
+        return TokenSequence([*stem, *self.answers[label]], len(stem), weight)
 
     def count_cut(self, messages: Sequence[str], batch_size: int = 1024) -> int:
         """Return how many messages are too long and will be truncated."""
+        return len(self._too_long(messages, batch_size))
+
+    def count_windows(self, messages: Sequence[str]) -> tuple[int, int]:
+        """Return how many messages are read in several windows, and in how many together."""
+        cut = self._too_long(messages)
+        return len(cut), sum(len(windows) for message in cut for windows in self.windows([message]))
+
+    def _too_long(self, messages: Sequence[str], batch_size: int = 1024) -> list[str]:
         room = self.max_length - self.num_answer_tokens
         # A token covers at least one byte, so short messages need not be tokenized.
         spare = room - len(self._stem_ids([""])[0])
         doubtful = [m for m in messages if 4 * len(m) > spare and len(m.encode()) > spare]
-        return sum(
-            len(stem) > room
+        return [
+            message
             for batch in _batches(doubtful, batch_size)
-            for stem in self._stem_ids(batch)
-        )
+            for message, stem in zip(batch, self._stem_ids(batch), strict=True)
+            if len(stem) > room
+        ]
 
     def is_plain(self, message: str) -> bool:
         """Whether a message stands in its conversation as it is, not truncated or respelled."""
@@ -304,18 +341,23 @@ class Prompt:
 
     def _cut(self, message: str, room: int) -> list[int]:
         """Return the stem of the longest part of `message` that fits into `room` tokens."""
-        message = message.strip()
 
         def cut(length: int) -> list[int]:
-            return self._stem_ids([_part(message, length, self.kept)])[0]
+            return self._stem_ids([cutting.part(message, length, self.kept)])[0]
 
-        low, high = 0, min(len(message), 4 * room)  # a whole book takes long to tokenize
-        while high < len(message) and len(cut(high)) <= room:
-            low, high = high, min(len(message), 2 * high)
-        while low < high:  # the length that fits is in [low, high]
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if len(cut(middle)) <= room else (low, middle - 1)
-        return cut(low)
+        return cut(cutting.longest(cut, room, len(message)))
+
+    def _windows(self, message: str, room: int, most: int | None) -> list[list[int]]:
+        """Return the stems of a message's windows; where they are is remembered."""
+        if message not in self._spans:
+            if len(self._spans) >= MAX_REMEMBERED:
+                self._spans.clear()
+
+            def cut(begin: int, end: int) -> list[int]:
+                return self._stem_ids([message[begin:end]])[0]
+
+            self._spans[message] = list(cutting.windows(message, cut, room))
+        return self._stem_ids([message[a:b] for a, b in self._spans[message][:most]])
 
     def _find_answers(
         self, opening: str, ending: str, written: Sequence[str]
@@ -420,18 +462,6 @@ class Prompt:
             f"{self.max_length} tokens of the context, leaving no room for a message; "
             f"{self._shorter}"
         )
-
-
-def _part(message: str, length: int, kept: Kept) -> str:
-    """Return the part of a message that is kept, of at most `length` characters of its own.
-
-    Half from each end follows Sun et al., "How to Fine-Tune BERT for Text Classification?", 2019.
-    """
-    if length >= len(message):
-        return message
-    head = {"head": length, "tail": 0, "both": (length + 1) // 2}[kept]
-    tail = message[len(message) - (length - head) :] if length > head else ""
-    return f"{message[:head]}{GAP if head and tail else ''}{tail}"
 
 
 def _texts(tokenizer: Any, content: str, rendered: Rendered | None) -> tuple[str, ...]:

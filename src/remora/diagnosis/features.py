@@ -15,7 +15,7 @@ from remora.models import hub, loading, metadata
 from remora.runtime import files
 from remora.runtime.device import choose_device, choose_precision
 from remora.runtime.reporter import Reporter
-from remora.tree import features, layouts
+from remora.tree import features, layouts, scoring
 from remora.tree.stems import Stem
 
 BATCH_ROWS = 256
@@ -52,7 +52,8 @@ def frozen_features(
     prompt = loading.load_prompt(settings, labels, folder)
     if kept is not None:
         prompt = metadata.as_trained(prompt, kept.parent)
-    stems = [tuple(stem) for stem in prompt.stems(texts)]
+    windows = prompt.windows(texts)
+    stems = [tuple(stem) for own in windows for stem in own]
     found: dict[Stem, NDArray[np.float16]] = {}
     if kept is not None and kept.is_file():
         key = features.key(files.weights_sha256(folder), settings.method)
@@ -72,5 +73,6 @@ def frozen_features(
             found |= zip(batch, extractor.features(batch), strict=True)
             reporter.scoring("features", start + len(batch), len(missing))
     stacked = np.stack([found[stem].reshape(-1) for stem in stems]).astype(np.float32)
+    stacked = scoring.pooled(stacked, list(map(len, windows)))
     result: NDArray[np.float32] = normalize(StandardScaler().fit_transform(stacked))
     return result

@@ -1,7 +1,7 @@
 from .choice_results import show_choice, show_tuned
 from .console import show_line
 from .diagnosis_results import show_diagnosis
-from .evaluation_results import show_comparison, show_metrics, show_reliability
+from .evaluation_results import show_comparison, show_levels, show_metrics, show_reliability
 from .export_results import show_export, show_push
 from .next_steps import show_next_steps
 from .plan_results import show_plan
@@ -17,6 +17,7 @@ __all__ = [
     "show_diagnosis",
     "show_export",
     "show_learning_curve",
+    "show_levels",
     "show_line",
     "show_metrics",
     "show_next_steps",

@@ -14,7 +14,7 @@ from remora.display.console import (
 )
 from remora.evaluation.calibration import Abstention, Reliability
 from remora.evaluation.compare import Comparison, Contender, Pair
-from remora.evaluation.metrics import Metrics
+from remora.evaluation.metrics import LevelMetrics, Metrics
 from remora.evaluation.multi_label import MultiLabelMetrics
 
 NUM_CONFUSIONS = 5
@@ -88,6 +88,34 @@ def show_multi_label(metrics: MultiLabelMetrics, measured_on: str, console: Cons
         console,
         f"majority   {metrics.constant_accuracy:.2%} exact by always answering {metrics.constant}",
     )
+
+
+def show_levels(
+    metrics: Metrics, baseline: Metrics | None = None, console: Console | None = None
+) -> None:
+    """Print the metrics of each level of labels that form a hierarchy; nothing for others."""
+    if not metrics.levels:
+        return
+    console = console or standard_output()
+    columns = ("accuracy", "95% interval", "macro-F1", "95% interval")
+    table = figures_table("level", "", *columns, num_names=2)
+    theirs = baseline.levels if baseline else ()
+    for ours in metrics.levels:
+        table.add_row(f"{ours.level} ({ours.num_nodes:,} nodes)", "model", *_of_level(ours))
+        if theirs:
+            table.add_row("", "SVM", *_of_level(theirs[ours.level - 1]))
+    print_line(console, "")
+    console.print(table)
+    print_line(console, "")
+
+
+def _of_level(level: LevelMetrics) -> list[str]:
+    figures = (level.accuracy, level.accuracy_interval), (level.macro_f1, level.macro_f1_interval)
+    return [
+        text
+        for value, (low, high) in figures
+        for text in (f"{value:.2%}", f"{low:.1%} to {high:.1%}")
+    ]
 
 
 def show_reliability(reliability: Reliability, console: Console | None = None) -> None:

@@ -12,7 +12,7 @@ from remora.display.console import (
     spoken_file_bytes,
     standard_output,
 )
-from remora.display.evaluation_results import show_metrics, show_reliability
+from remora.display.evaluation_results import show_levels, show_metrics, show_reliability
 from remora.evaluation.multi_label import MultiLabelMetrics
 from remora.evaluation.rivals import spoken_micro_f1, verdict
 from remora.formatting import spoken_seconds, spoken_time
@@ -25,6 +25,7 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
 
     # Accuracy, beside the baselines
     show_metrics(result.metrics, result.measured_on, console)
+    show_levels(result.metrics, result.baseline and result.baseline.metrics, console)
     show_reliability(result.reliability, console)
     if result.rivals:
         _show_rivals(result, console)

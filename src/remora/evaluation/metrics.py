@@ -48,6 +48,19 @@ class ConfusedPair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LevelMetrics:
+    """Metrics of one level of labels that form a hierarchy."""
+
+    level: int  # from 1, the first part of the labels
+    num_nodes: int
+    num_correct: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]  # 95%, Wilson (1927)
+    macro_f1: float  # over nodes that occur as true or predicted ones
+    macro_f1_interval: tuple[float, float]  # 95%, percentiles of resampled rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metrics:
     """Metrics of one set of predictions."""
 
@@ -60,10 +73,14 @@ class Metrics:
     per_class: tuple[ClassMetrics, ...]
     confusions: tuple[Confusion, ...]  # the largest first
     confused_pairs: tuple[ConfusedPair, ...]  # the largest first
+    levels: tuple[LevelMetrics, ...] = ()  # of labels that form a hierarchy
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the metrics as JSON holds them."""
-        return asdict(self)
+        """Return the metrics as JSON holds them; levels only if there are any."""
+        values = asdict(self)
+        if not self.levels:
+            del values["levels"]
+        return values
 
 
 def measure(

@@ -76,6 +76,7 @@ class ResultSection:
     verdict: str | None
     rivals: list[Rival]
     intervals: charts.Intervals
+    levels: list[tuple[Figures, Figures | None]]  # of the hierarchy; those of the SVM beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +236,12 @@ def result_section(figures: Mapping[str, Any], trained: str) -> ResultSection:
     said = verdict(rivals, trained, seconds_of(figures)) if rivals else None
     if said and said.startswith("the "):  # other sentences begin with a name
         said = said[0].upper() + said[1:]
+    levels = figures["metrics"].get("levels", [])
+    beside = (figures.get("baseline") or {}).get("metrics", {}).get("levels", [])
     return ResultSection(
         verdict=said,
         rivals=rivals,
+        levels=list(zip(levels, beside or [None] * len(levels), strict=True)),
         intervals=charts.intervals(
             [
                 ("ours", trained, figures["metrics"]),

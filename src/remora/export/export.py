@@ -82,22 +82,29 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
 
 
 def _refuse_other_answer(config: ExportConfig) -> None:
-    """Refuse what is written for models of the other kind of answer.
+    """Refuse what is written for models of the other kind of answer, or without windows.
 
     Raises:
-        ModelError: If the run's labels are classes and the way needs written ones, or the reverse.
+        ModelError: If the run's labels are classes and the way needs written ones, or the reverse;
+            or if another engine would see the first window of a message alone.
     """
     folder = metadata.adapter_folder(config.run)
     if config.merge or not (folder / "remora.json").is_file():
         return
-    if metadata.parse_card(folder).classes:
-        if not config.onnx:
-            (way,) = (way for way in WAYS if getattr(config, way))
-            raise ModelError(
-                f"{config.run} answers by classes, and --{way.replace('_', '-')} is for models "
-                "that write their labels; use --merge or --onnx, or train with --answer words"
-            )
-    elif config.onnx:
+    card = metadata.parse_card(folder)
+    (way,) = (way for way in WAYS if getattr(config, way))
+    if card.truncate == "windows" and not config.compress:
+        raise ModelError(
+            f"{config.run} reads long messages in windows and averages their answers, which the "
+            f"engines that --{way.replace('_', '-')} is for do not; use --merge, or train with "
+            "--truncate both"
+        )
+    if card.classes and not config.onnx:
+        raise ModelError(
+            f"{config.run} answers by classes, and --{way.replace('_', '-')} is for models that "
+            "write their labels; use --merge or --onnx, or train with --answer words"
+        )
+    if config.onnx and not card.classes:
         raise ModelError(
             f"{config.run} writes its labels, and --onnx is for a head over classes; use --gguf, "
             "or train with --answer classes"

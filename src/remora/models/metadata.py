@@ -12,8 +12,10 @@ import remora
 from remora.config import TrainConfig
 from remora.config.checks import Answer
 from remora.data.class_prompt import prompt_class
+from remora.data.cutting import Kept
 from remora.data.label_sets import LabelForm
-from remora.data.prompt import Kept, Prompt, Rendered
+from remora.data.levels import Hierarchy, hierarchy_of
+from remora.data.prompt import Prompt, Rendered
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import gguf, hub, untrusted
@@ -54,6 +56,8 @@ class AdapterCard:
     split_labels_at: str | None = None  # how the training table wrote several labels, if in a text
     label_columns: tuple[str, ...] = ()  # its columns of 0 and 1, if it had those
 
+    label_separator: str = ""  # between the parts of labels that form a hierarchy
+
     @property
     def label_form(self) -> LabelForm:
         """How the training table wrote the labels of a row."""
@@ -64,17 +68,28 @@ class AdapterCard:
     def to_dict(self) -> dict[str, Any]:
         """Return what remora.json holds.
 
-        Fields of GGUF files and columns are there only where there are any; a layout if it is not
-        the tree, what is kept of long messages if it is not their head, an answer if it is not
-        words; what is for several labels a row only where there are several.
+        Fields of GGUF files, columns and a separator are there only where there are any; a layout
+        if it is not the tree, what is kept of long messages if it is not their head, an answer if
+        it is not words; what is for several labels a row only where there are several.
         """
         values = asdict(self)
         optional = {"gguf_sha256", "gguf_quantization", "rendered", "text_columns", "label_column"}
         optional |= {"multi_label", "thresholds", "split_labels_at", "label_columns"}
+        optional |= {"label_separator"}
         for name, usual in (("layout", "tree"), ("truncate", "head"), ("answer", "words")):
             if values[name] == usual:
                 del values[name]
         return {k: v for k, v in values.items() if v or k not in optional}
+
+    @property
+    def hierarchy(self) -> Hierarchy | None:
+        """The hierarchy of the labels, None if they are none."""
+        return hierarchy_of(self.labels, self.label_separator)
+
+    @property
+    def num_upper_levels(self) -> int:
+        """The levels above the labels; 0 if they are no hierarchy."""
+        return self.hierarchy.depth - 1 if self.hierarchy else 0
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -264,6 +279,7 @@ def parse_card(folder: Path) -> AdapterCard:
         raise ModelError(f"{path} is broken ({one_line(error)}); restore it") from error
     texts = [card.base_model, card.base_sha256, card.instruction, card.method, card.remora_version]
     texts += [card.gguf_sha256, card.gguf_quantization, card.label_column, *card.text_columns]
+    texts += [card.label_separator]
     if not (
         all(is_text(text) for text in (*texts, *card.labels))
         and card.method in FOLDERS

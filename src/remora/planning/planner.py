@@ -311,18 +311,19 @@ class Planner:
 
     def _row_tokens(self) -> dict[str, Any]:
         """Return the means over rows of the tokens of their parts, by the names of `Plan`."""
-        rows = self._survey.rows
+        rows, num_rows = self._survey.rows, self._survey.num_rows
+        num_windows = len(rows) / num_rows  # of a row
         prefix = min(common_prefix_length(rows[0].token_ids, row.token_ids) for row in rows)
-        stems = sum(row.answer_start for row in rows) / len(rows)
-        lengths = sum(len(row.token_ids) for row in rows) / len(rows)
+        stems = sum(row.answer_start for row in rows) / num_rows
+        lengths = sum(len(row.token_ids) for row in rows) / num_rows
         padded = sum(
             len(batch) * max(len(row.token_ids) for row in batch) for batch in self._survey.batches
         )
         return {
             "prefix_tokens": prefix,
-            "message_tokens": stems - prefix,
+            "message_tokens": stems - num_windows * prefix,
             "answer_tokens": lengths - stems,
-            "padded_tokens": padded / len(rows),
+            "padded_tokens": padded / num_rows,
         }
 
     def _held_out(self) -> dict[str, Any]:
@@ -332,9 +333,13 @@ class Planner:
         eval_steps = settings.steps_between_evaluations(num_train)
         num_seen = self._examples / len(dataset.labels)
         width = self._model_config.get_text_config().hidden_size
-        tokens = self._row_tokens()
-        evaluated, scored = timing.label_nodes(
-            self._prompt.answers, tokens["answer_tokens"], num_seen * width, settings.tolerance
+        tokens, num_windows = self._row_tokens(), len(self._survey.rows) / self._survey.num_rows
+        answer_tokens = tokens["answer_tokens"] / num_windows
+        evaluated, scored = (
+            num_windows * nodes
+            for nodes in timing.label_nodes(
+                self._prompt.answers, answer_tokens, num_seen * width, settings.tolerance
+            )
         )
         return {
             "num_evaluations": math.ceil(self._num_steps / eval_steps) if num_validation else 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -263,6 +264,7 @@ class ProcessMemory:
         tables = (self._dataset.validation, self._dataset.test)
         num_rows = max(len(table) if table else 0 for table in tables)
         lengths = [len(row.token_ids) for row in self._survey.rows]
+        num_rows = math.ceil(num_rows * len(lengths) / self._survey.num_rows)  # windows
         below = sum(len(answer) for answer in self._prompt.answers)  # all labels of a message
         all_tokens = num_rows * (sum(lengths) // len(lengths) + below)
         tokens = max(*lengths, min(size, all_tokens))

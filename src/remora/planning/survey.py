@@ -17,18 +17,25 @@ from remora.tree.packing import MicroBatch
 MAX_SURVEYED_ROWS = 100_000
 """Rows whose batches are searched for the heaviest one; the rest are taken to be like them."""
 
+CHARACTERS_PER_TOKEN = 4
+"""About as many as in English text."""
+
 
 def effective_batches(
     dataset: Dataset, prompt: Prompt, settings: TrainConfig, num_steps: int
 ) -> list[list[TokenSequence]]:
     """Return the effective batches of a run, or the first ones of a long run."""
     table = dataset.train
-    num_batches = min(num_steps, max(1, MAX_SURVEYED_ROWS // settings.batch_size))
+    most = MAX_SURVEYED_ROWS
+    if prompt.kept == "windows":
+        tokens = sum(map(len, table.texts)) / len(table) / CHARACTERS_PER_TOKEN
+        most = int(most / max(1.0, tokens / prompt.max_length))
+    num_batches = min(num_steps, max(1, most // settings.batch_size))
     chosen = list(splits.batches(len(table), settings.batch_size, num_batches, settings.seed))
     wanted = sorted({index for batch in chosen for index in batch})
-    rows = prompt.rows([table.texts[i] for i in wanted], [table.labels[i] for i in wanted])
-    row_of = dict(zip(wanted, rows, strict=True))
-    return [[row_of[index] for index in batch] for batch in chosen]
+    texts, labels = [table.texts[i] for i in wanted], [table.labels[i] for i in wanted]
+    rows_of = dict(zip(wanted, prompt.rows_by_message(texts, labels), strict=True))
+    return [[row for index in batch for row in rows_of[index]] for batch in chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +57,13 @@ class Survey:
 
     @functools.cached_property
     def rows(self) -> list[TokenSequence]:
-        """The rows of all batches, one after the other."""
+        """The sequences of all batches, one after the other."""
         return [row for batch in self.batches for row in batch]
+
+    @functools.cached_property
+    def num_rows(self) -> int:
+        """The rows of the table that they are of: fewer where long ones are read in windows."""
+        return round(sum(row.weight for row in self.rows))
 
     def trees(self, size: int) -> Iterator[tuple[list[TokenSequence], list[MicroBatch]]]:
         """Yield each batch with its trees of at most `size` tokens."""
@@ -60,7 +72,7 @@ class Survey:
 
     def tree_tokens(self, size: int) -> float:
         """Return the tokens computed for each row in trees of at most `size` tokens."""
-        return self.extremes(size).num_tokens / len(self.rows)
+        return self.extremes(size).num_tokens / self.num_rows
 
     def _find_extremes(self, size: int) -> Extremes:
         """Return the extremes of trees of at most `size` tokens."""

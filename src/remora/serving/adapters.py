@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from remora.data.levels import Hierarchy
 from remora.data.prompt import Prompt
 from remora.errors import ModelError
 from remora.formatting import one_line
@@ -33,6 +34,7 @@ class Generation:
     scorer: Scorer
     text_columns: tuple[str, ...] = ()  # of its training table
     thresholds: tuple[float, ...] = ()  # of labels, where a text may get several
+    hierarchy: Hierarchy | None = None  # of its labels
 
 
 class AdapterSet:
@@ -136,6 +138,7 @@ class AdapterSet:
             scorer=self._scorer(whole, prompt, card),
             text_columns=card.text_columns,
             thresholds=card.thresholds,
+            hierarchy=card.hierarchy,
         )
 
     def _load_adapters(self, base: str | None) -> None:
@@ -225,6 +228,7 @@ class AdapterSet:
             scorer=self._scorer(self._adapted, prompt, copied.card),
             text_columns=copied.card.text_columns,
             thresholds=copied.card.thresholds,
+            hierarchy=copied.card.hierarchy,
         )
 
     def _refuse_missing(self, module: str, folder: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from remora.data.levels import Hierarchy
 from remora.errors import ModelError
 from remora.runtime.device import Precision
 from remora.serving.adapters import AdapterSet, Generation
@@ -47,6 +48,7 @@ class Answer:
     labels: tuple[str, ...]
     probabilities: NDArray[np.float64]  # [texts, labels]
     thresholds: tuple[float, ...] = ()  # of labels, where a text may get several
+    hierarchy: Hierarchy | None = None  # of the labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +248,7 @@ class Engine:
                     labels=generation.labels,
                     probabilities=probabilities[start:end],
                     thresholds=generation.thresholds,
+                    hierarchy=generation.hierarchy,
                 )
             )
             start = end

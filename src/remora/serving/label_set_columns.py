@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from remora.data.label_sets import LabelForm, labels_in
-from remora.serving.prediction_files import Ranked, Writer, free_names
+from remora.serving.prediction_files import Levels, Ranked, Writer, free_names
 
 
 class LabelSetColumns:
@@ -60,7 +60,9 @@ class LabelSetWriter:
     def __init__(self, columns: LabelSetColumns, writer: Writer) -> None:
         self._columns, self._writer = columns, writer
 
-    def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
+    def write(
+        self, values: Sequence[object], ranked: Ranked, answer: str | None, levels: Levels = ()
+    ) -> None:
         """Write a row."""
         self._writer.write([*values, *self._columns.cells(ranked, answer)], [], None)
 

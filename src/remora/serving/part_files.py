@@ -126,6 +126,7 @@ class PartFolder:
         config: PredictConfig,
         columns: Sequence[str],
         schema: Any,
+        num_levels: int = 0,
         advance: Callable[[int], object] = lambda num_rows: None,
     ) -> None:
         """Write the parts that are not there yet.
@@ -137,6 +138,7 @@ class PartFolder:
             config: The settings.
             columns: The input's columns that are kept.
             schema: Their schema of Arrow, None where the format has none.
+            num_levels: Levels above the labels.
             advance: Called with the number of rows that are written now.
 
         Raises:
@@ -147,12 +149,12 @@ class PartFolder:
         while batch is not None:
             source = batch[0]
             began, num_rows, num_withheld = time.monotonic(), 0, 0
-            with self._part(config, columns, schema) as (name, writer):
+            with self._part(config, columns, schema, num_levels) as (name, writer):
                 while batch is not None and batch[0] == source:
                     _, rows, answers = batch
-                    for (_, values), (ranked, answer) in zip(rows, answers, strict=True):
-                        writer.write(values, ranked, answer)
-                        num_withheld += bool(ranked) and answer is None
+                    for (_, values), answer in zip(rows, answers, strict=True):
+                        writer.write(values, *answer)
+                        num_withheld += bool(answer.ranked) and answer.label is None
                     num_rows += len(rows)
                     advance(len(rows))
                     batch, error = _next(answered)
@@ -172,18 +174,18 @@ class PartFolder:
 
     @contextlib.contextmanager
     def _part(
-        self, config: PredictConfig, columns: Sequence[str], schema: Any
+        self, config: PredictConfig, columns: Sequence[str], schema: Any, num_levels: int
     ) -> Iterator[tuple[str, Writer]]:
         """Open the writer of the next part; it is in its place when the context ends."""
         name = f"part-{len(self.journal.parts):05}{self.suffix}"
         if not locations.is_url(self.url):
             path = Path(self._path) / name
-            with open_writer(config, columns, schema, path) as writer:
+            with open_writer(config, columns, schema, path, num_levels) as writer:
                 yield name, writer
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
-            with open_writer(config, columns, schema, path) as writer:
+            with open_writer(config, columns, schema, path, num_levels) as writer:
                 yield name, writer
             with self._writing():
                 self._system.put_file(str(path), f"{self._path}/{name}")

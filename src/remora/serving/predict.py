@@ -15,6 +15,7 @@ from remora.data.parts import ReadOptions, Remarks
 from remora.data.table import Stream, open_stream, read_table
 from remora.errors import ConfigError, DataError
 from remora.evaluation import calibration, multi_label, predictions
+from remora.evaluation.level_metrics import with_levels
 from remora.evaluation.metrics import Metrics
 from remora.models.metadata import AdapterCard
 from remora.models.saved import open_trained
@@ -37,7 +38,7 @@ def predict_stream(config: PredictConfig) -> Iterator[tuple[str, Ranked]]:
     predictor = Predictor.of(config)
     stream = _open_source(config, predictor, Remarks())
     for batch in _answered(config, predictor, stream):
-        yield from ((text, ranked) for text, _, (ranked, _) in batch if text is not None)
+        yield from ((text, answer.ranked) for text, _, answer in batch if text is not None)
 
 
 def write_predictions(
@@ -65,13 +66,13 @@ def write_predictions(
     with _writer(config, predictor, stream, config.output or output) as writer:
         batch: list[tuple[str | None, list[object], Answer]] | None = first
         while batch is not None:
-            for _, values, (ranked, answer) in batch:
-                writer.write(values, ranked, answer)
+            for _, values, answer in batch:
+                writer.write(values, *answer)
                 num_rows += 1
-                num_withheld += bool(ranked) and answer is None
+                num_withheld += bool(answer.ranked) and answer.label is None
             writer.flush()
             batch = next(answered, None)
-    for line in remarks.lines():
+    for line in (*remarks.lines(), *predictor.remarks()):
         say(line)
     if predictor.threshold is not None:
         say(withheld(num_withheld, num_rows, predictor.threshold))
@@ -84,7 +85,8 @@ def _writer(
     """Open what writes predictions, of one label a row or several."""
     card = predictor.trained.card
     if not card.multi_label:
-        with open_writer(config, stream.columns, stream.schema, output) as writer:
+        num_levels = card.num_upper_levels
+        with open_writer(config, stream.columns, stream.schema, output, num_levels) as writer:
             yield writer
         return
     columns = LabelSetColumns(card.labels, card.label_form, stream.columns)
@@ -194,13 +196,16 @@ def evaluate_adapter(
         abstain_at_accuracy=config.abstain_at_accuracy,
         out_of_scope=None if outside is None else scorer.probabilities(outside),
     )
+    if scorer.told_windows:
+        reporter.say(scorer.told_windows)
+    given = multi_label.labels_given(scored, labels)
     if config.predictions is not None:
-        given = multi_label.labels_given(scored, labels)
         confidence = scored.confidence.tolist()
         predictions.write_predictions(
             config.predictions, table.texts, table.labels, given, confidence
         )
-    return multi_label.measured(scored, table, labels), reliability
+    metrics = multi_label.measured(scored, table, labels)
+    return with_levels(metrics, card.hierarchy, table.labels, given), reliability
 
 
 def _refuse_confidence(config: EvalConfig, card: AdapterCard) -> None:

@@ -21,16 +21,23 @@ Ranked = list[tuple[str, float]]
 """The likeliest labels of a text with their probabilities; none for a blank text."""
 
 
+Levels = Sequence[tuple[str | None, float]]
+"""The levels above the likeliest label with their probabilities, None where one is withheld."""
+
+
 class Writer(Protocol):
     """Writes predictions one by one."""
 
-    def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
+    def write(
+        self, values: Sequence[object], ranked: Ranked, answer: str | None, levels: Levels = ()
+    ) -> None:
         """Write a row.
 
         Args:
             values: The input's columns.
             ranked: The likeliest labels.
             answer: The label that is given, None where it is withheld.
+            levels: The levels above the likeliest label; none of a blank text.
         """
 
     def flush(self) -> None:
@@ -63,6 +70,7 @@ def open_writer(
     columns: Sequence[str],
     schema: Any,
     output: str | Path | TextIO,
+    num_levels: int = 0,
     *,
     are_whole: bool = False,
 ) -> Iterator[Writer]:
@@ -73,6 +81,7 @@ def open_writer(
         columns: The input's columns that are kept.
         schema: Their schema of Arrow, None where the format has none.
         output: A file's name, or where to write CSV or JSON lines.
+        num_levels: Levels above the labels.
         are_whole: Whether the predictions are among the columns already.
 
     Raises:
@@ -80,7 +89,7 @@ def open_writer(
         ResourceError: If the disk fails.
     """
     abstains = config.threshold is not None or config.abstain_at_accuracy is not None
-    top_k = 0 if are_whole else config.top_k
+    names = [] if are_whole else predicted_names(config.top_k, num_levels)
     suffix = ".jsonl" if config.json else ".csv"
     with contextlib.ExitStack() as stack:
         writer: Writer
@@ -92,11 +101,11 @@ def open_writer(
                     temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="")
                 )
         if isinstance(output, str | Path):
-            writer = ParquetWriter(temporary, columns, top_k, schema)
+            writer = ParquetWriter(temporary, columns, names, schema)
         elif suffix == ".jsonl":
             writer = JsonWriter(output, columns, abstains=abstains, are_whole=are_whole)
         else:
-            writer = CsvWriter(output, columns, top_k, safe=config.spreadsheet_safe)
+            writer = CsvWriter(output, columns, names, safe=config.spreadsheet_safe)
         yield writer
         writer.close()
 
@@ -109,38 +118,45 @@ def free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
     return [f"{prefix}{name}" for name in wanted]
 
 
-def ranked_names(top_k: int) -> list[str]:
-    """Return the names of the columns of labels and probabilities."""
-    if not top_k:
-        return []
+def predicted_names(top_k: int, num_levels: int = 0) -> list[str]:
+    """Return the names of the columns of labels and levels, each before its probability."""
     more = [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("label", "probability")]
-    return ["label", "probability", *more]
+    levels = [f"level_{k}{end}" for k in range(1, num_levels + 1) for end in ("", "_probability")]
+    return ["label", "probability", *more, *levels]
+
+
+def predicted_cells(ranked: Ranked, answer: str | None, levels: Levels) -> list[object]:
+    """Return the cells of these columns, None for what is withheld; none of a blank text."""
+    given = [(label if place else answer, p) for place, (label, p) in enumerate(ranked)]
+    return [cell for pair in (*given, *levels) for cell in pair]
 
 
 class CsvWriter:
     """Writes CSV: the input's columns, then the labels with their probabilities."""
 
     def __init__(
-        self, output: TextIO, columns: Sequence[str], top_k: int, *, safe: bool = False
+        self, output: TextIO, columns: Sequence[str], names: Sequence[str], *, safe: bool = False
     ) -> None:
         """Write the header.
 
         Args:
             output: Where to write.
             columns: Those of the input.
-            top_k: Labels of each row.
+            names: Those of the predictions.
             safe: Whether to escape cells that a spreadsheet would run as formulas.
         """
-        self._output, self._top_k, self._safe = output, top_k, safe
+        self._output, self._num_names, self._safe = output, len(names), safe
         self._writer = csv.writer(output, lineterminator="\n")
-        self._put([*columns, *free_names(ranked_names(top_k), columns)])
+        self._put([*columns, *free_names(names, columns)])
 
-    def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
+    def write(
+        self, values: Sequence[object], ranked: Ranked, answer: str | None, levels: Levels = ()
+    ) -> None:
         """Write a row; a withheld label is an empty cell."""
         cells = [_cell(value) for value in values]
-        for place, (label, probability) in enumerate(ranked):
-            cells += [label if place or answer is not None else "", f"{probability:.6f}"]
-        self._put(cells + [""] * (2 * (self._top_k - len(ranked))))
+        found = predicted_cells(ranked, answer, levels)
+        cells += [f"{each:.6f}" if isinstance(each, float) else _cell(each) for each in found]
+        self._put(cells + [""] * (self._num_names - len(found)))
 
     def _put(self, cells: list[str]) -> None:
         self._writer.writerow(map(escape_formula, cells) if self._safe else cells)
@@ -169,15 +185,20 @@ class JsonWriter:
         """
         self._output, self._columns, self._abstains = output, list(columns), abstains
         self._are_whole = are_whole
-        self._labels, self._abstained = free_names(["labels", "abstained"], columns)
+        names = ["labels", "abstained", "levels"]
+        self._labels, self._abstained, self._levels = free_names(names, columns)
 
-    def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
+    def write(
+        self, values: Sequence[object], ranked: Ranked, answer: str | None, levels: Levels = ()
+    ) -> None:
         """Write a row."""
         record: dict[str, object] = dict(zip(self._columns, values, strict=True))
         if self._are_whole:
             self._put(record)
             return
-        record[self._labels] = [{"label": label, "probability": round(p, 6)} for label, p in ranked]
+        record[self._labels] = _probable(ranked)
+        if levels:
+            record[self._levels] = _probable(levels)
         if self._abstains:
             record[self._abstained] = answer is None
         self._put(record)
@@ -196,26 +217,28 @@ class JsonWriter:
 class ParquetWriter:
     """Writes Parquet: the input's columns with their types, then labels and probabilities."""
 
-    def __init__(self, path: Path, columns: Sequence[str], top_k: int, schema: Any = None) -> None:
+    def __init__(
+        self, path: Path, columns: Sequence[str], names: Sequence[str], schema: Any = None
+    ) -> None:
         """Name the columns.
 
         Args:
             path: The file.
             columns: Those of the input.
-            top_k: Labels of each row.
+            names: Those of the predictions: labels, each before its probability.
             schema: The input's schema of Arrow; by default types are those of the first rows.
         """
-        self._path, self._columns, self._top_k, self._schema = path, list(columns), top_k, schema
-        self._names = [*columns, *free_names(ranked_names(top_k), columns)]
+        self._path, self._columns, self._schema = path, list(columns), schema
+        self._names = [*columns, *free_names(names, columns)]
         self._rows: list[list[object]] = []
         self._file: Any = None
 
-    def write(self, values: Sequence[object], ranked: Ranked, answer: str | None) -> None:
+    def write(
+        self, values: Sequence[object], ranked: Ranked, answer: str | None, levels: Levels = ()
+    ) -> None:
         """Keep a row, and write a group of them when there are enough; a withheld label is null."""
-        cells: list[object] = list(values)
-        for place, (label, probability) in enumerate(ranked):
-            cells += [label if place or answer is not None else None, probability]
-        self._rows.append(cells + [None] * (2 * (self._top_k - len(ranked))))
+        cells = [*values, *predicted_cells(ranked, answer, levels)]
+        self._rows.append(cells + [None] * (len(self._names) - len(cells)))
         if len(self._rows) == ROW_GROUP_ROWS:
             self._write_group()
 
@@ -253,9 +276,8 @@ class ParquetWriter:
     def _full_schema(self, pyarrow: Any, columns: Sequence[Sequence[object]]) -> Any:
         """Return the schema of the file."""
         schema = input_schema(self._columns, columns, self._schema)
-        for name in self._names[len(self._columns) :]:
-            is_label = "label" in name.removeprefix("predicted_").split("_")
-            kind = pyarrow.string() if is_label else pyarrow.float64()
+        for place, name in enumerate(self._names[len(self._columns) :]):
+            kind = pyarrow.float64() if place % 2 else pyarrow.string()
             schema = schema.append(pyarrow.field(name, kind))
         return schema
 
@@ -279,6 +301,11 @@ def input_schema(names: Sequence[str], columns: Sequence[Sequence[object]], give
         text = pyarrow.types.is_null(kind) or pyarrow.types.is_dictionary(kind)
         fields.append((name, pyarrow.string() if text else kind))
     return pyarrow.schema(fields)
+
+
+def _probable(ranked: Levels) -> list[dict[str, object]]:
+    """Return labels and their probabilities as JSON holds them."""
+    return [{"label": label, "probability": round(p, 6)} for label, p in ranked]
 
 
 def _cell(value: object) -> str:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from remora.config import PredictConfig
 from remora.data.columns import choose_text
 from remora.data.label_sets import set_text
+from remora.data.levels import Hierarchy
 from remora.data.parts import PEEKED_ROWS
 from remora.data.table import message, named
 from remora.data.values import is_blank
@@ -29,7 +30,13 @@ from remora.models import metadata
 from remora.models.metadata import AdapterCard
 from remora.models.saved import Trained, open_trained
 from remora.serving.label_set_columns import LabelSetColumns
-from remora.serving.prediction_files import Ranked, free_names, ranked_names
+from remora.serving.prediction_files import (
+    Levels,
+    Ranked,
+    free_names,
+    predicted_cells,
+    predicted_names,
+)
 from remora.tree.scoring import Scorer
 
 BATCH_ROWS = 64
@@ -46,8 +53,13 @@ SETTINGS = {
 }
 """The settings of `remora predict` that `Predictor` takes by name."""
 
-Answer: TypeAlias = "tuple[Ranked, str | None]"
-"""The likeliest labels of a message, none for a blank one, and the one given, None if withheld."""
+
+class Answer(NamedTuple):
+    """What is said of one message."""
+
+    ranked: Ranked  # the likeliest labels, none for a blank message
+    label: str | None  # the one given, None if withheld
+    levels: Levels = ()  # those above the likeliest label, the first one first
 
 
 def rank_given(
@@ -89,6 +101,33 @@ def rank(labels: Sequence[str], probabilities: NDArray[np.float64], top_k: int =
         [(labels[i], float(row[i])) for i in best]
         for row, best in zip(probabilities, order, strict=True)
     ]
+
+
+def levels_above(
+    hierarchy: Hierarchy | None, probabilities: NDArray[np.float64], threshold: float | None = None
+) -> list[Levels]:
+    """Return the levels above the likeliest label of each message, with their probabilities.
+
+    A level's probability is the sum over all labels below it, so that the upper levels of a message
+    may be sure where its label is not.
+
+    Args:
+        hierarchy: That of the labels; None for no levels.
+        probabilities: Of each label for each message, [messages, labels].
+        threshold: The probability below which a level is withheld, as labels are.
+    """
+    if hierarchy is None:
+        return [() for _ in probabilities]
+    found: list[list[tuple[str | None, float]]] = [[] for _ in probabilities]
+    for level in range(1, hierarchy.depth):
+        names = hierarchy.names(level)
+        nodes = hierarchy.places(level)[probabilities.argmax(1)]
+        of_nodes = hierarchy.probabilities(level, probabilities)
+        for row, node in enumerate(nodes):
+            share = min(1.0, float(of_nodes[row, node]))
+            sure = threshold is None or share >= threshold
+            found[row].append((names[node] if sure else None, share))
+    return list(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +219,11 @@ class Predictor:
         """The probability below which a message gets no label, None if all get one."""
         return self._open().threshold
 
+    def remarks(self) -> list[str]:
+        """Return sentences on the messages so far: how many were read in windows."""
+        told = self._opened and self._opened.scorer.told_windows
+        return [told] if told else []
+
     def open(self) -> None:
         """Load the model, if it is not; raises RemoraError."""
         self._open()
@@ -196,26 +240,31 @@ class Predictor:
         for start in range(0, len(texts), BATCH_ROWS):
             batch = texts[start : start + BATCH_ROWS]
             asked = [text for text in batch if text is not None]
+            probabilities = opened.scorer.probabilities(asked)
             if opened.thresholds:
-                probabilities = opened.scorer.probabilities(asked)
                 sets = iter(rank_given(labels, probabilities, opened.thresholds, top_k))
-                found += [([], None) if text is None else next(sets) for text in batch]
+                found += [
+                    Answer([], None) if text is None else Answer(*next(sets)) for text in batch
+                ]
                 continue
-            ranked = iter(rank(labels, opened.scorer.probabilities(asked), top_k))
+            levels = levels_above(opened.trained.card.hierarchy, probabilities, opened.threshold)
+            scored = zip(rank(labels, probabilities, top_k), levels, strict=True)
             for text in batch:
-                likeliest = [] if text is None else next(ranked)
+                likeliest, above = ([], ()) if text is None else next(scored)
                 sure = bool(likeliest) and (
                     opened.threshold is None or likeliest[0][1] >= opened.threshold
                 )
-                found.append((likeliest, likeliest[0][0] if sure else None))
+                found.append(Answer(likeliest, likeliest[0][0] if sure else None, above))
         return found
 
     def __call__(self, batch: Any) -> Any:
         """Return a batch with the columns `label` and `probability` beside its own.
 
-        With `top_k`, also `label_2`, `probability_2` and so on. Names that the batch has get
-        `predicted_` before them. A blank message gets no label, and a withheld label is missing.
-        Where a message may have several labels, the columns are those of `LabelSetColumns`.
+        With `top_k`, also `label_2`, `probability_2` and so on; with labels that form a hierarchy,
+        `level_1`, `level_1_probability` and so on for the levels above them. Names that the batch
+        has get `predicted_` before them. A blank message gets no label, and a withheld label is
+        missing. Where a message may have several labels, the columns are those of
+        `LabelSetColumns`.
 
         Args:
             batch: A dict of columns (arrays or lists), a pandas DataFrame, or a pyarrow Table.
@@ -231,16 +280,13 @@ class Predictor:
         card = self.trained.card
         if card.multi_label:
             of_sets = LabelSetColumns(card.labels, card.label_form, _names(batch))
-            rows = [of_sets.cells(*answer) for answer in answers]
+            rows = [of_sets.cells(answer.ranked, answer.label) for answer in answers]
             found = list(zip(*rows, strict=True)) or [()] * len(of_sets.names)
             return _with_sets(batch, of_sets, found)
-        names = free_names(ranked_names(self.config.top_k), _names(batch))
-        columns: dict[str, list[Any]] = {}
-        for place in range(self.config.top_k):
-            likeliest = [ranked[place] if ranked else (None, None) for ranked, _ in answers]
-            labels = [label for label, _ in likeliest] if place else [label for _, label in answers]
-            columns[names[2 * place]] = labels
-            columns[names[2 * place + 1]] = [probability for _, probability in likeliest]
+        wanted = predicted_names(self.config.top_k, card.num_upper_levels)
+        names = free_names(wanted, _names(batch))
+        cells = [predicted_cells(*answer) or [None] * len(names) for answer in answers]
+        columns = {name: [row[place] for row in cells] for place, name in enumerate(names)}
         return _beside(batch, columns)
 
     def _open(self) -> _Opened:

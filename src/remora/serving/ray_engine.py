@@ -106,7 +106,8 @@ def write_parts(config: PredictConfig, reporter: Reporter | None = None) -> None
                 stop.check,
             )
             progress = _Progress(reporter, room.num_workers)
-            folder.write(_with_rows(answered), config, columns, schema, progress.advance)
+            shape = columns, schema, card.num_upper_levels
+            folder.write(_with_rows(answered), config, *shape, progress.advance)
             folder.finish()
 
     # What is worth a line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import prometheus_client
@@ -16,8 +17,7 @@ from remora.models.metadata import is_text
 from remora.runtime import memory
 from remora.serving.engine import Answer, QueueFullError
 from remora.serving.limits import FULL, RefusedError, StrictRoute, busy
-from remora.serving.prediction_files import Ranked
-from remora.serving.predictor import rank, rank_given
+from remora.serving.predictor import levels_above, rank, rank_given
 from remora.serving.schemas import (
     Adapters,
     AdapterState,
@@ -71,15 +71,17 @@ async def classify(body: Classify, state: SharedState) -> Classified:
             for ranked, text in given
         ]
         return Classified(adapter=name, sha256=answer.sha256, results=results)
+    ranked = rank(answer.labels, answer.probabilities, body.top_k)
+    levels = levels_above(answer.hierarchy, answer.probabilities)
     results = [
-        Result(labels=_labels(ranked))
-        for ranked in rank(answer.labels, answer.probabilities, body.top_k)
+        Result(labels=_labels(best), levels=_labels(above) or None)
+        for best, above in zip(ranked, levels, strict=True)
     ]
     return Classified(adapter=name, sha256=answer.sha256, results=results)
 
 
-def _labels(ranked: Ranked) -> list[Label]:
-    return [Label(label=label, probability=round(p, 6)) for label, p in ranked]
+def _labels(ranked: Sequence[tuple[str | None, float]]) -> list[Label]:
+    return [Label(label=label or "", probability=round(p, 6)) for label, p in ranked]
 
 
 @router.get("/v1/labels", responses=problems(404, 422))

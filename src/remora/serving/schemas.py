@@ -42,6 +42,11 @@ class Result(BaseModel):
         description="Where a message may have several labels, or none: those that it is given, by "
         "the threshold of each. They are all among `labels`.",
     )
+    levels: list[Label] | None = Field(
+        default=None,
+        description="Where labels form a hierarchy, the levels above the likeliest one, the first "
+        "one first; each has the probability of all labels below it.",
+    )
 
 
 class Classified(BaseModel):

@@ -15,6 +15,7 @@ from remora.errors import DataError
 from remora.evaluation import calibration, report
 from remora.evaluation.baselines import Baseline, train_baseline, train_set_baseline
 from remora.evaluation.calibration import Reliability
+from remora.evaluation.level_metrics import with_levels
 from remora.evaluation.metrics import Metrics
 from remora.evaluation.multi_label import labels_given, measured
 from remora.evaluation.predictions import (
@@ -148,6 +149,12 @@ def conclude(
     predicted = labels_given(scores[measured_on], dataset.labels)
     baseline = train_svm(dataset, held_out, config.seed) if svm else None
     # Figures
+    true, hierarchy = held_out.labels, session.card.hierarchy
+    metrics = measured(scores[measured_on], held_out, dataset.labels)
+    metrics = with_levels(metrics, hierarchy, true, predicted)
+    if baseline:
+        theirs = with_levels(baseline.metrics, hierarchy, true, baseline.predictions)
+        baseline = replace(baseline, metrics=theirs)
     weights = metadata.adapter_folder(directory)
     if isinstance(scores[measured_on], ScoredSets):
         metadata.set_thresholds(weights, scores[measured_on].thresholds.tolist())
@@ -155,12 +162,12 @@ def conclude(
         directory=directory,
         method=config.method,
         measured_on=measured_on,
-        metrics=measured(scores[measured_on], held_out, dataset.labels),
+        metrics=metrics,
         reliability=calibration.assess(
             scores[measured_on], scores.get("validation") if measured_on == "test" else None
         ),
         baseline=baseline,
-        p_value=(mcnemar(held_out.labels, predicted, baseline.predictions) if baseline else None),
+        p_value=(mcnemar(true, predicted, baseline.predictions) if baseline else None),
         parameters=session.parameters,
         adapter_bytes=files.folder_bytes(weights, "*.safetensors"),
         base_bytes=files.folder_bytes(session.base_folder, "*.safetensors"),

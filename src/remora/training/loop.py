@@ -283,10 +283,13 @@ def _step(session: Session, state: _State, chosen: Sequence[int]) -> Step:
     """Take one optimizer step on some training rows: forward, backward, clip, step."""
     progress, group, accelerator = state.progress, session.group, session.accelerator
     texts, labels = session.dataset.train.texts, session.dataset.train.labels
-    batch = session.prompt.rows([texts[i] for i in chosen], [labels[i] for i in chosen])
-    if state.weights:
-        weights = [state.weights[labels[i]] for i in chosen]
-        batch = [row._replace(weight=w) for row, w in zip(batch, weights, strict=True)]
+    rows = session.prompt.rows_by_message([texts[i] for i in chosen], [labels[i] for i in chosen])
+    weights = [state.weights[labels[i]] if state.weights else 1.0 for i in chosen]
+    batch = [
+        row._replace(weight=weight * row.weight)
+        for windows, weight in zip(rows, weights, strict=True)
+        for row in windows
+    ]
     # Gradients, summed over micro-batches and processes
     began = time.perf_counter()
     session.model.train()
@@ -308,7 +311,7 @@ def _step(session: Session, state: _State, chosen: Sequence[int]) -> Step:
     state.optimizer.zero_grad()
     # Figures
     progress.step += 1
-    progress.speed.add(len(batch), num_supervised, time.perf_counter() - began, own_seconds)
+    progress.speed.add(len(chosen), num_supervised, time.perf_counter() - began, own_seconds)
     peak = memory.peak_bytes(state.device)
     progress.peak_bytes = max(progress.peak_bytes, peak)
     return Step(

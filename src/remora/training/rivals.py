@@ -30,7 +30,7 @@ from remora.training.session import Session
 from remora.training.trainable import as_base
 from remora.tree import features
 from remora.tree.forward import text_config
-from remora.tree.scoring import BATCH_ROWS
+from remora.tree.scoring import BATCH_ROWS, pooled
 
 SHARE = 0.1
 """Share of a run's time that zero-shot and probe may take together, by `auto`."""
@@ -341,7 +341,8 @@ def _features(
     most = _fitting_rows(session, chosen.probe_rows, len(measured))
     rows = splits.sample_rows(train.labels, most, seed)
     texts = [*(train.texts[i] for i in rows), *(held_out.texts[i] for i in measured)]
-    stems = [tuple(stem) for stem in session.prompt.stems(texts)]
+    windows = session.prompt.windows(texts)
+    stems = [tuple(stem) for own in windows for stem in own]
     path = directory / features.FEATURES
     key = features.key(session.card.base_sha256, session.card.method)
     kept = features.read(path, stems, key) if group.is_first else features.NONE
@@ -356,11 +357,12 @@ def _features(
     if not group.is_first:
         return None
     states = np.concatenate(found)
+    of_rows = pooled(states[:, 0], list(map(len, windows)))
     if not are_kept:
         with files.optional(features.FEATURES, session.reporter.say):
             features.write(path, stems, states, key, seconds)
     return ProbeFeatures(
-        train_rows=rows, held_out_rows=measured, states=states[:, 0].copy(), seconds=seconds
+        train_rows=rows, held_out_rows=measured, states=of_rows.copy(), seconds=seconds
     )
 
 

@@ -13,15 +13,17 @@ from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
+from remora.formatting import listed
 from remora.models import gguf, hub, loading, lora, metadata
 from remora.planning import plan
 from remora.runtime import sharding
 from remora.runtime.device import Precision
 from remora.training import warm_start
 from remora.tree.forward import text_config
+from remora.tree.label_search import nodes_not_in_trie
 
 KEPT = {
-    "head": "their beginning is kept (--truncate tail or both keeps other parts)",
+    "head": "their beginning is kept (--truncate tail or both keeps other parts, windows all)",
     "tail": "their end is kept",
     "both": "beginning and end are kept, half from each",
 }
@@ -68,6 +70,7 @@ def load_trainable(
         label_texts=prompt.label_texts,
         max_length=prompt.max_length,
         truncate=prompt.kept,
+        label_separator=config.label_separator or "",
         method=config.method,
         answer=config.answer or "words",
         gguf_sha256=base_hash.gguf_sha256,
@@ -160,9 +163,27 @@ def introduce(
             "this tokenizer cannot encode all labels as they are; they are written with spaces, "
             f"{label} as {text!r}"
         )
-    for what, table in (("training", dataset.train), ("test", dataset.test)):
-        if table is not None and (cut := prompt.count_cut(table.texts)):
+    if card.hierarchy and not prompt.classes:
+        missing = nodes_not_in_trie(prompt.answers, card.hierarchy)
+        if missing:
             yield (
-                f"{cut:,} of {len(table):,} {what} messages are longer than "
-                f"{prompt.max_length} tokens and are truncated: {KEPT[prompt.kept]}"
+                f"this tokenizer's tokens do not follow the levels below {listed(missing)}: as "
+                "exact, but slower; a separator such as ' > ', or --label-texts, changes that"
             )
+    for what, table in (("training", dataset.train), ("test", dataset.test)):
+        if table is not None:
+            yield from told_cut(prompt, table.texts, what)
+
+
+def told_cut(prompt: Prompt, messages: Sequence[str], what: str) -> Iterator[str]:
+    """Yield a sentence on messages that are too long, if any are."""
+    in_windows = prompt.kept == "windows"
+    cut, num_windows = (
+        prompt.count_windows(messages) if in_windows else (prompt.count_cut(messages), 0)
+    )
+    longer = f"{cut:,} of {len(messages):,} {what} messages are longer than {prompt.max_length}"
+    if cut and in_windows:
+        each = num_windows / cut
+        yield f"{longer} tokens and are read in {num_windows:,} windows, {each:.1f} each"
+    elif cut:
+        yield f"{longer} tokens and are truncated: {KEPT[prompt.kept]}"

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from remora.data.levels import Hierarchy
 from remora.data.prompt import Prompt
 from remora.runtime import memory
 
@@ -197,6 +198,30 @@ def trie(answers: Sequence[Sequence[int]]) -> Node:
             node.labels_below.append(label)
         node.label = label
     return root
+
+
+def nodes_not_in_trie(answers: Sequence[Sequence[int]], hierarchy: Hierarchy) -> list[str]:
+    """Return the nodes of a hierarchy whose labels are not all those below a node of the trie.
+
+    None are where a token ends between the parts of each label, as with ` > ` in byte-level
+    tokenizers. Then the search bounds and prunes whole levels at once. Elsewhere labels share fewer
+    tokens; probabilities stay as exact. A label that is itself the parent of others ends above.
+    """
+    found = {frozenset(range(len(answers)))}
+    open_nodes = [trie(answers)]
+    while open_nodes:
+        node = open_nodes.pop()
+        found.add(frozenset(node.labels_below))
+        open_nodes += node.children.values()
+    missing = []
+    for level in range(1, hierarchy.depth):
+        places = hierarchy.places(level)
+        for node_place, name in enumerate(hierarchy.names(level)):
+            labels = np.flatnonzero(places == node_place).tolist()
+            below = frozenset(i for i in labels if len(hierarchy.paths[i]) > level)
+            if len(below) > 1 and below not in found:
+                missing.append(name)
+    return missing
 
 
 Asked: TypeAlias = "tuple[tuple[int, ...], int | None]"

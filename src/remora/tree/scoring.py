@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,25 @@ Advance: TypeAlias = Callable[[int], object]
 
 def ignore(num_done: int) -> None:
     """Do nothing with the number of messages that are done."""
+
+
+def pooled(of_windows: NDArray[Any], num_windows: Sequence[int]) -> NDArray[Any]:
+    """Return the means over the windows of each message, [messages, ...].
+
+    Of probabilities, the mean is as near to its value with every label explored as they are, and a
+    window without a clue, whose labels are about equally likely, changes no order of labels.
+
+    Args:
+        of_windows: What is found for each window, [windows, ...].
+        num_windows: Windows of each message.
+    """
+    if len(num_windows) == len(of_windows):
+        return of_windows
+    begin = np.cumsum([0, *num_windows[:-1]])
+    sums = np.add.reduceat(of_windows, begin, axis=0, dtype=np.float64)
+    count = np.array(num_windows).reshape(-1, *[1] * (of_windows.ndim - 1))
+    result: NDArray[Any] = (sums / count).astype(of_windows.dtype)
+    return result
 
 
 def most_kept(vocabulary: int) -> int:
@@ -89,6 +108,7 @@ class Scorer:
         self.tolerance = tolerance
         self.autocast = autocast
         self.limit_bytes = limit_bytes
+        self.num_cut = self.num_windows = 0  # messages read in windows, and these
         kind = TreeSearch if (layout or layouts.of(model)) == "tree" else RowSearch
         self._searching = kind(
             model=model,
@@ -137,8 +157,10 @@ class Scorer:
             yield batch, self._score(batch, advance)
 
     def _score(self, messages: Sequence[str], advance: Advance) -> NDArray[np.float64]:
-        searches = self._searched([(stem, None) for stem in self._stems(messages)], advance)
-        return np.stack([search.probabilities() for search in searches])
+        windows = self._windows(messages)
+        searches = self._searched([(stem, None) for stems in windows for stem in stems], advance)
+        found = np.stack([search.probabilities() for search in searches])
+        return pooled(found, list(map(len, windows)))
 
     def evaluate(
         self, messages: Sequence[str], labels: Sequence[int], advance: Advance = ignore
@@ -146,20 +168,50 @@ class Scorer:
         """Return whether each message is classified correctly, and its loss in nats, [messages].
 
         Exact, for about the tokens of the messages with their labels. The loss is the cross entropy
-        of the label's tokens, as in training, summed.
+        of the label's tokens, as in training, summed. A message that is read in windows is judged
+        by its averaged probabilities, within `tolerance` as those are, and so is its loss.
 
         Args:
             messages: The messages.
             labels: The true labels, as indices into the label set.
             advance: Called with the number of messages that are done now.
         """
-        asked = list(zip(self._stems(messages), labels, strict=True))
-        searches = cast("list[TrueLabelSearch]", self._searched(asked, advance))
-        correct = np.array([search.is_correct for search in searches], dtype=np.bool_)
-        return correct, np.array([search.loss for search in searches])
+        windows = self._windows(messages)
+        asked = [
+            (stem, None if len(stems) > 1 else label)
+            for stems, label in zip(windows, labels, strict=True)
+            for stem in stems
+        ]
+        searches = iter(self._searched(asked, advance))
+        correct, losses = [], []
+        for stems, label in zip(windows, labels, strict=True):
+            own = [next(searches) for _ in stems]
+            if isinstance(own[0], TrueLabelSearch):
+                correct.append(own[0].is_correct)
+                losses.append(own[0].loss)
+                continue
+            (row,) = pooled(np.stack([search.probabilities() for search in own]), [len(own)])
+            correct.append(int(row.argmax()) == label)
+            losses.append(-float(np.log(max(row[label], np.finfo(np.float64).tiny))))
+        return np.array(correct, dtype=np.bool_), np.array(losses)
 
-    def _stems(self, messages: Sequence[str]) -> list[Stem]:
-        return [tuple(stem) for stem in self.prompt.stems(messages)]
+    def _windows(self, messages: Sequence[str]) -> list[list[Stem]]:
+        """Return the stems of each message, and count those that are read in several windows."""
+        windows = [[tuple(stem) for stem in stems] for stems in self.prompt.windows(messages)]
+        several = [len(stems) for stems in windows if len(stems) > 1]
+        self.num_cut += len(several)
+        self.num_windows += sum(several)
+        return windows
+
+    @property
+    def told_windows(self) -> str | None:
+        """A sentence on the messages that were read in windows so far; None if none were."""
+        if not self.num_cut:
+            return None
+        return (
+            f"{self.num_cut:,} messages are longer than {self.prompt.max_length:,} tokens and were "
+            f"read in {self.num_windows:,} windows, {self.num_windows / self.num_cut:.1f} each"
+        )
 
     @torch.inference_mode()
     def _searched(self, asked: Sequence[Asked], advance: Advance) -> list[Search]:
