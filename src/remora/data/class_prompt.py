@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from remora.config.checks import Answer
 from remora.data.label_sets import labels_in
@@ -26,8 +26,10 @@ class ClassPrompt(Prompt):
         """None: a sequence ends with its prompt."""
         return 0
 
-    def _row(self, stem: list[int], label: int, weight: float) -> TokenSequence:
-        return TokenSequence(stem, len(stem), weight, class_index=label)
+    def _row(
+        self, stem: list[int], label: str, place: Mapping[str, int], weight: float
+    ) -> TokenSequence:
+        return TokenSequence(stem, len(stem), weight, class_index=place[label])
 
     def _find_answers(
         self, opening: str, ending: str, written: Sequence[str]
@@ -55,13 +57,11 @@ class LabelSetPrompt(ClassPrompt):
         """Whether each label is scored by itself."""
         return True
 
-    def rows(self, messages: Sequence[str], labels: Sequence[str]) -> list[TokenSequence]:
-        """Return the sequences to train on, one for each message and its set of labels."""
-        place = {label: index for index, label in enumerate(self.labels)}
-        return [
-            TokenSequence(stem, len(stem), class_set=tuple(place[x] for x in labels_in(text)))
-            for stem, text in zip(self.stems(messages), labels, strict=True)
-        ]
+    def _row(
+        self, stem: list[int], label: str, place: Mapping[str, int], weight: float
+    ) -> TokenSequence:
+        classes = tuple(place[each] for each in labels_in(label))
+        return TokenSequence(stem, len(stem), weight, class_set=classes)
 
 
 def prompt_class(answer: Answer | None, *, multi_label: bool) -> type[Prompt]:

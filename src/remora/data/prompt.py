@@ -278,12 +278,14 @@ class Prompt:
         """Return the same as `rows`, those of each message together."""
         place = {label: index for index, label in enumerate(self.labels)}
         return [
-            [self._row(stem, place[label], 1 / len(stems)) for stem in stems]
+            [self._row(stem, label, place, 1 / len(stems)) for stem in stems]
             for stems, label in zip(self.windows(messages), labels, strict=True)
         ]
 
-    def _row(self, stem: list[int], label: int, weight: float) -> TokenSequence:
-        return TokenSequence([*stem, *self.answers[label]], len(stem), weight)
+    def _row(
+        self, stem: list[int], label: str, place: Mapping[str, int], weight: float
+    ) -> TokenSequence:
+        return TokenSequence([*stem, *self.answers[place[label]]], len(stem), weight)
 
     def count_cut(self, messages: Sequence[str], batch_size: int = 1024) -> int:
         """Return how many messages are too long and will be truncated."""
