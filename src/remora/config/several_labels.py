@@ -72,6 +72,7 @@ def settled(settings: Settings, *, is_multi_label: bool) -> Settings:
         "learning_curve": settings.learning_curve is not None,
         "start_from": settings.start_from is not None,
         "corrections": settings.corrections is not None,
+        "label_separator": bool(settings.label_separator),
         "the baseline probe": "probe" in settings.baselines,
         "the baseline embeddings": "embeddings" in settings.baselines,
     }
