@@ -14,9 +14,10 @@ from remora.config import TrainConfig
 from remora.diagnosis.curve_answer import LearningCurve, Size, answer
 from remora.diagnosis.extrapolation import Extrapolation
 from remora.diagnosis.learning_curve import FILE
-from remora.evaluation import calibration
+from remora.evaluation import calibration, neighbours
 from remora.evaluation.baselines import Baseline
 from remora.evaluation.metrics import measure
+from remora.evaluation.neighbours import Neighbours, TrainingText
 from remora.evaluation.predictions import (
     PROBABILITIES,
     Scored,
@@ -110,6 +111,14 @@ def write(
     )
     write_probabilities(path / PROBABILITIES, labels, {"test": scored})
     files.write_json(path / "evaluation.json", result.to_dict())
+    wrong = [row for row, (t, p) in enumerate(zip(true, predicted, strict=True)) if t != p]
+    near = Neighbours(
+        num_rows=90,
+        num_all_rows=100,
+        texts=tuple(TrainingText(row=i + 7, text=texts[i], label=labels[true[i]]) for i in wrong),
+        nearest={i + 1: tuple(range(n, min(n + 3, len(wrong)))) for n, i in enumerate(wrong)},
+    )
+    neighbours.write(path, near)
     trained = path / metadata.FOLDERS[method]
     trained.mkdir()
     files.write_json(trained / "remora.json", {"base_model": model, "method": method})

@@ -183,6 +183,37 @@ def test_of_runs_of_one_size_none_is_called_bigger(tmp_path: Path) -> None:
     assert answer.startswith("Neither is bigger: the lead of like over fewer may be chance")
 
 
+def test_only_what_is_smaller_is_called_so(tmp_path: Path) -> None:
+    first, second = (
+        write_run(tmp_path / name, wrong(*range(n)), baseline=wrong(*range(60)))
+        for name, n in (("first", 8), ("second", 10))
+    )
+    answer = compare.compare_runs(CompareConfig((first, second))).answer
+    assert answer.startswith("The bigger model earns its keep: first is better than TF-IDF")
+    assert answer.endswith(
+        "second, of the same size, is 2.0 points worse, which may be chance (p = 0.5)."
+    )
+    assert "smaller" not in answer
+    third = write_run(tmp_path / "third", TRUE, baseline=wrong(*range(60)))
+    found = compare.compare_runs(CompareConfig((first, second, third), bar=0.9))
+    assert "third is better than first and every other one that is no bigger (" in found.answer
+    assert found.bar is not None
+    assert found.bar.startswith("first is one of the smallest that reach 90.0%: 92.00%")
+    for run in (first, second):
+        figures = json.loads((run / "evaluation.json").read_text())
+        files.write_json(run / "evaluation.json", figures | {"baseline": None})
+    alike = compare.compare_runs(CompareConfig((first, second)))
+    assert alike.answer == (
+        "None is bigger: first is the most accurate, and none is smaller. second, of the same "
+        "size, is 2.0 points worse, which may be chance (p = 0.5)."
+    )
+    assert alike.by_label is not None
+    assert (alike.by_label.first, alike.by_label.second) == ("second", "first")
+    alone = compare.compare_runs(CompareConfig((first,)))
+    assert alone.answer == "There is nothing to compare first with."
+    assert alone.by_label is None
+
+
 def test_bar_volume_and_cost_through_the_command_line(runs, capsys) -> None:
     assert remora("compare", *runs, "--bar", "0.85") == 0
     shown = capsys.readouterr().out

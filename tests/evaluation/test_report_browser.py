@@ -226,6 +226,25 @@ def test_three_labels_stand_beside_a_message(page: chromium.Page, run: Path) -> 
     assert told.replace("\u2068", "").replace("\u2069", "") == f", then {' and '.join(shares)}"
 
 
+def test_the_nearest_training_texts_stand_below_a_mistake(page: chromium.Page, run: Path) -> None:
+    choose(page, "message-order", "'row'")
+    item = "document.querySelector('#message-list li')"  # row 1 is a mistake
+    assert not page.run(f"{item}.querySelector('.nearest').open")
+    told = page.run(f"{item}.querySelector('summary').textContent").replace("\u2068", "")
+    assert told.replace("\u2069", "") == "nearest training texts: 1 card arrival, 1 refund, 1 pin"
+    page.click(f"{item}.querySelector('summary')")
+    texts = f"[...{item}.querySelectorAll('.nearest li')].map(e => e.innerText)"
+    assert page.run(texts) == [
+        "message 0 label card arrival, row 7",
+        "message 1 label refund, row 8",
+        "message 8 label pin, row 15",
+    ]
+    choose(page, "message-wrong", "false")
+    right = "[...document.querySelectorAll('#message-list li')].find(e => /message 2$/m.test("
+    right += "e.innerText))"
+    assert page.run(f"{right}.querySelector('.nearest')") is None
+
+
 def test_a_phone_begins_with_ten_messages_and_says_what_is_outside(page: chromium.Page) -> None:
     cue = "document.getElementById('matrix-cue')"
     assert page.run(f"{cue}.hidden")
@@ -280,6 +299,7 @@ def test_it_reads_without_scripts(browser: chromium.Page, run: Path) -> None:
     assert browser.run("document.querySelectorAll('#matrix tbody tr').length") == 5
     num_wrong = sum(t != p for t, p in zip(TRUE, PREDICTED, strict=True))
     assert browser.run(f"{SHOWN}.length") == num_wrong
+    assert browser.run("document.querySelectorAll('#message-list .nearest').length") == num_wrong
     assert browser.run("document.querySelectorAll('svg').length") == 6
     assert browser.run("[...document.querySelectorAll('form, button')].every(e => !e.offsetParent)")
 

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remora.data.dataset import Dataset
+from remora.evaluation.neighbours import character_ngrams
 
 NEAR = 0.9
 """Cosine of character n-grams from which texts are near-duplicates."""
-
-
-def _characters(texts: Sequence[str]) -> Any:
-    """Return a fitted vectorizer of counted character n-grams and its matrix, rows of length 1."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), use_idf=False)
-    return vectorizer, vectorizer.fit_transform(texts)
 
 
 def nearest(
     texts: Sequence[str], count: int, block: int = 512
 ) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
     """Return the nearest other texts of each, [texts, count], and the near-duplicate pairs."""
-    _, matrix = _characters(texts)
+    _, matrix = character_ngrams(texts)
     count = min(count, len(texts) - 1)
     found = np.empty((len(texts), count), dtype=np.int64)
     near: list[tuple[int, int]] = []
@@ -45,7 +37,7 @@ def nearest_to(
     """Return for some of the texts the nearest others, as their places and cosines."""
     if not places:
         return []
-    _, matrix = _characters(texts)
+    _, matrix = character_ngrams(texts)
     found = []
     for start in range(0, len(places), block):
         part = np.array(places[start : start + block])
@@ -72,7 +64,7 @@ def num_near(dataset: Dataset, block: int = 512) -> int:
     """Return how many test texts are near-duplicates of a training text, exact ones included."""
     if dataset.test is None or not len(dataset.test):
         return 0
-    vectorizer, matrix = _characters(dataset.train.texts)
+    vectorizer, matrix = character_ngrams(dataset.train.texts)
     test = vectorizer.transform(dataset.test.texts)
     blocks = (test[i : i + block] @ matrix.T for i in range(0, len(dataset.test), block))
     return sum(int((part.max(1).toarray() >= NEAR).sum()) for part in blocks)

@@ -227,6 +227,7 @@ def _baselines(
     Of those with one description the first run's is taken.
     """
     found: dict[str, tuple[Contender, Sequence[str]]] = {}
+    partial: dict[str, str] = {}  # a note on each that no run measured on all rows
     notes = []
     if runs[0].baseline is None:
         notes.append(f"{runs[0].directory} has no predictions of the SVM, which is left out")
@@ -238,15 +239,16 @@ def _baselines(
             whole = [each for each in given or () if each is not None]
             if len(whole) < len(run.true):
                 if whole:
-                    notes.append(
+                    partial.setdefault(
+                        rival.description,
                         f"{rival.description} is left out: {name} measured it on {len(whole):,} "
-                        f"of {len(run.true):,} rows"
+                        f"of {len(run.true):,} rows",
                     )
             elif rival.description not in found:
                 found[rival.description] = (_of_rival(rival), whole)
             elif found[rival.description][1] != whole:
                 notes.append(f"{rival.description} is not that of {name}, where it differs")
-    return found, notes
+    return found, [*notes, *(note for name, note in partial.items() if name not in found)]
 
 
 def _of_rival(rival: Rival) -> Contender:

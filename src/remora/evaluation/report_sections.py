@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 import remora
 from remora.errors import ModelError
-from remora.evaluation import charts, contradictions, results
+from remora.evaluation import charts, contradictions, neighbours, results
 from remora.evaluation.confusion_matrix import Cell, cells, confusion_counts, matrix_labels
 from remora.evaluation.findings import NextStep
+from remora.evaluation.neighbours import Neighbours, TrainingText
 from remora.evaluation.next_steps import find_next_steps, told_next_steps
 from remora.evaluation.predictions import PROBABILITIES, read_probabilities
 from remora.evaluation.rendering import isolated, percent
@@ -55,6 +57,7 @@ class Message:
     probability: float
     baseline: int | None
     others: list[tuple[int, float]]  # the next most probable labels, with their probabilities
+    nearest: tuple[int, ...]  # places in the training texts that the page holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class ScriptData:
     rows: list[int]  # of each label
     mistakes: list[int]  # rows of each label that are wrong, plus rows wrongly predicted as it
     messages: list[Message]
+    training: tuple[TrainingText, ...]  # nearest to the mistakes
     thresholds: list[tuple[int, int]]  # rows answered and answered correctly, from 0% to 100%
 
 
@@ -115,6 +119,7 @@ class MessagesSection:
 
     surest_mistakes: list[Message]
     num_kept: int
+    neighbours: Neighbours
     max_chars: int = MAX_MESSAGE_CHARS  # of one message
 
 
@@ -186,6 +191,15 @@ class Report:
         named = (f"{isolated(self.labels[i])} {percent(share)}" for i, share in message.others)
         return f", then {' and '.join(named)}" if message.others else ""
 
+    def training_texts(self, message: Message) -> list[TrainingText]:
+        """Return the training texts nearest to a message, the nearest first."""
+        return [self.data.training[place] for place in message.nearest]
+
+    def spoken_nearest(self, message: Message) -> str:
+        """Return the labels of the training texts nearest to a message, with their numbers."""
+        labels = Counter(each.label for each in self.training_texts(message))
+        return ", ".join(f"{count} {isolated(label)}" for label, count in labels.most_common())
+
 
 def collect(run: Results) -> Report:
     """Collect what the report of a finished run shows.
@@ -197,7 +211,8 @@ def collect(run: Results) -> Report:
     trained = "model" if figures.get("method") == "full" else "adapter"
     counts = confusion_counts(run)
     shown = matrix_labels(counts)
-    kept = fitting(_messages(run))
+    near = neighbours.read(run.directory)
+    kept = fitting(_messages(run, near))
     return Report(
         name=run.directory.resolve().name,
         version=remora.__version__,
@@ -214,6 +229,7 @@ def collect(run: Results) -> Report:
         messages=MessagesSection(
             surest_mistakes=[m for m in kept if m.label != m.predicted][:NUM_STATIC_MESSAGES],
             num_kept=len(kept),
+            neighbours=near,
         ),
         calibration=calibration_section(figures),
         diagnosis=_diagnosis(run),
@@ -225,6 +241,7 @@ def collect(run: Results) -> Report:
             rows=counts.sum(1).tolist(),
             mistakes=(counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()).tolist(),
             messages=kept,
+            training=near.texts,
             thresholds=_thresholds(run),
         ),
     )
@@ -345,7 +362,7 @@ def settings_section(directory: Path) -> SettingsSection:
     )
 
 
-def _messages(run: Results) -> list[Message]:
+def _messages(run: Results, near: Neighbours) -> list[Message]:
     """Return all messages: mistakes first, the surest first; then the rest, the surest last."""
     place = {label: index for index, label in enumerate(run.labels)}
     others = _others(run)
@@ -359,6 +376,7 @@ def _messages(run: Results) -> list[Message]:
             probability=round(probability, 4),
             baseline=None if run.baseline is None else place[run.baseline[row]],
             others=others[row] if others else [],
+            nearest=near.nearest.get(row + 1, ()) if predicted != true else (),
         )
         for row, (text, true, predicted, probability) in enumerate(answers)
     ]

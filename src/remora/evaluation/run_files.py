@@ -31,9 +31,10 @@ class Shown(Protocol):
 MessageT = TypeVar("MessageT", bound=Shown)
 
 
-def cut(text: str) -> str:
-    """Return a message, truncated if it is too long for a page."""
-    return text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + " …"
+def cut(text: str, num_chars: int | None = None) -> str:
+    """Return a message, truncated if it is too long for a page, or to a number of characters."""
+    longest = MAX_MESSAGE_CHARS if num_chars is None else num_chars
+    return text if len(text) <= longest else text[:longest] + " …"
 
 
 def fitting(messages: Sequence[MessageT]) -> list[MessageT]:

@@ -10,7 +10,7 @@ function chosen(k) {
 }
 
 function showMore(k) {
-  const isMore = addMessages(lists[k], byId("message"), chosen(k), (each) => ({
+  const isMore = addMessages(lists[k], byId("message"), chosen(k), (item, each) => fillSlots(item, {
     text: each.text,
     label: data.labels[each.label],
     right: percent(each.right),

@@ -13,12 +13,13 @@ function fillSlots(node, values) {
   }
 }
 
-// Adds the next messages to a list, each a copy of a template; returns whether more are left.
-function addMessages(list, template, messages, slots) {
+// Adds the next messages to a list, each a copy of a template that `fill` fills; returns whether
+// more are left.
+function addMessages(list, template, messages, fill) {
   for (const each of messages.slice(list.children.length, list.children.length + PAGE)) {
     const item = document.createElement("li");
     item.append(template.content.cloneNode(true));
-    fillSlots(item, slots(each));
+    fill(item, each);
     list.append(item);
   }
   return list.children.length < messages.length;

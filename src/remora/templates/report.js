@@ -4,8 +4,8 @@
 
 let matches = [];
 
-function showMore() {
-  byId("message-more").hidden = !addMessages(byId("message-list"), byId("message"), matches, (each) => ({
+function fillMessage(item, each) {
+  fillSlots(item, {
     text: each.text,
     label: data.labels[each.label],
     predicted: data.labels[each.predicted],
@@ -15,7 +15,26 @@ function showMore() {
     others: each.others.length
       ? ", then " + each.others.map(([label, share]) => `\u2068${data.labels[label]}\u2069 ${percent(share)}`).join(" and ")
       : "",
-  }));
+  });
+  fillNearest(item.querySelector(".nearest"), each.nearest.map((place) => data.training[place]));
+}
+
+// The training texts nearest to a message, below a line that counts their labels
+function fillNearest(box, near) {
+  if (!near.length) return box.remove();
+  const counts = new Map();
+  for (const {label} of near) counts.set(label, (counts.get(label) ?? 0) + 1);
+  const ranked = [...counts].sort((a, b) => b[1] - a[1]);
+  fillSlots(box, {nearest: ranked.map(([label, count]) => `${count} \u2068${label}\u2069`).join(", ")});
+  for (const each of near) {
+    const item = byId("neighbour").content.cloneNode(true);
+    fillSlots(item, {"near-text": each.text, "near-label": each.label, "near-row": each.row.toLocaleString("en")});
+    box.querySelector("ul").append(item);
+  }
+}
+
+function showMore() {
+  byId("message-more").hidden = !addMessages(byId("message-list"), byId("message"), matches, fillMessage);
 }
 
 function showMessages() {

@@ -12,7 +12,7 @@ import torch
 from remora.data.dataset import Dataset
 from remora.data.table import Table
 from remora.errors import DataError
-from remora.evaluation import calibration, report
+from remora.evaluation import calibration, neighbours, report
 from remora.evaluation.baselines import Baseline, train_baseline, train_set_baseline
 from remora.evaluation.calibration import Reliability
 from remora.evaluation.level_metrics import with_levels
@@ -184,7 +184,19 @@ def conclude(
         num_processes=session.group.size,
     )
     write_probabilities(directory / PROBABILITIES, dataset.labels, scores)
+    _write_neighbours(session, directory, held_out, scores[measured_on])
     return add_rivals(session, result, scores, [])
+
+
+def _write_neighbours(session: Session, directory: Path, held_out: Table, scored: Scored) -> None:
+    """Keep the training texts nearest to what is predicted wrongly, the surest mistakes first."""
+    confidence, correct = scored.confidence, scored.correct
+    wrong = [row for row in range(len(held_out)) if not correct[row]]
+    wrong.sort(key=lambda row: -confidence[row])
+    texts = [held_out.texts[row] for row in wrong]
+    rows = [row + 1 for row in wrong]
+    found = neighbours.find(session.dataset.train, texts, rows, session.config.seed)
+    neighbours.write(directory, found)
 
 
 def add_rivals(
