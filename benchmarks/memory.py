@@ -8,6 +8,7 @@ sample in the package.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --device cuda --at-once 4
+    python benchmarks/memory.py --shapes "Qwen3 MoE" Qwen3.5 LFM2 --methods lora
 """
 
 from __future__ import annotations
@@ -95,7 +96,42 @@ LARGE: dict[str, dict[str, Any]] = {
 }
 """Sizes of Qwen2.5-1.5B and Llama 3.2 1B with fewer layers, and those of Gemma 3 270M."""
 
-SHAPES = {"cpu": SMALL, "cuda": LARGE}
+KINDS: dict[str, dict[str, Any]] = {
+    "Qwen3 MoE": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 32_768,
+        "hidden_size": 1_024,
+        "moe_intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 32,
+        "num_experts_per_tok": 8,
+        "tie_word_embeddings": True,
+    },
+    "Qwen3.5": {
+        **workload.HYBRID["Qwen3.5-0.8B"],
+        "model_type": "qwen3_5_text",
+        "vocab_size": 32_768,
+        "num_hidden_layers": 4,
+    },
+    "LFM2": {
+        "model_type": "lfm2",
+        "vocab_size": 32_768,
+        "hidden_size": 1_024,
+        "intermediate_size": 6_656,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "layer_types": ["conv", "conv", "full_attention", "conv"],
+        "tie_word_embeddings": True,
+    },
+}
+"""Other kinds: a mixture of experts, and the hybrids Qwen3.5-0.8B and LFM2-350M, with fewer layers
+and words."""
+
+SHAPES = {"cpu": {**SMALL, **KINDS}, "cuda": LARGE}
 
 SETTINGS = {
     "cpu": (
@@ -119,7 +155,8 @@ SETTINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=list(SMALL), choices=SMALL)
+    parser.add_argument("--shapes", nargs="+", default=list(SMALL), choices=SHAPES["cpu"])
+    parser.add_argument("--methods", nargs="+", default=["lora", "full", "qlora"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", default="cpu", choices=SHAPES)
     parser.add_argument("--at-once", type=int, default=1, help="runs; on a CUDA device only")
@@ -143,7 +180,8 @@ def compare(options: argparse.Namespace) -> None:
         models = {shape: folder / re.sub(r"\W", "", shape).lower() for shape in options.shapes}
         making = [["--make", options.device, shape, str(path)] for shape, path in models.items()]
         list(pool.map(functools.partial(start, show=False), making))
-        chosen = [(shape, *one) for one in SETTINGS[options.device] for shape in models]
+        settings = [one for one in SETTINGS[options.device] if one[0] in options.methods]
+        chosen = [(shape, *one) for one in settings for shape in models]
         runs = list(pool.map(lambda one: run(folder, models[one[0]], *one, options), chosen))
     rows = [
         [
@@ -155,7 +193,8 @@ def compare(options: argparse.Namespace) -> None:
         for run in runs
     ]
     workload.print_table(header, rows)
-    name = "memory" if options.device == "cpu" else "memory-cuda"
+    is_usual = not set(options.shapes) & set(KINDS)
+    name = "memory-cuda" if options.device == "cuda" else "memory" if is_usual else "memory-kinds"
     workload.write(name, {"steps": options.steps, "rows": NUM_ROWS[options.device], "runs": runs})
 
 

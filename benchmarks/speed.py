@@ -183,7 +183,7 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> Steps:
     """Time the step that `remora.training.fit` takes, with its own functions."""
     import torch
 
-    from remora.config import DEFAULT_MICRO_BATCH_TOKENS
+    from remora.config.checks import DEFAULT_MICRO_BATCH_TOKENS
     from remora.models import fused_lora
     from remora.runtime.device import choose_precision
     from remora.runtime.process_group import ProcessGroup

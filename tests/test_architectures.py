@@ -49,9 +49,9 @@ NO_TEXT_MODEL = {
     *("blt", "musicgen", "musicgen_melody", "gemma4_assistant", "gemma4_unified_assistant"),
     *("gemma3n", "git", "fuyu"),
     # Their configurations do not get tiny.
-    *("dots3_note", "dots3_note_text", "longcat_flash", "deepseek_v4", "zamba", "zaya", "xlstm"),
-    *("rwkv", "cohere_compass_text", "emu3", "mllama", "reformer", "zamba2", "hrm_text"),
-    "bailing_hybrid",
+    *("deepseek_v4", "cohere_compass_text", "reformer", "bailing_hybrid"),
+    *("mllama", "emu3", "dots3_note"),  # the same as others, around images
+    "xlstm",  # it computes its states in float32: 2e-6
     "roc_bert",  # an encoder; it adds to a layer's output in place, which no adapter survives
 }
 
@@ -85,7 +85,8 @@ def tried(architecture: str, tokenizer: Any, folder: Path) -> Trial:
     else:
         assert trial.difference < 1e-6
         assert trial.modules
-        assert not {"gate", "router", "shared_expert_gate", "lm_head"} & set(trial.modules)
+        routers = {"gate", "router", "shared_expert_gate", "classifier"}
+        assert not {*routers, "lm_head"} & set(trial.modules)
     return trial
 
 

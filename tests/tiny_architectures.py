@@ -73,14 +73,26 @@ _INDEXED = {
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _FULL_HEADS),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3"), _FULL_HEADS),
-    **dict.fromkeys(("youtu", "zamba"), _FULL_HEADS),
+    "youtu": _FULL_HEADS,
     "bamba": {**_MAMBA2, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {**_MAMBA2, "layer_types": ["mamba", "attention"] * 2},
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 64},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8},
     "mamba2": {"num_heads": 8, "n_groups": 1, "chunk_size": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
-    "zamba2": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba"], "n_mamba_heads": 8},
+    "zamba": {
+        **_FULL_HEADS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 0,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba"],
+        "n_mamba_heads": 8,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
     "bailing_hybrid": {**_FULL_HEADS, "layer_group_size": 2, "num_local_experts": 4},
     "kimi_linear": {
         **_FULL_HEADS,

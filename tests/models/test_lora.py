@@ -19,6 +19,7 @@ from torch.nn import functional
 from conftest import ARCHITECTURES, randomize_adapter, tiny_model
 from remora.errors import ConfigError, ModelError
 from remora.models import fused_lora, lora, untrusted
+from tiny_architectures import tiny_model_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 5, 40, 41, 42, 43, 3]])
 
@@ -595,3 +596,17 @@ def test_only_the_text_part_of_a_multimodal_model_is_adapted() -> None:
     adapted(input_ids=IDS).logits.sum().backward()
     gradients = [p.grad for p in adapted.parameters() if p.requires_grad]
     assert all(gradient is not None for gradient in gradients)
+
+
+@pytest.mark.parametrize("architecture", ["longcat_flash", "zaya"])
+def test_no_layer_inside_a_router_gets_an_adapter(architecture: str) -> None:
+    """One writes more numbers than there are experts; the other is a small network."""
+    model = tiny_model_of(architecture, 97)
+    routers = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ("router." in path or ".gate." in path)
+    ]
+    assert routers
+    names = lora.target_modules(model)
+    assert not [path for path in routers if path in names or path.rsplit(".", 1)[-1] in names]

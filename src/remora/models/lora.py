@@ -119,7 +119,8 @@ def _adaptable(model: Any) -> list[str]:
     """Return the paths of the linear layers that an adapter can be put on.
 
     Those of the text part, but for the head and the routers: a router writes a number for each
-    expert, or one that says how much the shared expert counts.
+    expert, or one that says how much the shared expert counts; or it has several layers, in a
+    module that is called one.
     """
     head, number = model.get_output_embeddings(), num_experts(model)
     is_whole = model.config.get_text_config() is model.config
@@ -131,8 +132,13 @@ def _adaptable(model: Any) -> list[str]:
         if _is_linear(module)
         and module is not head
         and (inside is None or id(module) in inside)
-        and not (number and _width(module) in {1, number})
+        and not (number and (_width(module) in {1, number} or _is_in_router(path)))
     ]
+
+
+def _is_in_router(path: str) -> bool:
+    """Return whether a layer is inside a router, by the names of the modules around it."""
+    return not {"router", "gate"}.isdisjoint(path.split(".")[:-1])
 
 
 def _width(module: Any) -> int:
