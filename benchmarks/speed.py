@@ -21,7 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import workload
 
@@ -31,10 +33,18 @@ ARMS = {
     "recipe": "Trainer: padded, full logits, float32 base under autocast, checkpointing",
     "padded": "Trainer: padded, full logits, 16-bit base, no checkpointing",
     "flattened": "Trainer: padding-free, full logits, 16-bit base, no checkpointing",
+    "liger": "Trainer: padded, Liger's kernels and loss, 16-bit base, no checkpointing",
     "trl-padded": "TRL SFTTrainer: padded, chunked loss, 16-bit base, no checkpointing",
     "trl-padding-free": "TRL SFTTrainer: padding-free, chunked loss, 16-bit base, no checkpointing",
+    "trl-packed": "TRL SFTTrainer: rows packed to 2,048 tokens, in other batches, 16-bit base",
     "remora": "Remora: token tree or padded rows, 16-bit base",
 }
+
+Measured: TypeAlias = tuple[list[float], list[float], list[int]]
+"""Of each step the loss, the seconds and the rows."""
+
+Watch: TypeAlias = Callable[[int], AbstractContextManager[Any]]
+"""Takes the index of a step, and is around it."""
 
 
 def main() -> None:
@@ -47,7 +57,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--size", default="0.5B", choices=[*workload.QWEN, *workload.HYBRID])
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    default = [arm for arm in ARMS if arm not in ("liger", "trl-packed")]
+    parser.add_argument("--arms", nargs="+", default=default, choices=ARMS)
     parser.add_argument("--micro-batch", type=int, nargs="+", help="rows; the best one is shown")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -118,12 +129,13 @@ def start(arm: str, size: int, options: argparse.Namespace, list_labels: bool) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_arm(options: argparse.Namespace) -> dict[str, Any]:
+def run_arm(options: argparse.Namespace, watch: Watch | None = None) -> dict[str, Any]:
+    """Train with an arm and return its figures; `watch` is around each step of Remora's."""
     from remora.data.prompt import Prompt
 
-    texts, labels = workload.banking77("train")
+    texts, labels = workload.messages(options.size)
     prompt = Prompt(
-        workload.qwen_tokenizer(),
+        workload.qwen_tokenizer(options.size),
         sorted(set(labels)),
         instruction="Classify the message.",
         list_labels=options.list_labels,
@@ -133,12 +145,15 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     picked = random.sample(range(len(texts)), BATCH * (options.warm_up + options.steps))
     rows = prompt.rows([texts[i] for i in picked], [labels[i] for i in picked])
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    measure = remora_arm if options.arm == "remora" else stock_arm
-    losses, seconds = measure(options, batches)
+    if options.arm == "remora":
+        losses, seconds, counts = remora_arm(options, batches, watch or (lambda _: nullcontext()))
+    else:
+        losses, seconds, counts = stock_arm(options, batches)
+    rates = [n / s for n, s in zip(counts, seconds, strict=True)][options.warm_up :]
     return {
         "arm": options.arm,
         "micro_batch": options.micro_batch[0],
-        "examples_per_second": BATCH / statistics.median(seconds[options.warm_up :]),
+        "examples_per_second": statistics.median(rates),
         "seconds": seconds,
         "losses": losses,
         "peak_bytes": workload.peak_memory_bytes(options.device),
@@ -156,11 +171,11 @@ def adapter(model: Any) -> Any:
     return get_peft_model(model, config)
 
 
-def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[float], list[float]]:
+def remora_arm(options: argparse.Namespace, batches: list[Any], watch: Watch) -> Measured:
     """Time the step that `remora.training.fit` takes, with its own functions."""
     import torch
 
-    from remora.config import DEFAULT_MICRO_BATCH_TOKENS
+    from remora.config.checks import DEFAULT_MICRO_BATCH_TOKENS
     from remora.models import fused_lora
     from remora.runtime.device import choose_precision
     from remora.runtime.process_group import ProcessGroup
@@ -184,16 +199,17 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[fl
         micro_batches = MicroBatches(
             model, most, accelerator, None, ProcessGroup(), Reporter(), graphs=graphs
         )
-        for batch in batches:
+        for index, batch in enumerate(batches):
             began = time.perf_counter()
-            loss, _ = micro_batches.add_gradients(batch)
-            accelerator.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            synchronize(options)
+            with watch(index):
+                loss, _ = micro_batches.add_gradients(batch)
+                accelerator.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                synchronize(options)
             losses.append(loss)
             seconds.append(time.perf_counter() - began)
-    return losses, seconds
+    return losses, seconds, [len(batch) for batch in batches]
 
 
 def synchronize(options: argparse.Namespace) -> None:
@@ -204,7 +220,7 @@ def synchronize(options: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[float], list[float]]:
+def stock_arm(options: argparse.Namespace, batches: list[Any]) -> Measured:
     """Time the optimizer steps of a stock trainer, from one step's begin to the next one's."""
     import tempfile
 
@@ -258,16 +274,23 @@ def stock_arm(options: argparse.Namespace, batches: list[Any]) -> tuple[list[flo
             "disable_tqdm": True,
             "train_sampling_strategy": "sequential",
             "gradient_checkpointing": recipe,
+            "use_liger_kernel": options.arm == "liger",
         }
+        counts = [BATCH] * len(batches)
+        if options.arm == "trl-packed":  # a step is a packed row, of as many rows as fit
+            settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+            settings |= {"max_steps": -1, "num_train_epochs": 1}
         make = _sft if options.arm.startswith("trl") else _trainer
-        trainer = make(base, table, settings, options.arm)
+        trainer = make(base, table, settings, options)
+        if options.arm == "trl-packed":
+            counts = [len(lengths) for lengths in trainer.train_dataset["seq_lengths"]]
         trainer.add_callback(Clock())
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, [b - a for a, b in itertools.pairwise(times)]
+    return losses, [b - a for a, b in itertools.pairwise(times)], counts
 
 
-def _trainer(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
+def _trainer(base: Any, table: Any, settings: dict[str, Any], options: argparse.Namespace) -> Any:
     from transformers import (
         DataCollatorForSeq2Seq,
         DataCollatorWithFlattening,
@@ -275,7 +298,7 @@ def _trainer(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
         TrainingArguments,
     )
 
-    tokenizer = workload.qwen_tokenizer()
+    tokenizer, arm = workload.qwen_tokenizer(options.size), options.arm
     if arm == "recipe":
         base.enable_input_require_grads()
     padded = DataCollatorForSeq2Seq(tokenizer)
@@ -288,20 +311,22 @@ def _trainer(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
     )
 
 
-def _sft(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
+def _sft(base: Any, table: Any, settings: dict[str, Any], options: argparse.Namespace) -> Any:
     from trl import SFTConfig, SFTTrainer
 
+    packs = options.arm == "trl-packed"
     config = SFTConfig(
         **settings,
-        max_length=None,
-        padding_free=arm == "trl-padding-free",
-        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=2048 if packs else None,
+        packing=packs,
+        padding_free=options.arm != "trl-padded",
+        dataset_kwargs={"skip_prepare_dataset": not packs},
     )
     return SFTTrainer(
         model=adapter(base),
         args=config,
         train_dataset=table,
-        processing_class=workload.qwen_tokenizer(),
+        processing_class=workload.qwen_tokenizer(options.size),
     )
 
 
