@@ -20,8 +20,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import workload
 
@@ -31,10 +33,15 @@ ARMS = {
     "recipe": "Trainer: padded, full logits, float32 base under autocast, checkpointing",
     "padded": "Trainer: padded, full logits, 16-bit base, no checkpointing",
     "flattened": "Trainer: padding-free, full logits, 16-bit base, no checkpointing",
+    "liger": "Trainer: padded, Liger's kernels and loss, 16-bit base, no checkpointing",
     "trl-padded": "TRL SFTTrainer: padded, chunked loss, 16-bit base, no checkpointing",
     "trl-padding-free": "TRL SFTTrainer: padding-free, chunked loss, 16-bit base, no checkpointing",
+    "trl-packed": "TRL SFTTrainer: rows packed to 2,048 tokens, in other batches, 16-bit base",
     "remora": "Remora: token tree or padded rows, 16-bit base",
 }
+
+Watch: TypeAlias = Callable[[int], AbstractContextManager[Any]]
+"""Takes the index of a step, and is around it."""
 
 
 @dataclass
@@ -45,6 +52,7 @@ class Steps:
     gradient_norms: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)  # of the process, all its threads
+    num_rows: list[int] = field(default_factory=list)
 
     def clock(self) -> tuple[float, float]:
         return time.perf_counter(), time.process_time()
@@ -54,6 +62,11 @@ class Steps:
         ended = self.clock()
         self.seconds.append(ended[0] - began[0])
         self.cpu_seconds.append(ended[1] - began[1])
+
+    def rate(self, seconds: list[float], warm_up: int) -> float:
+        """Return the median of rows by seconds, without the first steps."""
+        pairs = zip(self.num_rows, seconds, strict=True)
+        return statistics.median([rows / each for rows, each in pairs][warm_up:])
 
 
 def main() -> None:
@@ -66,7 +79,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--size", default="0.5B", choices=[*workload.QWEN, *workload.HYBRID])
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    default = [arm for arm in ARMS if arm not in ("liger", "trl-packed")]
+    parser.add_argument("--arms", nargs="+", default=default, choices=ARMS)
     parser.add_argument("--micro-batch", type=int, nargs="+", help="rows; the best one is shown")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -141,12 +155,13 @@ def start(arm: str, size: int, options: argparse.Namespace, list_labels: bool) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_arm(options: argparse.Namespace) -> dict[str, Any]:
+def run_arm(options: argparse.Namespace, watch: Watch | None = None) -> dict[str, Any]:
+    """Train with an arm and return its figures; `watch` is around each step of Remora's."""
     from remora.data.prompt import Prompt
 
-    texts, labels = workload.banking77("train")
+    texts, labels = workload.messages(options.size)
     prompt = Prompt(
-        workload.qwen_tokenizer(),
+        workload.qwen_tokenizer(options.size),
         sorted(set(labels)),
         instruction="Classify the message.",
         list_labels=options.list_labels,
@@ -156,13 +171,15 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     picked = random.sample(range(len(texts)), BATCH * (options.warm_up + options.steps))
     rows = prompt.rows([texts[i] for i in picked], [labels[i] for i in picked])
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    measure = remora_arm if options.arm == "remora" else stock_arm
-    steps = measure(options, batches)
+    if options.arm == "remora":
+        steps = remora_arm(options, batches, watch or (lambda _: nullcontext()))
+    else:
+        steps = stock_arm(options, batches)
     return {
         "arm": options.arm,
         "micro_batch": options.micro_batch[0],
-        "examples_per_second": BATCH / statistics.median(steps.seconds[options.warm_up :]),
-        "examples_per_cpu_second": BATCH / statistics.median(steps.cpu_seconds[options.warm_up :]),
+        "examples_per_second": steps.rate(steps.seconds, options.warm_up),
+        "examples_per_cpu_second": steps.rate(steps.cpu_seconds, options.warm_up),
         **asdict(steps),
         "peak_bytes": workload.peak_memory_bytes(options.device),
     }
@@ -179,7 +196,7 @@ def adapter(model: Any) -> Any:
     return get_peft_model(model, config)
 
 
-def remora_arm(options: argparse.Namespace, batches: list[Any]) -> Steps:
+def remora_arm(options: argparse.Namespace, batches: list[Any], watch: Watch) -> Steps:
     """Time the step that `remora.training.fit` takes, with its own functions."""
     import torch
 
@@ -207,15 +224,17 @@ def remora_arm(options: argparse.Namespace, batches: list[Any]) -> Steps:
         micro_batches = MicroBatches(
             model, most, accelerator, None, ProcessGroup(), Reporter(), graphs=graphs
         )
-        for batch in batches:
+        for index, batch in enumerate(batches):
             began = steps.clock()
-            loss, _ = micro_batches.add_gradients(batch)
-            norm = accelerator.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            synchronize(options)
+            with watch(index):
+                loss, _ = micro_batches.add_gradients(batch)
+                norm = accelerator.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                synchronize(options)
             steps.losses.append(loss)
             steps.gradient_norms.append(float(norm))
+            steps.num_rows.append(len(batch))
             steps.took(began)
     return steps
 
@@ -285,9 +304,16 @@ def stock_arm(options: argparse.Namespace, batches: list[Any]) -> Steps:
             "disable_tqdm": True,
             "train_sampling_strategy": "sequential",
             "gradient_checkpointing": recipe,
+            "use_liger_kernel": options.arm == "liger",
         }
+        steps.num_rows = [BATCH] * len(batches)
+        if options.arm == "trl-packed":  # a step is a packed row, of as many rows as fit
+            settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+            settings |= {"max_steps": -1, "num_train_epochs": 1}
         make = _sft if options.arm.startswith("trl") else _trainer
-        trainer = make(base, table, settings, options.arm)
+        trainer = make(base, table, settings, options)
+        if options.arm == "trl-packed":
+            steps.num_rows = [len(lengths) for lengths in trainer.train_dataset["seq_lengths"]]
         trainer.add_callback(Clock())
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -296,7 +322,7 @@ def stock_arm(options: argparse.Namespace, batches: list[Any]) -> Steps:
     return steps
 
 
-def _trainer(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
+def _trainer(base: Any, table: Any, settings: dict[str, Any], options: argparse.Namespace) -> Any:
     from transformers import (
         DataCollatorForSeq2Seq,
         DataCollatorWithFlattening,
@@ -304,7 +330,7 @@ def _trainer(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
         TrainingArguments,
     )
 
-    tokenizer = workload.qwen_tokenizer()
+    tokenizer, arm = workload.qwen_tokenizer(options.size), options.arm
     if arm == "recipe":
         base.enable_input_require_grads()
     padded = DataCollatorForSeq2Seq(tokenizer)
@@ -317,20 +343,22 @@ def _trainer(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
     )
 
 
-def _sft(base: Any, table: Any, settings: dict[str, Any], arm: str) -> Any:
+def _sft(base: Any, table: Any, settings: dict[str, Any], options: argparse.Namespace) -> Any:
     from trl import SFTConfig, SFTTrainer
 
+    packs = options.arm == "trl-packed"
     config = SFTConfig(
         **settings,
-        max_length=None,
-        padding_free=arm == "trl-padding-free",
-        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=2048 if packs else None,
+        packing=packs,
+        padding_free=options.arm != "trl-padded",
+        dataset_kwargs={"skip_prepare_dataset": not packs},
     )
     return SFTTrainer(
         model=adapter(base),
         args=config,
         train_dataset=table,
-        processing_class=workload.qwen_tokenizer(),
+        processing_class=workload.qwen_tokenizer(options.size),
     )
 
 

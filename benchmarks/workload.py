@@ -30,10 +30,22 @@ def intents(name: str, split: str) -> tuple[list[str], list[str]]:
     return [row["text"] for row in rows], [row["category"] for row in rows]
 
 
-def qwen_tokenizer() -> Any:
-    """Return the tokenizer of Qwen2.5."""
+def messages(size: str) -> tuple[list[str], list[str]]:
+    """Return texts and labels of Banking77; of the sample in the package for the tiny shape."""
+    if size != "tiny":
+        return banking77("train")
+    from remora.data.dataset import load_dataset
+
+    train = load_dataset("sample:support").train
+    return list(train.texts), list(train.labels)
+
+
+def qwen_tokenizer(size: str = "0.5B") -> Any:
+    """Return the tokenizer of Qwen2.5; that of nano for the tiny shape."""
     from transformers import AutoTokenizer
 
+    if size == "tiny":
+        return AutoTokenizer.from_pretrained(ROOT / "src" / "remora" / "bases" / "nano")
     return AutoTokenizer.from_pretrained(SHARED / "models" / "qwen2.5-tokenizer")
 
 
@@ -52,8 +64,18 @@ QWEN = {
         "num_attention_heads": 12,
         "num_key_value_heads": 2,
     },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 8_192,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
-"""The shapes of Qwen2.5."""
+"""The shapes of Qwen2.5; and one to try a script with, on what the package has."""
 
 HYBRID = {
     "Qwen3.5-0.8B": {
@@ -97,15 +119,13 @@ def qwen(size: str, dtype: Any, layers: int | None = None, device: str = "cpu") 
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
+    words = {"vocab_size": 151_936, "bos_token_id": 151_643, "eos_token_id": 151_645}
     config = Qwen2Config(
-        **QWEN[size],
-        vocab_size=151_936,
+        **{**words, **QWEN[size]},
         max_position_embeddings=32_768,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
-        bos_token_id=151_643,
-        eos_token_id=151_645,
     )
     if layers:
         config.num_hidden_layers = layers

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ import pytest
 from remora.config import TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, DataError, Stopped
+from remora.runtime import heartbeat, launch
 from remora.runtime.heartbeat import BEAT_SECONDS, LOST_BEATS
 from remora.runtime.process_group import ProcessGroup
 from remora.training import resume
@@ -245,6 +247,93 @@ def test_an_error_of_one_is_told_once_and_ends_all(config: TrainConfig) -> None:
     assert len(errors) == 1
     assert errors[0].startswith("error: process 1 of 2: ")
     assert "missing.csv" in errors[0]
+
+
+class SlowStore:
+    """A store whose process gets no time: a call returns when it is let go."""
+
+    def __init__(self) -> None:
+        self.called, self.let_go = threading.Event(), threading.Event()
+
+    def set_timeout(self, _: object) -> None: ...
+
+    def set(self, *_: str) -> None: ...
+
+    def multi_get(self, names: list[str]) -> list[bytes]:
+        self.called.set()
+        self.let_go.wait(20)
+        return [b"1"] * len(names)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_no_thread_is_left_in_the_store_when_python_shuts_down(
+    answers: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There the process would be aborted; it was, where the store answered after a second."""
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "LOST_BEATS", 100 if answers else 10)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    store = SlowStore()
+    pulse = heartbeat.Heartbeat(store, 1, 2)
+    threading.Thread.start(pulse)  # without the second thread, which would see the store hang
+    assert store.called.wait(10)
+    if answers:
+        threading.Timer(0.3, store.let_go.set).start()
+    pulse.stop()
+    assert pulse.is_alive() is not answers
+    assert codes == ([] if answers else [7])
+    assert ("process 0 of 2 is gone or hangs" in capsys.readouterr().err) is not answers
+    store.let_go.set()
+    pulse.join()
+
+
+ENDS_LATE = """
+import faulthandler, os, signal, subprocess, time
+from remora.runtime.heartbeat import Heartbeat
+from remora.runtime.process_group import join
+
+faulthandler.enable()
+stock = Heartbeat.stop
+with join() as group:
+    first, _ = group.gather(os.getpid())
+
+    def stop(self):
+        if group.rank == 0:
+            time.sleep(60)  # until it is killed
+        os.kill(first, signal.SIGSTOP)
+        time.sleep(1.6)  # the next heartbeat waits for an answer
+        killed = f"sleep {os.environ['DELAY']}; kill -CONT {first}; sleep 0.05; kill -KILL {first}"
+        subprocess.Popen(["sh", "-c", killed])
+        stock(self)
+
+    Heartbeat.stop = stop
+"""
+
+
+@WITH_SIGNALS
+@pytest.mark.durability
+@pytest.mark.parametrize("delay", ["1.05", "1.1", "1.2", "1.3"])
+def test_a_process_that_ends_while_the_store_waits_is_not_aborted(delay: str) -> None:
+    """It ended with SIGABRT at all four of these times, in a thread without a Python frame."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        common = {
+            **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "DELAY": delay},
+            "MASTER_PORT": str(listener.getsockname()[1]),
+            launch.LISTENER: str(listener.fileno()),
+        }
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", ENDS_LATE],
+                env={**environment(), **common, "RANK": str(rank)},
+                pass_fds=() if rank else (listener.fileno(),),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 0], said
 
 
 def test_a_process_alone_sends_nothing() -> None:

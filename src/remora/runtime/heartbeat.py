@@ -6,7 +6,7 @@ import datetime
 import os
 import sys
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 from remora.errors import PeerLostError
 
@@ -65,14 +65,23 @@ class Heartbeat(threading.Thread):
                 self._end(0)
 
     def stop(self) -> None:
-        """Send no more heartbeats, and expect none."""
+        """Send no more heartbeats, and expect none; return when this thread has ended.
+
+        A thread in the store's C++ code must not see Python shut down: it would be ended there, by
+        an exception that C++ does not let pass, and abort the process. The store answers late
+        where its process gets no time, and not at all where it hangs; then this process ends.
+        """
         self._stopped.set()
         if self.is_alive():
-            self.join(BEAT_SECONDS)  # a thread in the store's code must not see Python shut down
+            self.join(BEAT_SECONDS * LOST_BEATS)
+            if self.is_alive():
+                self._leave(0)
 
     def _end(self, lost: int) -> None:
-        if self._stopped.wait(2 * BEAT_SECONDS):  # the run has ended, here too
-            return
+        if not self._stopped.wait(2 * BEAT_SECONDS):  # else the run has ended, here too
+            self._leave(lost)
+
+    def _leave(self, lost: int) -> NoReturn:
         if self._rank == (0 if lost else 1):
             what = f"process {lost} of {self._size} is gone or hangs"
             print(f"error: {what}; run the same command again to resume", file=sys.stderr)  # noqa: T201
