@@ -66,7 +66,8 @@ def show_tuned(tuned: Tuned, console: Console | None = None) -> None:
     print_line(
         console,
         f"{what.replace('_f', '-F'):<11}{metrics[what]:.2%}  (95% interval {low:.1%} to "
-        f"{high:.1%}) on {metrics['num_rows']:,} {tuned.figures['measured_on']} rows with the settings of trial "
-        f"{tuned.best + 1}; validation rows chose them, so their figures are optimistic",
+        f"{high:.1%}) on {metrics['num_rows']:,} {tuned.figures['measured_on']} rows with the "
+        f"settings of trial {tuned.best + 1}; validation rows chose them, so their figures are "
+        "optimistic",
     )
     print_line(console, f"run        {tuned.run}")
