@@ -149,8 +149,8 @@ def conclude(
     baseline = train_svm(dataset, held_out, config.seed) if svm else None
     # Figures
     weights = metadata.adapter_folder(directory)
-    if isinstance(scores[measured_on], ScoredSets):
-        metadata.set_thresholds(weights, scores[measured_on].thresholds.tolist())
+    if isinstance(scored := scores[measured_on], ScoredSets):
+        metadata.set_thresholds(weights, scored.thresholds.tolist())
     result = TrainResult(
         directory=directory,
         method=config.method,
