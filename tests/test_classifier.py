@@ -39,6 +39,7 @@ OF_A_RUN = {
     *("test_fraction", "rows_per_class", "learning_curve", "devices", "shard", "trackers"),
     *("checkpoint_minutes", "max_time", "baselines", "embedding_model", "tolerance"),
     *("input_format", "columns", "strict", "merge_labels", "rename_labels"),
+    *("multi_label", "split_labels_at", "label_columns"),
 }
 """Settings of tables, run directories, several processes, and of what is measured at the end."""
 

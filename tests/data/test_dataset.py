@@ -128,6 +128,7 @@ def test_counts_and_lines(tmp_path):
         "text_columns": ("message",),
         "remarks": (),
         "rows_per_label": {"a": 6, "b": 2, "c": 1},
+        "multi_label": False,
     }
     assert summary.lines() == [
         f"9 training, 2 validation and 4 test rows from {tmp_path} (text: 'message',"

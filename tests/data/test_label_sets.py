@@ -202,9 +202,10 @@ def test_a_flag_is_0_or_1(tmp_path: Path) -> None:
     flags = LabelForm(columns=("x", "y"))
     with pytest.raises(DataError, match=r"row 2 .*has '2' in the column 'x'; write 1 where"):
         load_dataset(str(path), form=flags)
-    write_csv(path, ["text", "x", "y"], [["one", 1, 0], ["two", 0, 1], ["three", "", 1]])
+    write_csv(path, ["text", "x", "y"], [["one", 1, 0], ["two", 0, 1]])
     with pytest.raises(DataError, match=r"Then name them with --label-columns x,y$"):
         load_dataset(str(path))
+    write_csv(path, ["text", "x", "y"], [["one", 1, 0], ["two", 0, 1], ["three", "", 1]])
     dataset = load_dataset(str(path), form=flags, test_fraction=0, validation_fraction=0)
     assert dataset.train.labels == ['["x"]', '["y"]']
     assert any("without a label, skipped" in line for line in dataset.summary.remarks)

@@ -22,15 +22,16 @@ from remora.evaluation.predictions import (
     write_probabilities,
 )
 
-LABELS = ["a", "b", "c", "d", "e, f"]
+LABELS = ["a", "b", "c", "d", "e, f", "never"]
 
 
 def scored(num_rows: int = 200, seed: int = 0) -> ScoredSets:
     rng = np.random.default_rng(seed)
-    true = (rng.random((num_rows, len(LABELS))) < [0.5, 0.3, 0.1, 0.01, 0.2]).astype(np.int64)
+    true = (rng.random((num_rows, len(LABELS))) < [0.5, 0.3, 0.1, 0.01, 0.2, 0]).astype(np.int64)
     noise = rng.normal(size=true.shape)
     probabilities = 1 / (1 + np.exp(-(3 * true - 2 + noise)))
-    return ScoredSets(probabilities=probabilities, true=true, thresholds=np.full(5, 0.5))
+    probabilities[:, 5] = 0.01
+    return ScoredSets(probabilities=probabilities, true=true, thresholds=np.full(6, 0.5))
 
 
 def test_figures_are_those_of_scikit_learn() -> None:
@@ -52,7 +53,7 @@ def test_figures_are_those_of_scikit_learn() -> None:
     )
     per_label = [
         sklearn_metrics.log_loss(rows.true[:, i], rows.probabilities[:, i], labels=[0, 1])
-        for i in range(5)
+        for i in range(6)
     ]
     assert found.log_loss == pytest.approx(np.mean(per_label))
     assert [each.support for each in found.per_class] == rows.true.sum(0).tolist()
@@ -84,7 +85,7 @@ def test_thresholds_maximize_the_f1_of_each_label() -> None:
     rows = scored()
     thresholds = fit_thresholds(rows.probabilities, rows.true)
     frequent = rows.true.sum(0) >= multi_label.MIN_POSITIVES
-    assert frequent.tolist() == [True, True, True, False, True]
+    assert frequent.tolist() == [True, True, True, False, True, False]
     for label in np.flatnonzero(frequent):
         given = rows.probabilities[:, label] >= thresholds[label]
         reached = sklearn_metrics.f1_score(rows.true[:, label], given)
@@ -139,7 +140,7 @@ def test_files_give_back_sets_and_thresholds(tmp_path: Path) -> None:
     found = read_probabilities(path, LABELS, "test")
     assert isinstance(found, ScoredSets)
     assert (found.true == rows.true).all()
-    assert found.thresholds.tolist() == [0.5] * 5
+    assert found.thresholds.tolist() == [0.5] * 6
 
 
 def test_the_svm_gives_sets_by_thresholds_of_its_own() -> None:

@@ -301,7 +301,6 @@ def test_lists_of_labels_fit_a_classifier(place: Path, tmp_path: Path) -> None:
         (("export", "{run}", "--compress"), "answers by classes"),
         (("predict", "{run}", "{text}", "--abstain-at-accuracy", "0.9"), "abstain_at_accuracy"),
         (("eval", "{run}", "{data}", "--out-of-scope", "{text}"), "out_of_scope is for models of"),
-        (("tune", "{data}", "--model", "{base}"), "tune searches for rows with one label"),
         (
             ("choose", "{data}", "--models", "{base}", "--bar", "0.9"),
             "choose is for rows with one label",
@@ -366,6 +365,20 @@ def test_comparisons_plans_and_cards_know_of_several_labels(
     card = (place / "run" / "README.md").read_text(encoding="utf-8")
     assert "Every message gets any of these 3 labels, or none" in card
     assert "logits.sigmoid()" in card
+
+
+def test_a_search_compares_trials_by_micro_f1(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    flags = ["--model", place / "base", "--output", tmp_path, "--max-steps", "3", "--trials", "2"]
+    flags += ["--device", "cpu", "--precision", "float32", "--search", "rank", "--name", "tuned"]
+    assert call("tune", place / "data.jsonl", *flags, "--json") == 0
+    tuned = json.loads(capsys.readouterr().out)
+    assert tuned["metric"] == "micro_f1"
+    assert all(0 <= each["validation"] <= 1 for each in tuned["trials"])
+    assert call("tune", place / "data.jsonl", *flags) == 0  # trains nothing
+    assert "micro-F1" in capsys.readouterr().out
 
 
 def test_a_broken_card_is_refused(place: Path, tmp_path: Path) -> None:

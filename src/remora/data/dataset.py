@@ -377,7 +377,7 @@ def _labels(source: str, train: Table) -> tuple[str, ...]:
     labels = tuple(sorted(set(train.each_label)))
     if len(labels) < 2 and train.multi_label:
         found = f"no label but {quote(labels[0])}" if labels else "no label at all"
-        raise DataError(f"{source}: the training rows have {found}; add rows of others")
+        raise DataError(f"{source}: the training rows have {found}; add rows with other labels")
     if len(labels) < 2:
         raise DataError(
             f"{source}: every training row has the label {quote(labels[0])};"

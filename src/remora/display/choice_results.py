@@ -60,12 +60,14 @@ def show_tuned(tuned: Tuned, console: Console | None = None) -> None:
         )
     console.print(table)
     metrics = tuned.figures["metrics"]
-    low, high = metrics["accuracy_interval"]
+    what = "micro_f1" if "micro_f1" in metrics else "accuracy"  # of several labels a row, or one
+    low, high = metrics[f"{what}_interval"]
     print_line(console, "")
     print_line(
         console,
-        f"accuracy   {metrics['accuracy']:.2%}  (95% interval {low:.1%} to {high:.1%}) on "
-        f"{metrics['num_rows']:,} {tuned.figures['measured_on']} rows with the settings of trial "
-        f"{tuned.best + 1}; validation rows chose them, so their figures are optimistic",
+        f"{what.replace('_f', '-F'):<11}{metrics[what]:.2%}  (95% interval {low:.1%} to "
+        f"{high:.1%}) on {metrics['num_rows']:,} {tuned.figures['measured_on']} rows with the "
+        f"settings of trial {tuned.best + 1}; validation rows chose them, so their figures are "
+        "optimistic",
     )
     print_line(console, f"run        {tuned.run}")

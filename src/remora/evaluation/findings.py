@@ -113,8 +113,9 @@ def rise(facts: RunFacts) -> tuple[float, str] | None:
         return None
     if last.get("validation_loss", 0.0) > before.get("validation_loss", math.inf):
         return None
+    what = "exact matches in validation" if facts.run.multi_label else "validation accuracy"
     return gain, (
-        f"validation accuracy rose from {before['validation_accuracy']:.1%} at step "
+        f"{what} rose from {before['validation_accuracy']:.1%} at step "
         f"{before['step']:,} to {last['validation_accuracy']:.1%} at step {last['step']:,}, the "
         f"last ({num_rows:,} rows)"
     )

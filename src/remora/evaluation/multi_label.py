@@ -55,7 +55,7 @@ def indicators(sets: Sequence[str], labels: Sequence[str]) -> NDArray[np.int64]:
 
 def as_sets(given: NDArray[np.bool_], labels: Sequence[str]) -> list[str]:
     """Return the sets of labels that are given, of [rows, labels]."""
-    return [set_text(labels[i] for i in np.flatnonzero(row)) for row in given]
+    return [set_text(labels[i] for i in np.flatnonzero(row).tolist()) for row in given]
 
 
 def fit_thresholds(
@@ -248,14 +248,12 @@ def _bootstrap(
     return found[0], found[1]
 
 
-def _micro(
-    true: NDArray[np.float64], given: NDArray[np.float64], hits: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    result: NDArray[np.float64] = 2 * hits.sum(-1) / np.maximum((true + given).sum(-1), 1)
-    return result
+def _micro(true: NDArray[Any], given: NDArray[Any], hits: NDArray[Any]) -> Any:
+    """Return the F1 of all labels together; 0 if none occurs."""
+    return 2 * hits.sum(-1) / np.maximum((true + given).sum(-1), 1)
 
 
-def _macro(true: NDArray[np.generic], given: NDArray[np.generic], hits: NDArray[np.generic]) -> Any:
+def _macro(true: NDArray[Any], given: NDArray[Any], hits: NDArray[Any]) -> Any:
     """Return the mean F1 over labels that occur as true or predicted ones; 0 if none does."""
     occurs = (true + given) > 0
     f1 = 2 * hits / np.maximum(true + given, 1)

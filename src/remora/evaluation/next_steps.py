@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from remora.errors import RemoraError
 from remora.evaluation import findings, label_findings, run_commands
@@ -17,13 +18,15 @@ NUM_STEPS = 3
 LEAST_WORTH = 0.005
 """Share of the held-out rows below which a finding is not worth a person's time."""
 
-ALWAYS = (
+Find: TypeAlias = "Callable[[RunFacts], NextStep | None]"
+
+ALWAYS: tuple[Find, ...] = (
     findings.undertrained,
     findings.better_rival,
     label_findings.suspect_labels,
     label_findings.unexplained_mistakes,
 )
-ONCE_TRAINED = (
+ONCE_TRAINED: tuple[Find, ...] = (
     label_findings.overlapping_labels,
     label_findings.too_few_rows,
     findings.larger_model,
@@ -32,6 +35,13 @@ ONCE_TRAINED = (
     findings.smaller_model,
 )
 """Findings that longer training may change, so that they wait for it."""
+OF_SEVERAL_LABELS = (
+    findings.undertrained,
+    findings.better_rival,
+    findings.larger_model,
+    findings.smaller_model,
+)
+"""Findings that hold where rows have several labels; the others look at rows with one."""
 
 
 def find_next_steps(directory: Path) -> tuple[NextStep, ...]:
@@ -104,9 +114,11 @@ def after_comparison(comparison: Comparison, runs: Sequence[Path]) -> tuple[Next
 
 def _ranked(facts: RunFacts) -> tuple[NextStep, ...]:
     always, once_trained = ALWAYS, ONCE_TRAINED
-    if facts.run.multi_label:  # the others look at rows with one label
-        always = (findings.undertrained, findings.better_rival)
-        once_trained = (findings.larger_model, findings.smaller_model)
+    if facts.run.multi_label:
+        always, once_trained = (
+            tuple(find for find in each if find in OF_SEVERAL_LABELS)
+            for each in (always, once_trained)
+        )
     found = [step for find in always if (step := find(facts))]
     if not any(step.kind == "train_longer" and step.worth >= LEAST_WORTH for step in found):
         found += [step for find in once_trained if (step := find(facts))]

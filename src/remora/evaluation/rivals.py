@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from remora.evaluation.baselines import Baseline
-from remora.evaluation.metrics import measure
+from remora.evaluation.metrics import Metrics, measure
 from remora.evaluation.multi_label import measure_sets, micro_f1_difference
 from remora.evaluation.significance import difference_interval, holm, mcnemar
 from remora.formatting import spoken_time
@@ -107,6 +107,7 @@ def rate(
     truth = [true[i] for i in answers.rows]
     ours = [predicted[i] for i in answers.rows]
     of_sets: dict[str, Any] = {}
+    metrics: Metrics
     if multi_label:
         metrics = sets = measure_sets(labels, truth, answers.predicted)
         lead, interval = micro_f1_difference(labels, truth, answers.predicted, ours)

@@ -50,7 +50,8 @@ class Review:
         """
         self._config, self._say = config, say
         self._loop: asyncio.AbstractEventLoop | None = None
-        several_labels.refuse(run_directory.read_settings(config.run), "review")
+        if (config.run / "config.toml").is_file():
+            several_labels.refuse(run_directory.read_settings(config.run), "review")
         need_list(config.run)
         settings, _, everything = diagnose.load(DiagnoseConfig(config.run))
         table = diagnose.rows_as_given(settings, everything)

@@ -82,9 +82,9 @@ def rank_given(
     given = probabilities >= np.asarray(thresholds)
     found = []
     for row, best, mask in zip(probabilities, order, given, strict=True):
-        kept = [i for place, i in enumerate(best) if place < top_k or mask[i]]
+        kept = [i for place, i in enumerate(best.tolist()) if place < top_k or mask[i]]
         ranked = [(labels[i], float(row[i])) for i in kept]
-        found.append((ranked, set_text(labels[i] for i in np.flatnonzero(mask))))
+        found.append((ranked, set_text(labels[i] for i in np.flatnonzero(mask).tolist())))
     return found
 
 

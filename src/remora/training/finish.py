@@ -156,8 +156,8 @@ def conclude(
         theirs = with_levels(baseline.metrics, hierarchy, true, baseline.predictions)
         baseline = replace(baseline, metrics=theirs)
     weights = metadata.adapter_folder(directory)
-    if isinstance(scores[measured_on], ScoredSets):
-        metadata.set_thresholds(weights, scores[measured_on].thresholds.tolist())
+    if isinstance(scored := scores[measured_on], ScoredSets):
+        metadata.set_thresholds(weights, scored.thresholds.tolist())
     result = TrainResult(
         directory=directory,
         method=config.method,

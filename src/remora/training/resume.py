@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
+from remora.config.several_labels import settled
 from remora.errors import ConfigError
 from remora.runtime import files, run_directory
 from remora.runtime.process_group import ProcessGroup
@@ -103,6 +104,7 @@ def find(
 
 def fixed(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that may not differ: between processes, and when a run resumes."""
+    config = settled(config, is_multi_label=config.multi_label == "on")
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(TrainConfig)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig, TuneConfig
+from remora.config.several_labels import settled
 from remora.data.dataset import Dataset, load_data
 from remora.errors import ConfigError, DivergedError, ResourceError
 from remora.evaluation import results
@@ -100,13 +101,10 @@ class _Tuning:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.config, self.stop, self.reporter = config, stop, reporter
-        self.plain = TrainConfig.taken_from(config)
-        self.dataset: Dataset = load_data(self.plain)
-        if self.dataset.multi_label:
-            raise ConfigError(
-                "tune searches for rows with one label, and these have several; use remora train"
-            )
+        self.stop, self.reporter = stop, reporter
+        self.dataset: Dataset = load_data(TrainConfig.taken_from(config))
+        self.config = settled(config, is_multi_label=self.dataset.multi_label)
+        self.plain = TrainConfig.taken_from(self.config)
         if not len(self.dataset.validation):
             raise ConfigError("there are no validation rows to compare trials on; give more rows")
         data = f"{run_directory.slug(config.data)}-{run_directory.slug(config.model)}"
@@ -336,7 +334,11 @@ class _Pruning(SayOnce):
         super().validated(validation)
         values = {
             "accuracy": validation.accuracy,
-            "micro_f1": validation.accuracy,  # the same where each row has one label
+            "micro_f1": (
+                validation.accuracy  # the same where each row has one label
+                if validation.micro_f1 is None
+                else validation.micro_f1
+            ),
             "macro_f1": validation.macro_f1,
             "log_loss": -validation.loss,
         }

@@ -38,7 +38,10 @@ def build(rows: Sequence[TokenSequence]) -> PaddedRows:
         rows: Token sequences with a prompt and an answer.
     """
     width = max(len(row.token_ids) for row in rows)
-    predictors, edges, targets, weights = [], [], [], []
+    predictors: list[int] = []
+    edges: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
     for index, row in enumerate(rows):
         assert row.answer_start > 0 < row.num_targets, "a row needs a prompt and an answer"
         begin = len(predictors)
