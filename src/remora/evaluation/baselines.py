@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,7 @@ def train_baseline(
     if any(text.strip() for text in texts) and len(set(targets)) > 1:
         with warnings.catch_warnings():  # not quite converged is good enough for a baseline
             warnings.simplefilter("ignore", ConvergenceWarning)
-            pipeline.fit(texts, targets)
+            in_thread(lambda: pipeline.fit(texts, targets))
         predictions = [str(label) for label in pipeline.predict(test_texts)]
     else:
         most_frequent = Counter(targets).most_common(1)[0][0]
@@ -89,3 +90,25 @@ def train_baseline(
         num_all_train_rows=len(train_texts),
         seconds=time.perf_counter() - began,
     )
+
+
+def in_thread(compute: Callable[[], object]) -> None:
+    """Compute in a thread, so that a signal is answered while a library computes for long in C.
+
+    Python answers signals in the main thread, between its own operations: 15,000 rows of 150 labels
+    keep liblinear for ten seconds and more. After a signal what was begun ends with the process.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            compute()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="remora-baseline", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)  # without a limit, Windows would not answer signals
+    if failed:
+        raise failed[0]
