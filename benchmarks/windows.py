@@ -29,7 +29,7 @@ from remora.models.saved import open_trained
 from remora.training.run import train
 from remora.tree import scoring
 
-NUM_LABELS = 8
+NUM_LABELS = 6
 PLACES = ("middle", "random")
 WAYS = ("head", "both", "windows")
 
@@ -39,10 +39,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--messages", type=int, default=9, help="of each document")
-    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--messages", type=int, default=5, help="of each document")
+    parser.add_argument("--max-length", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-steps", type=int, default=150)
+    parser.add_argument("--max-steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/windows"))
     options = parser.parse_args()

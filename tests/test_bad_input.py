@@ -106,6 +106,13 @@ def train(data: str, *more: str, model: str = "base") -> list[str]:
     return ["train", data, "--model", model, "--device", "cpu", "--max-steps", "1", *more]
 
 
+def windowed(shop: Workshop) -> list[str]:
+    """A run that reads long messages in windows, exported for vLLM."""
+    card = shop.copy_of_run() / "adapter" / "remora.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "truncate": "windows"}))
+    return ["export", "copy", "--vllm", "--output", "out"]
+
+
 def embeddings(shop: Workshop, folder: str, *, installed: bool = True) -> list[str]:
     spec = importlib.util.find_spec
     found = object() if installed else None
@@ -668,6 +675,11 @@ CASES: list[Case] = [
         lambda s: train(s.write("named.jsonl", "{}\n"), "--columns", "text,label"),
     ),
     ("standard input without a format", 2, lambda s: train("-")),
+    (
+        "an export of a run in windows for an engine that has none",
+        4,
+        windowed,
+    ),
     (
         "a class weight for a label that is not there",
         3,

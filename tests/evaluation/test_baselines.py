@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,38 @@ def test_banking77_baseline_is_the_published_one(shared: Path) -> None:
     labels = sorted(set(tables["train"][1]))
     found = train_baseline(*tables["train"], *tables["test"], labels)
     assert found.metrics.accuracy == pytest.approx(0.906, abs=0.005)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer's signal")
+def test_a_signal_is_answered_while_a_library_computes_in_c(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in liblinear, whose loop over 15,000 rows of 150 labels takes ten seconds and more."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def fit(*arguments: object) -> None:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000_000)  # seconds, without the GIL
+
+    monkeypatch.setattr("sklearn.svm.LinearSVC.fit", fit)
+    before = signal.signal(signal.SIGALRM, stop)
+    texts, labels = ["red one", "blue two"] * 4, ["r", "b"] * 4
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_baseline(texts, labels, texts, labels, ["b", "r"])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 1.5
+
+
+def test_an_error_of_a_library_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(*arguments: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("sklearn.svm.LinearSVC.fit", fit)
+    with pytest.raises(MemoryError, match="no room"):
+        train_baseline(["a b", "c d"], ["x", "y"], ["a"], ["x"], ["x", "y"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,7 @@ def train_baseline(
     if any(text.strip() for text in texts) and len(set(targets)) > 1:
         with warnings.catch_warnings():  # not quite converged is good enough for a baseline
             warnings.simplefilter("ignore", ConvergenceWarning)
-            pipeline.fit(texts, targets)
+            in_thread(lambda: pipeline.fit(texts, targets))
         predictions = [str(label) for label in pipeline.predict(test_texts)]
     else:
         most_frequent = Counter(targets).most_common(1)[0][0]
@@ -127,7 +128,8 @@ def train_set_baseline(
         pipeline = make_pipeline(_tf_idf(), OneVsRestClassifier(_svm(seed)))
         with warnings.catch_warnings():  # not quite converged is good enough for a baseline
             warnings.simplefilter("ignore")
-            pipeline.fit(texts, targets[:, several] if len(several) > 1 else targets[:, several[0]])
+            wanted = targets[:, several] if len(several) > 1 else targets[:, several[0]]
+            in_thread(lambda: pipeline.fit(texts, wanted))
         for split, table in (("validation", validation), ("test", test)):
             if len(table):
                 found = pipeline.decision_function(table.texts)
@@ -169,3 +171,25 @@ def _svm(seed: int) -> Any:
     from sklearn.svm import LinearSVC
 
     return LinearSVC(C=1.0, random_state=seed, max_iter=5_000)
+
+
+def in_thread(compute: Callable[[], object]) -> None:
+    """Compute in a thread, so that a signal is answered while a library computes for long in C.
+
+    Python answers signals in the main thread, between its own operations: 15,000 rows of 150 labels
+    keep liblinear for ten seconds and more. After a signal what was begun ends with the process.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            compute()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="remora-baseline", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)  # without a limit, Windows would not answer signals
+    if failed:
+        raise failed[0]

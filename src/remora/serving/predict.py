@@ -123,7 +123,7 @@ def _answered(
     """Yield batches of rows: the text, None if blank; the values to keep; the answer."""
     pausing = pauses.may_pause(config.source)
     for batch in pauses.batches(stream.rows, BATCH_ROWS, pausing=pausing):
-        answers = predictor.answers([text for text, _ in batch])
+        answers = predictor.classify([text for text, _ in batch])
         yield [(*row, answer) for row, answer in zip(batch, answers, strict=True)]
 
 

@@ -228,7 +228,15 @@ class Predictor:
         """Load the model, if it is not; raises RemoraError."""
         self._open()
 
-    def answers(self, texts: Sequence[str | None]) -> list[Answer]:
+    def answers(self, texts: Sequence[str | None]) -> list[tuple[Ranked, str | None]]:
+        """Return the likeliest labels of each message, and the one given; None is a blank message.
+
+        Raises:
+            RemoraError: If the model or its base model cannot be used.
+        """
+        return [(answer.ranked, answer.label) for answer in self.classify(texts)]
+
+    def classify(self, texts: Sequence[str | None]) -> list[Answer]:
         """Return the answer to each message; None stands for a blank one.
 
         Raises:
@@ -276,7 +284,7 @@ class Predictor:
             DataError: If the batch has no text column, or a cell that is no text.
             RemoraError: If the model or its base model cannot be used.
         """
-        answers = self.answers(self._texts(batch))
+        answers = self.classify(self._texts(batch))
         card = self.trained.card
         if card.multi_label:
             of_sets = LabelSetColumns(card.labels, card.label_form, _names(batch))

@@ -189,7 +189,7 @@ class _Actor:
 
     def answers(self, texts: Sequence[str | None]) -> list[Answer]:
         """Return the answer to each message."""
-        return self._predictor.answers(texts)
+        return self._predictor.classify(texts)
 
 
 @dataclass
