@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -29,17 +30,18 @@ def original(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
     shutil.copytree(base, folder / "base")
     write_table(folder / "data.csv", repeats=4)
-    for name, more in {
-        "run": {"learning_rate": 1e-2, "rank": 16},
-        "full": {"method": "full"},
-    }.items():
-        train(settings(folder, name=name, **more))
+    train(settings(folder, learning_rate=1e-2, rank=16))
+    sets = [(text, [label]) for text, label in zip(MESSAGES, WORDS, strict=False)]
+    sets += [(f"{a}, {b}", [*x, *y]) for (a, x), (b, y) in itertools.combinations(sets, 2)]
+    lines = (json.dumps({"text": text, "label": labels}) for text, labels in 4 * sets)
+    (folder / "several.jsonl").write_text("\n".join(lines))
+    train(settings(folder, name="full", data="several.jsonl", method="full", answer=None))
     return folder
 
 
-def settings(place: Path, **more: Any) -> TrainConfig:
+def settings(place: Path, data: str = "data.csv", **more: Any) -> TrainConfig:
     return TrainConfig(
-        str(place / "data.csv"),
+        str(place / data),
         **{
             "model": str(place / "base"),
             "output": place,
@@ -109,13 +111,17 @@ def test_onnx_runtime_gives_the_same_probabilities(place: Path, capsys) -> None:
         np.testing.assert_allclose([float(p) for _, p in answers], best.max(1), atol=1e-4)
 
 
-def test_a_fully_trained_model_is_exported_too(place: Path, capsys) -> None:
+def test_a_fully_trained_model_of_several_labels_a_row_is_exported_too(place: Path, capsys) -> None:
     assert remora("full", "--onnx") == 0
     assert "the same label on all" in capsys.readouterr().out
     client = onnx_client.Classifier("full/onnx")
-    np.testing.assert_allclose(
-        client.probabilities(MESSAGES), predicted("full", MESSAGES), atol=1e-5
-    )
+    trained = open_trained("full", device="cpu", precision="float32")
+    wanted = trained.scorer().probabilities(MESSAGES)
+    np.testing.assert_allclose(client.probabilities(MESSAGES), wanted, atol=1e-5)
+    assert tuple(client.thresholds) == trained.card.thresholds
+    given = [{client.labels[i] for i in np.flatnonzero(row >= client.thresholds)} for row in wanted]
+    assert [{label for label, _ in answer} for answer in client.answers(MESSAGES)] == given
+    assert any(len(labels) != 1 for labels in given)
 
 
 def wrong_token(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

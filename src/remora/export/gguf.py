@@ -7,6 +7,7 @@ adapter was trained with, so that a client sends the message alone.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -32,6 +33,7 @@ from remora.models import metadata
 from remora.models.saved import open_trained
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
+from remora.tree import scoring
 
 DIFFERING = {**dict.fromkeys(("f32", "f16", "bf16"), 1.0), "q8_0": 2.0}
 """Percentage of rows that may get another label, by type."""
@@ -69,7 +71,7 @@ class Gguf:
     """The GGUF files of a run."""
 
     num_rows: int
-    adapter_accuracy: float
+    adapter_accuracy: float  # of its labels in float32
     files: tuple[GgufFile, ...]
 
 
@@ -98,6 +100,7 @@ def write_gguf(config: ExportConfig, folder: Path, results: Results, reporter: R
     """
     llama_cpp.require()
     tools = _find_tools(config)
+    wanted = _adapter_labels(config, results, reporter)
     model = folder / "model"  # removed at the end
     model.mkdir()
     if config.gguf_lora:
@@ -107,15 +110,28 @@ def write_gguf(config: ExportConfig, folder: Path, results: Results, reporter: R
     measured = []
     for kind, loaded in made.items():
         reporter.say(f"asking llama.cpp with {(loaded.lora or loaded.path).name}")
-        measured.append(_measure(kind, loaded, prompt, results, config, reporter))
+        measured.append(_measure(kind, loaded, prompt, results, wanted, config, reporter))
     shutil.rmtree(model)
-    right = [a == b for a, b in zip(results.true, results.predicted, strict=True)]
-    written = Gguf(
-        num_rows=len(right), adapter_accuracy=sum(right) / len(right), files=tuple(measured)
-    )
+    num_rows = len(wanted)
+    accuracy = _count(wanted, results.true) / num_rows
+    written = Gguf(num_rows=num_rows, adapter_accuracy=accuracy, files=tuple(measured))
     with files.disk_errors(folder):
         _write_beside(folder, prompt, written, is_adapter=config.gguf_lora)
     return written
+
+
+def _adapter_labels(config: ExportConfig, results: Results, reporter: Reporter) -> list[str]:
+    """Return the adapter's labels of the run's rows in float32.
+
+    The run may have predicted them in 16 bits, which gives near ties another label by itself.
+    """
+    trained = open_trained(config.run, base=config.model, device=config.device, precision="float32")
+    scorer = trained.scorer(max_tokens=config.micro_batch_tokens, tolerance=1.0)  # the exact argmax
+    probabilities = scoring.score_table(scorer, results.texts, "adapter", reporter)
+    labels = trained.prompt.labels
+    del trained, scorer
+    gc.collect()  # the layers hold references to themselves
+    return [labels[index] for index in probabilities.argmax(1)]
 
 
 def modelfile(prompt: Prompt, name: str) -> str:
@@ -323,10 +339,11 @@ def _measure(
     loaded: llama_cpp.Model,
     prompt: Prompt,
     results: Results,
+    wanted: Sequence[str],
     config: ExportConfig,
     reporter: Reporter,
 ) -> GgufFile:
-    """Let llama.cpp answer the run's rows, and compare its labels with the adapter's.
+    """Let llama.cpp answer the run's rows, and compare its labels with the adapter's, `wanted`.
 
     Raises:
         ModelError: If it reads other prompts or writes too many other labels.
@@ -343,7 +360,7 @@ def _measure(
             greedy.append(answer.greedy)
             reporter.scoring(path.name, index + 1, len(stems))
     seconds = time.monotonic() - began
-    differing = _count(found, results.predicted, equal=False)
+    differing = _count(found, wanted, equal=False)
     reporter.say(
         f"{path.name}: {differing:,} of {len(found):,} rows get another label than from the adapter"
     )
@@ -363,7 +380,7 @@ def _measure(
         accuracy=_count(found, results.true) / len(found),
         num_differing=differing,
         greedy_accuracy=_count(greedy, results.true) / len(found),
-        num_greedy_differing=_count(greedy, results.predicted, equal=False),
+        num_greedy_differing=_count(greedy, wanted, equal=False),
         rows_per_second=len(found) / seconds,
     )
 

@@ -113,12 +113,9 @@ def merge(config: ExportConfig, folder: Path, results: Results, reporter: Report
     got = scoring.score_table(scorer(merged), results.texts, "merged", reporter)
     del merged
     gc.collect()  # Windows renames no folder whose weights are still mapped into memory
-    allowed = min(tolerance, effect / 10)
-    if card.multi_label:
-        thresholds = np.array(card.thresholds)
-        parity = _compare_sets(wanted, got, thresholds, dtype=name, allowed=allowed)
-    else:
-        parity = compare_probabilities(wanted, got, dtype=name, allowed=allowed)
+    parity = compare_probabilities(
+        wanted, got, card.thresholds, dtype=name, allowed=min(tolerance, effect / 10)
+    )
     if not parity.holds:
         raise ModelError(_refusal(parity))
     return parity
@@ -179,42 +176,36 @@ def _differences(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArra
 
 
 def compare_probabilities(
-    wanted: NDArray[np.float64], got: NDArray[np.float64], *, dtype: str, allowed: float
-) -> Parity:
-    """Compare the probabilities of a merged model with the adapter's, both [rows, labels]."""
-    rows = np.arange(len(wanted))
-    first, second = wanted.argmax(1), got.argmax(1)
-    flipped = first != second
-    with np.errstate(divide="ignore"):
-        gap = np.log(wanted[rows, first]) - np.log(wanted[rows, second])
-    return Parity(
-        dtype=dtype,
-        num_rows=len(wanted),
-        num_flips=int(flipped.sum()),
-        num_near_ties=int((flipped & (gap <= allowed)).sum()),
-        largest_difference=float(_differences(wanted, got).max()),
-        allowed=allowed,
-    )
-
-
-def _compare_sets(
     wanted: NDArray[np.float64],
     got: NDArray[np.float64],
-    thresholds: NDArray[np.float64],
+    thresholds: Sequence[float] = (),
     *,
     dtype: str,
     allowed: float,
 ) -> Parity:
-    """Compare where each label is given by its threshold; a probability close to it is a tie."""
-    flipped = (wanted >= thresholds) != (got >= thresholds)  # [rows, labels]
-    with np.errstate(divide="ignore"):
-        near = np.abs(np.log(wanted) - np.log(thresholds)) <= allowed
-    is_flipped = flipped.any(1)
+    """Compare the probabilities of a merged model with the adapter's, both [rows, labels].
+
+    With thresholds, of labels where a row may have several, labels are those whose probability
+    reaches theirs, and a probability close to it is a near tie.
+    """
+    rows = np.arange(len(wanted))
+    if thresholds:
+        limits = np.array(thresholds)
+        changed = (wanted >= limits) != (got >= limits)  # [rows, labels]
+        with np.errstate(divide="ignore"):
+            near = np.abs(np.log(wanted) - np.log(limits)) <= allowed
+        flipped, are_ties = changed.any(1), (near | ~changed).all(1)
+    else:
+        first, second = wanted.argmax(1), got.argmax(1)
+        flipped = first != second
+        with np.errstate(divide="ignore"):
+            gap = np.log(wanted[rows, first]) - np.log(wanted[rows, second])
+        are_ties = gap <= allowed
     return Parity(
         dtype=dtype,
         num_rows=len(wanted),
-        num_flips=int(is_flipped.sum()),
-        num_near_ties=int((is_flipped & (near | ~flipped).all(1)).sum()),
+        num_flips=int(flipped.sum()),
+        num_near_ties=int((flipped & are_ties).sum()),
         largest_difference=float(_differences(wanted, got).max()),
         allowed=allowed,
     )

@@ -13,7 +13,7 @@ import io
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def write_onnx(config: ExportConfig, folder: Path, results: Results, reporter: R
     trained = open_trained(config.run, base=config.model, device=config.device, precision="float32")
     scorer = trained.scorer(max_tokens=config.micro_batch_tokens)
     wanted = scoring.score_table(scorer, results.texts, "adapter", reporter)
-    prompt = trained.prompt
+    prompt, thresholds = trained.prompt, trained.card.thresholds
     if getattr(prompt.tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
             "this model's tokenizer has no tokenizer.json, which the client of an ONNX model "
@@ -109,9 +109,11 @@ def write_onnx(config: ExportConfig, folder: Path, results: Results, reporter: R
         _write_model(merged, folder, reporter)
         shutil.rmtree(merged)
     with files.disk_errors(folder):
-        _write_beside(folder, prompt)
+        _write_beside(folder, prompt, thresholds)
     got = _answer(folder, prompt, results.texts, reporter)
-    parity = compare_probabilities(wanted, got, dtype="float32", allowed=TOLERANCES["float32"])
+    parity = compare_probabilities(
+        wanted, got, thresholds, dtype="float32", allowed=TOLERANCES["float32"]
+    )
     if not parity.holds:
         raise ModelError(
             "the ONNX model is not the same classifier: "
@@ -170,7 +172,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _write_beside(folder: Path, prompt: Prompt) -> None:
+def _write_beside(folder: Path, prompt: Prompt, thresholds: Sequence[float]) -> None:
     """Write the tokenizer, the prompt, the labels and the client."""
     from remora.export import onnx_client  # needs ONNX Runtime
 
@@ -180,6 +182,7 @@ def _write_beside(folder: Path, prompt: Prompt) -> None:
         folder / "classifier.json",
         {
             "labels": list(prompt.labels),
+            "thresholds": list(thresholds),  # only where a message may have several labels
             "head": prompt.head,
             "tail": prompt.tail,
             "max_length": prompt.max_length,

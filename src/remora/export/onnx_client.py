@@ -26,6 +26,7 @@ class Classifier:
         folder = Path(folder)
         told = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
         self.labels: list[str] = told["labels"]
+        self.thresholds: list[float] = told["thresholds"]  # if a message may have several labels
         self.head, self.tail, self.max_length = told["head"], told["tail"], told["max_length"]
         self.control = re.compile(told["control_tokens"]) if told["control_tokens"] else None
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -61,9 +62,23 @@ class Classifier:
         for index, row in enumerate(rows):
             ids[index, : len(row)], mask[index, : len(row)] = row, 1
         (logits,) = self.session.run(None, {"input_ids": ids, "attention_mask": mask})
+        if self.thresholds:
+            each: np.ndarray = 1 / (1 + np.exp(-logits))
+            return each
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
         return shares
+
+    def answers(self, messages: list[str]) -> list[list[tuple[str, float]]]:
+        """Return the labels of each message with their probabilities, the most probable first."""
+        found = []
+        for row in self.probabilities(messages):
+            given = (
+                [row.argmax()] if not self.thresholds else np.flatnonzero(row >= self.thresholds)
+            )
+            ranked = sorted(given, key=lambda index: -row[index])
+            found.append([(self.labels[index], float(row[index])) for index in ranked])
+        return found
 
 
 def batches(messages: Iterable[str], size: int = 16) -> Iterator[list[str]]:
@@ -77,6 +92,6 @@ if __name__ == "__main__":
     classifier = Classifier(Path(__file__).parent)
     lines = sys.argv[1:] or (line for line in sys.stdin if line.strip())
     for batch in batches(lines, len(sys.argv[1:]) or 1):
-        for row in classifier.probabilities(batch):
-            sys.stdout.write(f"{classifier.labels[row.argmax()]}\t{row.max():.4f}\n")
+        for answer in classifier.answers(batch):
+            sys.stdout.write("\t".join(f"{label}\t{p:.4f}" for label, p in answer) + "\n")
         sys.stdout.flush()
