@@ -200,7 +200,7 @@ def training(records: Sequence[dict[str, Any]]) -> list[Chart]:
     Skipped steps, whose loss is not finite, are left out.
     """
     losses = [(r["step"], r["loss"]) for r in records if math.isfinite(r.get("loss", math.nan))]
-    are_sets = any("validation_micro_f1" in r for r in records)  # of several labels a row
+    are_sets = any(r.get("validation_micro_f1") is not None for r in records)  # of labels a row
     key, what = ("micro_f1", "micro-F1") if are_sets else ("accuracy", "accuracy")
     key = f"validation_{key}"
     accuracies = [(r["step"], r[key]) for r in records if key in r]
