@@ -195,14 +195,15 @@ def thinned(points: Sequence[Point], most: int) -> tuple[list[Point], int]:
 
 
 def training(records: Sequence[dict[str, Any]]) -> list[Chart]:
-    """Return the charts of training loss and validation accuracy from metrics.jsonl.
+    """Return the charts of training loss and validation accuracy, or F1, from metrics.jsonl.
 
     Skipped steps, whose loss is not finite, are left out.
     """
     losses = [(r["step"], r["loss"]) for r in records if math.isfinite(r.get("loss", math.nan))]
-    accuracies = [
-        (r["step"], r["validation_accuracy"]) for r in records if "validation_accuracy" in r
-    ]
+    are_sets = any(r.get("validation_micro_f1") is not None for r in records)  # of labels a row
+    key, what = ("micro_f1", "micro-F1") if are_sets else ("accuracy", "accuracy")
+    key = f"validation_{key}"
+    accuracies = [(r["step"], r[key]) for r in records if key in r]
     if not losses:
         return []
     points, size = thinned(losses, MAX_POINTS)
@@ -239,11 +240,11 @@ def training(records: Sequence[dict[str, Any]]) -> list[Chart]:
         drawn.append(
             chart(
                 "validation",
-                "Validation accuracy",
+                f"Validation {what}",
                 f"Best of {len(values)} evaluations: {best[1]:.1%}, at step {best[0]:,}.",
                 [("accuracy", accuracies, True)],
                 x_label="step",
-                y_label="accuracy",
+                y_label=what,
                 x_range=steps,
                 y_range=(max(0, min(values) - 0.02), min(1, max(values) + 0.02)),
                 y_percent=True,

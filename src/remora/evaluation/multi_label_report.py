@@ -6,11 +6,11 @@ confusion matrix. The page has no script.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import remora
 from remora.data.label_sets import labels_in
-from remora.evaluation import report_sections
+from remora.evaluation import charts, report_sections
 from remora.evaluation.findings import NextStep
 from remora.evaluation.next_steps import find_next_steps, told_next_steps
 from remora.evaluation.report_sections import (
@@ -81,13 +81,25 @@ def collect(run: Results) -> Report:
         figures=figures,
         next_steps=told_next_steps(lambda: find_next_steps(run.directory), lambda line: None),
         labels=_labels(run),
-        result=report_sections.result_section(figures, trained),
+        result=_result(figures, trained),
         training=report_sections.training_section(run),
         mistakes=_mistakes(run)[:NUM_STATIC_MESSAGES],
         calibration=report_sections.calibration_section(figures),
         plan=report_sections.plan_section(run.directory),
         settings=report_sections.settings_section(run.directory),
     )
+
+
+def _result(figures: Figures, trained: str) -> ResultSection:
+    """Return the verdict, and micro-F1 with its intervals in place of accuracy."""
+    section = report_sections.result_section(figures, trained)
+    rows = [("ours", trained, figures["metrics"])]
+    rows += [("baseline", each.description, vars(each)) for each in section.rivals]
+    drawn = [
+        (kind, name, {"accuracy": each["micro_f1"], "accuracy_interval": each["micro_f1_interval"]})
+        for kind, name, each in rows
+    ]
+    return replace(section, intervals=charts.intervals(drawn))
 
 
 def _labels(run: Results) -> list[LabelRow]:

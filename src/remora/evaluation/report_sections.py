@@ -285,6 +285,7 @@ def _evaluation(record: Figures) -> Figures:
     return {
         "step": record["step"],
         "accuracy": record["validation_accuracy"],
+        "micro_f1": record.get("validation_micro_f1"),  # of several labels a row
         "loss": "" if loss is None else f"{loss:.4f}",
         "best": record["validation_best"],
     }

@@ -138,6 +138,8 @@ def resolved(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     found |= {k: plan[k] for k in ("device", "precision", "layout") if k in plan}
     if "checkpointing" in plan:
         found["checkpointing"] = "on" if plan["checkpointing"] else "off"
+    if settings.get("multi_label") == "auto":  # else it would be "on"
+        found["multi_label"] = "off"
     if "micro_batch_tokens" in plan:
         found["micro_batch_tokens"] = plan["micro_batch_tokens"]
     if "shard" in plan:
