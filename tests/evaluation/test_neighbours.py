@@ -35,6 +35,7 @@ def test_a_large_table_is_sampled_and_texts_are_cut(monkeypatch: pytest.MonkeyPa
     assert found.num_all_rows == 100
     assert 20 <= found.num_rows <= 25
     assert set(found.nearest) == {1, 2}
+    assert all(each.text.startswith(f"card number {each.row - 1} x") for each in found.texts)
     assert {len(each.text) for each in found.texts} == {neighbours.EXCERPT_CHARS + 2}
 
 

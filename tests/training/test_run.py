@@ -120,6 +120,7 @@ def test_the_run_directory_holds_what_it_takes_to_repeat_the_run(finished) -> No
         "predictions.csv",
         "probabilities.safetensors",
         "features.safetensors",
+        "neighbours.json",
         "README.md",
         "report.html",
         "adapter/adapter_model.safetensors",

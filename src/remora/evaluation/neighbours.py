@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from remora.data import splits
 from remora.data.table import Table
@@ -23,8 +24,8 @@ EXCERPT_CHARS = 200
 
 MAX_MISTAKES = 1_000
 MAX_TRAIN_CHARS = 2_000_000
-"""Characters of the training texts that are looked at: n-grams of 600,000, 10,003 rows of
-Banking77, took 0.6 s on one core, and 600 messages among them 0.4 s."""
+"""Characters of the training texts that are looked at: 1,000 messages of Banking77 among so many,
+33,628 rows, took 3.6 s on one core, 600 among its 10,003 rows 1.0 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +84,7 @@ def find(
     found: list[list[int]] = []
     for start in range(0, len(texts), block):
         cosines = (vectorizer.transform(texts[start : start + block]) @ matrix.T).toarray()
-        order = np.argsort(-cosines, axis=1, kind="stable")[:, :NUM_NEIGHBOURS]
-        found += [
-            [int(place) for place in near if cosine[place] > 0]
-            for near, cosine in zip(order, cosines, strict=True)
-        ]
+        found += [_largest(cosine) for cosine in cosines]
     used = sorted({place for near in found for place in near})
     number = {place: index for index, place in enumerate(used)}
     return Neighbours(
@@ -106,6 +103,14 @@ def find(
             for row, near in zip(rows, found, strict=True)
         },
     )
+
+
+def _largest(cosine: NDArray[np.float64]) -> list[int]:
+    """Return the places of the largest cosines above 0, the largest first; of equals, the first."""
+    count = min(NUM_NEIGHBOURS, len(cosine))
+    least = np.partition(cosine, -count)[-count]
+    places = np.flatnonzero(cosine >= max(least, np.finfo(np.float64).tiny))
+    return [int(place) for place in places[np.argsort(-cosine[places], kind="stable")][:count]]
 
 
 def write(directory: Path, neighbours: Neighbours) -> None:
