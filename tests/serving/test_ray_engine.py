@@ -14,6 +14,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -427,6 +428,32 @@ def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     refused = pytest.raises(ConfigError, match=r"no Ray cluster answers at 127.0.0.1:1 .*--address")
     with refused, ray_workers.connected("127.0.0.1:1"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("token", "said"), [(None, "asks for a token in"), ("b" * 64, "refuses the token in")]
+)
+def test_a_token_that_is_not_the_clusters(
+    token: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ray 2.60 writes that to standard error from C++, and raises that nothing answers."""
+
+    def init(**_: Any) -> None:
+        os.write(2, b"W gcs_client.cc:210: Unauthenticated: RPC error: InvalidAuthToken: missing\n")
+        raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.2:6399")
+
+    for name in ray_workers.TOKENS:
+        monkeypatch.delenv(name, raising=False)
+    if token:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    monkeypatch.setattr(ray_workers, "require", lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        refused = pytest.raises(ConfigError, match=rf"{address} {said} RAY_AUTH_TOKEN; set RAY_A")
+        with refused, ray_workers.connected(address):
+            pass
+    assert capfd.readouterr().err == ""
 
 
 # By Ray itself

@@ -11,6 +11,8 @@ import importlib.util
 import os
 import secrets
 import socket
+import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +42,9 @@ PROCESS_BYTES = 600_000_000
 
 OBJECT_STORE_BYTES = 256 << 20
 """Shared memory of a Ray that is started here; batches of messages are small."""
+
+TOKENS = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+"""Variables by which Ray asks for a token, or gives one."""
 
 CONNECT_SECONDS, PATIENCE_SECONDS = 10.0, 120.0
 
@@ -87,8 +92,7 @@ def connected(address: str | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # by default they yield to everything else
     # Its ports are open to the network, so it must ask for a token; this one is kept nowhere.
-    tokens = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-    if address is None and not tokens & os.environ.keys():  # Ray reads them when it is imported
+    if address is None and not TOKENS & os.environ.keys():  # Ray reads them when it is imported
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
@@ -104,9 +108,17 @@ def connected(address: str | None) -> Iterator[Any]:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
+    heard: list[str] = []
     try:
-        ray.init(logging_level="ERROR", log_to_driver=False, **how)
+        with _heard() as heard:
+            ray.init(logging_level="ERROR", log_to_driver=False, **how)
     except Exception as error:  # of Ray, of the network, of another version over there
+        if "InvalidAuthToken" in "".join(heard):  # the error itself says that nothing answers
+            has = "refuses the token in" if TOKENS & os.environ.keys() else "asks for a token in"
+            raise ConfigError(
+                f"the Ray cluster at {address} {has} RAY_AUTH_TOKEN; set RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH as they are there"
+            ) from error
         where = "started" if address is None else f"joined at {address}"
         raise ConfigError(
             f"Ray cannot be {where} ({one_line(error)}); "
@@ -116,6 +128,26 @@ def connected(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Keep what is written to standard error meanwhile, by libraries in C++ too.
+
+    Gives a list that has it in the end. If all goes well it is written after all.
+    """
+    heard: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield heard
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            heard.append(file.read().decode(errors="replace"))
+    sys.stderr.write(heard[0])
 
 
 def _refuse_silent(address: str) -> None:
