@@ -24,7 +24,7 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
 
     # Accuracy, beside the baselines
     show_metrics(result.metrics, result.measured_on, console)
-    show_levels(result.metrics, result.baseline and result.baseline.metrics, console)
+    show_levels(result.metrics, result.baseline.metrics if result.baseline else None, console)
     show_reliability(result.reliability, console)
     if result.rivals:
         _show_rivals(result, console)
