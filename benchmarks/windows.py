@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=5, help="of each document")
     parser.add_argument("--max-length", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-steps", type=int, default=120)
+    parser.add_argument("--max-steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/windows"))
     options = parser.parse_args()

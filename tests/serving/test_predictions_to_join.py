@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
@@ -259,8 +260,21 @@ def test_a_million_rows_in_flat_memory(run, tmp_path, monkeypatch, suffix):
             assert all(
                 b.startswith(a.rstrip("\n") + ",") for a, b in zip(file, joined, strict=True)
             )
-    elif suffix == "parquet":
-        assert pyarrow.parquet.read_metadata(out).num_rows == 1_000_000
+    elif suffix == "jsonl":
+        with source.open(newline="") as file, out.open() as joined:
+            rows = csv.DictReader(file)
+            for row, line in zip(rows, joined, strict=True):
+                found = json.loads(line)
+                assert {name: found[name] for name in COLUMNS} == row
+    else:
+        table = pyarrow.parquet.read_table(out).select(COLUMNS)
+        given = pyarrow.csv.read_csv(
+            source,
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(COLUMNS, pyarrow.string())
+            ),
+        )
+        assert table.equals(given)
 
 
 def test_several_text_columns_are_those_of_training(base, tmp_path, capsys):

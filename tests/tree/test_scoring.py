@@ -5,6 +5,8 @@ Also covers remora.tree.label_search and packed_row.
 
 from __future__ import annotations
 
+import itertools
+import time
 import weakref
 
 import numpy as np
@@ -15,6 +17,7 @@ from conftest import ARCHITECTURES, tiny_model
 from remora.data.prompt import Prompt
 from remora.data.table import Table
 from remora.errors import Stopped
+from remora.models import hub, loading
 from remora.runtime import memory
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
@@ -70,6 +73,23 @@ def test_tolerance_bounds_the_error_and_keeps_the_argmax(tokenizer):
         if tolerance < 1:
             assert np.abs(found - exact).max() <= tolerance / (1 - tolerance)
     assert looked_at[1.0] < looked_at[0.1] <= looked_at[1e-3]
+
+
+@pytest.mark.durability
+def test_a_validation_of_1500_labels_takes_less_than_a_minute_on_two_cores():
+    """300 rows of an untrained model, which is unsure: a tenth of them, by the CPU's own clock."""
+    folder = hub.find("nano")
+    sizes = range(10), range(15), range(10)
+    labels = [f"area {a} > thing {b} > state {c}" for a, b, c in itertools.product(*sizes)]
+    prompt = Prompt(loading.load_tokenizer(folder), labels, instruction="Sort.", max_length=200)
+    model = loading.load_base(folder, "lora", torch.float32, torch.device("cpu")).eval()
+    scorer = Scorer(model, prompt)
+    messages = [f"{message} {i}" for i in range(5) for message in MESSAGES]
+    true = np.random.default_rng(0).integers(len(labels), size=len(messages)).tolist()
+    scorer.evaluate(messages[:2], true[:2])
+    began = time.process_time()
+    scorer.evaluate(messages, true)
+    assert time.process_time() - began < 2 * 60 / 10
 
 
 def count_tokens(model):

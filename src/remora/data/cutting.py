@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -40,7 +41,7 @@ def windows(
     """
     begin, num_windows = 0, 0
     while begin < len(message):
-        length = longest(lambda n, begin=begin: cut(begin, begin + n), room, len(message) - begin)
+        length = longest(functools.partial(_from, cut, begin), room, len(message) - begin)
         if length == 0:  # one character may be more tokens than fit
             begin += 1
             continue
@@ -55,6 +56,10 @@ def windows(
         begin = _first_word(message, max(begin + 1, end - int(OVERLAP * (end - begin))), end)
     if not num_windows:
         yield 0, 0
+
+
+def _from(cut: Callable[[int, int], Sequence[int]], begin: int, length: int) -> Sequence[int]:
+    return cut(begin, begin + length)
 
 
 def longest(cut: Callable[[int], Sequence[int]], room: int, most: int) -> int:

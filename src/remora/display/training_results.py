@@ -25,8 +25,7 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
 
     # Accuracy, beside the baselines
     show_metrics(result.metrics, result.measured_on, console)
-    theirs = result.baseline.metrics if result.baseline else None
-    show_levels(result.metrics, theirs, console)
+    show_levels(result.metrics, result.baseline.metrics if result.baseline else None, console)
     show_reliability(result.reliability, console)
     if result.rivals:
         _show_rivals(result, console)
