@@ -82,6 +82,7 @@ def main() -> None:
     default = [arm for arm in ARMS if arm not in ("liger", "trl-packed")]
     parser.add_argument("--arms", nargs="+", default=default, choices=ARMS)
     parser.add_argument("--micro-batch", type=int, nargs="+", help="rows; the best one is shown")
+    parser.add_argument("--micro-batch-tokens", type=int, help="of Remora; its default")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
@@ -146,6 +147,8 @@ def start(arm: str, size: int, options: argparse.Namespace, list_labels: bool) -
     command += ["--steps", str(steps), "--warm-up", str(options.warm_up)]
     command += ["--device", options.device, "--size", options.size]
     command += ["--layers", str(options.layers)] if options.layers else []
+    if options.micro_batch_tokens:
+        command += ["--micro-batch-tokens", str(options.micro_batch_tokens)]
     if list_labels:
         command.append("--list-labels")
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -202,6 +205,7 @@ def remora_arm(options: argparse.Namespace, batches: list[Any], watch: Watch) ->
 
     from remora.config.checks import DEFAULT_MICRO_BATCH_TOKENS
     from remora.models import fused_lora
+    from remora.planning.planner import ROWS_ON_CPU
     from remora.runtime.device import choose_precision
     from remora.runtime.process_group import ProcessGroup
     from remora.runtime.reporter import Reporter
@@ -219,7 +223,9 @@ def remora_arm(options: argparse.Namespace, batches: list[Any], watch: Watch) ->
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=fused)
     steps = Steps()
     with accelerator_for(choose_precision(device, "bfloat16"), device) as accelerator:
-        most = DEFAULT_MICRO_BATCH_TOKENS
+        is_small = layouts.of(model) == "rows" and device.type == "cpu"
+        usual = ROWS_ON_CPU if is_small else DEFAULT_MICRO_BATCH_TOKENS
+        most = options.micro_batch_tokens or usual
         graphs = device.type == "cuda"
         micro_batches = MicroBatches(
             model, most, accelerator, None, ProcessGroup(), Reporter(), graphs=graphs

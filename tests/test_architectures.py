@@ -22,9 +22,10 @@ WRITE = bool(os.environ.get("REMORA_WRITE_DOCS"))
 HEAD = (
     "# Architectures that were tried\n\n"
     "A tiny random model of each causal architecture of transformers, four layers in float32. Each "
-    "is loaded, checked, counted, trained for five steps and asked for labels. Then the gradients "
-    "of all adapters are compared in float64 with those of each row alone in the model's own "
-    "forward pass; the last column bounds the differences, relative to the largest gradient. "
+    "is loaded, checked, counted, trained for five steps and asked for labels. Then the loss and "
+    "the gradients of all adapters are compared in float64 with those of each row alone in the "
+    "model's own forward pass; the last column bounds the differences, relative to the loss and "
+    "the largest gradient. "
     "`tests/test_architectures.py` does this and writes the table.\n\n"
     "Memory is *counted* from the model without weights, or *estimated* where the model reads "
     "values while it computes. Experts of a mixture and routers get no adapter by default.\n\n"
@@ -68,7 +69,7 @@ def line(trial: Trial) -> str:
         return f"| {trial.architecture} | refused: {reason} | | | | |\n"
     attention = {"remora": "blocks", "sdpa": "whole masks"}.get(trial.attention, trial.attention)
     attention = attention if trial.layout == "tree" else "the model's own"
-    exact = "1e-10" if trial.difference < 1e-10 else "1e-6"
+    exact = "1e-12" if trial.difference < 1e-12 else "1e-6"
     memory = "counted" if trial.counted else "estimated"
     cells = trial.architecture, trial.layout, attention, ", ".join(trial.modules), memory, exact
     return f"| {' | '.join(cells)} |\n"

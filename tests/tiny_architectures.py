@@ -246,7 +246,7 @@ def try_out(model_type: str, tokenizer: Any, folder: Path, steps: int = 5) -> Tr
 
 
 def exactness(adapted: Any, rows: Any) -> float:
-    """Return the largest relative difference of gradients, in a tree and row by row.
+    """Return the largest relative difference of loss and gradients, in a layout and row by row.
 
     Of all gradients together, since that of a parameter may be zero but for rounding.
     """
@@ -259,19 +259,24 @@ def exactness(adapted: Any, rows: Any) -> float:
         inner.set_experts_implementation("eager")
     trained = [p for p in adapted.parameters() if p.requires_grad]
     batch = layouts.build(layouts.of(adapted), rows)
-    loss_sum(answer_logits(adapted, batch), batch).backward()
+    loss = loss_sum(answer_logits(adapted, batch), batch)
+    loss.backward()
     found = [p.grad for p in trained]
     for p in trained:
         p.grad = None
+    alone = 0.0
     for row in rows:
         ids = torch.tensor([row.token_ids])
         logits = adapted(input_ids=ids, use_cache=False).logits[0, row.answer_start - 1 : -1]
-        torch.nn.functional.cross_entropy(
+        own = torch.nn.functional.cross_entropy(
             logits.double(), ids[0, row.answer_start :], reduction="sum"
-        ).backward()
+        )
+        own.backward()
+        alone += float(own.detach())
     pairs = [
         (torch.zeros_like(p) if a is None else a, torch.zeros_like(p) if p.grad is None else p.grad)
         for a, p in zip(found, trained, strict=True)
     ]
     largest = max(float(b.abs().max()) for _, b in pairs)
-    return max(float((a - b).abs().max()) for a, b in pairs) / largest
+    gradients = max(float((a - b).abs().max()) for a, b in pairs) / largest
+    return max(gradients, abs(float(loss.detach()) - alone) / alone)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,16 @@ def test_its_plan_counts_the_padded_micro_batches(place: Path, checkpointing: st
     assert plan.largest_micro_batch <= 128
     assert plan.tree_tokens <= plan.padded_tokens
     assert plan.memory.saved_activations > 0
+
+
+@HYBRID
+def test_rows_are_computed_few_at_once_on_a_processor(place: Path) -> None:
+    wanted = PlanConfig(**vars(settings(place, micro_batch_tokens=None)))
+    made = make_plan(wanted)
+    assert (made.micro_batch_tokens, made.checkpointing) == (512, False)
+    assert made.why == "memory suffices without checkpointing"
+    assert make_plan(replace(wanted, device="t4", precision="auto")).micro_batch_tokens == 2048
+    assert make_plan(replace(wanted, micro_batch_tokens=1024)).micro_batch_tokens == 1024
 
 
 @HYBRID

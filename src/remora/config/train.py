@@ -293,8 +293,8 @@ class TrainConfig:
     """Arithmetic of the forward and backward pass; trainable parameters are always float32."""
 
     micro_batch_tokens: Count | None = None
-    """Most tokens computed at once; limits memory, changes no result. By default 2048, or fewer if
-    memory does not suffice."""
+    """Most tokens computed at once; limits memory, changes no result. By default 2048 (padded rows
+    on a CPU: 512), or fewer if memory does not suffice."""
 
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute each layer's activations in the backward pass instead of keeping them: saves

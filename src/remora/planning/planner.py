@@ -38,6 +38,10 @@ from remora.tree.packing import MicroBatch
 MICRO_BATCH_TOKENS = (2048, 1024, 512, 256, 128)
 """Sizes to try, largest first, if the user gives none."""
 
+ROWS_ON_CPU = 512
+"""Largest size to try for padded rows on a CPU. They share nothing, so that more at once saves no
+computing, and takes memory; docs/benchmarks.md has a measurement."""
+
 RECOMPUTING_COST = 4 / 3
 """Checkpointing computes forward, forward and backward instead of forward and backward."""
 
@@ -196,8 +200,7 @@ class Planner:
         Args:
             num_parts: Processes that the weights are sharded over; 1 if they are not.
         """
-        given = self.settings.micro_batch_tokens
-        sizes = MICRO_BATCH_TOKENS if given is None else (given,)
+        sizes = self._sizes
         either = (False, True) if self.memory.can_checkpoint else (False,)
         choices = {"auto": either, "on": (True,), "off": (False,)}[self.settings.checkpointing]
         least = (sizes[-1], choices[-1])
@@ -221,6 +224,14 @@ class Planner:
                     best = min(best or (math.inf, *least), (cost, size, checkpointing))
                     break
         return (*least, False) if best is None else (*best[1:], True)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """Sizes of micro-batches to choose from, largest first."""
+        if (given := self.settings.micro_batch_tokens) is not None:
+            return (given,)
+        is_small = self.layout == "rows" and self.hardware.type == "cpu"
+        return tuple(size for size in MICRO_BATCH_TOKENS if not is_small or size <= ROWS_ON_CPU)
 
     def changed(self, **change: Any) -> Planner:
         """Return a planner of the same run with some settings changed."""
@@ -251,7 +262,7 @@ class Planner:
             return "the smallest that the settings allow, which does not fit"
         if self.settings.micro_batch_tokens is not None:
             return "micro-batch size as requested"
-        if size == MICRO_BATCH_TOKENS[0] and not checkpointing:
+        if size == self._sizes[0] and not checkpointing:
             return "memory suffices without checkpointing"
         if checkpointing and self.settings.checkpointing == "auto":
             smaller = "trees that share less" if self.layout == "tree" else "smaller micro-batches"
