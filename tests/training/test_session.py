@@ -115,3 +115,28 @@ def test_long_messages_are_counted_and_cut_as_asked(config: TrainConfig, kept, t
         assert ("first" in text, "last" in text) == (kept == "head", kept == "tail")
         assert opened.card.truncate == kept
     assert any("messages are longer than 64 tokens" in line and told in line for line in said)
+
+
+def test_the_time_left_follows_the_rate(config: TrainConfig) -> None:
+    """It is told again once other work has made a run slower, at the rate since then."""
+    said: list[str] = []
+
+    class Told(Reporter):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    long = replace(config, max_steps=100_000)
+    with open_session(long, load_data(long), reporter=Told()) as opened:
+        state = loop._State(opened, None, None, 0)
+        state.eval_seconds = 0.001
+        hours = []
+        for seconds in (1.0, 1.02, 10.0):  # for the same examples
+            said.clear()
+            state.progress.step += 10
+            state.progress.speed.examples += 10 * config.batch_size
+            state.progress.speed.seconds += seconds
+            state.tell_time_left()
+            hours.append(state.time_left().training / 3600)
+            assert len(said) == (seconds != 1.02), said
+        assert "about" in said[0]
+        assert hours[2] == pytest.approx(10 * hours[0], rel=0.01)

@@ -20,7 +20,7 @@ from remora.evaluation.metrics import measure
 from remora.evaluation.multi_label import at_best_threshold, f1_scores
 from remora.evaluation.predictions import ScoredSets
 from remora.planning.plan import Duration, Rates
-from remora.runtime import memory, sharding
+from remora.runtime import memory, sharding, threads
 from remora.runtime.reporter import Reporter, Step, Validation
 from remora.training import checkpoint
 from remora.training.checkpoint import Checkpoint
@@ -33,6 +33,9 @@ from remora.tree import scoring
 
 MAX_SKIPPED = 5
 """Steps in a row without a finite loss and gradient after which a run ends."""
+
+LATE_SECONDS = 60.0
+"""The time left is told again if the end moves by this, and by a quarter of what is left."""
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -139,7 +142,7 @@ class _State:
         self.best_weights: list[Tensor] | None = None
         self.progress = Progress(micro_batch_tokens=config.max_tokens)
         self.eval_seconds = 0.0  # of the last evaluation
-        self._saved_name, self._is_time_left_told = "", False
+        self._saved_name = ""
         if resumed:
             self.progress = Progress.restored(resumed.state["progress"])
             self.best_weights = checkpoint.restore(resumed, *self._parts())
@@ -147,6 +150,8 @@ class _State:
             session.reporter.say(
                 f"resuming after step {self.progress.step:,} of {self.num_steps:,}"
             )
+        self._measured = self.progress.speed.examples, self.progress.speed.seconds
+        self._told_end: float | None = None  # when the run ends, as was said
         self.micro_batches = MicroBatches(
             session.model,
             self.progress.micro_batch_tokens,
@@ -187,17 +192,26 @@ class _State:
         )
 
     def tell_time_left(self) -> None:
-        """After the first evaluation, say how long the rest takes if it goes on like this."""
-        if self._is_time_left_told or self.progress.step == self.num_steps:
+        """After an evaluation, say how long the rest takes at the rate since the one before.
+
+        The first time, and again when the end is no longer near what was said: other work on the
+        machine has begun or ended.
+        """
+        if self.progress.step == self.num_steps:
             return
-        self._is_time_left_told = True
-        planned, size = self._session.plan, self._session.group.size
-        tokens_per_second = self.progress.speed.examples_per_second * planned.tree_tokens / size
+        planned, size, speed = self._session.plan, self._session.group.size, self.progress.speed
+        examples, seconds = speed.examples - self._measured[0], speed.seconds - self._measured[1]
+        self._measured = speed.examples, speed.seconds
+        tokens_per_second = examples / seconds * planned.tree_tokens / size if seconds else 0.0
         scoring = self.eval_seconds * size / (len(self.eval_rows) * planned.eval_tokens)
         self.rates = Rates(
             1 / tokens_per_second if tokens_per_second else self.rates.training, scoring
         )
-        self._session.reporter.say(f"about {self.time_left()} left")
+        left = self.time_left()
+        ends = time.perf_counter() + left.total
+        if self._told_end is None or abs(ends - self._told_end) > max(LATE_SECONDS, left.total / 4):
+            self._told_end = ends
+            self._session.reporter.say(f"about {left} left")
 
     def save(self) -> None:
         """Save a checkpoint, unless this very state is saved."""
@@ -282,6 +296,8 @@ def _evaluate(session: Session, state: _State) -> Validation:
 def _step(session: Session, state: _State, chosen: Sequence[int]) -> Step:
     """Take one optimizer step on some training rows: forward, backward, clip, step."""
     progress, group, accelerator = state.progress, session.group, session.accelerator
+    if told := threads.adapt(state.device):
+        session.reporter.say(told)
     texts, labels = session.dataset.train.texts, session.dataset.train.labels
     rows = session.prompt.rows_by_message([texts[i] for i in chosen], [labels[i] for i in chosen])
     weights = [state.weights[labels[i]] if state.weights else 1.0 for i in chosen]

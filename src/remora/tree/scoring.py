@@ -24,7 +24,7 @@ from remora.data.prompt import Prompt
 from remora.data.table import Table
 from remora.evaluation.multi_label import indicators
 from remora.evaluation.predictions import DEFAULT_THRESHOLD, Scored, ScoredSets
-from remora.runtime import memory, sharding
+from remora.runtime import memory, sharding, threads
 from remora.runtime.process_group import ProcessGroup
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
@@ -220,8 +220,10 @@ class Scorer:
         self.model.eval()
         counts = Counter(asked)
         found: dict[Asked, Search] = {}
+        device = next(self.model.parameters()).device
         with self._arithmetic():
             for group in self._searching.groups(sorted(counts)):
+                threads.adapt(device)
                 found |= zip(group, self._searching.search(group), strict=True)
                 advance(sum(counts[each] for each in group))
         self.model.train(was_training)
