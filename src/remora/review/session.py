@@ -6,12 +6,9 @@ import asyncio
 import contextlib
 import os
 import secrets
-import signal
 import sys
-import threading
 import webbrowser
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 
 from remora.config import DiagnoseConfig, ReviewConfig, several_labels
 from remora.diagnosis import diagnose, relabel
@@ -21,7 +18,7 @@ from remora.runtime import run_directory
 
 try:
     from remora.review import app
-    from remora.serving import protocol, sockets
+    from remora.serving import lifetime, protocol, sockets
 except ModuleNotFoundError as missing:
     raise ConfigError(
         f"review needs {missing.name}, which is not installed; pip install 'remora[serve]', or "
@@ -95,33 +92,14 @@ class Review:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        with self._signals():
-            serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
-            while not (self._server.started or serving.done()):
-                await asyncio.sleep(0.01)
-            self._say(f"review of {self._config.run}: {self.url}")
-            if not (self._config.browser and open_browser(self.url)):
-                self._say("open this address in a browser of this machine")
-            self._say("every decision is saved at once; Ctrl-C ends the review")
-            await serving
+        with lifetime.handling(dict.fromkeys(lifetime.STOPPING, self._end)):
+            await lifetime.serve(self._server, self._socket, self._announce)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """End on SIGINT and SIGTERM, in the main thread, where Python handles them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            del number, frame
-            self._end()
-
-        before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _announce(self) -> None:
+        self._say(f"review of {self._config.run}: {self.url}")
+        if not (self._config.browser and open_browser(self.url)):
+            self._say("open this address in a browser of this machine")
+        self._say("every decision is saved at once; Ctrl-C ends the review")
 
 
 def open_browser(url: str) -> bool:

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 
 from remora.config import ServeConfig
 from remora.errors import ConfigError, ModelError
@@ -23,7 +22,7 @@ from remora.serving.sockets import TOKEN_VARIABLE
 try:
     import uvicorn
 
-    from remora.serving import app, protocol, state
+    from remora.serving import app, lifetime, protocol, state
 except ModuleNotFoundError as missing:
     raise ConfigError(
         f"serve needs {missing.name}, which is not installed; pip install 'remora[serve]'"
@@ -122,41 +121,16 @@ class Service:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         with self._signals():
-            serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
-            while not (self._server.started or serving.done()):
-                await asyncio.sleep(0.01)
-            names = ", ".join(self._engine.generations)
-            self._say(f"serving {names} on {self.url} (docs: {self.url}/docs)")
-            await serving
+            await lifetime.serve(self._server, self._socket, self._announce)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Handle those signals that the system has, and only in the main thread, as Python does."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        wanted = {
-            "SIGTERM": self.stop,
-            "SIGINT": self.stop,
-            "SIGBREAK": self.stop,  # Windows sends it where others send SIGTERM
-            "SIGHUP": self._start_reload,  # Windows has none; there is POST /v1/adapters/ID/reload
-        }
-        actions = {
-            int(getattr(signal, name)): action
-            for name, action in wanted.items()
-            if hasattr(signal, name)
-        }
+    def _announce(self) -> None:
+        names = ", ".join(self._engine.generations)
+        self._say(f"serving {names} on {self.url} (docs: {self.url}/docs)")
 
-        def handle(number: int, frame: FrameType | None) -> None:
-            del frame
-            actions[number]()
-
-        before = {number: signal.signal(number, handle) for number in actions}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _signals(self) -> contextlib.AbstractContextManager[None]:
+        # Windows has no SIGHUP; there is POST /v1/adapters/ID/reload
+        actions = dict.fromkeys(lifetime.STOPPING, self.stop) | {"SIGHUP": self._start_reload}
+        return lifetime.handling(actions)
 
     def _drain(self) -> None:
         if self._state.is_draining:  # a second request to stop ends it at once

@@ -1,0 +1,147 @@
+"""Bad runs, reviews and corrections."""
+
+from __future__ import annotations
+
+import finished
+from bad_input.workshop import (
+    GOOD_ROWS,
+    Case,
+    Workshop,
+    broken_run,
+    listed,
+    of_unfinished,
+    table,
+    train,
+)
+from conftest import WORDS
+
+
+def measured(shop: Workshop, texts: list[str]) -> str:
+    """Write a finished run of other test rows than those of runs/good."""
+    labels, true = list(WORDS), [0] * len(texts)
+    finished.write(shop.folder / "copy", labels=labels, texts=texts, true=true, predicted=true)
+    return "copy"
+
+
+def other_rows(shop: Workshop) -> str:
+    lines = (shop.run / "predictions.csv").read_text().splitlines()
+    return measured(shop, ["another text"] * len(lines[1:]))
+
+
+def changed_table(shop: Workshop, *command: str) -> list[str]:
+    shop.write("changed.csv", table(GOOD_ROWS[1:]))
+    settings = (shop.run / "config.toml").read_text()
+    assert '"good.csv"' in settings
+    return broken_run(shop, "config.toml", settings.replace("good.csv", "changed.csv"), *command)
+
+
+def relabelled(shop: Workshop, *row: str) -> list[str]:
+    shop.write("relabel.csv", "row,text,label,decision\n" + ",".join(row) + "\n")
+    return ["diagnose", "runs/good", "--apply", "relabel.csv"]
+
+
+def review_of_changed_table(shop: Workshop) -> list[str]:
+    command = changed_table(shop, "review", "copy")
+    settings = (shop.folder / "copy" / "config.toml").read_text()
+    listed(shop)  # copies the run again
+    (shop.folder / "copy" / "config.toml").write_text(settings)
+    return command
+
+
+def of_several(shop: Workshop, verb: str) -> list[str]:
+    path = shop.copy_of_run() / "config.toml"
+    kept = path.read_text().replace('answer = "words"\n', "")
+    path.write_text(kept.replace('multi_label = "auto"', 'multi_label = "on"'))
+    return [verb, "copy"]
+
+
+CASES: list[Case] = [
+    ("an export of no run", 3, lambda s: ["export", "runs/none", "--merge"]),
+    ("an export of an unfinished run", 3, lambda s: of_unfinished(s, "export", "--merge")),
+    ("a comparison with no run", 3, lambda s: ["compare", "runs/good", "runs/none"]),
+    (
+        "a comparison with an unfinished run",
+        3,
+        lambda s: ["compare", "runs/good", *of_unfinished(s)],
+    ),
+    (
+        "a comparison over different numbers of rows",
+        3,
+        lambda s: ["compare", "runs/good", measured(s, ["one text"])],
+    ),
+    ("a comparison over different rows", 3, lambda s: ["compare", "runs/good", other_rows(s)]),
+    (
+        "an evaluation.json that is not JSON",
+        3,
+        lambda s: broken_run(s, "evaluation.json", "{", "compare", "runs/good", "copy"),
+    ),
+    (
+        "an evaluation.json without figures",
+        3,
+        lambda s: broken_run(s, "evaluation.json", "{}", "compare", "runs/good", "copy"),
+    ),
+    ("a diagnosis of no run", 3, lambda s: ["diagnose", "runs/none"]),
+    ("a diagnosis of an unfinished run", 3, lambda s: of_unfinished(s, "diagnose")),
+    ("a diagnosis whose table has changed", 3, lambda s: changed_table(s, "diagnose", "copy")),
+    (
+        "an export whose table has changed",
+        3,
+        lambda s: changed_table(s, "export", "copy", "--compress"),
+    ),
+    (
+        "decisions for no run",
+        3,
+        lambda s: ["diagnose", "runs/none", "--apply", "relabel.csv"],
+    ),
+    (
+        "missing decisions",
+        3,
+        lambda s: ["diagnose", "runs/good", "--apply", "none.csv"],
+    ),
+    (
+        "a decision for an unknown label",
+        3,
+        lambda s: relabelled(s, "1", *GOOD_ROWS[0], "refunds"),
+    ),
+    (
+        "decisions whose rows have moved",
+        3,
+        lambda s: relabelled(s, "2", *GOOD_ROWS[0], "refund"),
+    ),
+    (
+        "a decision for a missing row",
+        3,
+        lambda s: relabelled(s, "99", *GOOD_ROWS[0], "refund"),
+    ),
+    ("a review of no run", 3, lambda s: ["review", "runs/none"]),
+    ("a review of a run without a diagnosis", 3, lambda s: ["review", "runs/good"]),
+    ("a review whose table has changed", 3, review_of_changed_table),
+    ("a review whose rows have moved", 3, lambda s: ["review", listed(s, "2")]),
+    (
+        "a review of a list that a spreadsheet has broken",
+        3,
+        lambda s: ["review", listed(s, "1", "too", "many")],
+    ),
+    ("a new run of a run without a diagnosis", 3, lambda s: ["retrain", "runs/good"]),
+    ("a new run of a run that nothing was decided on", 3, lambda s: ["retrain", listed(s)]),
+    (
+        "corrections that are not there",
+        3,
+        lambda s: train("good.csv", "--corrections", "none.csv"),
+    ),
+    (
+        "corrections of other rows",
+        3,
+        lambda s: train("good.csv", "--corrections", f"{listed(s, text='other')}/relabel.csv"),
+    ),
+    ("a report of no run", 3, lambda s: ["report", "runs/none"]),
+    ("a report of an unfinished run", 3, lambda s: of_unfinished(s, "report")),
+    (
+        "a report of a broken run",
+        3,
+        lambda s: broken_run(s, "data.json", "{", "report", "copy"),
+    ),
+    ("a diagnosis of several labels a row", 2, lambda s: of_several(s, "diagnose")),
+    ("a review of several labels a row", 2, lambda s: of_several(s, "review")),
+    ("retraining on several labels a row", 2, lambda s: of_several(s, "retrain")),
+]
