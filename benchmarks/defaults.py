@@ -20,7 +20,7 @@ from typing import Any
 import real_models
 import workload
 from remora.config import TrainConfig
-from remora.config.train import default_learning_rate
+from remora.config.schedule import default_learning_rate
 from remora.display import TerminalReporter
 from remora.training.run import train
 

@@ -19,7 +19,7 @@ from remora.config import (
     ServeConfig,
     TrainConfig,
 )
-from remora.config.train import default_learning_rate
+from remora.config.schedule import default_learning_rate
 from remora.errors import ConfigError
 
 if sys.version_info >= (3, 11):

@@ -43,6 +43,16 @@ from remora.config.checks import (
     to_seconds,
 )
 from remora.config.help_pages import grouped
+from remora.config.schedule import (
+    EVAL_SHARE,
+    LEAST_EPOCHS,
+    LEAST_EVAL_ROWS,
+    LEAST_STEPS,
+    MOST_EPOCHS,
+    WARM_RATE,
+    WARM_SHARE,
+    default_learning_rate,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,25 +62,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-LEAST_EPOCHS, MOST_EPOCHS = 3, 20
-"""Passes over the training rows by default, with many rows and with few."""
-
 CORRECTIONS = "corrections.csv"
 """The file of a run with the decisions that its training rows were corrected by."""
-
-WARM_SHARE, WARM_RATE = 1 / 3, 1 / 2
-"""Passes and learning rate of a run that begins with another one's adapter, as shares of those
-without; docs/log.md has the measurements."""
-
-LEAST_STEPS = 250
-"""Steps that few rows are passed over for; docs/log.md has the measurements."""
-
-EVAL_SHARE = 1 / 3
-"""Most validation rows in an evaluation, for each training row since the one before. A row is
-scored in about half the time that training on it takes: its backward pass is left out."""
-
-LEAST_EVAL_ROWS = 100
-"""Validation rows in an evaluation that are not too many, however few training rows there are."""
 
 RunToBeginFrom = Annotated[str | None, Parameter(name=("--from", "--start-from"))]
 
@@ -492,15 +485,3 @@ class TrainConfig:
                 value = str(value)
             settings[entry.name] = list(value) if isinstance(value, tuple) else value
         return str(tomli_w.dumps(settings))
-
-
-def default_learning_rate(width: int, method: Method) -> float:
-    """Return the peak learning rate for a model of a hidden size; docs/log.md says why.
-
-    From a width of 1536 on 2e-4 for an adapter and 2e-5 for all weights, as in the recipes in use;
-    more for narrower models, down to a width of 192.
-    """
-    narrower = min(8.0, max(1.0, 1536 / width))
-    if method == "full":
-        return 2e-5 * narrower**2
-    return 2e-4 * math.pow(narrower, 5 / 3)

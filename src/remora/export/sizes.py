@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from remora.config import ExportConfig
-from remora.config.train import default_learning_rate
+from remora.config.schedule import default_learning_rate
 from remora.data.table import Table
 from remora.export import distill, truncate
 from remora.export.truncate import Artifact
