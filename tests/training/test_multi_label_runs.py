@@ -278,6 +278,7 @@ def test_lists_of_labels_fit_a_classifier(place: Path, tmp_path: Path) -> None:
     assert probabilities.shape == (3, 3)
     given = classifier.predict(MESSAGES)
     card = classifier._trained.card
+    assert set(card.thresholds) != {0.5}  # fitted on rows held out
     assert given == [
         [label for label, p, t in zip(LABELS, row, card.thresholds, strict=True) if p >= t]
         for row in probabilities
@@ -319,6 +320,10 @@ def test_lists_of_labels_fit_a_classifier(place: Path, tmp_path: Path) -> None:
             "start_from is for rows with one label",
         ),
         (
+            ("train", "{single}", "--model", "{base}", "--answer", "classes", "--from", "{run}"),
+            "gives a message several labels, and these rows have one each",
+        ),
+        (
             ("plan", "{data}", "--model", "{base}", "--label-texts", '{"refund": "x"}'),
             "label_texts is for rows with one label",
         ),
@@ -340,7 +345,11 @@ def test_what_is_for_one_label_is_refused_in_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "text.txt").write_text("hello\n", encoding="utf-8")
+    single = write_csv(
+        tmp_path / "single.csv", ["text", "label"], [[x, y[0]] for x, y in rows() if len(y) == 1]
+    )
     names = {
+        "single": single,
         "run": place / "run",
         "data": place / "data.jsonl",
         "base": place / "base",
