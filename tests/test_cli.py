@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shlex
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ def remora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def cpu_seconds(*command: str) -> float:
     """The CPU time of a process, so that other work on the machine counts little."""
+    resource = pytest.importorskip("resource", reason="not on Windows")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *command], capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -240,6 +239,7 @@ def test_batches_do_not_wait_and_pass_errors_on():
 @pytest.mark.durability
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_a_million_rows_in_flat_memory(run, tmp_path, monkeypatch, suffix):
+    resource = pytest.importorskip("resource", reason="not on Windows")
     scored(monkeypatch)
 
     def peak(num_rows):

@@ -210,7 +210,8 @@ class Skeleton:
         visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool)
         config = text_config(self._model)
         dtype = self._autocast or next(self._model.parameters()).dtype
-        arguments = attention.inputs(config, lambda *_: visible, dtype)
+        kept = torch.arange(num_kept)
+        arguments = attention.inputs(config, lambda *_: visible, dtype, kept=kept)
         ledger = Ledger([*self._model.parameters(), *self._model.buffers()])
         with self._mode, ledger, torch.no_grad():
             arguments = self._faked(arguments)

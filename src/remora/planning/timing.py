@@ -17,6 +17,7 @@ from remora.models import loading, lora, quantize
 from remora.planning import step_memory
 from remora.planning.plan import Plan, Rates
 from remora.runtime.device import Hardware, Precision
+from remora.tree import last_layer
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
 from remora.tree.packing import MicroBatch
@@ -131,6 +132,7 @@ def measured(
         empty = lora.adapt(
             loading.load_empty(cut, precision.base, quantized=is_quantized), settings
         )
+        last_layer.uninstall(empty)  # it stands for all layers, which are computed whole
         skeleton = step_memory.Skeleton(empty, autocast=precision.autocast, device=device.type)
         share = skeleton.count(packed).operations
         # Its time, with random weights.
@@ -142,6 +144,7 @@ def measured(
         if is_quantized and quantize.is_installed():
             quantize.quantize(base)
         layer = lora.adapt(base, settings).to(device).train()
+        last_layer.uninstall(layer)
         packed = packed.to(device)
         seconds = min(_seconds(layer, packed, device, precision) for _ in range(5))
         layer.eval()

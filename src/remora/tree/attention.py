@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from remora.errors import ModelError
+from remora.tree import last_layer
 from remora.tree.kernels import (
     allowed_kernels,
     attend_by_kernel,
@@ -61,7 +62,7 @@ class Blocks:
 def install(model: Any) -> None:
     """Let a model with scaled-dot-product attention compute it in blocks if it is given blocks.
 
-    Without blocks its attention stays the same.
+    Without blocks its attention stays the same. Also its last layer, if it is given predictors.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -71,6 +72,7 @@ def install(model: Any) -> None:
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     _set(model, NAME)
+    last_layer.install(model)
 
 
 def uninstall(model: Any) -> bool:
@@ -118,6 +120,7 @@ def inputs(
     dtype: torch.dtype,
     *,
     in_blocks: bool | None = None,
+    kept: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the arguments of a Hugging Face model's forward for a packed row's attention.
 
@@ -127,9 +130,11 @@ def inputs(
             and for chunks of positions if they are given after it.
         dtype: Type of the additive mask that models without scaled-dot-product attention need.
         in_blocks: Whether to compute in blocks; None to do so if it costs less.
+        kept: Places [P] of which the head is computed and nothing else of the last layer is needed;
+            None if its output is needed everywhere.
 
     Returns:
-        `attention_mask`, one, or one for each layer type if they differ; and `tree_blocks`.
+        `attention_mask`, one, or one for each layer type if they differ; `tree_blocks`, and `kept`.
 
     Raises:
         ModelError: If a layer's attention cannot follow the tree.
@@ -140,7 +145,8 @@ def inputs(
     if in_blocks is None and prefers_whole(dense.device.type, *dense.shape):
         in_blocks = False
     blocks = None
-    if config._attn_implementation == NAME and in_blocks is not False:
+    takes_more = config._attn_implementation == NAME
+    if takes_more and in_blocks is not False:
         blocks = _choose_blocks(dense, forced=bool(in_blocks))
     # A mask for each type of layer.
     masks = {}
@@ -157,6 +163,7 @@ def inputs(
     return {
         "attention_mask": masks if masks.keys() & _NARROW else next(iter(masks.values())),
         **({"tree_blocks": blocks} if blocks else {}),
+        **({last_layer.ARGUMENT: kept} if kept is not None and takes_more else {}),
     }
 
 

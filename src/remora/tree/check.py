@@ -14,7 +14,7 @@ from remora.data.prompt import TokenSequence, common_prefix_length
 from remora.errors import ModelError
 from remora.formatting import first_line
 from remora.runtime import memory
-from remora.tree import attention, layouts, packing
+from remora.tree import attention, last_layer, layouts, packing
 from remora.tree.forward import answer_logits, is_narrow, model_inputs, text_config
 from remora.tree.loss import loss_sum
 from remora.tree.packing import split
@@ -50,8 +50,9 @@ def check_tree(
     """Make sure that a model's attention and positions follow the tree.
 
     Compares the summed loss of some rows, packed, with that of each row alone in the model's own
-    ordinary forward pass. A model that does not pass blocks to its attention uses whole masks from
-    then on. Then some rows of the largest tree that training computes, since a model with a window
+    ordinary forward pass. A model whose last layer cannot be computed at the predictors alone
+    computes all of it from then on, and one that does not pass blocks to its attention uses whole
+    masks. Then some rows of the largest tree that training computes, since a model with a window
     of its own is right until a tree is longer than that.
 
     Args:
@@ -71,12 +72,18 @@ def check_tree(
     for row in rows:
         expected += _row_loss(_alone(model, row), row)
     tolerance = _tolerance(model)
-    # The tree in blocks.
-    try:
-        blocked = model(**model_inputs(model, packed, in_blocks=True)).logits[0]
-        follows = abs(float(loss_sum(blocked, packed)) - expected) <= tolerance * abs(expected)
-    except _FAILURES:
-        follows = False
+
+    def follows_in_blocks() -> bool:
+        try:
+            blocked = model(**model_inputs(model, packed, in_blocks=True)).logits[0]
+        except _FAILURES:
+            return False
+        return abs(float(loss_sum(blocked, packed)) - expected) <= tolerance * abs(expected)
+
+    # The tree in blocks, and the last layer at its predictors
+    follows = follows_in_blocks()
+    if not follows and last_layer.uninstall(model):
+        follows = follows_in_blocks()
     if not follows:
         attention.uninstall(model)
     # The tree as it is computed in training.

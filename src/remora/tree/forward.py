@@ -54,11 +54,14 @@ def model_inputs(
     if not isinstance(batch, TokenTree):
         return {"input_ids": batch.token_ids, "use_cache": False}
     visible = functools.partial(attention.tree_mask, batch)
+    kept = batch.predictors
     return {
         "input_ids": batch.token_ids[None],
         "position_ids": batch.position_ids[None],
-        **attention.inputs(text_config(model), visible, _dtype(model), in_blocks=in_blocks),
-        "logits_to_keep": batch.predictors,
+        **attention.inputs(
+            text_config(model), visible, _dtype(model), in_blocks=in_blocks, kept=kept
+        ),
+        "logits_to_keep": kept,
         "use_cache": False,
     }
 

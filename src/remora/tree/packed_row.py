@@ -113,12 +113,14 @@ class PackedRow:
                 return mask
             return mask & (depths[start:, None] - depths[None, :] < window)
 
+        kept = torch.tensor(keep, device=self._device) - start
+        only = None if more else kept  # whoever asks for hidden states wants them everywhere
         return self._model(
             input_ids=torch.tensor([[token for token, _ in new]], device=self._device),
             position_ids=depths[None, start:],
-            **attention.inputs(self._config, within, self._dtype),
+            **attention.inputs(self._config, within, self._dtype, kept=only),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(keep, device=self._device) - start,
+            logits_to_keep=kept,
             **more,
         )
