@@ -6,7 +6,9 @@ import csv
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from remora.errors import DataError
 from remora.evaluation import predictions, report
 from remora.evaluation.predictions import ScoredSets
 from remora.models import metadata, saved
+from remora.runtime.reporter import Reporter, Validation
+from remora.training import tune
 from remora.training.run import train
 
 LABELS = sorted(WORDS)
@@ -388,6 +392,16 @@ def test_a_search_compares_trials_by_micro_f1(
     assert all(0 <= each["validation"] <= 1 for each in tuned["trials"])
     assert call("tune", place / "data.jsonl", *flags) == 0  # trains nothing
     assert "micro-F1" in capsys.readouterr().out
+
+
+def test_a_trial_is_pruned_by_the_micro_f1_of_its_evaluations() -> None:
+    pytest.importorskip("optuna")
+    told: list[float] = []
+    trial = SimpleNamespace(report=lambda value, step: told.append(value), should_prune=bool)
+    seen = Validation(step=1, accuracy=0.1, loss=1.0, rows=9, best=True, micro_f1=0.5)
+    tune._Pruning(Reporter(), trial, "micro_f1").validated(seen)
+    tune._Pruning(Reporter(), trial, "micro_f1").validated(replace(seen, micro_f1=None))
+    assert told == [0.5, 0.1]  # where each row has one label, micro-F1 is accuracy
 
 
 def test_a_broken_card_is_refused(place: Path, tmp_path: Path) -> None:
