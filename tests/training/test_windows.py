@@ -63,7 +63,7 @@ def test_means_of_equal_and_unequal_groups() -> None:
 @pytest.fixture
 def documents(base: Path, tmp_path: Path) -> TrainConfig:
     rows = [
-        ("hello " * (3 * i) + way.format(word) + f" {i}", label)
+        ("hello " * (3 * i + 9) + way.format(word) + f" {i}", label)
         for i in range(4)
         for label, word in WORDS.items()
         for way in WAYS
@@ -143,6 +143,7 @@ def test_a_step_averages_over_documents(documents: TrainConfig) -> None:
     config = replace(documents, max_steps=1, dropout=0.0, baselines=("none",))
     told = Told()
     train(config, reporter=told)
+    assert any(line.startswith("layout: tree") for line in told.lines)
     dataset = load_data(config)
     with open_session(config, dataset) as session:
         (batch,) = effective_batches(dataset, session.prompt, config, 1)

@@ -124,7 +124,7 @@ def set_up_layers(model: Any, planned: plan.Plan) -> None:
 def short_rows(table: Table, prompt: Prompt, count: int = 4) -> list[TokenSequence]:
     """Return the shortest of the first rows, to check a model with."""
     first = sorted(range(min(len(table), 256)), key=lambda i: len(table.texts[i]))[:count]
-    return prompt.rows([table.texts[i] for i in first], [table.labels[i] for i in first])
+    return prompt.rows([table.texts[i] for i in first], [table.labels[i] for i in first])[:count]
 
 
 def introduce(

@@ -66,6 +66,7 @@ def check_tree(
     """
     was_training = model.training
     model.eval()
+    rows = [row._replace(weight=1.0) for row in rows]  # as each row alone
     packed = packing.build(rows).to(next(model.parameters()).device)
     # Each row alone.
     expected = 0.0
