@@ -371,11 +371,10 @@ def _answer(
     last = ranked[-1]
     bigger = "" if last is best else f" {_behind(between(pairs, last, best), last, best)}"
     if rival is None:
-        is_bigger = last.num_bytes > best.num_bytes
-        keeps = "No bigger model earns its keep" if is_bigger else "None is bigger"
+        keeps = "No bigger model earns its keep" if _is_bigger(last, best) else "None is bigger"
         return f"{keeps}: {best.name} is the most accurate, and none is smaller.{bigger}"
     pair = between(pairs, best, rival)
-    alike = best.num_bytes == rival.num_bytes
+    alike = not _is_bigger(best, rival)
     if pair.adjusted_p_value >= SIGNIFICANT:
         keeps = "Neither is bigger" if alike else "The bigger model does not earn its keep"
         smaller = "" if alike else "the smaller "
@@ -385,7 +384,7 @@ def _answer(
         )
     keeps = "Neither is bigger, and one is better" if alike else "The bigger model earns its keep"
     others = [each for each in ranked[: ranked.index(best)] if each is not rival]
-    are_smaller = all(each.num_bytes < best.num_bytes for each in (*others, rival))
+    are_smaller = all(_is_bigger(best, each) for each in (*others, rival))
     also = f" and every other {'smaller one' if are_smaller else 'one that is no bigger'}"
     return (
         f"{keeps}: {best.name} is better than {rival.name}{also if others else ''} "
@@ -393,9 +392,14 @@ def _answer(
     )
 
 
+def _is_bigger(one: Contender, other: Contender) -> bool:
+    """Whether a contender takes more than a tenth more bytes: adapters of one base do not."""
+    return one.num_bytes > 1.1 * other.num_bytes
+
+
 def _behind(pair: Pair, last: Contender, best: Contender) -> str:
     """Return a sentence on the last contender, which is behind the most accurate one."""
-    size = "bigger still" if last.num_bytes > best.num_bytes else "of the same size"
+    size = "bigger still" if _is_bigger(last, best) else "of the same size"
     if not pair.difference:
         return f"{last.name}, {size}, is no better."
     is_chance = pair.adjusted_p_value >= SIGNIFICANT
