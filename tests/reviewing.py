@@ -11,8 +11,8 @@ from remora.config import ReviewConfig, TrainConfig
 from remora.data.corrections import RELABEL
 from remora.data.dataset import load_data
 from remora.data.table import Table
-from remora.diagnosis import relabel
-from remora.diagnosis.relabel import Suspect
+from remora.diagnosis import suspect_list
+from remora.diagnosis.suspect_list import Suspect
 from remora.review import Review, Summary
 from remora.runtime import files
 
@@ -46,13 +46,13 @@ def write_run(
     """Write a run directory whose table is `table` and whose relabel.csv lists the suspects."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "data.csv"
-    relabel.write_table(data, table)
+    suspect_list.write_table(data, table)
     config = TrainConfig(str(data), model="nano", **{"test_fraction": 0.0, **settings})
     run = folder / "run"
     run.mkdir()
     files.write_text(run / "config.toml", config.to_toml())
     files.write_json(run / "data.json", load_data(config).summary.to_dict())
-    relabel.write(run / RELABEL, [suspect(table, *each) for each in suspects])
+    suspect_list.write(run / RELABEL, [suspect(table, *each) for each in suspects])
     return run
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bad_input.workshop import Case, Workshop, embeddings, listed, several, train, unfinished
-from remora.diagnosis import relabel
+from remora.diagnosis import suspect_list
 from remora.models import quantize
 
 
@@ -36,7 +36,7 @@ def without_bitsandbytes(shop: Workshop) -> list[str]:
 def reviewed_already(shop: Workshop) -> list[str]:
     run = listed(shop)
     shop.patch().setattr(platform, "node", lambda: "this-machine")
-    shop.held.enter_context(relabel.hold(Path(run)))
+    shop.held.enter_context(suspect_list.hold(Path(run)))
     return ["review", run]
 
 

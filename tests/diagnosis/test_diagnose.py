@@ -25,7 +25,6 @@ from remora.diagnosis import (
     label_noise,
     out_of_sample,
     rare_tokens,
-    relabel,
     verdicts,
 )
 from remora.diagnosis.regressions import pool
@@ -54,7 +53,7 @@ def rows() -> Table:
 
 
 def write_csv(path: Path, table: Table) -> Path:
-    relabel.write_table(path, table)
+    suspect_list.write_table(path, table)
     return path
 
 
@@ -431,7 +430,7 @@ def decide(finished: Path, decisions: dict[int, str], **changed: str) -> Path:
         ]
         for row, answer in decisions.items()
     ]
-    files.write_csv(path, relabel.COLUMNS, records)
+    files.write_csv(path, suspect_list.COLUMNS, records)
     return path
 
 
@@ -528,8 +527,8 @@ def test_a_samples_wrong_labels_are_known() -> None:
 
 
 def test_how_many_planted_errors_were_found() -> None:
-    def suspect(row: int, suggested: str) -> relabel.Suspect:
-        return relabel.Suspect(
+    def suspect(row: int, suggested: str) -> suspect_list.Suspect:
+        return suspect_list.Suspect(
             row=row,
             text="",
             label="a",

@@ -1,7 +1,7 @@
 """What a run says to do next, held against what a practitioner would say of six runs.
 
 Also covers remora.evaluation.findings, label_findings, run_facts and run_commands, and
-remora.display.next_steps.
+remora.display.next_steps_results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import finished
 from conftest import call
 from remora.config import CompareConfig, TrainConfig
 from remora.data import label_forms
-from remora.display.next_steps import show_next_steps
+from remora.display.next_steps_results import show_next_steps
 from remora.evaluation import calibration, compare, results
 from remora.evaluation.findings import NextStep
 from remora.evaluation.metrics import measure

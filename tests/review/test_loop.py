@@ -16,7 +16,7 @@ from remora.config import DiagnoseConfig
 from remora.data import sources
 from remora.data.dataset import load_data
 from remora.data.table import Table, read_table
-from remora.diagnosis import diagnose, relabel
+from remora.diagnosis import diagnose, suspect_list
 from remora.evaluation import results
 from remora.evaluation.significance import difference_interval, mcnemar
 from remora.runtime import run_directory
@@ -90,7 +90,7 @@ def trained(base: Path, truth: dict[int, str], tmp_path_factory: pytest.TempPath
         for row, label in enumerate(table.labels, 1)
     ]
     given = Table(table.texts, labels)
-    relabel.write_table(folder / "data.csv", given)
+    suspect_list.write_table(folder / "data.csv", given)
     settings = ["--model", base, "--output", folder / "runs", "--name", "noisy", "--device", "cpu"]
     settings += ["--learning-rate", "1e-2", "--epochs", "2", "--rank", "8", "--batch-size", "8"]
     settings += ["--precision", "float32", "--baselines", "svm"]
@@ -98,7 +98,7 @@ def trained(base: Path, truth: dict[int, str], tmp_path_factory: pytest.TempPath
     run = folder / "runs" / "noisy"
     wrong = [suspect(given, row, right, 0.95) for row, right in truth.items()]
     right = [suspect(given, row, names[row % 3], 0.6) for row in (2, 28, 54)]
-    relabel.write(run / "relabel.csv", [*wrong, *right])
+    suspect_list.write(run / "relabel.csv", [*wrong, *right])
     return run
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from remora.config import ReviewConfig
 from remora.data.corrections import RELABEL
-from remora.diagnosis import relabel
+from remora.diagnosis import suspect_list
 from remora.errors import ConfigError, DataError
 from remora.review import Review, session
 from reviewing import ROWS, decisions, reviewing, write_run
@@ -100,7 +100,7 @@ def test_a_second_reviewer_is_told_and_a_later_one_goes_on(run: Path) -> None:
         review.queue.decide(2, "card")
         with pytest.raises(ConfigError, match=rf"reviewed or written by process {os.getpid()} on"):
             Review(ReviewConfig(run))
-        with pytest.raises(ConfigError, match="go on there, or stop that"), relabel.hold(run):
+        with pytest.raises(ConfigError, match="go on there, or stop that"), suspect_list.hold(run):
             raise AssertionError
     with reviewing(run) as review:
         assert review.queue.summary().num_relabelled == 1
@@ -132,7 +132,7 @@ def test_rows_that_changed_are_refused(run: Path) -> None:
 
 
 def test_a_list_of_nothing_is_over_at_once(run: Path) -> None:
-    relabel.write(run / RELABEL, [])
+    suspect_list.write(run / RELABEL, [])
     said: list[str] = []
     summary = Review(ReviewConfig(run), say=said.append).run()
     assert (summary.num_rows, summary.num_open) == (0, 0)
@@ -190,7 +190,7 @@ def test_ctrl_c_ends_it_with_a_summary(run: Path, tmp_path: Path) -> None:
 def test_the_summary_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from conftest import call as remora
 
-    relabel.write(run / RELABEL, [])
+    suspect_list.write(run / RELABEL, [])
     assert remora("review", run, "--no-browser", "--json") == 0
     assert json.loads(capsys.readouterr().out)["num_rows"] == 0
     assert len(ROWS) == 12

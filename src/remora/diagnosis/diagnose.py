@@ -18,11 +18,18 @@ from remora.data import sources
 from remora.data.corrections import Corrections, Decisions, read_corrections
 from remora.data.dataset import Dataset, load_again, source_rows
 from remora.data.table import Table
-from remora.diagnosis import duplicates, label_noise, out_of_sample, rare_tokens, relabel, verdicts
+from remora.diagnosis import (
+    duplicates,
+    label_noise,
+    out_of_sample,
+    rare_tokens,
+    suspect_list,
+    verdicts,
+)
 from remora.diagnosis.label_noise import LabelNoise
 from remora.diagnosis.out_of_sample import Judgement
 from remora.diagnosis.rare_tokens import TiedToken
-from remora.diagnosis.relabel import Suspect
+from remora.diagnosis.suspect_list import Suspect
 from remora.diagnosis.verdicts import HeldOut, PairDiagnosis, confused
 from remora.errors import DataError
 from remora.evaluation.predictions import PREDICTIONS, Predictions, read_predictions
@@ -33,7 +40,7 @@ from remora.runtime.reporter import Reporter
 from remora.tree.features import FEATURES
 
 NUM_NEIGHBOURS = 5
-LIST_FROM = relabel.WORTH_A_LOOK
+LIST_FROM = suspect_list.WORTH_A_LOOK
 """Rows that are mislabelled with at least this probability are listed."""
 SURE = 0.9
 """So are rows whose judges agree on another label with at least this pooled probability."""
@@ -103,7 +110,7 @@ class Diagnosis:
     def bands(self) -> dict[str, int]:
         """How many suspects there are in each band."""
         found = Counter(each.band for each in self.suspects)
-        return {band: found[band] for band in relabel.BANDS}
+        return {band: found[band] for band in suspect_list.BANDS}
 
 
 def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Diagnosis:
@@ -118,7 +125,7 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
     """
     _need_file(config.run, PREDICTIONS)
     several_labels.refuse(run_directory.read_settings(config.run), "diagnose")
-    with relabel.hold(config.run):
+    with suspect_list.hold(config.run):
         return _diagnose(config, reporter or Reporter())
 
 
@@ -196,7 +203,7 @@ def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis:
     )
 
     # Files
-    relabel.write(config.run / relabel.FILE, suspects, before.sheet if before else None)
+    suspect_list.write(config.run / suspect_list.FILE, suspects, before.sheet if before else None)
     files.write_json(config.run / "diagnosis.json", diagnosis.to_dict())
     if config.method == "adapters":
         shutil.rmtree(config.run / FOLDS, ignore_errors=True)
@@ -215,9 +222,9 @@ def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
     assert config.apply is not None
     settings, _, everything = load(config)
     given = rows_as_given(settings, everything)
-    cleaned, num_corrected, num_deleted = relabel.apply(config.apply, given)
+    cleaned, num_corrected, num_deleted = suspect_list.apply(config.apply, given)
     path = config.output or config.run / "cleaned.csv"
-    relabel.write_table(path, cleaned)
+    suspect_list.write_table(path, cleaned)
     return path, num_corrected, num_deleted
 
 
@@ -255,7 +262,7 @@ def decided_before(run: Path, given: Table) -> Corrections | None:
     Raises:
         DataError: If the file is broken or not for these rows.
     """
-    for name in (relabel.FILE, CORRECTIONS):
+    for name in (suspect_list.FILE, CORRECTIONS):
         if (run / name).is_file():
             return read_corrections(run / name, given)
     return None

@@ -3,7 +3,7 @@ from .console import show_line
 from .diagnosis_results import show_diagnosis
 from .evaluation_results import show_comparison, show_levels, show_metrics, show_reliability
 from .export_results import show_export, show_push
-from .next_steps import show_next_steps
+from .next_steps_results import show_next_steps
 from .plan_results import show_plan
 from .progress import TerminalReporter
 from .review_results import show_change, show_review

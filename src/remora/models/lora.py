@@ -16,7 +16,7 @@ from torch import nn
 from remora.config import TrainConfig
 from remora.errors import ConfigError
 from remora.formatting import first_line
-from remora.models import called, class_head, quantize
+from remora.models import called_layers, class_head, quantize
 from remora.models.fused_lora import is_conv1d, lora_layers, make_fast
 
 SEED_RECIPE_MODULES = (
@@ -194,7 +194,7 @@ def add_adapter(
     """
     import peft
 
-    names = called.only_called(model, target_modules(model, modules), modules)
+    names = called_layers.only_called(model, target_modules(model, modules), modules)
     experts = [name for name in modules if name in expert_parameters(model)]
     if experts and use_dora:
         raise ConfigError(f"use_dora does not work on experts such as {experts[0]}; leave out one")

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
-from remora.diagnosis.relabel import BANDS
+from remora.diagnosis.suspect_list import BANDS
 from remora.errors import RemoraError, ResourceError
 from remora.review.queue import Queue
 from remora.serving.limits import (

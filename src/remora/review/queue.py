@@ -11,7 +11,7 @@ from typing import Any
 
 from remora.data.corrections import DELETE, Sheet, read_decisions, read_sheet
 from remora.data.table import Table
-from remora.diagnosis import duplicates, relabel
+from remora.diagnosis import duplicates, suspect_list
 from remora.errors import DataError
 from remora.formatting import escape_formula, unescape_formula
 from remora.runtime import files
@@ -57,8 +57,8 @@ class Summary:
 
 def need_list(run: Path) -> None:
     """Refuse a run that was not diagnosed; raises DataError."""
-    if run.is_dir() and not (run / relabel.FILE).is_file():
-        raise DataError(f"{run} has no {relabel.FILE}; run `remora diagnose {run}` first")
+    if run.is_dir() and not (run / suspect_list.FILE).is_file():
+        raise DataError(f"{run} has no {suspect_list.FILE}; run `remora diagnose {run}` first")
 
 
 class Queue:
@@ -77,7 +77,7 @@ class Queue:
         Raises:
             DataError: If its rows are not those of the table.
         """
-        self._run, self._path, self._table = run, run / relabel.FILE, table
+        self._run, self._path, self._table = run, run / suspect_list.FILE, table
         self._lock = threading.Lock()
         self._place = {row: place for place, row in enumerate(table.places)}
         self.labels = sorted(set(table.labels))
@@ -159,7 +159,8 @@ class Queue:
                 for item in self.items
             )
             doubtful = sum(
-                item.band == relabel.BANDS[-1] and spoken[item.row] is None for item in self.items
+                item.band == suspect_list.BANDS[-1] and spoken[item.row] is None
+                for item in self.items
             )
         return Summary(
             run=str(self._run),
@@ -214,7 +215,7 @@ class Queue:
         for record in self._sheet.records:
             row = int(record["row"])
             suggested = unescape_formula(record.get("suggested") or "")
-            band = relabel.band_of(_number(record.get("p_wrong")) or 0.0)
+            band = suspect_list.band_of(_number(record.get("p_wrong")) or 0.0)
             label = self._table.labels[self._place[row - 1]]
             found.append((band, row, label, suggested if suggested in self.labels else None))
         pairs = Counter((band, frozenset((label, to))) for band, _, label, to in found)
@@ -222,7 +223,7 @@ class Queue:
         ordered = sorted(  # stable: the most suspicious first within a batch
             found,
             key=lambda each: (
-                relabel.BANDS.index(each[0]),
+                suspect_list.BANDS.index(each[0]),
                 -pairs[each[0], frozenset(each[2:])],
                 sorted(map(str, each[2:])),
             ),

@@ -11,7 +11,7 @@ import webbrowser
 from collections.abc import Callable
 
 from remora.config import DiagnoseConfig, ReviewConfig, several_labels
-from remora.diagnosis import diagnose, relabel
+from remora.diagnosis import diagnose, suspect_list
 from remora.errors import ConfigError
 from remora.review.queue import Queue, Summary, need_list
 from remora.runtime import run_directory
@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError as missing:
     raise ConfigError(
         f"review needs {missing.name}, which is not installed; pip install 'remora[serve]', or "
-        f"write decisions into {relabel.FILE} by hand"
+        f"write decisions into {suspect_list.FILE} by hand"
     ) from missing
 
 HOST = "127.0.0.1"
@@ -53,7 +53,7 @@ class Review:
         settings, _, everything = diagnose.load(DiagnoseConfig(config.run))
         table = diagnose.rows_as_given(settings, everything)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(relabel.hold(config.run))
+            stack.enter_context(suspect_list.hold(config.run))
             self.queue = Queue(config.run, table)
             advice = "choose another --port, or leave it out"
             self._socket = sockets.bind(HOST, config.port, has_token=True, advice=advice)
