@@ -25,6 +25,7 @@ from remora.diagnosis import (
     label_noise,
     out_of_sample,
     rare_tokens,
+    suspect_list,
     verdicts,
 )
 from remora.diagnosis.regressions import pool
