@@ -219,6 +219,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
     settings = argparse.Namespace(
         **{"device": options.device, "size": options.size, "layers": None, "list_labels": False},
         **{"steps": steps, "warm_up": warm_up, "micro_batch": [32], "arm": "remora"},
+        micro_batch_tokens=None,
     )
     measured = speed.run_arm(settings, watch)
     key = "self_device_time_total" if on_cuda else "self_cpu_time_total"

@@ -289,20 +289,20 @@ def test_only_near_ties_may_flip() -> None:
     wanted = np.array([[0.50, 0.49, 0.01], [0.6, 0.3, 0.1], [0.2, 0.3, 0.5]])
     flipped_tie = wanted.copy()
     flipped_tie[0] = [0.495, 0.496, 0.009]
-    parity = merge._compare(wanted, flipped_tie, dtype="bfloat16", allowed=0.3)
+    parity = merge.compare_probabilities(wanted, flipped_tie, dtype="bfloat16", allowed=0.3)
     assert (parity.num_flips, parity.num_near_ties, parity.holds) == (1, 1, True)
     assert parity.largest_difference == pytest.approx(np.log(0.010 / 0.009))
-    strict = merge._compare(wanted, flipped_tie, dtype="float32", allowed=0.01)
+    strict = merge.compare_probabilities(wanted, flipped_tie, dtype="float32", allowed=0.01)
     assert (strict.num_flips, strict.num_near_ties, strict.holds) == (1, 0, False)
     clear = wanted.copy()
     clear[1] = [0.44, 0.45, 0.11]  # within 0.5 of each other now, and 0.7 apart before
-    parity = merge._compare(wanted, clear, dtype="bfloat16", allowed=0.5)
+    parity = merge.compare_probabilities(wanted, clear, dtype="bfloat16", allowed=0.5)
     assert (parity.num_flips, parity.num_near_ties, parity.holds) == (1, 0, False)
 
 
 def test_what_no_answer_depends_on_is_not_compared() -> None:
     wanted = np.array([[0.9, 0.1 - 1e-9, 1e-9]])
-    assert merge._compare(
+    assert merge.compare_probabilities(
         wanted, np.array([[0.9, 0.1 - 1e-6, 1e-6]]), dtype="float32", allowed=0.01
     ).holds
 

@@ -70,6 +70,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         validation_fraction=0.0,
         baselines=("none",),
         rank=8,
+        seed=1,
         precision="float32",
         device="cpu",
     )

@@ -303,7 +303,7 @@ def test_what_is_for_models_that_write_is_refused(
     assert call("export", place / "run", f"--{way}") == 4
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: {place / 'run'} answers by classes, and --{way} is for models that write their "
-        "labels; use --merge, or train with --answer words"
+        "labels; use --merge or --onnx, or train with --answer words"
     )
 
 

@@ -53,6 +53,7 @@ def settings(place: Path, **more: Any) -> TrainConfig:
             "name": "run",
             "learning_rate": 1e-2,
             "max_steps": 80,
+            "seed": 3,
             "patience": 0,
             "batch_size": 16,
             "micro_batch_tokens": 512,

@@ -77,7 +77,7 @@ def remora_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def finished(base: Path, table: Path, tmp_path_factory: pytest.TempPathFactory):
     output = tmp_path_factory.mktemp("cli")
     settings = ["--learning-rate", "1e-2", "--epochs", "8", "--rank", "8", "--batch-size", "8"]
-    settings += ["--device", "cpu"]
+    settings += ["--device", "cpu", "--seed", "1"]
     done = remora(
         "train", table, "--model", base, "--output", output, *settings, "--precision", "float32"
     )

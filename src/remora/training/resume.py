@@ -211,11 +211,11 @@ def differences(
         return [], ["it holds other files and no config.toml"]
     if not (directory / "config.toml").is_file():  # interrupted while it was made
         return [], []
-    began = run_directory.read_settings(directory)
+    began = fixed(run_directory.read_settings(directory))
     settings = [
-        f"{name} {getattr(began, name)} there, {value} here"
+        f"{name} {began[name]} there, {value} here"
         for name, value in fixed(config).items()
-        if getattr(began, name) != value
+        if began[name] != value
     ]
     sha256 = str(_read_json(directory / "data.json").get("sha256"))
     if settings or sha256 == data_sha256:  # the hash is of the splits, which settings make
