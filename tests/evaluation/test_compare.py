@@ -181,6 +181,11 @@ def test_of_runs_of_one_size_none_is_called_bigger(tmp_path: Path) -> None:
     like = write_run(tmp_path / "like", wrong(*range(11)))
     answer = compare.compare_runs(CompareConfig((fewer, like))).answer
     assert answer.startswith("Neither is bigger: the lead of like over fewer may be chance")
+    # Adapters of one base, of which one takes a few bytes more
+    figures = json.loads((like / "evaluation.json").read_text())
+    larger = figures["adapter_bytes"] + figures["base_bytes"] // 20
+    files.write_json(like / "evaluation.json", figures | {"adapter_bytes": larger})
+    assert compare.compare_runs(CompareConfig((fewer, like))).answer == answer
 
 
 def test_only_what_is_smaller_is_called_so(tmp_path: Path) -> None:

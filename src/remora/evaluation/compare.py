@@ -399,7 +399,8 @@ def _is_bigger(one: Contender, other: Contender) -> bool:
 
 def _behind(pair: Pair, last: Contender, best: Contender) -> str:
     """Return a sentence on the last contender, which is behind the most accurate one."""
-    size = "bigger still" if _is_bigger(last, best) else "of the same size"
+    about = "" if last.num_bytes == best.num_bytes else "about "
+    size = "bigger still" if _is_bigger(last, best) else f"of {about}the same size"
     if not pair.difference:
         return f"{last.name}, {size}, is no better."
     is_chance = pair.adjusted_p_value >= SIGNIFICANT
