@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -105,3 +106,38 @@ def test_packages_are_imported_without_what_is_heavy() -> None:
 def test_tests_lie_where_their_modules_do() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     assert folders <= set(PACKAGES)
+
+
+def test_settings_reach_the_loop_through_a_dozen_files(
+    base: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The modules outside `config` that are handed the settings before the first step."""
+    from remora.config import TrainConfig
+    from remora.training import run
+
+    class ReachedError(Exception):
+        """The loop was reached."""
+
+    def reached(*args: object, **kwargs: object) -> None:
+        raise ReachedError
+
+    handed = set()
+
+    def watch(frame: FrameType, event: str, arg: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(SOURCE)):
+            names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            if any(isinstance(frame.f_locals.get(name), TrainConfig) for name in names):
+                handed.add(Path(code.co_filename).relative_to(SOURCE))
+
+    monkeypatch.setattr(run, "fit", reached)
+    config = TrainConfig(str(table), model=str(base), output=tmp_path)
+    sys.setprofile(watch)
+    try:
+        with pytest.raises(ReachedError):
+            run.train(config)
+    finally:
+        sys.setprofile(None)
+    outside = {path.as_posix() for path in handed if path.parts[0] != "config"}
+    assert {"training/run.py", "training/session.py"} <= outside
+    assert len(outside) <= 12, sorted(outside)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,20 +28,16 @@ def skewed(tmp_path_factory):
     return str(write_csv(tmp_path_factory.mktemp("data") / "skewed.csv", rows))
 
 
-def configured(source, **settings):
-    return TrainConfig(source, model="m", validation_fraction=0, test_fraction=0, **settings)
-
-
 def test_balanced_weights_are_those_of_scikit_learn(skewed):
     from sklearn.utils.class_weight import compute_class_weight
 
     dataset = load_dataset(skewed, validation_fraction=0, test_fraction=0)
-    found = class_weights(configured(skewed, class_weights="balanced"), dataset)
+    found = class_weights("balanced", dataset)
     expected = compute_class_weight(
         "balanced", classes=np.array(dataset.labels), y=np.array(dataset.train.labels)
     )
     assert list(found.values()) == pytest.approx(expected.tolist())
-    assert class_weights(configured(skewed), dataset) is None
+    assert class_weights(None, dataset) is None
 
 
 def test_weights_of_a_table(skewed, tmp_path):
@@ -50,7 +45,7 @@ def test_weights_of_a_table(skewed, tmp_path):
 
     def weights(*rows):
         path = write_csv(tmp_path / "w.csv", rows, ("label", "weight"))
-        return class_weights(configured(skewed, class_weights=str(path)), dataset)
+        return class_weights(str(path), dataset)
 
     assert weights(("refund", "9")) == {"card": 1.0, "refund": 9.0}
     with pytest.raises(DataError, match=r"has the label 'refnd', .*; did you mean 'refund'"):
@@ -59,7 +54,7 @@ def test_weights_of_a_table(skewed, tmp_path):
         with pytest.raises(DataError, match=f"'refund' the weight '{wrong}'; give a number above"):
             weights(("refund", wrong))
     with pytest.raises(DataError, match=r"there is no file or folder .*balancd"):
-        class_weights(configured(skewed, class_weights="balancd"), dataset)
+        class_weights("balancd", dataset)
 
 
 @pytest.mark.parametrize("layout", [packing, padded_rows])
@@ -107,7 +102,7 @@ def run(config, tmp_path, name, *more):
 
 
 def test_weights_and_metrics_change_a_run(skewed, base, tmp_path, capsys):
-    config = replace(configured(skewed), model=str(base))
+    config = TrainConfig(skewed, model=str(base), validation_fraction=0, test_fraction=0)
     plain = run(config, tmp_path, "plain")
     captured = capsys.readouterr()
     assert "majority" in captured.out

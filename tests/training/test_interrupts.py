@@ -42,6 +42,8 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run, and a table whose SVM takes long."""
+    # a process that a shell put in the background ignores Ctrl-C, and so would those it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tmp_path_factory.mktemp("interrupts")
     draw = random.Random(0)
     words = ["card", "refund", "payment", "top", "cash", "lost", "late", "fee", "pin", "address"]

@@ -146,7 +146,9 @@ def test_a_step_averages_over_documents(documents: TrainConfig) -> None:
     assert any(line.startswith("layout: tree") for line in told.lines)
     dataset = load_data(config)
     with open_session(config, dataset) as session:
-        (batch,) = effective_batches(dataset, session.prompt, config, 1)
+        (batch,) = effective_batches(
+            dataset, session.prompt, 1, batch_size=config.batch_size, seed=config.seed
+        )
         assert len(batch) > config.batch_size
         losses = []
         for row in batch:  # one by one, in the model's own forward pass
@@ -164,7 +166,9 @@ def test_a_plan_counts_tokens_of_documents(documents: TrainConfig) -> None:
     dataset = load_data(documents)
     with open_session(documents, dataset) as session:
         planned = session.plan
-        batches = effective_batches(dataset, session.prompt, documents, 6)
+        batches = effective_batches(
+            dataset, session.prompt, 6, batch_size=documents.batch_size, seed=documents.seed
+        )
     survey = Survey(batches)
     assert survey.num_rows == 6 * 8
     assert len(survey.rows) > survey.num_rows

@@ -126,12 +126,13 @@ class Planner:
         self._dataset, self._prompt, self._folder = dataset, prompt, folder
         self._precision = precision
         self._num_steps = settings.num_steps(len(dataset.train))
+        if not batches:
+            drawn = {"batch_size": settings.batch_size, "seed": settings.seed}
+            batches = effective_batches(dataset, prompt, self._num_steps, **drawn)
         self._model_config = loading.load_config(folder, prompt.classes)
         kind = loading.model_class(self._model_config)
         self.layout = layouts.choose(settings.layout, kind, self._model_config)
-        self._survey = Survey(
-            batches or effective_batches(dataset, prompt, settings, self._num_steps), self.layout
-        )
+        self._survey = Survey(batches, self.layout)
         self.memory = ProcessMemory(
             settings,
             dataset,

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from remora.config import TrainConfig
 from remora.data import splits
 from remora.data.dataset import Dataset
 from remora.data.prompt import Prompt, TokenSequence
@@ -22,7 +21,7 @@ CHARACTERS_PER_TOKEN = 4
 
 
 def effective_batches(
-    dataset: Dataset, prompt: Prompt, settings: TrainConfig, num_steps: int
+    dataset: Dataset, prompt: Prompt, num_steps: int, *, batch_size: int, seed: int
 ) -> list[list[TokenSequence]]:
     """Return the effective batches of a run, or the first ones of a long run."""
     table = dataset.train
@@ -30,8 +29,8 @@ def effective_batches(
     if prompt.kept == "windows":
         tokens = sum(map(len, table.texts)) / len(table) / CHARACTERS_PER_TOKEN
         most = int(most / max(1.0, tokens / prompt.max_length))
-    num_batches = min(num_steps, max(1, most // settings.batch_size))
-    chosen = list(splits.batches(len(table), settings.batch_size, num_batches, settings.seed))
+    num_batches = min(num_steps, max(1, most // batch_size))
+    chosen = list(splits.batches(len(table), batch_size, num_batches, seed))
     wanted = sorted({index for batch in chosen for index in batch})
     texts, labels = [table.texts[i] for i in wanted], [table.labels[i] for i in wanted]
     rows_of = dict(zip(wanted, prompt.rows_by_message(texts, labels), strict=True))

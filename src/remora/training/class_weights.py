@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from remora.config import TrainConfig
 from remora.data.dataset import Dataset
 from remora.data.table import read_table
 from remora.errors import DataError
@@ -15,25 +14,29 @@ from remora.formatting import close_match, quote
 BALANCED = "balanced"
 
 
-def class_weights(config: TrainConfig, dataset: Dataset) -> dict[str, float] | None:
+def class_weights(given: str | None, dataset: Dataset) -> dict[str, float] | None:
     """Return the weight of each label, None where all rows count the same.
 
     The loss of a step is the weighted mean over its answer tokens, as in torch's `CrossEntropyLoss`
     and scikit-learn's `class_weight`: "balanced" gives each class the same total over the training
     rows, rows / (classes * rows of the class).
 
+    Args:
+        given: "balanced", the path of a table of weights, or None.
+        dataset: The rows, and their labels.
+
     Raises:
         DataError: If the table of weights is broken, or names a label that the data lacks.
     """
-    if config.class_weights is None:
+    if given is None:
         return None
-    if config.class_weights == BALANCED:
+    if given == BALANCED:
         counts = Counter(dataset.train.labels)
         return {
             label: len(dataset.train) / (len(counts) * counts[label]) if label in counts else 1.0
             for label in dataset.labels
         }
-    return _read(Path(config.class_weights), dataset.labels)
+    return _read(Path(given), dataset.labels)
 
 
 def _read(path: Path, labels: tuple[str, ...]) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from remora.config import TrainConfig
 from remora.data.prompt import Prompt, TokenSequence
 from remora.data.table import Table
 from remora.errors import ModelError
@@ -22,7 +21,7 @@ def settle(
     prompt: Prompt,
     table: Table,
     heaviest: tuple[Sequence[TokenSequence], int],
-    config: TrainConfig,
+    asked: str,
     accelerator: Any,
     group: ProcessGroup,
     reporter: Reporter,
@@ -34,7 +33,7 @@ def settle(
         prompt: Its prompt.
         table: Rows to check it with.
         heaviest: The batch with the largest micro-batch, and the most tokens of one.
-        config: The settings; `layout` is auto, tree or rows.
+        asked: The layout of the settings: auto, tree or rows.
         accelerator: accelerate's Accelerator, for the arithmetic of the run.
         group: The processes that train together, which all get the same layout.
         reporter: Told which layout it is, and why.
@@ -48,13 +47,13 @@ def settle(
             refusal := _refused(model, prompt, table, heaviest, group)
         ):
             with group.together():
-                if config.layout != "auto":
+                if asked != "auto":
                     raise refusal
             layouts.assign(model, "rows")
             why = str(refusal).split(";")[0]
         elif layouts.of(model) == "rows":
             declared = layouts.why_rows(type(layouts.base_of(model)), model.config)
-            why = (declared or "as before") if config.layout == "auto" else "as requested"
+            why = (declared or "as before") if asked == "auto" else "as requested"
         if layouts.of(model) == "rows":
             with group.together():
                 check_rows(model, trainable.short_rows(table, prompt))

@@ -129,7 +129,7 @@ class _State:
         self._session, self._config, self._checkpoints = session, config, checkpoints
         self._num_scored = num_scored
         num_eval_rows = config.num_eval_rows(len(dataset.train), len(dataset.validation))
-        self.weights = class_weights(config, dataset)
+        self.weights = class_weights(config.class_weights, dataset)
         self.eval_rows = splits.sample(dataset.validation, num_eval_rows, config.seed)
         accelerator = session.accelerator
         self.named = {n: p for n, p in session.model.named_parameters() if p.requires_grad}

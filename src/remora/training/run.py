@@ -142,7 +142,7 @@ def train_until(
 def _introduce(config: TrainConfig, dataset: Dataset, reporter: Reporter) -> None:
     """Refuse rows that cannot be measured on, and broken class weights; tell of the rows."""
     tables_to_measure_on(dataset)
-    class_weights(config, dataset)
+    class_weights(config.class_weights, dataset)
     for line in dataset.summary.lines():
         reporter.say(line)
 

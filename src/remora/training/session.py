@@ -169,8 +169,8 @@ def open_session(
         if planned.shard:
             sharding.apply(model, device, group)
         layouts.assign(model, planned.layout)
-        largest = heaviest.rows, planned.micro_batch_tokens
-        layout.settle(model, prompt, dataset.train, largest, config, accelerator, group, reporter)
+        largest, asked = (heaviest.rows, planned.micro_batch_tokens), config.layout
+        layout.settle(model, prompt, dataset.train, largest, asked, accelerator, group, reporter)
         with group.together():
             if planned.layout != layouts.of(model):
                 again = replace(before, layout="rows", shard="on" if planned.shard else "off")
