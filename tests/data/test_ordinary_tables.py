@@ -347,7 +347,7 @@ REFUSED = {
     "columns of pandas": (
         "a.json",
         '{"text": {"0": "a"}, "label": {"0": "x"}}',
-        "row 1 has a text",
+        "holds one JSON object with 'text', 'label', not an array",
     ),
     "an object": ("a.json", '{"a": 1}', "holds one JSON object with 'a', not an array of rows"),
     "a number": ("a.json", "5", "holds a JSON int; write an array"),

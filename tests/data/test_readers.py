@@ -30,7 +30,21 @@ CSV_FAULTS = {
     ),
     "two text columns": ("text,text,label\na,b,c\n", "has 2 columns called 'text'; rename all but"),
     "empty": ("", "is empty"),
-    "blank first line": ("\ntext,label\na,b\n", "line 1 is blank"),
+    "blank first row": (",\ntext,label\na,b\n", "line 1 is blank"),
+    "blank lines only": ("\ufeff\n \n", "is empty"),
+    "broken after blank lines": ("\n\ntext,label\na\n", "row 1 (line 4) has 1 field where"),
+    "a pointer": (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n",
+        "is a pointer of Git LFS, not the file; run: git lfs pull",
+    ),
+    "two texts that belong together": (
+        "sentence1,sentence2,label\na b,c d,x\n",
+        "did you mean --text-column sentence1 --text-column sentence2?",
+    ),
+    "premise and hypothesis": (
+        "label,premise,hypothesis\nx,a b,c d e\n",
+        "did you mean --text-column premise --text-column hypothesis?",
+    ),
     "header only": ("text,label\n", "has no rows"),
     "blank text": ("text,label\na,x\n  ,y\n", "row 2 (line 3) has a blank text;"),
     "blank label": ("text,label\na,\nb,x\n", "row 1 (line 2) has a blank label;"),
@@ -103,6 +117,17 @@ def test_csv_dialects(tmp_path, name, options):
     assert read_table(write_csv(tmp_path / name, **options)) == Table(TEXTS, LABELS)
 
 
+@pytest.mark.parametrize("before", ["sep=;\n", "\n\nsep=;\r\n", "\ufeffsep=;\n"])
+def test_lines_before_the_header(tmp_path, before):
+    """Excel reads `sep=;` as the delimiter of what follows."""
+    path = write(tmp_path / "a.csv", f"{before}text;label\na,b,c;x\n;y\n")
+    with pytest.raises(
+        DataError, match=f"row 2 \\(line {before.count(chr(10)) + 3}\\) has a blank"
+    ):
+        read_table(path, strict=True)
+    assert read_table(path) == Table(["a,b,c"], ["x"])
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
 def test_json_lines(tmp_path, name):
     lines = [json.dumps({"id": i, "text": t, "label": c}) for i, (t, c) in enumerate(ROWS)]
@@ -113,6 +138,13 @@ def test_json_lines(tmp_path, name):
 def test_parquet(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"id": [1, 2, 3], "label": LABELS, "text": TEXTS})
     assert read_table(path) == Table(TEXTS, LABELS)
+
+
+def test_columns_that_a_parquet_file_lacks(tmp_path):
+    columns = {"idx": [1, 2, 3], "clause": TEXTS, "label": LABELS}
+    path = write_parquet(tmp_path / "a.parquet", columns)
+    with pytest.raises(DataError, match=r"a\.parquet has no text column: .*--text-column clause"):
+        read_table(path)
 
 
 def test_parquet_class_numbers_become_their_names(tmp_path):

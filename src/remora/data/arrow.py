@@ -43,6 +43,8 @@ def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
             names = [_names_in(each) for each in described]
             batches = file.iter_batches(columns=list(dict.fromkeys(wanted)), batch_size=10_000)
             yield from _arrow_rows(batches, wanted, names)
+    except DataError:  # of the columns
+        raise
     except (pyarrow.ArrowException, ValueError, KeyError, AttributeError) as error:
         raise DataError(
             f"{name} is not a readable Parquet file ({one_line(error)});"

@@ -268,9 +268,19 @@ def _suggested(
         best = contents.text(free, close) if kind == "text" else contents.label(free, close)
         if best is None or len(columns[best]) > MAX_SUGGESTED_NAME:
             return []
-        taken.append(best)
-        suggested.append((kind, columns[best]))
+        places = [best]
+        if kind == "text":
+            places += [p for p in free if _are_a_pair(columns[best], columns[p])]
+        taken += places
+        suggested += [(kind, columns[place]) for place in sorted(places)]
     return suggested
+
+
+def _are_a_pair(one: str, other: str) -> bool:
+    """Whether two columns of texts belong together by name, as sentence1 and sentence2 do."""
+    first, second = sorted((one.casefold(), other.casefold()))
+    numbered = (first[-1:], second[-1:]) in {("1", "2"), ("a", "b")} and first[:-1] == second[:-1]
+    return numbered or (first, second) == ("hypothesis", "premise")
 
 
 def _headerless(name: str, columns: Sequence[str], contents: Contents) -> DataError:

@@ -16,6 +16,7 @@ PLAIN_QUOTES = "with double quotes that enclose no field, read as text"
 MAX_SPANNED_LINES = 1000
 """Lines after which a double quote in a tab-separated file is no longer taken to open a field."""
 
+_DELIMITER_LINE = re.compile(r"sep=(.)\s*$")  # Excel reads one as the delimiter of what follows
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"(?=\t|$)', re.DOTALL)
 
 Record = tuple[int, list[str]]  # the first line, the fields; none where the line is blank
@@ -42,18 +43,26 @@ def rows(
     Raises:
         DataError: A row is broken, or has more or fewer fields than there are columns.
     """
-    first = next(lines)
+    skipped = 0  # lines before the header
+    for first in lines:
+        if named := _DELIMITER_LINE.match(first):
+            delimiter = named[1]
+        elif first.strip():
+            break
+        skipped += 1
+    else:
+        raise DataError(f"{name} is empty; add a header and rows")
     lines = chain([first], lines)
     if delimiter is None:  # the one that splits the first line most, the comma on a tie
         delimiter = max(",;\t|", key=lambda mark: _num_fields(first, mark))
-    records = _tabbed(Ahead(lines), name, remarks) if delimiter == "\t" else None
-    records = records or _quoted(lines, name, delimiter, remarks)
+    records = _tabbed(Ahead(lines), name, skipped, remarks) if delimiter == "\t" else None
+    records = records or _quoted(lines, name, delimiter, skipped, remarks)
     header = [column.strip() for column in columns]
     if not header:
         _, fields = next(records)
         header = [column.strip() for column in fields]
         if not any(header):
-            raise DataError(f"{name}: line 1 is blank; name the columns there")
+            raise DataError(f"{name}: line {skipped + 1} is blank; name the columns there")
     complete = Ahead(_complete(records, header, name, delimiter))
     places = pick(header, lambda: [values for _, _, values in complete.peek(PEEKED_ROWS)])
     for row, line, values in complete.rest():
@@ -93,17 +102,19 @@ def _complete(
         yield row, line, values
 
 
-def _quoted(lines: Iterator[str], name: str, delimiter: str, remarks: Remarks) -> Iterator[Record]:
+def _quoted(
+    lines: Iterator[str], name: str, delimiter: str, skipped: int, remarks: Remarks
+) -> Iterator[Record]:
     """Yield the records of CSV, in which double quotes enclose a field."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    row, line = 0, 1  # of the record being read, the header being row 0
+    row, line = 0, skipped + 1  # of the record being read, the header being row 0
     try:
         for values in reader:
-            if reader.line_num > line and values:
+            if skipped + reader.line_num > line and values:
                 remarks.add(name, SPANNING, row, line)
             yield line, values
-            line = reader.line_num + 1
+            line = skipped + reader.line_num + 1
             row += bool(values)
     except csv.Error as error:
         advice = "close it, and double every double quote inside a quoted text"
@@ -116,23 +127,23 @@ def _quoted(lines: Iterator[str], name: str, delimiter: str, remarks: Remarks) -
             advice = "save the file with LF or CRLF line endings"
         else:
             fault = f"is not CSV ({one_line(error)})"
-        place = row_place(row, line) if row else "line 1"
+        place = row_place(row, line) if row else f"line {line}"
         raise DataError(f"{name}: {place} {fault}; {advice}") from None
 
 
-def _tabbed(lines: Ahead[str], name: str, remarks: Remarks) -> Iterator[Record]:
+def _tabbed(lines: Ahead[str], name: str, skipped: int, remarks: Remarks) -> Iterator[Record]:
     """Yield the records of tab-separated text.
 
     Many such files were written without any quoting, so a double quote encloses a field only if it
     is closed before a tab or the line's end, here or on a later line. Where the lines are records
     on their own, it is text.
     """
-    number, row, width = 1, 0, 0
+    number, row, width = skipped + 1, 0, 0
     for raw in lines:
         line, content = number, raw.rstrip("\r\n")
-        if "\r" in content and number == 1:
+        if "\r" in content and number == skipped + 1:
             raise DataError(
-                f"{name}: line 1 has a bare carriage return;"
+                f"{name}: line {number} has a bare carriage return;"
                 " save the file with LF or CRLF line endings"
             )
         plain = content.split("\t")

@@ -79,7 +79,8 @@ def _array_records(content: str, name: str) -> Iterator[Record]:
     if isinstance(document, dict):  # one that holds the array, beside other things
         lists = [each for each in document.values() if isinstance(each, list)]
         rows = [each for each in lists if each and all(isinstance(row, dict) for row in each)]
-        if len(rows) != 1 and not {"text", "label"} <= document.keys():
+        is_row = {"text", "label"} <= document.keys() and isinstance(document["text"], str)
+        if len(rows) != 1 and not is_row:
             raise DataError(
                 f"{name} holds one JSON object with {listed(list(document)) or 'nothing'}, not an"
                 " array of rows; write an array of objects (in pandas: orient='records')"

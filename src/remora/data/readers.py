@@ -45,6 +45,7 @@ COMPRESSIONS = {
     ".zip": "zip",
 }
 STANDARD_INPUT = "-"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _WHOLE = {"parquet", "xlsx"}  # formats whose beginning lies at their end
 
 
@@ -164,6 +165,8 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     compression = _compression(path)
     if compression is None:
         with path.open("rb") as file:
+            if file.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+                raise DataError(f"{path} is a pointer of Git LFS, not the file; run: git lfs pull")
             yield file
     elif compression == "zip":
         with zipfile.ZipFile(path) as archive, archive.open(_member(path)) as file:
