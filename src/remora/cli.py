@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 from cyclopts.config import Toml
+from cyclopts.exceptions import UnusedCliTokensError
 
 import remora
 from remora.config import (
@@ -34,6 +35,7 @@ from remora.config import (
 )
 from remora.config.help_pages import EXAMPLES, GROUPS, REST, examples
 from remora.errors import ConfigError, RemoraError, ResourceError
+from remora.formatting import listed
 from remora.runtime import launch
 
 if TYPE_CHECKING:
@@ -367,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in given:
             raise
         if not isinstance(error, RemoraError):
-            return _fail(str(error), ConfigError.exit_code)
+            return _fail(_as_line(error), ConfigError.exit_code)
         return _fail(str(error), error.exit_code) if launch.speaks(error) else error.exit_code
     except (MemoryError, RuntimeError) as error:
         from remora.runtime import memory
@@ -380,6 +382,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ResourceError.exit_code,
         )
     return 0
+
+
+def _as_line(error: cyclopts.CycloptsError) -> str:
+    """Return an error of the command line in our form: what is wrong, and what to do."""
+    command = " ".join(["remora", *(error.command_chain or ())])
+    if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None:
+        name = error.argument.name
+        if error.argument.index is not None:  # given by its place
+            name = name.removeprefix("--").upper()
+        return f"`{command}` needs {name}; see `{command} --help`"
+    if isinstance(error, UnusedCliTokensError):
+        tokens = listed(list(error.unused_tokens))
+        more = f"quote a name with spaces, or see `{command} --help`"
+        return f"`{command}` has no use for {tokens}; {more}"
+    return str(error)
 
 
 def _fail(message: str, code: int) -> int:

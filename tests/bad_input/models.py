@@ -130,6 +130,7 @@ def damaged_checkpoint(shop: Workshop) -> list[str]:
 
 
 CASES: list[Case] = [
+    ("an empty model", 4, lambda s: ["train", "good.csv", "--model", ""]),
     ("no such model folder", 4, lambda s: train("good.csv", model="nothing")),
     ("a folder that holds no model", 4, lambda s: train("good.csv", model="runs")),
     ("a file for a model", 4, lambda s: train("good.csv", model="good.csv")),

@@ -56,6 +56,7 @@ def of_several(shop: Workshop, verb: str) -> list[str]:
 
 
 CASES: list[Case] = [
+    ("a retraining of nothing", 3, lambda s: ["retrain", "runs/none"]),
     ("an export of no run", 3, lambda s: ["export", "runs/none", "--merge"]),
     ("an export of an unfinished run", 3, lambda s: of_unfinished(s, "export", "--merge")),
     ("a comparison with no run", 3, lambda s: ["compare", "runs/good", "runs/none"]),

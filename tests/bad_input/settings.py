@@ -50,7 +50,20 @@ def without_fastapi(shop: Workshop) -> list[str]:
 
 CASES: list[Case] = [
     ("a misspelt flag", 2, lambda s: train("good.csv", "--lerning-rate", "1e-3")),
+    ("no table", 2, lambda s: ["train"]),
     ("no model", 2, lambda s: ["train", "good.csv"]),
+    ("a name with a space, not quoted", 2, lambda s: train("good.csv", "table.csv")),
+    ("far more devices than there are", 2, lambda s: train("good.csv", "--devices", "99")),
+    (
+        "an output that is the input",
+        2,
+        lambda s: ["predict", "runs/good", "good.csv", "--output", "./good.csv"],
+    ),
+    (
+        "predictions over the table",
+        2,
+        lambda s: ["eval", "runs/good", "good.csv", "--predictions", "good.csv"],
+    ),
     (
         "a rank of 0 and a dropout of 1",
         2,

@@ -78,6 +78,15 @@ CASES: list[Case] = [
         lambda s: train(s.write("blank.csv", table([*GOOD_ROWS, ("a text", "")])), "--strict"),
     ),
     (
+        "a label column of texts",
+        3,
+        lambda s: train(
+            s.write("own.csv", "id,text\n" + "".join(f"{i},word {i}\n" for i in range(30))),
+            "--label-column",
+            "id",
+        ),
+    ),
+    (
         "a row with too many fields",
         3,
         lambda s: train(s.write("wide.csv", table(GOOD_ROWS) + "a,b,c\n")),

@@ -279,7 +279,8 @@ def _suggested(
 def _are_a_pair(one: str, other: str) -> bool:
     """Whether two columns of texts belong together by name, as sentence1 and sentence2 do."""
     first, second = sorted((one.casefold(), other.casefold()))
-    numbered = (first[-1:], second[-1:]) in {("1", "2"), ("a", "b")} and first[:-1] == second[:-1]
+    ends = {first[-1:], second[-1:]}
+    numbered = first[:-1] == second[:-1] != "" and ends in ({"1", "2"}, {"a", "b"})
     return numbered or (first, second) == ("hypothesis", "premise")
 
 

@@ -224,6 +224,7 @@ def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
     given = rows_as_given(settings, everything)
     cleaned, num_corrected, num_deleted = suspect_list.apply(config.apply, given)
     path = config.output or config.run / "cleaned.csv"
+    files.refuse_source(path, settings.data, "--output")
     suspect_list.write_table(path, cleaned)
     return path, num_corrected, num_deleted
 

@@ -42,6 +42,8 @@ def find(name: str, *, weights: bool = True) -> Path:
         ModelError: If there is no such folder, file or id, or it cannot be fetched or converted.
         ResourceError: If memory or disk do not suffice to convert it.
     """
+    if not name:
+        raise ModelError("model is ''; give the folder of a Hugging Face model, or a hub id")
     if _is_embedded(name):
         return EMBEDDED / name
     if file := gguf.file_of(name):

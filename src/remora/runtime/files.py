@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from remora.errors import ResourceError
+from remora.errors import ConfigError, ResourceError
 from remora.formatting import escape_formula, one_line
 
 
@@ -27,6 +27,16 @@ def disk_errors(path: Path, advice: str = "choose another folder with --output")
         raise ResourceError(
             f"cannot write to {path} ({reason}); free space, or {advice}"
         ) from error
+
+
+def refuse_source(path: Path | str, source: str, flag: str) -> None:
+    """Refuse to write over the table that is read; raises ConfigError."""
+    try:
+        is_source = Path(path).samefile(source)
+    except (OSError, ValueError):  # one of them is no file
+        return
+    if is_source:
+        raise ConfigError(f"{path} is the table that is read; name another file with {flag}")
 
 
 @contextlib.contextmanager

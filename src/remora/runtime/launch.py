@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from remora.errors import DivergedError, PeerLostError, RemoraError, Stopped
+from remora.errors import ConfigError, DivergedError, PeerLostError, RemoraError, Stopped
 
 LAUNCHER = "REMORA_LAUNCHER"
 """Environment variable with the id of the launching process, without which this one ends."""
+
+MAX_PROCESSES = 8
+"""Processes that a machine of few cores may start, to try what several devices do."""
 
 LISTENER = "REMORA_LISTENER"
 """Environment variable with the first process's open socket, where the others connect."""
@@ -58,7 +61,15 @@ def run(num_processes: int, arguments: Sequence[str]) -> int:
     Args:
         num_processes: How many, one for each device.
         arguments: The command line of each.
+
+    Raises:
+        ConfigError: If they are far more than a machine has devices.
     """
+    if num_processes > (most := max(MAX_PROCESSES, os.cpu_count() or 1)):
+        raise ConfigError(
+            f"devices is {num_processes} on a machine with {os.cpu_count()} CPU cores; give at most"
+            f" {most}"
+        )
     processes: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:

@@ -87,8 +87,11 @@ def read_settings(directory: Path) -> TrainConfig:
 
     Raises:
         ConfigError: If they are missing or broken.
+        DataError: If there is no such folder.
     """
     path = directory / "config.toml"
+    if not directory.is_dir():
+        raise DataError(f"there is no folder {directory}; give the directory of a finished run")
     try:
         text = path.read_text(encoding="utf-8")
         return TrainConfig.from_toml(text, directory)

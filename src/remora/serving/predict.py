@@ -19,6 +19,7 @@ from remora.evaluation.level_metrics import with_levels
 from remora.evaluation.metrics import Metrics
 from remora.models.metadata import AdapterCard
 from remora.models.saved import open_trained
+from remora.runtime import files
 from remora.runtime.reporter import Reporter
 from remora.serving import pauses
 from remora.serving.label_set_columns import LabelSetColumns, LabelSetWriter
@@ -55,7 +56,7 @@ def write_predictions(
         RemoraError: If the model, its base model or a message cannot be used.
     """
     if config.output is not None:
-        check_output(config.output)
+        check_output(config.output, config.source)
     predictor, remarks = Predictor.of(config), Remarks()
     predictor.open()
     stream = _open_source(config, predictor, remarks)
@@ -140,6 +141,8 @@ def evaluate_adapter(
         RemoraError: If the model or the table cannot be used.
     """
     reporter = reporter or Reporter()
+    if config.predictions is not None:
+        files.refuse_source(config.predictions, config.data, "--predictions")
     trained = open_trained(
         config.adapter, base=config.model, device=config.device, precision=config.precision
     )

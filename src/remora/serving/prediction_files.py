@@ -47,9 +47,10 @@ class Writer(Protocol):
         """Write the end."""
 
 
-def check_output(name: str) -> None:
-    """Refuse a file whose name tells no format; raises ConfigError."""
+def check_output(name: str, source: str) -> None:
+    """Refuse a file whose name tells no format, and the table itself; raises ConfigError."""
     check_format(name)
+    files.refuse_source(name, source, "--output")
     if Path(name).is_dir():
         raise ConfigError(f"{name} is a folder; name a file with --output")
 

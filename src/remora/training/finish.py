@@ -91,6 +91,11 @@ def tables_to_measure_on(dataset: Dataset) -> dict[str, Table]:
     """
     tables = {"test": dataset.test, "validation": dataset.validation}
     found = {name: table for name, table in tables.items() if table is not None and len(table)}
+    if not found and 1 < len(set(dataset.train.labels)) == len(dataset.train):
+        raise DataError(
+            f"every row of {dataset.summary.source} has a label of its own, so none can be held out"
+            " to measure on; name the column of labels with --label-column"
+        )
     if not found:
         raise DataError(
             "there are no rows to measure on; give --test, or a --test-fraction above 0"
