@@ -35,7 +35,7 @@ from remora.config import (
 )
 from remora.config.help_pages import EXAMPLES, GROUPS, REST, examples
 from remora.errors import ConfigError, RemoraError, ResourceError
-from remora.formatting import listed
+from remora.formatting import listed, one_line
 from remora.runtime import launch
 
 if TYPE_CHECKING:
@@ -327,7 +327,10 @@ class _Settings(Toml):
     """A settings file. Empty lists are dropped: cyclopts 4 would read one as a list of a list."""
 
     def _load_config(self, path: Path) -> dict[str, Any]:
-        loaded = super()._load_config(path)
+        try:
+            loaded = super()._load_config(path)
+        except ValueError as error:  # of TOML, or of UTF-8
+            raise ConfigError(f"{path} is not valid TOML ({one_line(error)}); correct it") from None
         return {name: value for name, value in loaded.items() if value != []}
 
 
@@ -358,6 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a console's own encoding may lack characters
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
+    app.config = ()
     try:
         app.meta(given, exit_on_error=False, print_error=False)
     except BrokenPipeError:  # the reader of our output, such as head, has ended
@@ -386,6 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _as_line(error: cyclopts.CycloptsError) -> str:
     """Return an error of the command line in our form: what is wrong, and what to do."""
+    if isinstance(error.__cause__, RemoraError):
+        return str(error.__cause__)
     command = " ".join(["remora", *(error.command_chain or ())])
     if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None:
         name = error.argument.name

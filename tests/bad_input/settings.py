@@ -119,6 +119,11 @@ CASES: list[Case] = [
     ("a name that is taken", 2, lambda s: train("good.csv", "--name", "good")),
     ("another seed for an unfinished run", 2, lambda s: unfinished(s, "--seed", "7")),
     ("a missing settings file", 2, lambda s: ["train", "--config", "none.toml"]),
+    (
+        "a settings file that is no TOML",
+        2,
+        lambda s: ["train", "good.csv", "--config", s.write("broken.toml", "epochs: 3\n")],
+    ),
     ("an unknown baseline", 2, lambda s: train("good.csv", "--baselines", "svm,bert")),
     ("none beside another baseline", 2, lambda s: train("good.csv", "--baselines", "none,svm")),
     (

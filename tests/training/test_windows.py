@@ -39,10 +39,10 @@ def test_the_answer_to_a_message_is_the_mean_over_its_windows(tokenizer: Any, la
     windows = [texts_of(tokenizer, stems) for stems in prompt.windows(MESSAGES)]
     expected = np.stack([exhaustive(model, prompt, texts).mean(0) for texts in windows])
     scorer = Scorer(model, prompt, tolerance=0, layout=layout)
-    assert scorer.told_windows is None
+    assert scorer.told_cut is None
     np.testing.assert_allclose(scorer.probabilities(MESSAGES), expected, atol=1e-6)
     cut = [len(texts) for texts in windows if len(texts) > 1]
-    assert scorer.told_windows == (
+    assert scorer.told_cut == (
         f"2 messages are longer than 60 tokens and were read in {sum(cut)} windows, "
         f"{sum(cut) / 2:.1f} each"
     )
@@ -52,6 +52,17 @@ def test_the_answer_to_a_message_is_the_mean_over_its_windows(tokenizer: Any, la
     assert losses[long] == pytest.approx(-np.log(expected[long, [1, 2]]))
     alone = Scorer(model, make(tokenizer), layout=layout).evaluate([MESSAGES[0]], [0])
     assert losses[0] == pytest.approx(alone[1][0])
+
+
+@pytest.mark.parametrize("kept", ["head", "tail", "both"])
+def test_truncated_messages_are_counted(tokenizer: Any, kept: Any) -> None:
+    model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
+    scorer = Scorer(model, make(tokenizer, kept=kept))
+    scorer.probabilities(["why?", MESSAGES[1]])
+    told = f"longer than 60 tokens and {{}} truncated as in training (--truncate {kept})"
+    assert scorer.told_cut == "1 message is " + told.format("was")
+    scorer.probabilities([MESSAGES[2]])
+    assert scorer.told_cut == "2 messages are " + told.format("were")
 
 
 def test_means_of_equal_and_unequal_groups() -> None:

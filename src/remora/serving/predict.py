@@ -199,8 +199,8 @@ def evaluate_adapter(
         abstain_at_accuracy=config.abstain_at_accuracy,
         out_of_scope=None if outside is None else scorer.probabilities(outside),
     )
-    if scorer.told_windows:
-        reporter.say(scorer.told_windows)
+    if scorer.told_cut:
+        reporter.say(scorer.told_cut)
     given = multi_label.labels_given(scored, labels)
     if config.predictions is not None:
         confidence = scored.confidence.tolist()

@@ -220,8 +220,8 @@ class Predictor:
         return self._open().threshold
 
     def remarks(self) -> list[str]:
-        """Return sentences on the messages so far: how many were read in windows."""
-        told = self._opened and self._opened.scorer.told_windows
+        """Return sentences on the messages so far: how many were too long."""
+        told = self._opened and self._opened.scorer.told_cut
         return [told] if told else []
 
     def open(self) -> None:

@@ -108,7 +108,7 @@ class Scorer:
         self.tolerance = tolerance
         self.autocast = autocast
         self.limit_bytes = limit_bytes
-        self.num_cut = self.num_windows = 0  # messages read in windows, and these
+        self.num_cut = self.num_windows = 0  # messages too long for one row, and their windows
         kind = TreeSearch if (layout or layouts.of(model)) == "tree" else RowSearch
         self._searching = kind(
             model=model,
@@ -196,22 +196,27 @@ class Scorer:
         return np.array(correct, dtype=np.bool_), np.array(losses)
 
     def _windows(self, messages: Sequence[str]) -> list[list[Stem]]:
-        """Return the stems of each message, and count those that are read in several windows."""
+        """Return the stems of each message, and count those that are too long for one row."""
         windows = [[tuple(stem) for stem in stems] for stems in self.prompt.windows(messages)]
-        several = [len(stems) for stems in windows if len(stems) > 1]
-        self.num_cut += len(several)
-        self.num_windows += sum(several)
+        if self.prompt.kept == "windows":
+            several = [len(stems) for stems in windows if len(stems) > 1]
+            self.num_cut += len(several)
+            self.num_windows += sum(several)
+        else:
+            self.num_cut += self.prompt.count_cut(messages)
         return windows
 
     @property
-    def told_windows(self) -> str | None:
-        """A sentence on the messages that were read in windows so far; None if none were."""
+    def told_cut(self) -> str | None:
+        """A sentence on the messages that were too long so far; None if none were."""
         if not self.num_cut:
             return None
-        return (
-            f"{self.num_cut:,} messages are longer than {self.prompt.max_length:,} tokens and were "
-            f"read in {self.num_windows:,} windows, {self.num_windows / self.num_cut:.1f} each"
-        )
+        are, were = ("message is", "was") if self.num_cut == 1 else ("messages are", "were")
+        longer = f"{self.num_cut:,} {are} longer than {self.prompt.max_length:,} tokens and {were} "
+        if self.prompt.kept == "windows":
+            each = self.num_windows / self.num_cut
+            return f"{longer}read in {self.num_windows:,} windows, {each:.1f} each"
+        return f"{longer}truncated as in training (--truncate {self.prompt.kept})"
 
     @torch.inference_mode()
     def _searched(self, asked: Sequence[Asked], advance: Advance) -> list[Search]:
