@@ -18,7 +18,8 @@ from scipy.stats import binomtest
 import workload
 from remora import display
 from remora.config import CompareConfig, Method, TrainConfig
-from remora.evaluation import compare, report
+from remora.evaluation import compare
+from remora.report import pages
 from remora.training import resume
 from remora.training.run import train
 
@@ -42,7 +43,7 @@ def main() -> None:
     found = compare.compare_runs(CompareConfig(directories))
     display.show_comparison(found)
     page = options.runs / "comparison.html"
-    report.write_comparison(page, found, directories)
+    pages.write_comparison(page, found, directories)
     again = p_values(options.runs)
     rows = []
     for pair in found.pairs:

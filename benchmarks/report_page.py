@@ -42,9 +42,9 @@ def main() -> None:
     if executable is None:
         raise SystemExit(f"error: no browser found; install one of {', '.join(chromium.NAMES)}")
 
-    from remora.evaluation import report
+    from remora.report import pages
 
-    path = report.write(options.run)
+    path = pages.write(options.run)
     seconds, requests, console = [], set(), []
     for _ in range(options.times):
         with (

@@ -179,17 +179,18 @@ def predict(config: PredictConfig) -> None:
 def compare(config: CompareConfig) -> None:
     """Compare runs side by side: does the bigger model earn its keep?"""
     from remora import display
-    from remora.evaluation import compare, next_steps, report
+    from remora.evaluation import compare, next_steps
+    from remora.report import pages
 
     if config.report:
-        report.check_output(config.report, "report")
+        pages.check_output(config.report, "report")
     comparison = compare.compare_runs(config)
     steps = next_steps.told_next_steps(
         lambda: next_steps.after_comparison(comparison, config.runs),
         display.TerminalReporter().say,
     )
     if config.report:
-        report.write_comparison(config.report, comparison, config.runs, steps)
+        pages.write_comparison(config.report, comparison, config.runs, steps)
     if config.json:
         _print_json(comparison.to_dict() | _as_json(steps))
     else:
@@ -204,7 +205,8 @@ def diagnose(config: DiagnoseConfig) -> None:
     """Find out why a model makes mistakes, and which rows to check."""
     from remora import display
     from remora.diagnosis import diagnose
-    from remora.evaluation import next_steps, report
+    from remora.evaluation import next_steps
+    from remora.report import pages
 
     if config.apply is not None:
         path, num_corrected, num_deleted = diagnose.apply_corrections(config)
@@ -212,7 +214,7 @@ def diagnose(config: DiagnoseConfig) -> None:
         return
     with display.TerminalReporter().live() as reporter:
         diagnosis = diagnose.diagnose_run(config, reporter=reporter)
-        report.refresh(config.run, reporter.say)
+        pages.refresh(config.run, reporter.say)
     steps = next_steps.told_next_steps(lambda: next_steps.find_next_steps(config.run), reporter.say)
     if config.json:
         _print_json(diagnosis.to_dict() | _as_json(steps))
@@ -297,9 +299,9 @@ def push(config: PushConfig) -> None:
 def report(config: ReportConfig) -> None:
     """Write a run's report.html again, with the diagnosis if there is one."""
     from remora import display
-    from remora.evaluation import report
+    from remora.report import pages
 
-    display.show_line(f"report in {report.write_report(config)}")
+    display.show_line(f"report in {pages.write_report(config)}")
 
 
 @app.command(help_epilogue=examples("serve"))

@@ -19,8 +19,9 @@ from remora.diagnosis import diagnose, learning_curve
 from remora.diagnosis.curve_answer import Size, answer, followed
 from remora.diagnosis.extrapolation import Extrapolation
 from remora.errors import ConfigError, Stopped
-from remora.evaluation import report, results
+from remora.evaluation import results
 from remora.models import loading
+from remora.report import pages
 from remora.runtime.reporter import Reporter, Step
 from remora.training.run import train
 
@@ -137,10 +138,10 @@ def test_each_size_is_the_run_that_it_would_be_alone(
         assert results.read(path).baseline == results.read(same).baseline
     found = json.loads((result.directory / learning_curve.FILE).read_text())
     assert found == json.loads(json.dumps(curve.to_dict()))
-    page = report.page(result.directory)
+    page = pages.page(result.directory)
     assert curve.answer in page
     assert "Accuracy by training rows" in page
-    assert 'id="learning"' not in report.page(result.directory / "learning_curve/4-per-class")
+    assert 'id="learning"' not in pages.page(result.directory / "learning_curve/4-per-class")
 
 
 def test_all_sizes_take_the_steps_and_evaluations_of_the_last(config: TrainConfig) -> None:

@@ -20,9 +20,10 @@ from remora import Predictor, TextClassifier
 from remora.config import TrainConfig
 from remora.data.label_sets import labels_in
 from remora.errors import DataError
-from remora.evaluation import predictions, report
+from remora.evaluation import predictions
 from remora.evaluation.predictions import ScoredSets
 from remora.models import metadata, saved
+from remora.report import pages
 from remora.runtime.reporter import Reporter, Validation
 from remora.training import tune
 from remora.training.run import train
@@ -256,7 +257,7 @@ def test_the_report_has_a_table_by_label_and_trusts_no_text(place: Path, tmp_pat
         "[]" if table[0][1] != "[]" else ('["refund"]'),
     )
     write_csv(path, header, table)
-    page = report.page(run)
+    page = pages.page(run)
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "Wrongly given" in page

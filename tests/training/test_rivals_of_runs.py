@@ -25,8 +25,9 @@ from remora.data.dataset import load_data
 from remora.diagnosis import diagnose
 from remora.diagnosis import features as judges
 from remora.errors import ConfigError, Stopped
-from remora.evaluation import compare, regression, report, results
+from remora.evaluation import compare, regression, results
 from remora.models import loading
+from remora.report import pages
 from remora.runtime import memory
 from remora.runtime.reporter import Reporter
 from remora.training import resume, rivals
@@ -145,7 +146,7 @@ def test_a_run_without_baselines_is_read_by_everything(config: TrainConfig, caps
     without = train(replace(config, baselines=("none",), max_steps=2, name="without")).directory
     other = train(replace(config, max_steps=4, baselines=("svm",), name="with")).directory
     assert results.read(without).baseline is None
-    page = report.page(without)
+    page = pages.page(without)
     assert "Baselines: what could be used instead" not in page
     assert "| baseline |" not in (without / "README.md").read_text()
     found = compare.compare_runs(CompareConfig((without, other)))
@@ -174,7 +175,7 @@ def test_the_terminal_names_them_all_and_the_best(config: TrainConfig, capsys) -
     assert "baselines: svm, zero-shot, probe" in shown.err
     assert "baseline zero-shot: scoring 6 rows" in shown.err
     (run,) = config.output.iterdir()
-    page = report.page(run)
+    page = pages.page(run)
     for text in (page, (run / "README.md").read_text()):
         assert f"{name}, linear probe" in text
         assert "adjusted for 3 baselines" in text

@@ -18,9 +18,10 @@ from remora.data.dataset import Dataset, limit_rows, load_data
 from remora.diagnosis.curve_answer import LearningCurve, Size, answer, followed
 from remora.diagnosis.extrapolation import extrapolate
 from remora.errors import ConfigError
-from remora.evaluation import report, results
+from remora.evaluation import results
 from remora.evaluation.results import Results
 from remora.evaluation.significance import difference_interval, mcnemar
+from remora.report import pages
 from remora.runtime import files, launch, run_directory
 from remora.runtime.reporter import Reporter, SayOnce
 from remora.runtime.stop import Stop
@@ -80,7 +81,7 @@ def _learn(
         runs.append(result.directory)
         curves.append(_measure(config, shared, [results.read(path) for path in runs]))
         files.write_json(result.directory / FILE, curves[0].to_dict())
-        report.refresh(result.directory, reporter.say)
+        pages.refresh(result.directory, reporter.say)
 
     spoken = "all rows" if last is None else f"{last:,} rows per class"
     reporter.say(f"size {len(config.curve_sizes)} of {len(config.curve_sizes)}, {spoken}")

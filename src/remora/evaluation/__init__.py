@@ -1,4 +1,4 @@
-"""What predictions are worth: metrics, baseline, significance, calibration, reports."""
+"""What predictions are worth: metrics, baseline, significance, calibration, next steps."""
 
 import lazy_loader
 

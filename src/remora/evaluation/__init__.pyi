@@ -3,7 +3,6 @@ from .calibration import Reliability, assess
 from .compare import Comparison, compare_runs
 from .metrics import Metrics, measure
 from .predictions import Scored
-from .report import write_report
 from .results import Results
 from .significance import mcnemar
 
@@ -19,5 +18,4 @@ __all__ = [
     "mcnemar",
     "measure",
     "train_baseline",
-    "write_report",
 ]

@@ -10,7 +10,7 @@ from remora.errors import RemoraError
 from remora.evaluation import findings, label_findings, run_commands
 from remora.evaluation.compare import Comparison, best_and_rival, between, run_names
 from remora.evaluation.findings import NextStep
-from remora.evaluation.rendering import of_this_version
+from remora.evaluation.results import of_this_version
 from remora.evaluation.run_facts import SIGNIFICANT, RunFacts, read_facts
 from remora.formatting import one_line
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,3 +99,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is broken ({one_line(error)}); restore or delete it") from error
     return dict(value)
+
+
+@contextlib.contextmanager
+def of_this_version(directory: Path) -> Iterator[None]:
+    """Raise DataError if the files of a run lack what a template needs."""
+    import jinja2
+
+    try:
+        yield
+    except DataError:  # it names the file already
+        raise
+    except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the files in {directory} do not fit this version of Remora ({one_line(error)}); "
+            "train it again, or use the version that wrote them"
+        ) from error

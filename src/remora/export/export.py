@@ -17,13 +17,14 @@ from typing import Any
 from remora.config import ExportConfig
 from remora.config.export import WAYS
 from remora.errors import ConfigError, ModelError
-from remora.evaluation import charts, report, results
+from remora.evaluation import results
 from remora.export.compress import Compressed, compress
 from remora.export.gguf import Gguf, write_gguf
 from remora.export.merge import Parity, merge
 from remora.export.onnx import write_onnx
 from remora.export.vllm import write_vllm
 from remora.models import metadata
+from remora.report import charts, pages
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
 
@@ -71,7 +72,7 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
         plot = None
         if isinstance(result, Compressed) and result.frontier:
             plot = output.with_name(f"{output.name}.svg")
-            report.write_chart(plot, _frontier(result))
+            pages.write_chart(plot, _frontier(result))
     return Exported(
         directory=output,
         num_bytes=files.folder_bytes(output),

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from remora.evaluation.rendering import csp_hash, template_text
+from remora.report.rendering import csp_hash, template_text
 
 router = APIRouter(include_in_schema=False)
 

@@ -141,8 +141,6 @@ def evaluate_adapter(
         RemoraError: If the model or the table cannot be used.
     """
     reporter = reporter or Reporter()
-    if config.predictions is not None:
-        files.refuse_source(config.predictions, config.data, "--predictions")
     trained = open_trained(
         config.adapter, base=config.model, device=config.device, precision=config.precision
     )
@@ -151,7 +149,7 @@ def evaluate_adapter(
 
     # The rows: the table's, those out of scope, and the run's own validation rows
     card, remarks = trained.card, Remarks()
-    _refuse_confidence(config, card)
+    _refuse_settings(config, card)
     options = ReadOptions(config.input_format, config.columns)
     table = read_table(
         config.data,
@@ -211,8 +209,10 @@ def evaluate_adapter(
     return with_levels(metrics, card.hierarchy, table.labels, given), reliability
 
 
-def _refuse_confidence(config: EvalConfig, card: AdapterCard) -> None:
-    """Refuse what needs one label a row; raises ConfigError."""
+def _refuse_settings(config: EvalConfig, card: AdapterCard) -> None:
+    """Refuse what needs one label a row, and predictions over the table; raises ConfigError."""
+    if config.predictions is not None:
+        files.refuse_source(config.predictions, config.data, "--predictions")
     for name in ("abstain_at_accuracy", "out_of_scope"):
         if card.multi_label and getattr(config, name) is not None:
             raise ConfigError(

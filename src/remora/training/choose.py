@@ -16,13 +16,14 @@ from typing import Any
 from remora.config import ChooseConfig, CompareConfig, PlanConfig, TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, DivergedError, ModelError, ResourceError
-from remora.evaluation import report, results, rivals
+from remora.evaluation import results, rivals
 from remora.evaluation.compare import Comparison, compare_runs, contender
 from remora.evaluation.results import Results
 from remora.evaluation.significance import difference_interval
 from remora.formatting import spoken_bytes, spoken_seconds, spoken_time
 from remora.planning.plan import Plan
 from remora.planning.planner import make_plan
+from remora.report import pages
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
@@ -314,7 +315,7 @@ class _Search:
         if whole:
             comparison = self._compare(whole)
             page = self.directory / PAGE
-            report.write_comparison(page, comparison, whole)
+            pages.write_comparison(page, comparison, whole)
         choice = Choice(
             bar=self.config.bar,
             num_rows=len(self.held_out),

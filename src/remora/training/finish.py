@@ -12,7 +12,7 @@ import torch
 from remora.data.dataset import Dataset
 from remora.data.table import Table
 from remora.errors import DataError
-from remora.evaluation import calibration, neighbours, report
+from remora.evaluation import calibration, neighbours
 from remora.evaluation.baselines import Baseline, train_baseline, train_set_baseline
 from remora.evaluation.calibration import Reliability
 from remora.evaluation.level_metrics import with_levels
@@ -31,6 +31,7 @@ from remora.evaluation.significance import mcnemar
 from remora.formatting import spoken_bytes
 from remora.models import lora, metadata, model_card
 from remora.planning.plan import Plan
+from remora.report import pages
 from remora.runtime import files, memory
 from remora.runtime.reporter import Reporter
 from remora.training.progress import Progress
@@ -240,7 +241,7 @@ def write_pages(directory: Path, say: Callable[[str], None]) -> None:
     """Write README.md and report.html of a run that has just ended; say why one cannot be."""
     with files.optional("README.md", say):
         model_card.write(directory)
-    report.refresh(directory, say)
+    pages.refresh(directory, say)
 
 
 def report_peak(directory: Path, planned: Plan, measured: int, reporter: Reporter) -> None:

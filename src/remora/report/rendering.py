@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from remora.errors import DataError
-from remora.formatting import one_line, spoken_bytes, spoken_seconds, spoken_time
-
-
-@contextlib.contextmanager
-def of_this_version(directory: Path) -> Iterator[None]:
-    """Raise DataError if the files of a run lack what a template needs."""
-    import jinja2
-
-    try:
-        yield
-    except DataError:  # it names the file already
-        raise
-    except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"the files in {directory} do not fit this version of Remora ({one_line(error)}); "
-            "train it again, or use the version that wrote them"
-        ) from error
+from remora.formatting import spoken_bytes, spoken_seconds, spoken_time
 
 
 def rendered(name: str, context: Mapping[str, Any], **code: str) -> str:

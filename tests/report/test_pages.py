@@ -1,6 +1,6 @@
 """The report of a run: its figures, its safety, and what happens where it cannot be made.
 
-Also covers remora.evaluation.report_sections, run_files, rendering, contradictions and
+Also covers remora.report.sections, run_files, rendering, contradictions and
 confusion_matrix.
 """
 
@@ -25,15 +25,10 @@ import hostile
 from remora.cli import main
 from remora.config import DiagnoseConfig, ReportConfig
 from remora.errors import ResourceError
-from remora.evaluation import (
-    confusion_matrix,
-    contradictions,
-    next_steps,
-    report,
-    run_files,
-)
+from remora.evaluation import next_steps, run_files
 from remora.evaluation.predictions import PROBABILITIES
 from remora.models import model_card
+from remora.report import confusion_matrix, contradictions, pages
 from remora.training import finish
 
 LABELS = ["card arrival", "refund", "top up", "pin", "limit"]
@@ -130,7 +125,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def read(run: Path) -> Read:
-    return Read(report.page(run))
+    return Read(pages.page(run))
 
 
 def test_the_figures_are_those_of_evaluation_json(run: Path, read: Read) -> None:
@@ -214,8 +209,8 @@ def test_only_code_of_the_package_may_run_and_nothing_be_fetched(read: Read) -> 
 def test_hostile_words_stay_words(tmp_path: Path) -> None:
     assert len(set(hostile.TEXTS)) > 100
     attacked, harmless = write_hostile(tmp_path)
-    html = report.page(attacked)
-    found, expected = Read(html), Read(report.page(harmless))
+    html = pages.page(attacked)
+    found, expected = Read(html), Read(pages.page(harmless))
     assert found.tags == expected.tags
     assert [k for k, _ in found.attributes] == [k for k, _ in expected.attributes]
     assert found.code[0] == expected.code[0]
@@ -237,7 +232,7 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
 def test_a_page_holds_no_more_than_it_can(run: Path, monkeypatch) -> None:
     monkeypatch.setattr(run_files, "MAX_CHARS", 200)
     monkeypatch.setattr(run_files, "MAX_MESSAGE_CHARS", 9)
-    found = Read(report.page(run))
+    found = Read(pages.page(run))
     messages = json.loads(found.code[1])["messages"]
     assert len(messages) == 18  # of 9 characters and the mark of a cut
     assert {len(m["text"]) for m in messages} == {9, 11}
@@ -247,7 +242,7 @@ def test_a_page_holds_no_more_than_it_can(run: Path, monkeypatch) -> None:
     assert surest == sorted(surest, reverse=True)
     assert "This page holds 18 of 100 messages, mistakes first" in found.text
     monkeypatch.setattr(run_files, "MAX_MESSAGES", 5)
-    assert len(json.loads(Read(report.page(run)).code[1])["messages"]) == 5
+    assert len(json.loads(Read(pages.page(run)).code[1])["messages"]) == 5
 
 
 def test_a_large_run_makes_a_small_page(tmp_path: Path) -> None:
@@ -264,12 +259,12 @@ def test_a_large_run_makes_a_small_page(tmp_path: Path) -> None:
         true=true,
         predicted=[(t + i % 7) % 77 if i % 6 == 0 else t for i, t in enumerate(true)],
     )
-    assert report.write(run).stat().st_size < 3_000_000
+    assert pages.write(run).stat().st_size < 3_000_000
 
 
 def test_too_many_labels_for_a_matrix(run: Path, monkeypatch) -> None:
     monkeypatch.setattr(confusion_matrix, "MAX_MATRIX_LABELS", 2)
-    read = Read(report.page(run))
+    read = Read(pages.page(run))
     rows = table(
         read, "Confusion matrix: rows are true labels, columns are predictions; the 2 of 5 labels"
     )
@@ -280,16 +275,16 @@ def test_too_many_labels_for_a_matrix(run: Path, monkeypatch) -> None:
 
 def test_a_run_can_do_without_what_is_not_its_result(tmp_path: Path) -> None:
     run = write(tmp_path / "run")
-    whole = Read(report.page(run))
+    whole = Read(pages.page(run))
     assert {"Evaluations as a table", "Plan"} <= set(whole.text.splitlines())
     assert ["command", shlex.join(sys.argv)] in table(whole, "Environment")
     for name in ("plan.json", "metrics.jsonl", "environment.json", "data.json"):
         (run / name).unlink()
-    bare = Read(report.page(run))
+    bare = Read(pages.page(run))
     assert not {"Evaluations as a table", "Plan"} & set(bare.text.splitlines())
     assert "remora diagnose" in bare.text
     finished.diagnose(run, LABELS, "7 of 9 rows, <b>")
-    shown = Read(report.page(run))
+    shown = Read(pages.page(run))
     assert "card arrival / refund: labels overlap" in shown.text
     assert "<b>. Merged into one label, accuracy would be 91.25%; with the" in shown.text
     assert "boundary that the judges draw, 90.75%." in shown.text
@@ -305,17 +300,17 @@ def test_a_run_can_do_without_what_is_not_its_result(tmp_path: Path) -> None:
     diagnosis = json.loads((run / "diagnosis.json").read_text(encoding="utf-8"))
     del diagnosis["ceiling"], diagnosis["tied_tokens"]
     (run / "diagnosis.json").write_text(json.dumps(diagnosis), encoding="utf-8")
-    bare = Read(report.page(run))
+    bare = Read(pages.page(run))
     assert "relabel.csv" in bare.text
     assert "The first" not in bare.text
 
 
 def test_a_torn_log_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
     run = write(tmp_path / "run")
-    before = table(Read(report.page(run)), "On the validation rows")
+    before = table(Read(pages.page(run)), "On the validation rows")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
-    assert table(Read(report.page(run)), "On the validation rows") == before
+    assert table(Read(pages.page(run)), "On the validation rows") == before
     assert before[1] == ["3", "50.00%", "1.0000", "yes"]
 
 
@@ -339,7 +334,7 @@ def test_diagnose_writes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(diagnose, "diagnose_run", diagnosed)
     run = write(tmp_path / "run")
-    report.write(run)
+    pages.write(run)
     assert "because of this" not in (run / "report.html").read_text(encoding="utf-8")
     assert remora("diagnose", run, "--json") == 0
     assert "because of this" in (run / "report.html").read_text(encoding="utf-8")
@@ -347,9 +342,9 @@ def test_diagnose_writes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_learning_curve_is_shown_where_there_is_one(tmp_path: Path) -> None:
     run = write(tmp_path / "run")
-    assert "Learning curve" not in Read(report.page(run)).text
+    assert "Learning curve" not in Read(pages.page(run)).text
     finished.learn(run)
-    read = Read(report.page(run))
+    read = Read(pages.page(run))
     assert "Label more rows: from 200 to 400 rows" in read.text
     assert table(read, "Accuracy by rows per class")[-1] == [
         "all 2 classes have fewer",
@@ -392,7 +387,7 @@ def test_a_protected_file_stays(run: Path, tmp_path: Path, monkeypatch) -> None:
     old.write_text("old")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
     with pytest.raises(ResourceError, match="is write-protected; give another file"):
-        report.write_report(ReportConfig(run, output=old))
+        pages.write_report(ReportConfig(run, output=old))
     assert old.read_text() == "old"
 
 
@@ -408,7 +403,7 @@ def test_a_full_disk_leaves_the_old_report_and_nothing_else(
 
     monkeypatch.setattr(Path, "write_text", fill)
     with pytest.raises(ResourceError, match="No space left on device"):
-        report.write(run, old)
+        pages.write(run, old)
     assert old.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["old.html"]
 
@@ -420,7 +415,7 @@ def test_a_report_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch) 
     def fail(directory: Path) -> str:
         raise RuntimeError("something\nunforeseen")
 
-    monkeypatch.setattr(report, "page", fail)
+    monkeypatch.setattr(pages, "page", fail)
     finish.write_pages(run, told.append)
     assert told == [
         "report.html could not be written (something unforeseen); the rest of the run is complete"
@@ -434,7 +429,7 @@ def test_a_report_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch) 
 
 
 def test_next_steps_come_first(run: Path, tmp_path: Path) -> None:
-    html = report.page(run)
+    html = pages.page(run)
     assert html.index("What to do next") < html.index('<h2 id="result-heading">')
     steps = next_steps.find_next_steps(run)
     text = Read(html).text
@@ -446,7 +441,7 @@ def test_next_steps_come_first(run: Path, tmp_path: Path) -> None:
         (other / PROBABILITIES).unlink()
         if content:
             (other / PROBABILITIES).write_text(content)
-        assert "What to do next" in report.page(other)
+        assert "What to do next" in pages.page(other)
 
 
 def test_settings_are_those_that_the_run_has_chosen(tmp_path: Path) -> None:
@@ -455,7 +450,7 @@ def test_settings_are_those_that_the_run_has_chosen(tmp_path: Path) -> None:
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(modules))
     plan = finished.PLAN | {"layout": "tree", "shard": False}
     (run / "plan.json").write_text(json.dumps(plan))
-    rows = table(Read(report.page(run)), "config.toml")
+    rows = table(Read(pages.page(run)), "config.toml")
     assert ["learning rate", "0.001 (by default)"] in rows
     assert ["target modules", "q_proj, v_proj (by default)"] in rows
     assert ["epochs", "2.0 (by default)"] in rows
@@ -472,7 +467,7 @@ def test_undecided_pairs_are_folded_below_the_others(tmp_path: Path) -> None:
     (decided,) = diagnosis["pairs"]
     undecided = decided | {"verdict": "undecided", "first": LABELS[2]}
     path.write_text(json.dumps(diagnosis | {"pairs": [undecided, decided, undecided]}))
-    html = report.page(run)
+    html = pages.page(run)
     text = " ".join(Read(html).text.split())
     assert (
         "7 of 90 rows may be mislabelled; of the 3 most confused pairs of labels: 1 overlapping"
@@ -482,7 +477,7 @@ def test_undecided_pairs_are_folded_below_the_others(tmp_path: Path) -> None:
     shown = html.index("Most confused label pairs, with the cause")
     assert shown < html.index("<bdi>card arrival</bdi> / <bdi>refund</bdi>") < folded
     path.write_text(json.dumps(diagnosis | {"pairs": [undecided]}))
-    html = report.page(run)
+    html = pages.page(run)
     assert "1 confused pair of labels without evidence" in html
     assert "Most confused label pairs" not in html
 

@@ -11,8 +11,9 @@ import pytest
 import chromium
 import finished
 import hostile
-from evaluation.test_report import LABELS, PREDICTED, TRUE, write, write_hostile
-from remora.evaluation import predictions, report
+from remora.evaluation import predictions
+from remora.report import pages
+from report.test_pages import LABELS, PREDICTED, TRUE, write, write_hostile
 
 EXECUTABLE = chromium.find()
 pytestmark = pytest.mark.skipif(
@@ -54,7 +55,7 @@ def choose(page: chromium.Page, name: str, value: str) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = write(tmp_path_factory.mktemp("browser") / "run")
     finished.learn(run)
-    report.write(run)
+    pages.write(run)
     return run
 
 
@@ -266,7 +267,7 @@ def test_axe_finds_nothing(page: chromium.Page, width: int) -> None:
 
 
 def test_hostile_words_do_not_come_alive(browser: chromium.Page, tmp_path: Path) -> None:
-    attacked, harmless = (report.write(run) for run in write_hostile(tmp_path))
+    attacked, harmless = (pages.write(run) for run in write_hostile(tmp_path))
     browser.open(harmless)
     browser.click("document.getElementById('message-clear')")
     expected = browser.run(TAGS)

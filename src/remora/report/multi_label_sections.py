@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 
 import remora
 from remora.data.label_sets import labels_in
-from remora.evaluation import charts, report_sections
 from remora.evaluation.findings import NextStep
 from remora.evaluation.next_steps import find_next_steps, told_next_steps
-from remora.evaluation.report_sections import (
+from remora.evaluation.results import Results
+from remora.evaluation.run_files import NUM_STATIC_MESSAGES, cut
+from remora.report import charts, sections
+from remora.report.sections import (
     CalibrationSection,
     Figures,
     PlanSection,
@@ -21,8 +23,6 @@ from remora.evaluation.report_sections import (
     SettingsSection,
     TrainingSection,
 )
-from remora.evaluation.results import Results
-from remora.evaluation.run_files import NUM_STATIC_MESSAGES, cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +82,17 @@ def collect(run: Results) -> Report:
         next_steps=told_next_steps(lambda: find_next_steps(run.directory), lambda line: None),
         labels=_labels(run),
         result=_result(figures, trained),
-        training=report_sections.training_section(run),
+        training=sections.training_section(run),
         mistakes=_mistakes(run)[:NUM_STATIC_MESSAGES],
-        calibration=report_sections.calibration_section(figures),
-        plan=report_sections.plan_section(run.directory),
-        settings=report_sections.settings_section(run.directory),
+        calibration=sections.calibration_section(figures),
+        plan=sections.plan_section(run.directory),
+        settings=sections.settings_section(run.directory),
     )
 
 
 def _result(figures: Figures, trained: str) -> ResultSection:
     """Return the verdict, and micro-F1 with its intervals in place of accuracy."""
-    section = report_sections.result_section(figures, trained)
+    section = sections.result_section(figures, trained)
     rows = [("ours", trained, figures["metrics"])]
     rows += [("baseline", each.description, vars(each)) for each in section.rivals]
     drawn = [

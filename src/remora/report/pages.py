@@ -9,19 +9,13 @@ from typing import Any
 
 from remora.config import ReportConfig
 from remora.errors import ConfigError, ResourceError
-from remora.evaluation import (
-    charts,
-    comparison_sections,
-    multi_label_report,
-    report_sections,
-    results,
-)
+from remora.evaluation import results
 from remora.evaluation.compare import Comparison
 from remora.evaluation.findings import NextStep
-from remora.evaluation.rendering import (
+from remora.report import charts, comparison_sections, multi_label_sections, sections
+from remora.report.rendering import (
     csp_hash,
     json_for_html,
-    of_this_version,
     rendered,
     template_text,
 )
@@ -108,10 +102,12 @@ def page(directory: Path) -> str:
     """
     run = results.read(directory)
     if run.multi_label:
-        with of_this_version(directory):
-            return rendered("multi_label_report.html", {"report": multi_label_report.collect(run)})
-    with of_this_version(directory):
-        report = report_sections.collect(run)
+        with results.of_this_version(directory):
+            return rendered(
+                "multi_label_report.html", {"report": multi_label_sections.collect(run)}
+            )
+    with results.of_this_version(directory):
+        report = sections.collect(run)
         return _scripted("report.html", {"report": report}, report.data)
 
 
@@ -132,7 +128,7 @@ def comparison_page(
     Raises:
         DataError: If the files of a run are broken.
     """
-    with of_this_version(directories[0]):
+    with results.of_this_version(directories[0]):
         page = comparison_sections.collect(comparison, directories, next_steps, folder)
         return _scripted("comparison.html", {"page": page}, page.data)
 

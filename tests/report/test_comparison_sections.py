@@ -15,10 +15,11 @@ import chromium
 import finished
 import hostile
 from evaluation.test_compare import remora
-from evaluation.test_report import LABELS, PREDICTED, TRUE, Read, table
 from remora.config import CompareConfig
-from remora.evaluation import compare, report
+from remora.evaluation import compare
 from remora.evaluation.run_files import NUM_STATIC_MESSAGES
+from remora.report import pages
+from report.test_pages import LABELS, PREDICTED, TRUE, Read, table
 
 EXECUTABLE = chromium.find()
 needs_browser = pytest.mark.skipif(
@@ -46,7 +47,7 @@ def write_runs(folder: Path) -> tuple[Path, Path]:
         finished.write(folder / "lora", predicted=PREDICTED, **shape),
         finished.write(folder / "full", predicted=other, method="full", note="other", **shape),
     )
-    report.write(runs[0])
+    pages.write(runs[0])
     return runs
 
 
@@ -56,7 +57,7 @@ def write_hostile_pages(folder: Path) -> list[Path]:
     true = [i % num_labels for i in range(count)]
     predicted = [(t + i % 2) % num_labels for i, t in enumerate(true)]
     harmless = [f"text {i}" for i in range(count)], [f"label {i}" for i in range(num_labels)]
-    pages = []
+    made = []
     for kind, (texts, labels), notes in (
         ("harmless", harmless, ("note", "other")),
         (hostile.ATTACKS[1].replace("/", ""), (hostile.TEXTS, hostile.LABELS), hostile.ATTACKS),
@@ -72,10 +73,10 @@ def write_hostile_pages(folder: Path) -> list[Path]:
             )
             for i in range(2)
         ]
-        report.write(runs[0])
-        pages.append(folder / f"{len(pages)}.html")
-        assert remora("compare", *runs, "--report", pages[-1]) == 0
-    return pages
+        pages.write(runs[0])
+        made.append(folder / f"{len(made)}.html")
+        assert remora("compare", *runs, "--report", made[-1]) == 0
+    return made
 
 
 def read_rows(run: Path) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from remora.evaluation import charts
+from remora.report import charts
 
 
 def test_ticks_are_round_and_cover_the_range() -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.evaluation.rendering import isolated
 from remora.evaluation.results import Results
+from remora.report.rendering import isolated
 
 MAX_MATRIX_LABELS = 150
 NUM_SHADES = 9

@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 
 import remora
 from remora.errors import ModelError
-from remora.evaluation import charts, contradictions, neighbours, results
-from remora.evaluation.confusion_matrix import Cell, cells, confusion_counts, matrix_labels
+from remora.evaluation import neighbours, results
 from remora.evaluation.findings import NextStep
 from remora.evaluation.neighbours import Neighbours, TrainingText
 from remora.evaluation.next_steps import find_next_steps, told_next_steps
 from remora.evaluation.predictions import PROBABILITIES, read_probabilities
-from remora.evaluation.rendering import isolated, percent
 from remora.evaluation.results import Results
 from remora.evaluation.rivals import Rival, of_figures, seconds_of, verdict
 from remora.evaluation.run_files import (
@@ -35,6 +33,9 @@ from remora.evaluation.run_files import (
     resolved,
     setting_rows,
 )
+from remora.report import charts, contradictions
+from remora.report.confusion_matrix import Cell, cells, confusion_counts, matrix_labels
+from remora.report.rendering import isolated, percent
 
 NUM_CONFUSIONS = 10
 NUM_TOP = 3  # labels beside a message

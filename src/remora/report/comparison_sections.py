@@ -9,12 +9,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 import remora
-from remora.evaluation import charts, results
+from remora.evaluation import results
 from remora.evaluation.compare import Comparison, run_names
 from remora.evaluation.findings import NextStep
 from remora.evaluation.label_changes import LabelChanges
 from remora.evaluation.results import Results
 from remora.evaluation.run_files import NUM_STATIC_MESSAGES, cut, fitting, setting_rows
+from remora.report import charts
 
 
 @dataclass(frozen=True, kw_only=True)
