@@ -401,7 +401,7 @@ def _as_line(error: cyclopts.CycloptsError) -> str:
             name = name.removeprefix("--").upper()
         return f"`{command}` needs {name}; see `{command} --help`"
     if isinstance(error, UnusedCliTokensError):
-        tokens = listed(list(error.unused_tokens))
+        tokens = listed(list(error.unused_tokens or ()))
         more = f"quote a name with spaces, or see `{command} --help`"
         return f"`{command}` has no use for {tokens}; {more}"
     return str(error)
