@@ -210,12 +210,16 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(base: Path, tmp_path: Path) -> TrainConfig:
+    return two_epochs(base, tmp_path)
+
+
+def two_epochs(base: Path, folder: Path) -> TrainConfig:
     """Two epochs of several steps: a partial last batch, several micro-batches, dropout."""
-    (tmp_path / "data").mkdir()
+    (folder / "data").mkdir()
     return TrainConfig(
-        str(write_table(tmp_path / "data" / "support.csv", repeats=4)),
+        str(write_table(folder / "data" / "support.csv", repeats=4)),
         model=str(base),
-        output=tmp_path / "runs",
+        output=folder / "runs",
         learning_rate=1e-2,
         epochs=2,
         batch_size=5,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from models.test_lora import (
+from models.test_fused_lora import (
     IDS,
     adapted,
     as_stock,

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from conftest import two_epochs
 from remora.config import TrainConfig
 from remora.errors import ConfigError, ModelError, ResourceError, Stopped
 from remora.runtime import files, run_directory
@@ -76,11 +77,19 @@ def outcome(directory: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def undisturbed(config: TrainConfig, tmp_path: Path, keep_checkpoints: None) -> dict[str, Any]:
-    result = train(replace(config, output=tmp_path / "undisturbed"))
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The outcome of a run that nothing interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "finish", lambda directory: None)
+        result = train(two_epochs(base, tmp_path_factory.mktemp("undisturbed")))
     assert result.num_steps == 20
     return outcome(result.directory)
+
+
+@pytest.fixture
+def undisturbed(whole: dict[str, Any], keep_checkpoints: None) -> dict[str, Any]:
+    return whole
 
 
 def interrupted(config: TrainConfig, reporter: Interrupter) -> Path:
