@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from remora import cli
 from remora.config import TrainConfig
@@ -233,16 +236,33 @@ def two_epochs(base: Path, folder: Path) -> TrainConfig:
     )
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the first worker to ask fills, for the tests of all workers to read."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that has learned the form of the task, with labels drawn at random."""
-    folder = tmp_path_factory.mktemp("base")
+    return made_once(tmp_path_factory, "base", write_base)
+
+
+def write_base(folder: Path) -> None:
     tokenizer = build_tokenizer()
     model = tiny_model("qwen2", torch.float32, scale=2, vocabulary=len(tokenizer))
     teach(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def teach(model: Any, tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import WAYS, WORDS
+from conftest import WAYS, WORDS, made_once
 from remora.cli import main
 from remora.config import PredictConfig, TrainConfig
 from remora.serving import predict
@@ -20,7 +20,10 @@ MESSAGES = [way.format(word) for way in WAYS for word in WORDS.values()]
 @pytest.fixture(scope="session")
 def original(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, its base model and its table in one folder, to be copied."""
-    place = tmp_path_factory.mktemp("original")
+    return made_once(tmp_path_factory, "original", lambda place: write_run(base, place))
+
+
+def write_run(base: Path, place: Path) -> None:
     shutil.copytree(base, place / "base")
     with (place / "data.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -42,7 +45,6 @@ def original(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     result = train(config)
     assert result.metrics.accuracy == 1
-    return place
 
 
 @pytest.fixture

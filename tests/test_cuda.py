@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, randomize_adapter, write_table
+from interrupting import Interrupter, interrupted, keep_checkpoints, outcome  # noqa: F401
 from remora.config import ExportConfig, TrainConfig
 from remora.data.dataset import load_data
 from remora.data.prompt import TokenSequence
@@ -35,8 +36,7 @@ from remora.tree.cuda_graphs import Graphs
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
 from training.test_full import measured
-from training.test_resume import Interrupter, interrupted, keep_checkpoints, outcome  # noqa: F401
-from training.test_run import remora
+from training.test_train_command import remora
 from tree.test_packing import BATCHES, adapted, gradients, padded_loss, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

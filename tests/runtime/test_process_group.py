@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import pytest
 
+import forked
 from remora.config import TrainConfig
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, DataError, Stopped
@@ -56,11 +57,17 @@ def environment() -> dict[str, str]:
 
 
 def ended(config: TrainConfig) -> tuple[int, list[str]]:
-    """Run a command; return its code and what it said."""
-    done = subprocess.run(
-        command(config), capture_output=True, text=True, check=False, env=environment()
-    )
-    return done.returncode, done.stderr.splitlines()
+    """Train in as many processes as the settings ask for; return the worst code, and what was said.
+
+    The launcher is left out; `begun` starts it.
+    """
+    done = forked.together([program(config)] * config.devices)
+    return max(code for code, _ in done), [line for _, said in done for line in said.splitlines()]
+
+
+def program(config: TrainConfig) -> str:
+    _, _, _, *arguments = command(config)
+    return forked.remora(*arguments)
 
 
 @contextlib.contextmanager
@@ -207,30 +214,12 @@ def test_nothing_is_left_when_the_launcher_is_killed(config: TrainConfig) -> Non
             time.sleep(0.1)
 
 
-def started(configs: list[TrainConfig]) -> list[subprocess.Popen[str]]:
-    """Start one process for each of some settings, as torchrun would."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    common = {"WORLD_SIZE": str(len(configs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            command(each),
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, each in enumerate(configs)
-    ]
-
-
 def test_processes_with_other_settings_or_data_are_refused(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     other = replace(config, seed=1)
-    processes = started([config, other])
-    told = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
+    codes, told = zip(*forked.together([program(config), program(other)]), strict=True)
+    assert codes == (2, 2)
     errors = [line for text in told for line in text.splitlines() if line.startswith("error")]
     assert len(errors) == 1
     assert "process 1 of 2 has" in errors[0]
@@ -240,9 +229,8 @@ def test_processes_with_other_settings_or_data_are_refused(
 
 def test_an_error_of_one_is_told_once_and_ends_all(config: TrainConfig) -> None:
     other = replace(config, data="missing.csv", output=config.output.with_name("others"))
-    processes = started([config, other])
-    told = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [3, 3]
+    codes, told = zip(*forked.together([program(config), program(other)]), strict=True)
+    assert codes == (3, 3)
     errors = [line for text in told for line in text.splitlines() if line.startswith("error")]
     assert len(errors) == 1
     assert errors[0].startswith("error: process 1 of 2: ")

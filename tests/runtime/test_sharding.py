@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 from conftest import tiny_model
 from remora.config import PlanConfig, TrainConfig
 from remora.data.dataset import load_data
@@ -108,32 +107,6 @@ def sha256(config: TrainConfig) -> str:
 
 def untimed(config: TrainConfig) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in TIMED} for record in records(config)]
-
-
-def in_two_processes() -> list[tuple[int, str]]:
-    """Run the checks below in two processes; return their codes and what they wrote."""
-    body = "from runtime import test_sharding; test_sharding.check()"
-    listener = launch.socket.create_server(("127.0.0.1", 0))
-    common = {
-        **{"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
-        "MASTER_PORT": str(listener.getsockname()[1]),
-        launch.LISTENER: str(listener.fileno()),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", body],
-            env={**os.environ, **common, "RANK": str(rank)},
-            pass_fds=() if rank else (listener.fileno(),),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    listener.close()
-    told = [process.communicate(timeout=100)[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
 
 
 def check() -> None:
@@ -266,7 +239,8 @@ def check_exhausted(group: ProcessGroup) -> None:
 
 def test_steps_memory_and_passes_of_two_processes() -> None:
     """The last check ends them: the memory runs out in the second, in the middle of a step."""
-    (first, told), (second, other) = in_two_processes()
+    program = "from runtime import test_sharding; test_sharding.check()"
+    (first, told), (second, other) = forked.together([program] * 2)
     assert (first, second) == (7, ResourceError.exit_code), told + other
     assert "--micro-batch-tokens 20" in other
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,81 +18,17 @@ from typing import Any
 
 import pytest
 
-from conftest import two_epochs
+import interrupting
+from interrupting import Interrupter, interrupted, outcome
 from remora.config import TrainConfig
 from remora.errors import ConfigError, ModelError, ResourceError, Stopped
-from remora.runtime import files, run_directory
+from remora.runtime import run_directory
 from remora.runtime.reporter import Reporter, Step
-from remora.runtime.stop import Stop
 from remora.training import checkpoint, resume
 from remora.training.run import train
 
-TIMED = {"examples_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
-
-
-class Interrupter(Reporter):
-    """Sends this process a real signal when something is told for the n-th time."""
-
-    def __init__(self, *, step: int = 0, scoring: int = 0) -> None:
-        self.step, self.scorings, self.lines = step, scoring, []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def stepped(self, step: Step) -> None:
-        self.last = step
-        if step.step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def scoring(self, what: str, done: int, total: int) -> None:
-        self.scorings -= 1
-        if self.scorings == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture
-def keep_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "finish", lambda directory: None)
-
-
-def outcome(directory: Path) -> dict[str, Any]:
-    """Return all of a finished run that must not depend on interruptions."""
-    (last,) = (directory / "checkpoints").iterdir()
-    log = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    evaluation = json.loads((directory / "evaluation.json").read_text())
-    return {
-        "checkpoint": last.name,
-        # weights, best weights, optimizer, random numbers
-        "tensors": hashlib.sha256((last / checkpoint.TENSORS).read_bytes()).hexdigest(),
-        "adapter": hashlib.sha256(
-            (directory / "adapter" / "adapter_model.safetensors").read_bytes()
-        ).hexdigest(),
-        "log": [{k: v for k, v in record.items() if k not in TIMED} for record in log],
-        "metrics": evaluation["metrics"],
-        "predictions": (directory / "predictions.csv").read_text(),
-    }
-
-
-@pytest.fixture(scope="module")
-def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The outcome of a run that nothing interrupts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "finish", lambda directory: None)
-        result = train(two_epochs(base, tmp_path_factory.mktemp("undisturbed")))
-    assert result.num_steps == 20
-    return outcome(result.directory)
-
-
-@pytest.fixture
-def undisturbed(whole: dict[str, Any], keep_checkpoints: None) -> dict[str, Any]:
-    return whole
-
-
-def interrupted(config: TrainConfig, reporter: Interrupter) -> Path:
-    with pytest.raises(Stopped, match="run the same command again"):
-        train(config, reporter=reporter)
-    (directory,) = config.output.iterdir()
-    return directory
+whole, undisturbed = interrupting.whole, interrupting.undisturbed
+keep_checkpoints = interrupting.keep_checkpoints
 
 
 @pytest.mark.parametrize("steps", [(1,), (4,), (3, 5, 9)])
@@ -389,125 +321,3 @@ def test_the_log_loses_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 4, "lo')
     resume.cut_log(path, step=2, evaluated=0)
     assert [json.loads(line) for line in path.read_text().splitlines()] == records[:2]
-
-
-def remora(config: TrainConfig) -> list[str]:
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(config.output.parent / "settings.toml", config.to_toml())
-    settings = config.output.parent / "settings.toml"
-    return [sys.executable, "-m", "remora", "train", "--config", str(settings)]
-
-
-def killed(config: TrainConfig, number: int, wait: Callable[[], bool]) -> tuple[int, str, float]:
-    """Run the real command, send it a signal when a condition holds; return how it ended."""
-    command = remora(config)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
-        while not wait() and p.poll() is None:
-            time.sleep(0.005)
-        sent = time.monotonic()
-        p.send_signal(number)
-        _, errors = p.communicate()
-    return p.returncode, errors, time.monotonic() - sent
-
-
-def has_logged(config: TrainConfig, num_lines: int) -> Callable[[], bool]:
-    def look() -> bool:
-        return any(
-            path.read_text().count("\n") >= num_lines
-            for path in config.output.glob("*/metrics.jsonl")
-        )
-
-    return look
-
-
-def test_the_command_line_saves_on_sigterm_and_goes_on(
-    config: TrainConfig, undisturbed: dict[str, Any]
-) -> None:
-    code, errors, _ = killed(config, signal.SIGTERM, has_logged(config, 3))
-    assert code == 75, errors
-    assert errors.splitlines()[-1] == (
-        "error: stopped (SIGTERM); run the same command again to resume"
-    )
-    assert "Traceback" not in errors
-    result = train(config)
-    assert outcome(result.directory) == undisturbed
-
-
-@pytest.mark.parametrize(("verb", "code"), [("train", 75), ("predict", -signal.SIGTERM)])
-def test_sigterm_before_the_command_line_is_read(verb: str, code: int) -> None:
-    body = (
-        "import os, signal, sys\n"
-        "class AtImport:\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'remora.cli': os.kill(os.getpid(), signal.SIGTERM)\n"
-        f"sys.meta_path.insert(0, AtImport()); sys.argv = ['remora', {verb!r}, 'data.csv']\n"
-        "from remora.__main__ import run\n"
-        "sys.exit(run())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False)
-    assert done.returncode == code
-    told = "error: stopped (SIGTERM); run the same command again to resume\n"
-    assert done.stderr == (told if verb == "train" else "")
-
-
-def test_a_killed_process_goes_on_from_its_last_checkpoint(
-    config: TrainConfig, undisturbed: dict[str, Any]
-) -> None:
-    config = replace(config, checkpoint_minutes=0)
-    code, _, _ = killed(config, signal.SIGKILL, has_logged(config, 4))
-    assert code == -signal.SIGKILL
-    reporter = Interrupter()
-    result = train(config, reporter=reporter)
-    assert any("resuming after step" in line for line in reporter.lines)
-    assert outcome(result.directory) == undisturbed
-
-
-@pytest.mark.durability
-def test_sigterm_at_any_moment_saves_and_is_out_at_once(
-    config: TrainConfig, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
-    def begin_and_stop(number: int) -> tuple[TrainConfig, int, str, float]:
-        attempt = replace(config, output=tmp_path / str(number) / "runs")
-        moment = time.monotonic() + random.Random(number).uniform(0.2, 8)
-        return attempt, *killed(attempt, signal.SIGTERM, lambda: time.monotonic() > moment)
-
-    with ThreadPoolExecutor(1) as pool:  # what was stopped goes on meanwhile, on another core
-        for number, begun in enumerate([pool.submit(begin_and_stop, n) for n in range(30)]):
-            attempt, code, errors, seconds = begun.result()
-            (directory,) = attempt.output.glob("*") if attempt.output.exists() else [None]
-            if directory is None or not resume.is_finished(directory):
-                assert code == 75, errors
-                assert seconds < 2.5, errors  # a step takes less than half a second here
-                assert outcome(train(attempt).directory) == undisturbed, number
-
-
-@pytest.mark.durability
-def test_sigkill_at_any_moment_loses_nothing(
-    config: TrainConfig, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
-    def begin_and_kill(number: int) -> TrainConfig:
-        attempt = replace(
-            config, output=tmp_path / str(number) / "runs", checkpoint_minutes=0, name="mine"
-        )
-        moment = time.monotonic() + random.Random(number).uniform(0.5, 8)
-        killed(attempt, signal.SIGKILL, lambda: time.monotonic() > moment)
-        return attempt
-
-    with ThreadPoolExecutor(2) as pool:
-        for number, attempt in enumerate(pool.map(begin_and_kill, range(30))):
-            finished = attempt.output / "mine" / "evaluation.json"
-            if not finished.is_file() or (finished.parent / "checkpoints").is_dir():
-                assert outcome(train(attempt).directory) == undisturbed, number
-
-
-def test_a_signal_before_training_is_not_taken_by_a_library() -> None:
-    def library() -> None:
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
-        except Exception:
-            pytest.fail("it was caught on the way")
-
-    stop = Stop()
-    with pytest.raises(Stopped, match="SIGTERM"), stop.listening():
-        library()
