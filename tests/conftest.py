@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,16 @@ VOCABULARY = 97
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest test, so that no worker ends with it alone."""
     items.sort(key=lambda item: "test_notebook" not in item.nodeid)
+
+
+def pytest_collection() -> None:
+    """What is imported stays: the collector need not look through it, now or in any test."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def call(*arguments: object) -> int:

@@ -23,7 +23,6 @@ from conftest import WORDS
 from exporting import labels, refused, remora
 from remora.config import ExportConfig
 from remora.data.dataset import load_data
-from remora.data.table import Table
 from remora.export import distill, truncate
 from remora.export.sizes import Trials
 from remora.models import saved
@@ -162,7 +161,7 @@ def test_learning_again_moves_numbers_in_8_bits(place: Path) -> None:
     trials = Trials(ExportConfig(Path("run"), compress=True), adapter, 1, Reporter())
     cut = truncate.fit(adapter, 12_000, torch.float8_e4m3fn, {})
     table = load_data(run_directory.read_settings(Path("run"))).train
-    learned = trials.distilled(cut, Table(table.texts * 20, table.labels * 20))
+    learned = trials.distilled(cut, table)
     assert learned.num_bytes == cut.num_bytes
     products = []
     for number, artifact in enumerate((cut, learned)):
@@ -173,7 +172,7 @@ def test_learning_again_moves_numbers_in_8_bits(place: Path) -> None:
         updates = truncate.read(folder).updates
         products.append([u.left * u.values @ u.right for u in updates.values()])
     moved = [float((a - b).norm() / a.norm()) for a, b in zip(*products, strict=True)]
-    assert sum(moved) / len(moved) > 0.03, moved  # half of that where the numbers are large
+    assert sum(moved) / len(moved) > 0.2, moved  # 0.02 where the numbers are large
 
 
 def test_what_learned_to_no_use_is_not_taken(place: Path, capsys, monkeypatch) -> None:
