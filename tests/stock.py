@@ -1,7 +1,8 @@
-"""What the stock model computes, one sequence at a time, to compare with."""
+"""Stock models, and what they compute one sequence at a time, to compare with."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from conftest import tiny_config
 from remora.data.prompt import Prompt
+from remora.models import class_head, loading
+from remora.tree import layouts
 
 
 def exhaustive(model: Any, prompt: Prompt, messages: Sequence[str]) -> NDArray[np.float64]:
@@ -25,3 +29,22 @@ def exhaustive(model: Any, prompt: Prompt, messages: Sequence[str]) -> NDArray[n
     scaled = np.exp(logs - logs.max(1, keepdims=True))
     probabilities: NDArray[np.float64] = scaled / scaled.sum(1, keepdims=True)
     return probabilities
+
+
+def with_head(architecture: str, labels: Sequence[str]) -> tuple[Any, Any]:
+    """Return a random classifier in float64 as it trains here, and a copy of the stock one."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    config = tiny_config(architecture)
+    class_head.describe(config, labels)
+    config._attn_implementation = loading._attention(config)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    stock = copy.deepcopy(model)
+    layouts.assign(model, "tree")
+    class_head.install(model)
+    return model, stock

@@ -5,7 +5,6 @@ Also covers remora.data.class_prompt, and the classes of remora.tree.packing and
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +27,7 @@ from remora.tree.check import check_layout
 from remora.tree.forward import answer_logits, is_narrow
 from remora.tree.loss import loss_sum
 from remora.tree.packing import MicroBatch, TokenTree
+from stock import with_head
 
 LABELS = [f"label {i}" for i in range(11)]  # more than some rows have, fewer than the vocabulary
 PREFIX = list(range(3, 20))
@@ -42,20 +42,7 @@ SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 def models(architecture: str, method: str) -> tuple[Any, Any]:
     """Return a model in float64 as it trains here, and the stock one with the same weights."""
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(0)
-    config = tiny_config(architecture)
-    class_head.describe(config, LABELS)
-    config._attn_implementation = loading._attention(config)
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    stock = copy.deepcopy(model)
-    layouts.assign(model, "tree")
-    class_head.install(model)
+    model, stock = with_head(architecture, LABELS)
     if method == "full":
         stock.load_state_dict(model.double().state_dict())
         return model.train(), stock.train()

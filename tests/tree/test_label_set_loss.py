@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import randomize_adapter, tiny_config
+from conftest import randomize_adapter
 from remora.data.prompt import TokenSequence
-from remora.models import class_head, loading, lora
+from remora.models import class_head, lora
 from remora.tree import layouts, packing
 from remora.tree.check import check_layout
 from remora.tree.cuda_graphs import packing as packed_by_graphs
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
 from remora.tree.packing import MicroBatch
+from stock import with_head
 
 LABELS = [f"label {i}" for i in range(11)]
 PREFIX = list(range(3, 20))
@@ -32,21 +32,8 @@ BATCH = [
 
 def models(architecture: str) -> tuple[Any, Any]:
     """Return a model in float64 as it trains here, and the stock one with the same weights."""
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(0)
-    config = tiny_config(architecture)
-    class_head.describe(config, LABELS)
-    config._attn_implementation = loading._attention(config)
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    stock = copy.deepcopy(model)
+    model, stock = with_head(architecture, LABELS)
     stock.config.problem_type = "multi_label_classification"
-    layouts.assign(model, "tree")
-    class_head.install(model)
     stock.load_state_dict(model.double().state_dict())
     return model.train(), stock.train()
 
