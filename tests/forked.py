@@ -1,4 +1,8 @@
-"""Processes that train together, forked from this one, which has imported their libraries."""
+"""Processes forked from this one, which has imported their libraries.
+
+Where a fork is not safe with torch, on macOS, and where there is none, on Windows, new interpreters
+take their place.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,13 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import torch
 
 from remora.runtime import launch
+
+FORKS = sys.platform == "linux"
 
 
 def remora(*arguments: object) -> str:
@@ -30,8 +36,7 @@ def remora(*arguments: object) -> str:
 def together(programs: Sequence[str], seconds: float = 100) -> list[tuple[int, str]]:
     """Run each program in a process of its own; return their exit codes and what they wrote.
 
-    They find each other as processes that torchrun has started do. Where a fork is not safe with
-    torch, on macOS, and where there is none, on Windows, new interpreters run them.
+    They find each other as processes that torchrun has started do.
     """
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -39,26 +44,32 @@ def together(programs: Sequence[str], seconds: float = 100) -> list[tuple[int, s
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])},
             **{"WORLD_SIZE": str(len(programs)), "LOCAL_WORLD_SIZE": str(len(programs))},
         }
-        if forks := sys.platform == "linux":
+        if FORKS:
             common[launch.LISTENER] = str(listener.fileno())
         else:
             listener.close()
         written = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in programs]
         started = [
-            (_fork if forks else _start)(
-                program, file, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            )
+            start(program, file, **common, RANK=str(rank), LOCAL_RANK=str(rank))
             for rank, (program, file) in enumerate(zip(programs, written, strict=True))
         ]
         listener.close()
-        codes = _wait(started, seconds) if forks else [each.wait(seconds) for each in started]
+        try:
+            codes = [process.wait(seconds) for process in started]
+        finally:
+            for process in started:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
         for file in written:
             file.seek(0)
         return [(code, file.read()) for code, file in zip(codes, written, strict=True)]
 
 
-def _start(program: str, written: IO[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Run a program in an interpreter of its own."""
+def start(program: str, written: IO[str], **environment: str) -> Child | subprocess.Popen[str]:
+    """Run a program, which writes its output and its errors into a file."""
+    if FORKS:
+        return Child(program, written, environment)
     own = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     own["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-c", program]
@@ -67,19 +78,48 @@ def _start(program: str, written: IO[str], environment: dict[str, str]) -> subpr
     )
 
 
-def _fork(program: str, written: IO[str], environment: dict[str, str]) -> int:
-    """Run a program in a child of this process; return its id."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # this process has other threads
-        pid = os.fork()
-    if pid:
-        return pid
+class Child:
+    """A fork that runs a program, used as a `subprocess.Popen`."""
+
+    def __init__(self, program: str, written: IO[str], environment: dict[str, str]) -> None:
+        self.returncode: int | None = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # this process has other threads
+            self.pid = os.fork()
+        if self.pid == 0:
+            _become(program, written, environment)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float = 100) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a fork", timeout)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _become(program: str, written: IO[str], environment: dict[str, str]) -> NoReturn:
+    """Run a program in this process, a fork, in place of what it was forked from."""
     code = 1
     try:
         os.environ.update(environment)
         for stream, name in enumerate(("stdout", "stderr"), 1):
             os.dup2(written.fileno(), stream)
-            setattr(sys, name, os.fdopen(stream, "w", closefd=False))
+            setattr(sys, name, os.fdopen(stream, "w", buffering=1, closefd=False))
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)  # a fork has none of the other threads
         exec(program, {"__name__": "__main__"})
@@ -90,18 +130,3 @@ def _fork(program: str, written: IO[str], environment: dict[str, str]) -> int:
         traceback.print_exc()
     finally:
         launch.leave(code)
-
-
-def _wait(started: Sequence[int], seconds: float) -> list[int]:
-    """Wait for children; return their exit codes. What takes too long is killed."""
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + seconds
-    while len(codes) < len(started):
-        for pid in {*started} - codes.keys():
-            if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-            ended, status = os.waitpid(pid, 0 if time.monotonic() > deadline else os.WNOHANG)
-            if ended:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    return [codes[pid] for pid in started]

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+import forked
 from conftest import WORDS, randomize_adapter
 from remora.config import PredictConfig, ServeConfig
 from remora.models import loading, lora, metadata, saved
@@ -124,7 +124,7 @@ def running(*adapters: str | Path, **settings: Any) -> Iterator[Service]:
 class Process:
     """A service in its own process."""
 
-    popen: subprocess.Popen[str]
+    popen: forked.Child | subprocess.Popen[str]
     url: str
     log: Path
 
@@ -138,26 +138,11 @@ class Process:
 @contextlib.contextmanager
 def process(log: Path, *arguments: str | Path) -> Iterator[Process]:
     """Run `remora serve`; it is killed if it still runs at the end."""
-    few_files = ["sh", "-c", 'ulimit -Sn 1000; exec "$@"', "sh"] if os.name == "posix" else []
-    command = [
-        *few_files,
-        sys.executable,
-        "-m",
-        "remora",
-        "serve",
-        "--port",
-        "0",
-        "--precision",
-        "float32",
-    ]
+    program = forked.remora("serve", "--port", 0, "--precision", "float32", *arguments)
+    few_files = "import resource\nhard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+    few_files += "resource.setrlimit(resource.RLIMIT_NOFILE, (1_000, hard))\n"
     with log.open("w") as file:
-        popen = subprocess.Popen(
-            [*command, *map(str, arguments)],
-            stdout=file,
-            stderr=file,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        popen = forked.start(few_files + program if os.name == "posix" else program, file)
         try:
             wait(lambda: "serving" in log.read_text() or popen.poll() is not None)
             assert popen.poll() is None, log.read_text()

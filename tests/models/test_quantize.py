@@ -273,26 +273,7 @@ def test_qwen_7b_is_planned_for_a_16_gb_t4(shared: Path, table: Path, tmp_path: 
     assert not any("with --method lora" in line for line in plain.alternatives)
 
 
-def test_importing_bitsandbytes_fetches_nothing_and_says_nothing(tmp_path: Path) -> None:
-    """Its import asks the package `kernels` for code of the hub, where that is installed."""
-    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked')")
-    program = (
-        "from remora.models import quantize; quantize.import_quietly(); import sys, peft\n"
-        "assert 'bitsandbytes' in sys.modules\n"
-        "import kernels; kernels.get_kernel"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{program}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_plain_weights_do_without_bitsandbytes_until_something_imports_it() -> None:
-    """Its import takes seconds of every start."""
-    program = """
+PROGRAM = """
 import sys, torch
 from torch import nn
 from remora.models import quantize
@@ -310,8 +291,17 @@ base = nn.Sequential(linear)
 base.is_loaded_in_4bit = True
 found = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"]))
 assert type(found.base_model.model[0]).__module__ == "peft.tuners.lora.bnb"
+import kernels; kernels.get_kernel
 """
+
+
+def test_bitsandbytes_is_imported_where_it_is_needed_and_fetches_nothing(tmp_path: Path) -> None:
+    """Its import takes seconds, and asks `kernels` for code of the hub where that is installed."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked')")
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{PROGRAM}"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")

@@ -86,6 +86,14 @@ def test_stock_peft_loads_it_to_the_same_logits(trained: tuple[str, Path], base:
     assert measured_again(directory, "float32") == measured(directory)
 
 
+@pytest.mark.parametrize(
+    "trained",
+    [
+        *(pytest.param(each, marks=pytest.mark.durability) for each in ("rslora", "gaussian")),
+        *("dora", "loraplus"),  # which have other weights, and another optimizer
+    ],
+    indirect=True,
+)
 def test_a_run_that_was_stopped_ends_with_the_same_bits(
     trained: tuple[str, Path], base: Path, table: Path, tmp_path: Path
 ) -> None:

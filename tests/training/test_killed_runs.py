@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import forked
 import interrupting
 from interrupting import Interrupter, outcome
 from remora.config import TrainConfig
@@ -24,12 +26,13 @@ from remora.runtime import files
 from remora.runtime.stop import Stop
 from remora.training import resume
 from remora.training.run import train
+from service import wait
 
 whole, undisturbed = interrupting.whole, interrupting.undisturbed
 keep_checkpoints = interrupting.keep_checkpoints
 
 
-def remora(config: TrainConfig) -> list[str]:
+def command(config: TrainConfig) -> list[str]:
     config.output.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(config.output.parent / "settings.toml", config.to_toml())
     settings = config.output.parent / "settings.toml"
@@ -38,8 +41,9 @@ def remora(config: TrainConfig) -> list[str]:
 
 def killed(config: TrainConfig, number: int, wait: Callable[[], bool]) -> tuple[int, str, float]:
     """Run the real command, send it a signal when a condition holds; return how it ended."""
-    command = remora(config)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+    with subprocess.Popen(
+        command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as p:
         while not wait() and p.poll() is None:
             time.sleep(0.005)
         sent = time.monotonic()
@@ -92,8 +96,12 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(
     config: TrainConfig, undisturbed: dict[str, Any]
 ) -> None:
     config = replace(config, checkpoint_minutes=0)
-    code, _, _ = killed(config, signal.SIGKILL, has_logged(config, 4))
-    assert code == -signal.SIGKILL
+    _, _, *arguments = command(config)
+    with tempfile.TemporaryFile("w+") as told:
+        process = forked.start(forked.remora(*arguments[1:]), told)
+        wait(has_logged(config, 4))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     reporter = Interrupter()
     result = train(config, reporter=reporter)
     assert any("resuming after step" in line for line in reporter.lines)
