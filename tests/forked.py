@@ -125,7 +125,9 @@ def _become(program: str, written: IO[str], environment: dict[str, str]) -> NoRe
         exec(program, {"__name__": "__main__"})
         code = 0
     except SystemExit as end:
-        code = int(end.code or 0)
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
+        code = 1 if isinstance(end.code, str) else int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:

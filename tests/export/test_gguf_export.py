@@ -13,12 +13,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import exporting
+import forked
 from exporting import contents, refused, remora
 from remora.evaluation import results
 from remora.export import gguf, llama_cpp
@@ -63,6 +66,22 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STAND_IN = pytest.mark.skipif("REMORA_LLAMA_CPP" in os.environ, reason="breaks the stand-in")
 
 
+def forks_converter(patch: pytest.MonkeyPatch) -> None:
+    """Let a fork, whose libraries are imported, run the stand-in for the converter."""
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> SimpleNamespace:
+        _, option, code, *arguments = command
+        assert option == "-c"
+        program = f"import sys; sys.argv = {['-c', *arguments]!r}\n{code}"
+        with tempfile.TemporaryFile("w+") as written:
+            ended = forked.start(program, written, **env).wait()
+            written.seek(0)
+            return SimpleNamespace(returncode=ended, stderr=written.read())
+
+    if "REMORA_LLAMA_CPP" not in os.environ:
+        patch.setattr(gguf, "subprocess", SimpleNamespace(run=run))
+
+
 def test_llama_cpp_gives_the_adapters_labels(place: Path, source: Path, capsys) -> None:
     assert remora("run", "--gguf", "f16", "--llama-cpp", source, "--json") == 0
     shown = capsys.readouterr()
@@ -84,7 +103,9 @@ def test_llama_cpp_gives_the_adapters_labels(place: Path, source: Path, capsys) 
 def exported(original: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("gguf") / "out"
     arguments = [original / "run", "--gguf", "f32", "--llama-cpp", source, "--output", output]
-    assert remora(*arguments) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        forks_converter(patch)
+        assert remora(*arguments) == 0
     return output
 
 
@@ -128,6 +149,7 @@ def test_what_answers_otherwise_is_not_written(
     code: int,
     wanted: str,
 ) -> None:
+    forks_converter(monkeypatch)
     monkeypatch.setenv("BROKEN", broken)
     before = contents(place)
     assert remora("run", "--gguf", "f16", "--llama-cpp", source) == code
@@ -146,6 +168,7 @@ def test_an_adapter_left_out_is_noticed(
             shutil.copy(path, folder)
         return saved.open_trained("run", device="cpu").prompt
 
+    forks_converter(monkeypatch)
     monkeypatch.setattr(gguf, "write_merged", unmerged)
     assert remora("run", "--gguf", "f16", "--llama-cpp", source) == 4
     assert "gives another label than the adapter to" in capsys.readouterr().err
