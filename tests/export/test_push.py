@@ -296,7 +296,7 @@ def test_a_connection_that_is_cut_publishes_nothing(
 
 
 def test_weights_go_and_come_by_the_protocol_of_large_files(
-    hub: stand_in.Hub, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: stand_in.Hub, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """The hub's own way today; its client is in Rust and reads its variables once a process."""
     pytest.importorskip("hf_xet")
@@ -322,9 +322,12 @@ def test_weights_go_and_come_by_the_protocol_of_large_files(
     assert pushed["adapter_model.safetensors"] == weights
     assert not [line for line in hub.requests if "/lfs/" in line]
     hub.requests.clear()
-    fetched, own = remora("home", "predict", "me/large"), remora("home", "predict", str(trained))
+    fetched = remora("home", "predict", "me/large")
     assert fetched.returncode == 0, fetched.stderr
-    assert fetched.stdout == own.stdout
+    (tmp_path / "messages.txt").write_text(MESSAGES)
+    capsys.readouterr()
+    assert call("predict", trained, tmp_path / "messages.txt") == 0
+    assert fetched.stdout.splitlines() == capsys.readouterr().out.splitlines()
     assert len(fetched.stdout.splitlines()) == 4
     assert [line for line in hub.requests if line.startswith("GET /xorb/")]
     ((name, xorb),) = hub.storage.xorbs.items()
