@@ -1,4 +1,4 @@
-"""Why a run errs: planted errors are found, verdicts follow their evidence, decisions come back."""
+"""Why a run errs: planted errors are found, and decisions come back into the table."""
 
 from __future__ import annotations
 
@@ -19,15 +19,7 @@ from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import sources
 from remora.data.dataset import dataset_from_lists, load_data, load_dataset
 from remora.data.table import Table, read_table
-from remora.diagnosis import (
-    diagnose,
-    duplicates,
-    label_noise,
-    out_of_sample,
-    rare_tokens,
-    suspect_list,
-    verdicts,
-)
+from remora.diagnosis import diagnose, duplicates, out_of_sample, rare_tokens, suspect_list
 from remora.diagnosis.regressions import pool
 from remora.errors import ConfigError, DataError, Stopped
 from remora.evaluation.predictions import read_predictions, write_predictions
@@ -233,169 +225,6 @@ def test_the_pool_gives_a_judge_that_knows_nothing_no_weight() -> None:
     np.testing.assert_allclose(found.max(1).mean(), 0.8, atol=0.01)
     alone = pool([np.log(noise)], true)
     assert alone.max() < 0.5  # told as the guess that it is
-
-
-COUNTS = {
-    "num_first": 80,
-    "num_second": 80,
-    "first_as_second": 8,
-    "second_as_first": 8,
-    "num_suspects": 2,
-    "num_conflicting": 0,
-    "first_by_all": 4,
-    "second_by_all": 4,
-    "by_all_by_chance": 1.0,
-    "p_alike": 1e-4,
-    "by_half": 16,
-    "by_most": 16,
-    "p_half": 0.6,
-    "held_out_rows": 50,
-    "held_out_by_run": 10,
-    "held_out_by_baseline": 10,
-    "held_out_by_both": 8,
-    "held_out_by_judges": 10,
-    "held_out_by_judges_too": 2,
-}
-APART = {"held_out_by_both": 2}  # run and baseline confuse different rows
-MISLABELLED = {
-    "num_suspects": 14,
-    "held_out_by_run": 0,
-    "held_out_by_baseline": 0,
-    "held_out_by_both": 0,
-    "held_out_by_judges": 0,
-    "held_out_by_judges_too": 0,
-}
-
-
-@pytest.mark.parametrize(
-    ("changed", "verdict"),
-    [
-        ({}, "labels overlap"),
-        ({"num_second": 9}, "too few examples"),
-        (APART, "undecided"),
-        (APART | {"held_out_by_judges_too": 8}, "labels overlap"),
-        (
-            {"held_out_by_run": 2, "held_out_by_baseline": 2, "held_out_by_both": 2},
-            "undecided",
-        ),
-        ({"second_by_all": 1}, "undecided"),
-        ({"p_alike": 0.02}, "undecided"),  # one of ten pairs looks so by chance
-        ({"by_half": 30, "p_half": 0.01}, "too few examples"),
-        (APART | {"num_conflicting": 6}, "labels overlap"),
-        ({"held_out_by_run": 20, "held_out_by_baseline": 3, "held_out_by_both": 2}, "undertrained"),
-        ({"held_out_by_run": 20, "held_out_by_baseline": 8, "held_out_by_both": 8}, "undertrained"),
-        ({"held_out_by_run": 20, "held_out_by_judges": 2}, "undertrained"),
-        (MISLABELLED, "rows mislabelled"),
-        (MISLABELLED | {"num_suspects": 7}, "undecided"),
-        (MISLABELLED | {"held_out_by_baseline": 5}, "undecided"),
-    ],
-)
-def test_a_verdict_needs_its_evidence(changed: dict[str, float], verdict: str) -> None:
-    found, reason = verdicts.judge(verdicts.Evidence(**COUNTS | changed))
-    assert found == verdict
-    assert reason
-
-
-def test_the_evidence_behind_a_verdict() -> None:
-    """Two labels: 3 rows confused out of sample, 2 held-out rows by the run, 1 of them by both."""
-    true = np.array([0] * 5 + [1] * 5)
-    predicted = np.array([0, 0, 0, 1, 1, 0, 1, 1, 1, 1])
-    other = np.array([0, 0, 0, 1, 0, 0, 1, 1, 1, 0])
-    suspected = np.array([False] * 5 + [True] + [False] * 4)
-    judged = out_of_sample.Judgement(np.eye(3)[predicted], (predicted, other), predicted, other)
-    held_out = verdicts.HeldOut(
-        np.array(["a", "a", "b", "c"]),
-        np.array(["b", "a", "a", "c"]),
-        np.array(["b", "a", "b", "c"]),
-        np.array(["b", "a", "b", "b"]),
-    )
-    (pair,) = verdicts.diagnose_pairs(["a", "b", "c"], true, judged, suspected, [(0, 9)], held_out)
-    assert (pair.first_as_second, pair.second_as_first, pair.num_suspects) == (2, 1, 1)
-    assert (pair.first_by_all, pair.second_by_all) == (1, 0)  # row 5 is suspected
-    assert pair.by_all_by_chance == pytest.approx(2 * 2 / 9)
-    assert pair.p_alike == pytest.approx(1 - (7 * 6) / (9 * 8))  # hypergeometric
-    assert (pair.by_half, pair.by_most, pair.p_half) == (2, 2, 0.75)
-    assert (pair.held_out_rows, pair.held_out_by_run, pair.held_out_by_both) == (3, 2, 1)
-    assert (pair.held_out_by_judges, pair.held_out_by_judges_too) == (1, 1)
-    assert (pair.num_conflicting, pair.accuracy_if_merged) == (2, 1.0)
-    # By the judges' border, the rows are b, a, b and, of another label, c: the run gets 3 right.
-    assert pair.accuracy_if_redefined == 0.75
-
-
-def made(num_rows: int, share_wrong: float, num_labels: int = 20):
-    """Out-of-sample probabilities of a fair judge, labels a share of which is wrong, and which."""
-    generator = np.random.default_rng(1)
-    right = generator.integers(0, num_labels, num_rows)
-    scores = generator.normal(size=(num_rows, num_labels)) + 6 * np.eye(num_labels)[right]
-    probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    wrong = generator.random(num_rows) < share_wrong
-    given = np.where(
-        wrong, (right + generator.integers(1, num_labels, num_rows)) % num_labels, right
-    )
-    return probabilities, given, wrong
-
-
-def test_the_share_of_wrong_labels_is_told() -> None:
-    for share in (0.05, 0.15):
-        probabilities, given, wrong = made(3000, share)
-        found = label_noise.estimate(probabilities, given)
-        assert found.rate == pytest.approx(wrong.mean(), abs=0.02)
-        assert found.interval[0] <= wrong.mean() <= found.interval[1]
-        listed = found.p_wrong >= diagnose.LIST_FROM
-        assert wrong[listed].mean() > 0.8
-        assert wrong[listed].sum() > 0.9 * wrong.sum()
-        assert found.p_wrong.sum() == pytest.approx(wrong.sum(), rel=0.2)
-    probabilities, given, _ = made(3000, 0.0)
-    found = label_noise.estimate(probabilities, given)
-    assert found.rate < 0.01
-    assert (found.p_wrong < diagnose.LIST_FROM).all()
-
-
-def test_the_ceiling_is_what_wrong_labels_and_overlap_leave() -> None:
-    """Of 2,000 rows 10 % are wrong; of 400 rows of two labels that overlap a coin decided 200."""
-    generator = np.random.default_rng(2)
-    probabilities, given, wrong = made(2000, 0.1)
-    noise = label_noise.estimate(probabilities, given)
-    names = np.array([f"label {i}" for i in given])
-    guess = np.array([f"label {i}" for i in probabilities.argmax(1)])
-    rows = np.flatnonzero(~wrong)[:200]
-    names[rows] = np.where(generator.random(200) < 0.5, "label 0", "label 1")
-    guess[rows] = "label 0"  # the likelier of two; half of these rows are wrong for any model
-    held_out = verdicts.HeldOut(names, guess, guess, guess)
-    overlap = verdicts.PairDiagnosis(
-        first="label 0",
-        second="label 1",
-        verdict="labels overlap",
-        reason="",
-        accuracy_if_merged=0.9,
-        accuracy_if_redefined=0.9,
-        **COUNTS,
-    )
-    found = diagnose.ceiling(noise, held_out, [overlap])
-    best = (names == guess).mean()  # what the best model gets
-    assert found.interval[0] <= best <= found.interval[1]
-    assert found.accuracy == pytest.approx(best, abs=0.02)
-    assert found.overlapping == pytest.approx(0.05, abs=0.01)
-    assert found.alike == 0  # all that they get wrong alike is counted already
-    without = diagnose.ceiling(noise, held_out, [replace(overlap, verdict="undecided")])
-    assert without.overlapping == 0
-    assert without.alike == found.overlapping
-    apart = replace(held_out, by_baseline=names)  # the baseline is right everywhere
-    assert diagnose.ceiling(noise, apart, [replace(overlap, verdict="undecided")]).alike == 0
-    assert without.accuracy == pytest.approx(0.9, abs=0.02)
-
-
-def test_rows_that_a_person_should_look_at() -> None:
-    probabilities = np.array([[0.95, 0.05], [0.95, 0.05], [0.5, 0.5], [0.6, 0.4]])
-    best = np.array([0, 0, 0, 0])
-    other = np.array([0, 1, 0, 0])
-    judged = out_of_sample.Judgement(probabilities, (best, other), best, best)
-    scores = np.array([3.0, 3.0, 1.0, 2.0])
-    noise = label_noise.LabelNoise(scores, np.array([0.1, 0.1, 0.5, 0.49]), 0.1, (0.0, 0.2))
-    true = np.array([1, 1, 0, 0])
-    assert diagnose.list_rows(judged, true, noise, []).tolist() == [True, False, True, False]
-    conflicts = diagnose.list_rows(judged, true, noise, [(1, 3)])
-    assert conflicts.tolist() == [True, True, True, False]
 
 
 def test_rare_words_of_one_label() -> None:
