@@ -94,7 +94,6 @@ def test_less_memory_gives_smaller_micro_batches_then_alternatives(weightless):
     tight = planned(weightless, device="t4", batch_size=32, device_memory=f"{tight_bytes / 1e6}MB")
     assert tight.fits
     assert tight.checkpointing or tight.largest_micro_batch < roomy.largest_micro_batch
-    off = planned(weightless, device="t4", checkpointing="off", device_memory="601MB")
     on = planned(weightless, device="t4", checkpointing="on")
     assert on.checkpointing
     assert on.memory.saved_activations < roomy.memory.saved_activations
@@ -102,7 +101,7 @@ def test_less_memory_gives_smaller_micro_batches_then_alternatives(weightless):
     assert not none.fits
     assert "with --rank 4" not in " ".join(none.alternatives)
     assert none.alternatives[-1].startswith("a device with ")
-    assert off.device == "Tesla T4"
+    assert roomy.device == "Tesla T4"
 
 
 def test_alternatives_are_only_such_as_the_other_settings_allow(weightless):
