@@ -29,16 +29,12 @@ SHARES = {2: 0.5, 1: 0.3, 0: 0.2}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="nano")
+    parser = workload.parser(__doc__, "several-labels")
     parser.add_argument("--intents", type=int, default=30, help="the first ones by name")
     parser.add_argument("--train-rows", type=int, default=1_500)
     parser.add_argument("--test-rows", type=int, default=1_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, default=None)
-    parser.add_argument("--runs", type=Path, default=Path("runs/several-labels"))
     options = parser.parse_args()
     found = [run(options, seed) for seed in options.seeds]
     report(found)

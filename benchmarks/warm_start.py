@@ -9,7 +9,6 @@ ones apart. Finished runs are read, not repeated, and what is cut off resumes.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
@@ -25,14 +24,10 @@ NUM_NEW = 7
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="nano")
+    parser = workload.parser(__doc__, "warm-start")
     parser.add_argument("--rates", nargs="+", type=float, default=[None], metavar="RATE")
     parser.add_argument("--epochs", nargs="+", type=float, default=[None])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs/warm-start"))
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     intents = sorted({*workload.banking77("train")[1]})

@@ -10,7 +10,6 @@ too. Finished runs are read, not repeated.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
@@ -35,16 +34,12 @@ WAYS = ("head", "both", "windows")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="nano")
+    parser = workload.parser(__doc__, "windows")
     parser.add_argument("--messages", type=int, default=5, help="of each document")
     parser.add_argument("--max-length", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs/windows"))
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -13,6 +14,16 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("REMORA_SHARED", ROOT.parent / "shared"))
 RESULTS = ROOT / "benchmarks" / "results"
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def parser(description: str | None, runs: str) -> argparse.ArgumentParser:
+    """Return the command line of a benchmark that trains: its model, and the folder of its runs."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", default="nano")
+    made.add_argument("--runs", type=Path, default=Path("runs") / runs)
+    return made
 
 
 def banking77(split: str) -> tuple[list[str], list[str]]:
