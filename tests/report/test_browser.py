@@ -13,7 +13,7 @@ import finished
 import hostile
 from remora.evaluation import predictions
 from remora.report import pages
-from report.test_pages import LABELS, PREDICTED, TRUE, write, write_hostile
+from reporting import LABELS, PREDICTED, TRUE, write, write_hostile
 
 EXECUTABLE = chromium.find()
 pytestmark = pytest.mark.skipif(
@@ -28,8 +28,6 @@ SHOWN = "[...document.querySelectorAll('#message-list [data-slot=text]')].map(e 
 STATUS = "document.getElementById('message-status').textContent"
 ORDER = "[...document.querySelectorAll('#matrix tbody th')].map(e => e.textContent)"
 COLUMNS = "[...document.querySelectorAll('#matrix thead th:not(.total)')].map(e => e.textContent)"
-
-
 LABEL_FIELD = "document.getElementById('message-true')"
 LABEL_ROWS = "[...document.querySelector('table.sortable').tBodies[0].rows]"
 

@@ -19,7 +19,7 @@ from remora.config import CompareConfig
 from remora.evaluation import compare
 from remora.evaluation.run_files import NUM_STATIC_MESSAGES
 from remora.report import pages
-from report.test_pages import LABELS, PREDICTED, TRUE, Read, table
+from reporting import LABELS, PREDICTED, TRUE, Read, table
 
 EXECUTABLE = chromium.find()
 needs_browser = pytest.mark.skipif(

@@ -1,7 +1,6 @@
 """The report of a run: its figures, its safety, and what happens where it cannot be made.
 
-Also covers remora.report.sections, run_files, rendering, contradictions and
-confusion_matrix.
+Also covers remora.report.sections, rendering and confusion_matrix, and remora.evaluation.run_files.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import os
 import re
 import shlex
 import sys
-from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -28,94 +25,9 @@ from remora.errors import ResourceError
 from remora.evaluation import next_steps, run_files
 from remora.evaluation.predictions import PROBABILITIES
 from remora.models import model_card
-from remora.report import confusion_matrix, contradictions, pages
+from remora.report import confusion_matrix, pages
 from remora.training import finish
-
-LABELS = ["card arrival", "refund", "top up", "pin", "limit"]
-TRUE = [i % 5 for i in range(100)]
-PREDICTED = [*TRUE]
-for row in (8, 28, 48, 68, 88):  # pins that are taken for refunds
-    PREDICTED[row] = 1
-for row in (0, 40, 80, 1, 41, 81):  # card arrivals and refunds that are taken for limits
-    PREDICTED[row] = 4
-
-
-def write(path: Path) -> Path:
-    texts = [f"message {i}" for i in range(100)]
-    return finished.write(path, labels=LABELS, texts=texts, true=TRUE, predicted=PREDICTED)
-
-
-def write_hostile(path: Path) -> tuple[Path, Path]:
-    """A run whose every word is hostile, and one of the same shape whose words are harmless."""
-    count, num_labels = len(hostile.TEXTS), len(hostile.LABELS)
-    true = [i % num_labels for i in range(count)]
-    predicted = [(t + i % 3) % num_labels for i, t in enumerate(true)]
-    runs = []
-    for name, texts, labels, note in (
-        (hostile.ATTACKS[1].replace("/", ""), hostile.TEXTS, hostile.LABELS, hostile.ATTACKS[0]),
-        (
-            "harmless",
-            [f"text {i}" for i in range(count)],
-            [f"label {i}" for i in range(num_labels)],
-            "note",
-        ),
-    ):
-        shape = {"true": true, "predicted": predicted}
-        run = finished.write(path / name, labels=labels, texts=texts, note=note, **shape)
-        finished.diagnose(run, labels, note)
-        runs.append(run)
-    return runs[0], runs[1]
-
-
-class Read(HTMLParser):
-    """What a page holds: tags, attributes, the contents of scripts, and the rows of tables."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str | None]] = []
-        self.code: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self._open: list[str] = []
-        self._rows: list[list[str]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.attributes += attrs
-        self._open.append(tag)
-        match tag:
-            case "table":
-                self._rows = []
-            case "caption":
-                self._caption = ""
-            case "tr":
-                self._rows.append([])
-            case "td" | "th":
-                self._rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        if tag == "table":
-            self.tables[self._caption] = self._rows
-        if tag in self._open:
-            del self._open[len(self._open) - 1 - self._open[::-1].index(tag) :]
-
-    def handle_data(self, data):
-        inside = self._open[-1] if self._open else ""
-        if inside in {"script", "style"}:
-            self.code.append(data)
-        elif "caption" in self._open:
-            self._caption += data
-        elif {"td", "th"} & set(self._open):
-            self._rows[-1][-1] += data
-        else:
-            self.text += data
-
-
-def table(read: Read, caption: str) -> list[list[str]]:
-    (name,) = (name for name in read.tables if name.startswith(caption))
-    return read.tables[name]
+from reporting import LABELS, PREDICTED, TRUE, Read, table, write, write_hostile
 
 
 @pytest.fixture(scope="module")
@@ -480,33 +392,3 @@ def test_undecided_pairs_are_folded_below_the_others(tmp_path: Path) -> None:
     html = pages.page(run)
     assert "1 confused pair of labels without evidence" in html
     assert "Most confused label pairs" not in html
-
-
-def test_contradictions_are_explained(tmp_path: Path) -> None:
-    """The p-value is the sum of hypergeometric probabilities, computed by hand."""
-    figures = {
-        "measured_on": "test",
-        "metrics": {"num_correct": 70, "num_rows": 100, "accuracy": 0.7}
-        | {"accuracy_interval": [0.6, 0.78]},
-        "reliability": {"bins": [{"confidence": 0.9, "num_rows": 100}], "calibration_error": 0.05}
-        | {"scaled_calibration_error": 0.07, "num_validation": 40},
-    }
-
-    def validated(accuracy: float) -> str | None:
-        best = {"validation_best": True, "validation_rows": 200, "validation_accuracy": accuracy}
-        return contradictions.of_validation([best], figures)
-
-    assert "the difference may be chance (p = 0.406," in (validated(0.75) or "")
-    assert "validation chose the weights, and so is optimistic" in (validated(0.9) or "")
-    assert "the test rows are easier" in (validated(0.5) or "")
-    assert contradictions.of_validation([], figures) is None
-    summary, (note,) = contradictions.of_confidence(figures)
-    assert "Mean confidence is 90.0%, accuracy 70.0%" in summary
-    assert "too confident" in summary
-    assert "The temperature makes it worse on these rows" in note
-    judged = {"out_of_sample_accuracy": 0.9, "num_rows": 500, "ceiling": {"accuracy": 0.65}}
-    worse, above = contradictions.of_diagnosis(judged, figures)
-    assert "The judges have 90.0% accuracy and this run 70.0%" in worse
-    assert "above the ceiling" in above
-    judged = {"out_of_sample_accuracy": 0.72, "num_rows": 500, "ceiling": {"accuracy": 0.9}}
-    assert contradictions.of_diagnosis(judged, figures) == []
