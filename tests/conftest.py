@@ -237,7 +237,7 @@ def two_epochs(base: Path, folder: Path) -> TrainConfig:
         learning_rate=1e-2,
         epochs=2,
         batch_size=5,
-        micro_batch_tokens=80,
+        micro_batch_tokens=40,
         eval_steps=4,
         eval_rows=4,  # of 6
         precision="float32",

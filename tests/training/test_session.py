@@ -19,7 +19,7 @@ from remora.tree import layouts
 
 def test_the_plan_holds_for_training_and_for_scoring(config: TrainConfig) -> None:
     with open_session(replace(config, checkpointing="on"), load_data(config)) as opened:
-        assert opened.settings.micro_batch_tokens == opened.plan.micro_batch_tokens == 80
+        assert opened.settings.micro_batch_tokens == opened.plan.micro_batch_tokens == 40
         assert opened.settings.checkpointing == "on"
         scorer = opened.scorer()
         assert (scorer.max_tokens, scorer.limit_bytes) == (40, opened.heaviest.limit_bytes)
