@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +122,13 @@ def ray_processes(driver: int, what: str) -> list[int]:
     ]
 
 
+def wait_for_parts(out: Path, number: int) -> None:
+    until = time.monotonic() + 300
+    while len(list(out.glob("part-*.csv"))) < number and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(list(out.glob("part-*.csv"))) >= number
+
+
 @needs_ray
 @pytest.mark.durability
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
@@ -132,17 +142,11 @@ def test_every_row_is_there_once_after_sigkill_of_a_worker_and_of_the_driver(
     expected = plain(run, source, tmp_path)
     more = ("--workers", "2", "--part-rows", "1000")
 
-    def wait_for(number: int) -> None:
-        until = time.monotonic() + 300
-        while len(list(out.glob("part-*.csv"))) < number and time.monotonic() < until:
-            time.sleep(0.05)
-        assert len(list(out.glob("part-*.csv"))) >= number
-
     with subprocess.Popen(command(run, source, out, *more), stderr=subprocess.PIPE) as first:
-        wait_for(2)
+        wait_for_parts(out, 2)
         worker = ray_processes(first.pid, "ray::_Actor")[0]
         os.kill(worker, signal.SIGKILL)
-        wait_for(5)
+        wait_for_parts(out, 5)
         left = [psutil.Process(pid) for pid in ray_processes(first.pid, "ray::_Actor")]
         os.kill(first.pid, signal.SIGKILL)
         assert first.stderr is not None
@@ -158,6 +162,87 @@ def test_every_row_is_there_once_after_sigkill_of_a_worker_and_of_the_driver(
     assert f"rows in {num_before} parts are there already; resuming after them" in again.stderr
     assert read_parts(out) == expected
     assert sorted(int(row[0]) for row in expected[1:]) == list(range(num_rows))
+
+
+LISTENS = """
+import socket, time
+while True:
+    try:
+        socket.create_connection(("10.77.0.1", 6399)).close()
+        break
+    except OSError:
+        time.sleep(0.2)
+"""
+HAS_TWO_HOSTS = """
+import sys, time, ray
+ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
+while sum(node["Alive"] for node in ray.nodes()) < 2:
+    time.sleep(0.2)
+"""
+
+
+def start_host(name: str, number: int, folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    """Start Ray in a network namespace; it needs a short folder, since sockets are in it."""
+    given = ["--block", "--num-cpus", "1", "--memory", "2000000000", *more]
+    given += ["--object-store-memory", "80000000", "--temp-dir", str(folder)]
+    given += ["--node-ip-address", f"10.77.0.{number + 1}"]
+    line = [str(Path(sys.executable).with_name("ray")), "start", *given]
+    return subprocess.Popen(
+        ["ip", "netns", "exec", name, *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def stop_host(host: subprocess.Popen[bytes]) -> None:
+    """Kill what was started; Ray itself would wait for half a minute."""
+    import psutil
+
+    for each in [*psutil.Process(host.pid).children(recursive=True), host]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    host.wait()
+
+
+@needs_ray
+@pytest.mark.durability
+def test_every_row_is_there_once_when_a_worker_on_another_host_is_killed(
+    run: Path, tmp_path: Path, hosts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default they get what others leave
+    num_rows = 1_500
+    source, out = write_rows(tmp_path / "a.csv", num_rows=num_rows), tmp_path / "out.csv"
+    expected = plain(run, source, tmp_path)
+    address = "10.77.0.1:6399"
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    in_first = ["ip", "netns", "exec", hosts[0]]
+    started = [
+        start_host(
+            hosts[0], 0, folder / "0", "--head", "--port", "6399", "--include-dashboard", "false"
+        ),
+    ]
+    try:
+        subprocess.run([*in_first, sys.executable, "-c", LISTENS], check=True, timeout=120)
+        started.append(start_host(hosts[1], 1, folder / "1", "--address", address))
+        both = [*in_first, sys.executable, "-c", HAS_TWO_HOSTS, address]
+        subprocess.run(both, check=True, timeout=120, stderr=subprocess.DEVNULL)
+        more = ("--address", address, "--workers", "2", "--part-rows", "256")
+        line = [*in_first, *command(run, source, out, *more)]
+        with subprocess.Popen(line, stderr=subprocess.PIPE) as predicting:
+            wait_for_parts(out, 1)
+            here, there = (ray_processes(host.pid, "ray::_Actor") for host in started)
+            assert len(here) == len(there) == 1
+            os.kill(there[0], signal.SIGKILL)
+            assert predicting.stderr is not None
+            told = predicting.stderr.read().decode()
+        assert predicting.returncode == 0, told
+        assert told.count("a worker died; another takes over its rows") == 1
+    finally:
+        for host in started:
+            stop_host(host)
+        shutil.rmtree(folder, ignore_errors=True)
+    assert read_parts(out) == expected
 
 
 @needs_ray

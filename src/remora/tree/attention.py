@@ -39,7 +39,7 @@ _NARROW = {"sliding_attention", "chunked_attention"}
 """Types of layers for which a model takes a mask each."""
 
 BLOCK_SIZES = (32, 64, 128)
-"""Queries in a block, each a multiple of the one before; the size with the lowest cost is chosen."""
+"""Queries in a block, each a multiple of the one before; that with the lowest cost is chosen."""
 
 BLOCK_COST = 2_048
 """Fixed cost of a block, in pairs: its keys are gathered."""
