@@ -27,10 +27,11 @@ SRC = Path(__file__).parents[1] / "src"
 
 COMMANDS = """
 import json, sys
+import psutil  # which has its own way on each system
 for name in json.loads(sys.argv[2]):
     sys.modules[name] = None
 if "no /proc" in sys.argv[3:]:
-    import builtins, io, os, psutil
+    import builtins, io
     real = io.open
     def refuse(path, *given, **more):
         if str(path).startswith("/proc"):
@@ -39,6 +40,7 @@ if "no /proc" in sys.argv[3:]:
     io.open = builtins.open = psutil._pslinux.open_binary = refuse
 from remora import cli
 for line in json.loads(sys.argv[1]):
+    cli.app.config = ()
     try:
         code = cli.main(line)
     except SystemExit as end:
