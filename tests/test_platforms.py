@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from conftest import build_tokenizer, tiny_model
 from remora.config import TrainConfig
 from remora.errors import ConfigError
 from remora.runtime import files
+from remora.serving.predictor import Predictor
+from service import write_adapter
 
 LABELS = {"Rückfrage 😀": "Überweisung", "ошибка": "карта", "plain": "card"}
 SRC = Path(__file__).parents[1] / "src"
@@ -164,6 +168,21 @@ def test_the_commands_in_several_places_at_once(
 @pytest.mark.parametrize("name", PLACES)
 def test_the_commands_in_each_place(name: str, to_file: bool, small: Path, tmp_path: Path) -> None:
     use(tmp_path, small, to_file, **all_of([name]))
+
+
+@pytest.mark.durability
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_predictor_in_processes_that_share_nothing(
+    method: str, base: Path, tmp_path: Path
+) -> None:
+    """The default of Windows and macOS, and of Linux from Python 3.14 on."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    predictor = Predictor(write_adapter(tmp_path, base, 1), device="cpu", precision="float32")
+    texts = ["Where is my card? 😀", None, "Où est la Überweisung?"]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
+        found = pool.submit(predictor.answers, texts).result()
+    assert found == predictor.answers(texts)
 
 
 def test_settings_that_are_no_utf8_are_refused_and_json_keeps_them(tmp_path: Path) -> None:
