@@ -53,6 +53,11 @@ CASES: list[Case] = [
     ("no table", 2, lambda s: ["train"]),
     ("no model", 2, lambda s: ["train", "good.csv"]),
     ("a name with a space, not quoted", 2, lambda s: train("good.csv", "table.csv")),
+    (
+        "a path that is no UTF-8",
+        2,
+        lambda s: train(b"caf\xe9.csv".decode("utf-8", "surrogateescape")),
+    ),
     ("far more devices than there are", 2, lambda s: train("good.csv", "--devices", "99")),
     (
         "an output that is the input",

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 from bad_input.workshop import GOOD_ROWS, Case, Workshop, several, table, train
 from conftest import WORDS, call
+from on_ray import StandIn
+from remora.data import locations
 from remora.serving import ray_workers
 
 
@@ -54,6 +56,14 @@ def changed_source(shop: Workshop) -> list[str]:
     begun_on_ray(shop, "answers.csv")
     shop.write("begun.csv", table(GOOD_ROWS[1:]))
     return on_ray(shop, "begun.csv", "answers.csv")
+
+
+def changing_source(shop: Workshop) -> list[str]:
+    command = on_ray(shop, "good.csv", "changing.csv", memory_bytes=0.0)
+    patch = shop.patch()
+    patch.setattr(ray_workers, "connected", lambda _: contextlib.nullcontext(StandIn()))
+    patch.setattr(locations, "changed", lambda _: True)
+    return command
 
 
 def other_run(shop: Workshop) -> list[str]:
@@ -252,6 +262,7 @@ CASES: list[Case] = [
     ("a glob without files", 3, lambda s: on_ray(s, "none/*.parquet", "parts.csv")),
     ("a URL of no known file system", 2, lambda s: on_ray(s, "nowhere://a/b.csv", "parts.csv")),
     ("a source that changed between two starts", 3, changed_source),
+    ("a source that changes while it is read", 3, changing_source),
     ("a folder of parts of another run", 2, other_run),
     (
         "a folder of other things for the parts",

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -354,36 +353,6 @@ def test_wrong_numbers_of_devices_are_refused(config: TrainConfig) -> None:
 
 def test_the_number_of_devices_may_change_when_a_run_goes_on(config: TrainConfig) -> None:
     assert "devices" not in resume.fixed(config)
-
-
-def can_make_hosts() -> bool:
-    if shutil.which("ip") is None:
-        return False
-    made = subprocess.run(["ip", "netns", "add", "remora-try"], capture_output=True, check=False)
-    subprocess.run(["ip", "netns", "del", "remora-try"], capture_output=True, check=False)
-    return made.returncode == 0
-
-
-@pytest.fixture
-def hosts() -> Iterator[list[str]]:
-    """Two network namespaces with a cable between them: 10.77.0.1 and 10.77.0.2."""
-    if not can_make_hosts():
-        pytest.skip("needs ip, allowed to make network namespaces")
-    names = ["remora-0", "remora-1"]
-    lines = [
-        *(f"netns add {name}" for name in names),
-        "link add name remora-0 netns remora-0 type veth peer name remora-1 netns remora-1",
-    ]
-    for rank, name in enumerate(names):
-        lines += [f"-n {name} address add 10.77.0.{rank + 1}/24 dev {name}"]
-        lines += [f"-n {name} link set {device} up" for device in (name, "lo")]
-    try:
-        for line in lines:
-            subprocess.run(["ip", *line.split()], check=True)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 @pytest.mark.durability

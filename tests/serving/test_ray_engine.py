@@ -1,26 +1,18 @@
 """`predict --engine ray`: every row exactly once, whoever dies, in the forms of `predict`.
 
-Most tests compute by a stand-in for Ray in this process, whose workers die where a test wants it;
-those at the end by Ray itself.
+The stand-in for Ray computes in this process, and its workers die where a test wants it;
+test_ray_workers.py has Ray itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import importlib.util
-import io
 import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -28,6 +20,7 @@ import pyarrow.parquet
 import pytest
 
 from conftest import WAYS, call
+from on_ray import NUM_ROWS, StandIn, journal, plain, read_parts, write_rows
 from remora.config import PredictConfig
 from remora.data import locations
 from remora.errors import ConfigError, DataError, ModelError, ResourceError, Stopped
@@ -37,43 +30,10 @@ from remora.serving.part_files import JOURNAL
 from remora.serving.predictor import Predictor
 from service import write_adapter
 
-NUM_ROWS = 600
-HAS_RAY = importlib.util.find_spec("ray") is not None
-
 
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("runs") / "a", base, 1)
-
-
-def write_rows(path: Path, first: int = 0, num_rows: int = NUM_ROWS) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "text", "note"])
-        for i in range(first, first + num_rows):
-            writer.writerow([i, "" if i % 97 == 5 else WAYS[i % 5].format(i), f'a "b",\n{i}'])
-    return path
-
-
-def rows_of(text: str) -> list[list[str]]:
-    return list(csv.reader(io.StringIO(text, newline="")))
-
-
-def read_parts(folder: Path) -> list[list[str]]:
-    """The rows of all parts of CSV in their order, the header once."""
-    parts = [rows_of(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("part-*"))]
-    assert all(part[0] == parts[0][0] and len(part) > 1 for part in parts)
-    return parts[0][:1] + [row for part in parts for row in part[1:]]
-
-
-def journal(folder: Path) -> Any:
-    return json.loads((folder / JOURNAL).read_text())
-
-
-def plain(run: Path, source: Path, tmp_path: Path, *more: str) -> list[list[str]]:
-    out = tmp_path / "plain.csv"
-    assert call("predict", run, source, "--device", "cpu", "--output", out, *more) == 0
-    return rows_of(out.read_text(encoding="utf-8"))
 
 
 class Told(Reporter):
@@ -82,68 +42,6 @@ class Told(Reporter):
 
     def say(self, line: str) -> None:
         self.lines.append(line)
-
-
-class RayError(Exception): ...
-
-
-class RayTaskError(RayError):
-    cause: BaseException
-
-
-class StandIn:
-    """What is used of Ray: calls are computed when they are waited for, in a random order."""
-
-    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
-
-    def __init__(self, dies: Callable[[int], bool] = lambda number: False) -> None:
-        self.dies, self.num_calls, self.num_actors = dies, 0, 0
-        self.random = random.Random(0)
-        self.resources = {"CPU": 2.0, "memory": 9e9}
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "Resources": self.resources}, {"Alive": False, "Resources": {}}]
-
-    def remote(self, kind: Any) -> Any:
-        return SimpleNamespace(
-            options=lambda **_: SimpleNamespace(remote=lambda *given: self._actor(kind(*given)))
-        )
-
-    def _actor(self, actor: Any) -> Any:
-        self.num_actors += 1
-        state = {"dead": False}
-
-        def method(name: str) -> Any:
-            def call(*given: Any) -> Any:
-                return SimpleNamespace(run=lambda: getattr(actor, name)(*given), state=state)
-
-            return SimpleNamespace(remote=lambda *given: Reference(call(*given)))
-
-        return SimpleNamespace(open=method("open"), answers=method("answers"))
-
-    def wait(self, references: list[Any], num_returns: int, timeout: float) -> Any:
-        if timeout == 0 and self.random.random() < 0.5:
-            return [], references
-        ready = self.random.sample(references, self.random.randint(1, num_returns))
-        return ready, [each for each in references if each not in ready]
-
-    def get(self, reference: Any) -> Any:
-        self.num_calls += 1
-        state = reference.call.state
-        state["dead"] |= self.dies(self.num_calls)
-        if state["dead"]:
-            raise RayError("the worker is dead")
-        try:
-            return reference.call.run()
-        except Exception as error:
-            failed = RayTaskError("a long traceback")
-            failed.cause = error
-            raise failed from error
-
-
-class Reference:
-    def __init__(self, call: Any) -> None:
-        self.call = call
 
 
 @pytest.fixture
@@ -398,155 +296,3 @@ def test_files_that_are_missing_or_differ_are_refused(
     with pytest.raises(DataError, match=r"b.csv has the columns 'text', 'id', where .*a.csv has"):
         write(run, tmp_path / "?.csv", out)
     assert not out.exists()
-
-
-def test_the_number_of_workers_is_what_there_is_room_for(run: Path, ray: StandIn) -> None:
-    def room(num_weights: int = 1000, **more: Any) -> Any:
-        config = PredictConfig(run, "a.csv", output="o.csv", engine="ray", **more)
-        return ray_workers.find_room(ray, config, num_weights)
-
-    ray.resources = {"CPU": 16.0, "memory": 20e9}
-    assert str(room()) == "4 workers, each with 4 cores"
-    assert str(room(worker_cores=1)) == "16 workers, each with 1 core"
-    assert str(room(workers=2)) == "2 workers, each with 4 cores"
-    assert str(room(worker_cores=64)) == "1 worker, each with 16 cores"
-    # 2 billion weights of 4 bytes, and 0.6 GB for each process
-    assert room(2_000_000_000, precision="float32").num_workers == 2
-    with pytest.raises(ResourceError, match=r"room for 2 of 3 workers, .* 8.60 GB of memory each"):
-        room(2_000_000_000, precision="float32", workers=3)
-    with pytest.raises(ResourceError, match=r"room for 0 of 1 workers, .*; give a smaller model"):
-        room(6_000_000_000, precision="float32")
-    ray.resources |= {"GPU": 2.0}
-    assert str(room(6_000_000_000)) == "2 workers, each with a GPU"
-    assert str(room(device="cpu")) == "4 workers, each with 4 cores"
-    with pytest.raises(ResourceError, match=r"room for 2 of 3 workers, which need a GPU each"):
-        room(device="cuda", workers=3)
-
-
-def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_workers, "require", lambda: None)
-    refused = pytest.raises(ConfigError, match=r"no Ray cluster answers at 127.0.0.1:1 .*--address")
-    with refused, ray_workers.connected("127.0.0.1:1"):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("token", "said"), [(None, "asks for a token in"), ("b" * 64, "refuses the token in")]
-)
-def test_a_token_that_is_not_the_clusters(
-    token: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Ray 2.60 writes that to standard error from C++, and raises that nothing answers."""
-
-    def init(**_: Any) -> None:
-        os.write(2, b"W gcs_client.cc:210: Unauthenticated: RPC error: InvalidAuthToken: missing\n")
-        raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.2:6399")
-
-    for name in ray_workers.TOKENS:
-        monkeypatch.delenv(name, raising=False)
-    if token:
-        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-    monkeypatch.setattr(ray_workers, "require", lambda: None)
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = f"127.0.0.1:{listening.getsockname()[1]}"
-        refused = pytest.raises(ConfigError, match=rf"{address} {said} RAY_AUTH_TOKEN; set RAY_A")
-        with refused, ray_workers.connected(address):
-            pass
-    assert capfd.readouterr().err == ""
-
-
-# By Ray itself
-
-needs_ray = pytest.mark.skipif(not HAS_RAY, reason="needs Ray: pip install 'remora[ray]'")
-
-
-def command(run: Path, source: Path, out: Path, *more: str) -> list[str]:
-    given = ["predict", str(run), str(source), "--engine", "ray", "--output", str(out)]
-    return [sys.executable, "-m", "remora", *given, "--device", "cpu", "--worker-cores", "1", *more]
-
-
-@needs_ray
-def test_workers_of_ray_give_the_rows_of_predict(run: Path, tmp_path: Path) -> None:
-    source, out = write_rows(tmp_path / "a.csv"), tmp_path / "out.csv"
-    done = subprocess.run(
-        command(run, source, out, "--workers", "1"), capture_output=True, text=True, check=True
-    )
-    assert done.stdout == ""
-    assert "600 rows in 1 part in" in done.stderr
-    assert read_parts(out) == plain(run, source, tmp_path)
-
-
-def ray_processes(driver: int, what: str) -> list[int]:
-    import psutil
-
-    return [
-        each.pid
-        for each in psutil.Process(driver).children(recursive=True)
-        if what in " ".join(each.cmdline())
-    ]
-
-
-@needs_ray
-@pytest.mark.durability
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_every_row_is_there_once_after_sigkill_of_a_worker_and_of_the_driver(
-    run: Path, tmp_path: Path
-) -> None:
-    import psutil
-
-    num_rows = 20_000
-    source, out = write_rows(tmp_path / "a.csv", num_rows=num_rows), tmp_path / "out.csv"
-    expected = plain(run, source, tmp_path)
-    more = ("--workers", "2", "--part-rows", "1000")
-
-    def wait_for(number: int) -> None:
-        until = time.monotonic() + 300
-        while len(list(out.glob("part-*.csv"))) < number and time.monotonic() < until:
-            time.sleep(0.05)
-        assert len(list(out.glob("part-*.csv"))) >= number
-
-    with subprocess.Popen(command(run, source, out, *more), stderr=subprocess.PIPE) as first:
-        wait_for(2)
-        worker = ray_processes(first.pid, "ray::_Actor")[0]
-        os.kill(worker, signal.SIGKILL)
-        wait_for(5)
-        left = [psutil.Process(pid) for pid in ray_processes(first.pid, "ray::_Actor")]
-        os.kill(first.pid, signal.SIGKILL)
-        assert first.stderr is not None
-        assert b"a worker died; another takes over its rows" in first.stderr.read()
-    gone, alive = psutil.wait_procs(left, timeout=60)
-    assert gone
-    assert not alive  # no worker outlives its driver
-    assert not journal(out)["finished"]
-    num_before = len(journal(out)["parts"])
-    again = subprocess.run(
-        command(run, source, out, *more), capture_output=True, text=True, check=True
-    )
-    assert f"rows in {num_before} parts are there already; resuming after them" in again.stderr
-    assert read_parts(out) == expected
-    assert sorted(int(row[0]) for row in expected[1:]) == list(range(num_rows))
-
-
-@needs_ray
-@pytest.mark.durability
-def test_ray_data_maps_batches_by_the_predictor(run: Path, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "a.csv")
-    code = f"""
-import ray, remora
-ray.init(address="local", include_dashboard=False, num_cpus=2)
-ray.data.read_csv({str(source)!r}).map_batches(
-    remora.Predictor, fn_constructor_args=({str(run)!r},),
-    fn_constructor_kwargs={{"device": "cpu", "precision": "float32"}}, batch_size=64,
-    compute=ray.data.ActorPoolStrategy(size=1),
-).write_parquet({str(tmp_path / "out")!r})
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    found = pyarrow.parquet.read_table(tmp_path / "out").to_pylist()
-    every = plain(run, source, tmp_path, "--precision", "float32")
-    expected = {row[0]: row for row in every[1:]}
-    assert len(found) == len(expected) == NUM_ROWS
-    for row in found:
-        _, _, _, label, probability = expected[str(row["id"])]
-        assert (row["label"] or "") == label
-        assert not label or row["probability"] == pytest.approx(float(probability), abs=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from cyclopts import Parameter
 
 from remora.errors import ConfigError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 DEFAULT_MICRO_BATCH_TOKENS = 2048
 """Larger micro-batches of a token tree are hardly faster, and need more memory."""
@@ -47,6 +50,25 @@ def check(settings: object, *conflicts: tuple[bool, str]) -> None:
     problems += [message for is_there, message in conflicts if is_there]
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def unwritable(settings: Any) -> list[tuple[bool, str]]:
+    """Return a conflict for each text that is no UTF-8, such as a path of other bytes.
+
+    The settings of a run are kept as TOML, which cannot hold it. Python marks such bytes by halves
+    of surrogate pairs, all bytes above ASCII in the C locale where its UTF-8 mode is switched off.
+    """
+    return [
+        (
+            True,
+            f"{entry.name} is {str(each)!r}, which is no UTF-8; rename it, or set PYTHONUTF8=1 if"
+            " your terminal writes UTF-8",
+        )
+        for entry in dataclasses.fields(settings)
+        for value in [getattr(settings, entry.name)]
+        for each in (value if isinstance(value, tuple) else (value,))
+        if isinstance(each, str | Path) and _SURROGATE.search(str(each))
+    ]
 
 
 def _constraints(hint: Any) -> Iterator[Constraint]:

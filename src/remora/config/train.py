@@ -41,6 +41,7 @@ from remora.config.checks import (
     curve_sizes,
     split_names,
     to_seconds,
+    unwritable,
 )
 from remora.config.help_pages import grouped
 from remora.config.schedule import (
@@ -331,6 +332,7 @@ class TrainConfig:
         unknown = [each for each in self.baselines if each not in {*BASELINES, "auto", "none"}]
         check(
             self,
+            *unwritable(self),
             (
                 bool(unknown) or not self.baselines,
                 f"baselines has {', '.join(map(repr, unknown)) or 'no name'}; give some of "

@@ -60,8 +60,11 @@ def sync(path: Path) -> None:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a text file and flush it to the disk, with the same bytes on every system."""
-    path.write_text(text, encoding="utf-8", newline="\n")
+    """Write a text file and flush it to the disk, with the same bytes on every system.
+
+    A path that is no UTF-8 is written with escapes, which JSON reads back as they were.
+    """
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     sync(path)
 
 
@@ -79,7 +82,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a table whole or not at all, its cells safe in a spreadsheet."""
     with replacing(path) as temporary:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             writer.writerows([escape_formula(cell) for cell in row] for row in rows)

@@ -204,8 +204,10 @@ def _address_bytes() -> int | None:
     """Return what the limit of the address space (ulimit -v) leaves; only Linux enforces one."""
     if sys.platform != "linux":
         return None
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # a Python that was built without it
+        return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     used = _status_bytes("VmSize")
     if limit == resource.RLIM_INFINITY or used is None:

