@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from remora.data.dataset import Dataset
 from remora.evaluation.neighbours import character_ngrams
 
+NUM_NEIGHBOURS = 5
 NEAR = 0.9
 """Cosine of character n-grams from which texts are near-duplicates."""
 
