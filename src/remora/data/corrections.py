@@ -129,7 +129,7 @@ def read_decisions(path: Path, sheet: Sheet, table: Table) -> Decisions:
     Raises:
         DataError: If its rows are not those of `table`, or a decision is no label.
     """
-    known = {escape_formula(label): label for label in set(table.each_label)}
+    known = known_labels(table)
     places = {row: place for place, row in enumerate(table.places)}
     decided: dict[int, str | None] = {}
     decided_on: dict[int, int] = {}
@@ -139,7 +139,7 @@ def read_decisions(path: Path, sheet: Sheet, table: Table) -> Decisions:
         if not decision:
             continue
         try:
-            choice = _choice(decision, table, known)
+            choice = read_choice(decision, table, known)
         except DataError as error:
             raise DataError(f"{path}: line {line} has {error}") from None
         if decided.setdefault(row, choice) != choice:
@@ -151,10 +151,18 @@ def read_decisions(path: Path, sheet: Sheet, table: Table) -> Decisions:
     return decided
 
 
-def _choice(decision: str, table: Table, known: Mapping[str, str]) -> str | None:
+def known_labels(table: Table) -> dict[str, str]:
+    """Return the labels of a table by their names as a spreadsheet shows them."""
+    return {escape_formula(label): label for label in set(table.each_label)}
+
+
+def read_choice(decision: str, table: Table, known: Mapping[str, str]) -> str | None:
     """Return the label, or set of labels, that a decision gives; None if it deletes the row.
 
-    `known` has the labels as spreadsheets see them.
+    Args:
+        decision: As it stands in a sheet.
+        table: The rows that it is for.
+        known: Their `known_labels`.
 
     Raises:
         DataError: Without the line: it is none.

@@ -32,7 +32,16 @@ def show_change(change: Change, console: Console | None = None) -> None:
     console = console or standard_output()
     print_line(console, f"\nbefore     {change.before}")
     print_line(console, f"after      {change.after}")
-    _show_figures(change.figures, f"{change.measured_on} rows", console)
+    rows = "rows" if change.micro_f1 is None else "rows with all labels right"
+    _show_figures(change.figures, f"{change.measured_on} {rows}", console)
+    if change.micro_f1 is not None:
+        micro = change.micro_f1
+        low, high = (100 * bound for bound in micro.interval)
+        print_line(
+            console,
+            f"micro-F1   {100 * (micro.after - micro.before):+.2f} points, from {micro.before:.2%} "
+            f"to {micro.after:.2%} (95% interval {low:+.1f} to {high:+.1f}, paired bootstrap)",
+        )
     if change.num_corrected or change.num_deleted:
         print_line(
             console,
