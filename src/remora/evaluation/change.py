@@ -28,7 +28,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Two runs on the same rows with the same labels; with several, all of them have to be right."""
+    """Two runs on the same rows with the same labels; of several, all have to be right."""
 
     num_rows: int
     before: float  # accuracy
