@@ -86,8 +86,9 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     )
     given = indicators(rows.labels, dataset.labels)
     noise = label_noise.estimate_sets(probabilities, given)
-    neighbours, near = duplicates.nearest(rows.texts, duplicates.NUM_NEIGHBOURS)
-    conflicts = [(i, j) for i, j in near if rows.labels[i] != rows.labels[j]]
+    neighbours, _ = duplicates.nearest(rows.texts, duplicates.NUM_NEIGHBOURS)
+    same = duplicates.same(rows.texts)
+    conflicts = [(i, j) for i, j in same if rows.labels[i] != rows.labels[j]]
     doubted = diagnosis.list_labels(probabilities, judges, given, noise, conflicts)
     suspects = diagnosis.find_suspects(
         rows, dataset.labels, probabilities, given, noise, doubted, neighbours

@@ -51,6 +51,17 @@ def nearest_to(
     return found
 
 
+def same(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return pairs of texts that are the same but for case and spaces, each with the next one."""
+    last: dict[str, int] = {}
+    pairs = []
+    for place, text in enumerate(map(_plain, texts)):
+        if text in last:
+            pairs.append((last[text], place))
+        last[text] = place
+    return pairs
+
+
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 

@@ -115,7 +115,7 @@ def estimate_sets(
 
     p_wrong, found = np.zeros(has.shape), []
     for cells, planted in ((has, np.concatenate(drawn)), (~has, features[has])):
-        if not cells.any():  # every row has every label
+        if not (cells.any() and len(planted)):  # every row has every label, or none
             found.append((0.0, 0.0, 0.0))
             continue
         scores, of_planted, ratio = _told_apart(features[cells], planted)

@@ -60,7 +60,7 @@ class SetDiagnosis:
     labels: tuple[LabelDoubts, ...]  # the most doubtful first
     num_test_exact: int  # test rows whose text is a training text, but for case and spaces
     num_test_near: int  # test rows that are nearly a training text, those included
-    num_conflicting: int  # training rows with a nearly identical text with other labels
+    num_conflicting: int  # training rows whose text occurs with other labels too
     num_decided: int  # rows that a person decided before, which are no suspects
     not_judged: str = NOT_JUDGED
 
@@ -110,8 +110,9 @@ def diagnose_sets(
     )
     given = indicators(rows.labels, labels)
     noise = label_noise.estimate_sets(probabilities, given)
-    neighbours, near = duplicates.nearest(rows.texts, duplicates.NUM_NEIGHBOURS)
-    conflicts = [(i, j) for i, j in near if rows.labels[i] != rows.labels[j]]
+    neighbours, _ = duplicates.nearest(rows.texts, duplicates.NUM_NEIGHBOURS)
+    same = duplicates.same(rows.texts)
+    conflicts = [(i, j) for i, j in same if rows.labels[i] != rows.labels[j]]
     doubted = list_labels(probabilities, judges, given, noise, conflicts)
     decided = before.decisions if before else {}
     doubted &= np.array([row not in decided for row in rows.places])[:, None]
@@ -153,8 +154,9 @@ def list_labels(
     """Choose the labels that a person should look at, [rows, labels].
 
     Those that are probably wrong or missing. Others only if there is evidence that the probability
-    does not know: judges that are all sure of a label that is missing, and, of two near-duplicates
-    with different labels, the one label that is most likely wrong or missing in either.
+    does not know: judges that are all sure of a label that is missing, and, where a text occurs
+    with different labels, the one that is most likely wrong or missing. Texts that are nearly the
+    same are no such evidence, since one may have a concern more than the other.
     """
     agreed = np.logical_and.reduce([each >= DEFAULT_THRESHOLD for each in judges])
     sure = agreed & (given == 0) & (probabilities >= suspect_list.SURE)

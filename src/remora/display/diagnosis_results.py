@@ -52,7 +52,7 @@ def _show_sets(diagnosis: SetDiagnosis, run: Path, console: Console) -> None:
         f"\njudges     {diagnosis.method}",
         f"micro-F1   {diagnosis.out_of_sample_micro_f1:.2%} out of sample on "
         f"{diagnosis.num_rows:,} rows; the run {diagnosis.micro_f1:.2%} on held-out rows",
-        _spoken_duplicates(diagnosis, "other labels"),
+        _spoken_duplicates(diagnosis, "have a text that occurs with other labels too"),
         f"noise      an estimated {diagnosis.wrong:.2%} of the {diagnosis.num_labels:,} labels "
         f"given to training rows are wrong (95% interval {wrong[0]:.2%} to {wrong[1]:.2%})",
         f"           and about {diagnosis.missing * diagnosis.num_labels:,.0f} more belong to rows "
@@ -84,7 +84,7 @@ def _accuracy(diagnosis: Diagnosis) -> list[str]:
 
 def _duplicates(diagnosis: Diagnosis) -> list[str]:
     """Return the duplicates across splits and labels, and the words tied to a label."""
-    lines = [_spoken_duplicates(diagnosis, "another label")]
+    lines = [_spoken_duplicates(diagnosis, "have a near-duplicate with another label")]
     if diagnosis.num_conflicts:
         recall = diagnosis.num_covered / diagnosis.num_conflicts
         lines.append(
@@ -100,11 +100,11 @@ def _duplicates(diagnosis: Diagnosis) -> list[str]:
     return lines
 
 
-def _spoken_duplicates(diagnosis: Diagnosis | SetDiagnosis, other: str) -> str:
+def _spoken_duplicates(diagnosis: Diagnosis | SetDiagnosis, conflict: str) -> str:
     return (
         f"duplicates {diagnosis.num_test_exact:,} test rows also appear in training, and "
-        f"{diagnosis.num_test_near:,} nearly do; {diagnosis.num_conflicting:,} training rows have "
-        f"a near-duplicate with {other}"
+        f"{diagnosis.num_test_near:,} nearly do; {diagnosis.num_conflicting:,} training rows "
+        f"{conflict}"
     )
 
 
