@@ -56,7 +56,6 @@ def settled(settings: Settings, *, is_multi_label: bool) -> Settings:
     refused = {
         "class_weights": settings.class_weights is not None,
         "label_texts": bool(settings.label_texts),
-        "learning_curve": settings.learning_curve is not None,
         "label_separator": bool(settings.label_separator),
         "the baseline probe": "probe" in settings.baselines,
         "the baseline embeddings": "embeddings" in settings.baselines,

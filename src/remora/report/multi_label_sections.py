@@ -19,6 +19,7 @@ from remora.report import charts, sections
 from remora.report.sections import (
     CalibrationSection,
     Figures,
+    LearningCurveSection,
     PlanSection,
     ResultSection,
     SettingsSection,
@@ -69,6 +70,7 @@ class Report:
     labels: list[LabelRow]  # the worst F1 first
     result: ResultSection
     training: TrainingSection | None
+    learning_curve: LearningCurveSection | None
     mistakes: list[Mistake]  # the surest first
     calibration: CalibrationSection | None
     diagnosis: DiagnosisSection
@@ -93,6 +95,7 @@ def collect(run: Results) -> Report:
         labels=_labels(run),
         result=_result(figures, trained),
         training=sections.training_section(run),
+        learning_curve=sections.learning_curve_section(run.directory),
         mistakes=_mistakes(run)[:NUM_STATIC_MESSAGES],
         calibration=sections.calibration_section(figures),
         diagnosis=DiagnosisSection(
