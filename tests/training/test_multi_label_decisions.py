@@ -121,9 +121,7 @@ def test_a_page_of_decisions_takes_any_set(place: Path, run: Path) -> None:
 def test_training_begins_with_a_run_of_several_labels(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [
-        json.dumps({"text": f"{text} new", "labels": [*labels, "new"]}) for text, labels in rows()
-    ]
+    more = [{"text": f"{text} new", "labels": [*labels, "new"]} for text, labels in rows()]
     table = tmp_path / "more.jsonl"
     table.write_text("\n".join(map(json.dumps, more)), encoding="utf-8")
     flags = ("--model", place / "base", "--device", "cpu", "--precision", "float32")
