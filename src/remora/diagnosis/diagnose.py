@@ -130,9 +130,7 @@ def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis | SetDiag
     given = rows_as_given(settings, everything)
     before = decided_before(config.run, given)
     decided = before.decisions if before else {}
-    labels, rows = dataset.labels, everything.train
-    if settings.num_per_class is not None:
-        rows = _used(rows, dataset)
+    labels, rows = dataset.labels, _used(everything.train, dataset, settings)
     if dataset.multi_label:
         return diagnose_sets(config, settings, dataset, everything, rows, before, reporter)
     run = read_predictions(config.run / PREDICTIONS, labels)
@@ -273,8 +271,10 @@ def _whole(settings: TrainConfig) -> TrainConfig:
     return replace(whole, rows_per_class=None, learning_curve=None)
 
 
-def _used(rows: Table, dataset: Dataset) -> Table:
+def _used(rows: Table, dataset: Dataset, settings: TrainConfig) -> Table:
     """Return those rows of a table that a run was trained or measured on."""
+    if settings.num_per_class is None:
+        return rows
     used = set(source_rows(dataset).places)
     return rows.take([i for i, place in enumerate(rows.places) if place in used])
 

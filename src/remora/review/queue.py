@@ -251,9 +251,8 @@ class Queue:
     def _label_now(self, place: int) -> str | None:
         """Return the label of a row as decided, None if it was deleted."""
         decision = self._spoken(self._table.places[place] + 1)
-        if decision is None:
-            return self._table.written(self._table.labels[place])
-        return decision["label"]
+        label: str | None = self._table.written(self._table.labels[place])
+        return label if decision is None else decision["label"]
 
     def _ordered(self) -> tuple[Item, ...]:
         """Return the rows by band, then in batches of the same two labels, the largest first."""
