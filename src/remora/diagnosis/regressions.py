@@ -107,7 +107,7 @@ def logistic_of_each(
             if len(np.unique(known)) == 1:  # every row has it, or none does
                 result[own, label] = MOST_LOG_ODDS if known[0] else -MOST_LOG_ODDS
                 continue
-            regression = LogisticRegression(C=10.0, solver="liblinear", tol=1e-2)
+            regression = LogisticRegression(C=10.0, tol=1e-3)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 regression.fit(features[others], known)
