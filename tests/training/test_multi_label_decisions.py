@@ -17,8 +17,8 @@ from remora.data.dataset import load_data
 from remora.data.label_sets import labels_in
 from remora.diagnosis import diagnose, out_of_sample, several_labels
 from remora.errors import DataError
-from remora.evaluation import report
 from remora.models import metadata
+from remora.report import pages
 from remora.review import Queue
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
@@ -61,14 +61,14 @@ def test_the_report_shows_the_doubts_and_trusts_no_text(run: Path) -> None:
     assert {*MISSING} <= {*found}
     record = found[MISSING[0]] | {"text": "<script>alert(1)</script>", "suggested": "<b>"}
     write(run, {MISSING[0]: record})
-    page = report.page(run)
+    page = pages.page(run)
     section = page[page.index('<section id="diagnosis"') :]
     assert f"{len(found)} of {len(rows())} rows may have a wrong label, or lack one." in section
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in section
     assert "<bdi>&lt;b&gt;</bdi>" in section
     assert "Not judged with several labels a row" in section
     (run / "diagnosis.json").unlink()
-    assert "<code>remora diagnose</code> finds labels that are probably wrong" in report.page(run)
+    assert "<code>remora diagnose</code> finds labels that are probably wrong" in pages.page(run)
 
 
 def test_a_run_is_trained_again_on_decided_sets(
@@ -187,6 +187,6 @@ def test_a_learning_curve_counts_rows_by_their_rarest_label(
         json.loads((path / "evaluation.json").read_text(encoding="utf-8"))["metrics"]["accuracy"]
         for path in (run / "learning_curve" / "8-per-class", run)
     ]
-    assert '<section id="learning"' in report.page(run)
+    assert '<section id="learning"' in pages.page(run)
     assert call("train", place / "data.jsonl", *how, "--learning-curve", "80,all") == 2
     assert "learning_curve has the size 80" in capsys.readouterr().err
