@@ -10,6 +10,7 @@ from bad_input.workshop import (
     broken_run,
     listed,
     of_unfinished,
+    several,
     table,
     train,
 )
@@ -48,11 +49,11 @@ def review_of_changed_table(shop: Workshop) -> list[str]:
     return command
 
 
-def of_several(shop: Workshop, verb: str) -> list[str]:
-    path = shop.copy_of_run() / "config.toml"
-    kept = path.read_text().replace('answer = "words"\n', "")
-    path.write_text(kept.replace('multi_label = "auto"', 'multi_label = "on"'))
-    return [verb, "copy"]
+def several_relabelled(shop: Workshop, decision: str) -> list[str]:
+    """Train on rows with several labels, with a decision on one of them."""
+    row = f'2,a 1,"[""x""]","{decision}"'
+    shop.write("sets.csv", f"row,text,label,decision\n{row}\n")
+    return train(several(shop), "--corrections", "sets.csv")
 
 
 CASES: list[Case] = [
@@ -142,7 +143,14 @@ CASES: list[Case] = [
         3,
         lambda s: broken_run(s, "data.json", "{", "report", "copy"),
     ),
-    ("a diagnosis of several labels a row", 2, lambda s: of_several(s, "diagnose")),
-    ("a review of several labels a row", 2, lambda s: of_several(s, "review")),
-    ("retraining on several labels a row", 2, lambda s: of_several(s, "retrain")),
+    (
+        "a decision with a label that is none, of several labels a row",
+        3,
+        lambda s: several_relabelled(s, "['x', 'other']"),
+    ),
+    (
+        "a decision without commas, of several labels a row",
+        3,
+        lambda s: several_relabelled(s, "['x' 'y']"),
+    ),
 ]

@@ -301,9 +301,6 @@ def test_lists_of_labels_fit_a_classifier(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("diagnose", "{run}"), "diagnose is for rows with one label"),
-        (("review", "{run}"), "review is for rows with one label"),
-        (("retrain", "{run}"), "retrain is for rows with one label"),
         (("export", "{run}", "--gguf", "Q8_0"), "answers by classes"),
         (("export", "{run}", "--compress"), "answers by classes"),
         (("predict", "{run}", "{text}", "--abstain-at-accuracy", "0.9"), "abstain_at_accuracy"),
@@ -316,14 +313,6 @@ def test_lists_of_labels_fit_a_classifier(place: Path, tmp_path: Path) -> None:
         (
             ("train", "{data}", "--model", "{base}", "--class-weights", "balanced"),
             "class_weights is for rows with one label",
-        ),
-        (
-            ("train", "{data}", "--model", "{base}", "--learning-curve", "5,10"),
-            "learning_curve is for rows with one label",
-        ),
-        (
-            ("train", "{data}", "--model", "{base}", "--from", "{run}"),
-            "start_from is for rows with one label",
         ),
         (
             ("train", "{single}", "--model", "{base}", "--answer", "classes", "--from", "{run}"),

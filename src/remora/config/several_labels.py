@@ -44,19 +44,6 @@ def conflicts(settings: TrainConfig) -> tuple[tuple[bool, str], ...]:
     )
 
 
-def refuse(settings: TrainConfig, verb: str) -> None:
-    """Refuse a run whose rows have several labels, for a verb that is for rows with one.
-
-    Raises:
-        ConfigError: If they have.
-    """
-    if settings.multi_label == "on":
-        raise ConfigError(
-            f"{verb} is for rows with one label, and those of this run have several; see "
-            "predictions.csv and report.html for its mistakes"
-        )
-
-
 def settled(settings: Settings, *, is_multi_label: bool) -> Settings:
     """Return the settings with what follows from whether rows have several labels.
 
@@ -69,9 +56,6 @@ def settled(settings: Settings, *, is_multi_label: bool) -> Settings:
     refused = {
         "class_weights": settings.class_weights is not None,
         "label_texts": bool(settings.label_texts),
-        "learning_curve": settings.learning_curve is not None,
-        "start_from": settings.start_from is not None,
-        "corrections": settings.corrections is not None,
         "label_separator": bool(settings.label_separator),
         "the baseline probe": "probe" in settings.baselines,
         "the baseline embeddings": "embeddings" in settings.baselines,

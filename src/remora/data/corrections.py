@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from remora.data.label_sets import NONE_OF_THEM, names_in, set_text
 from remora.data.table import Table
 from remora.errors import DataError
 from remora.formatting import close_match, escape_formula, quote, unescape_formula
@@ -128,7 +129,7 @@ def read_decisions(path: Path, sheet: Sheet, table: Table) -> Decisions:
     Raises:
         DataError: If its rows are not those of `table`, or a decision is no label.
     """
-    known = {escape_formula(label): label for label in table.labels}
+    known = known_labels(table)
     places = {row: place for place, row in enumerate(table.places)}
     decided: dict[int, str | None] = {}
     decided_on: dict[int, int] = {}
@@ -137,13 +138,10 @@ def read_decisions(path: Path, sheet: Sheet, table: Table) -> Decisions:
         decision = record["decision"].strip()
         if not decision:
             continue
-        if decision not in known and decision.lower() != DELETE:
-            close = close_match(decision, known)
-            hint = f"did you mean {quote(close)}?" if close else f"give a label, or {DELETE}"
-            raise DataError(
-                f"{path}: line {line} has the decision {quote(decision)}, which is no label; {hint}"
-            )
-        choice = known.get(decision)
+        try:
+            choice = read_choice(decision, table, known)
+        except DataError as error:
+            raise DataError(f"{path}: line {line} has {error}") from None
         if decided.setdefault(row, choice) != choice:
             raise DataError(
                 f"{path}: line {line} decides row {row + 1} otherwise than line "
@@ -151,6 +149,36 @@ def read_decisions(path: Path, sheet: Sheet, table: Table) -> Decisions:
             )
         decided_on.setdefault(row, line)
     return decided
+
+
+def known_labels(table: Table) -> dict[str, str]:
+    """Return the labels of a table by their names as a spreadsheet shows them."""
+    return {escape_formula(label): label for label in set(table.each_label)}
+
+
+def read_choice(decision: str, table: Table, known: Mapping[str, str]) -> str | None:
+    """Return the label, or set of labels, that a decision gives; None if it deletes the row.
+
+    Args:
+        decision: As it stands in a sheet.
+        table: The rows that it is for.
+        known: Their `known_labels`.
+
+    Raises:
+        DataError: Without the line: it is none.
+    """
+    if decision not in known and decision.lower() == DELETE:
+        return None
+    names: Sequence[object] = [known.get(decision, decision)]
+    if table.multi_label and decision not in known:
+        names = names_in(unescape_formula(decision), table.form)
+    if unknown := [str(name) for name in names if name not in known.values()]:
+        close = close_match(unknown[0], known)
+        others = f"labels, {NONE_OF_THEM} for none" if table.multi_label else "a label"
+        hint = f"did you mean {quote(close)}?" if close else f"give {others}, or {DELETE}"
+        named = "" if unknown == [decision] else f" has {quote(unknown[0])}, which"
+        raise DataError(f"the decision {quote(decision)}, which{named} is no label; {hint}")
+    return set_text(map(str, names)) if table.multi_label else str(names[0])
 
 
 def _row(
@@ -165,7 +193,8 @@ def _row(
             "use it with the table that was diagnosed"
         )
     place = places[row]
-    expected = escape_formula(table.texts[place]), escape_formula(table.labels[place])
+    label = table.written(table.labels[place])
+    expected = escape_formula(table.texts[place]), escape_formula(label)
     if tuple(map(_lines_alike, expected)) != tuple(
         map(_lines_alike, (record["text"], record["label"]))
     ):
@@ -191,4 +220,4 @@ def correct(table: Table, decisions: Decisions) -> tuple[Table, int, int]:
     )
     kept = table.take([place for place, label in enumerate(chosen) if label is not None])
     labels = [label for label in chosen if label is not None]
-    return Table(kept.texts, labels, kept.rows), num_corrected, len(table) - len(kept)
+    return replace(kept, labels=labels), num_corrected, len(table) - len(kept)

@@ -100,7 +100,7 @@ def source_rows(dataset: Dataset) -> Table:
         for row in zip(table.rows, table.texts, table.labels, strict=True)
     ]
     places, texts, labels = map(list, zip(*sorted(rows), strict=True))
-    return Table(texts, labels, places)
+    return replace(dataset.train, texts=texts, labels=labels, rows=places)
 
 
 def _corrected(dataset: Dataset, corrections: Corrections) -> Dataset:

@@ -72,6 +72,35 @@ class LabelForm:
         return f"separated by {quote(self.separator)}" if self.separator else "lists"
 
 
+def written(text: str, form: LabelForm) -> str:
+    """Return a set of labels in one cell: joined by the form's separator, else as a list.
+
+    The empty set is `[]` in either form, since an empty cell may mean that nothing is said.
+    """
+    names = labels_in(text)
+    return form.separator.join(names) if form.separator is not None and names else text
+
+
+def cells(text: str, form: LabelForm, columns: Sequence[str]) -> list[str]:
+    """Return a set of labels as the cells of a table to train on: one, or one for each column."""
+    names = labels_in(text)
+    if columns:
+        return [str(int(column in names)) for column in columns]
+    return [text if form.separator is None else form.separator.join(names)]
+
+
+def names_in(cell: str, form: LabelForm) -> Sequence[object]:
+    """Return the labels in a cell that a person may have written as one label, or as several.
+
+    Raises:
+        DataError: Without the row: the items of a written list have no commas between them.
+    """
+    found = list_in(cell)
+    if found is None and form.separator is not None:
+        return [name for part in cell.split(form.separator) if (name := part.strip())]
+    return [cell] if found is None else found
+
+
 class LabelReader:
     """Reads the label of each row of a table: one, or a set."""
 

@@ -35,6 +35,8 @@ class Table:
     """Their places in the table that they were read from, if they are a part of it."""
     multi_label: bool = False
     """Whether a label is a set of labels, as `label_sets` writes it."""
+    form: LabelForm = field(default=LabelForm(), compare=False)
+    """How the table that the rows were read from writes such sets."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -52,7 +54,12 @@ class Table:
             [self.labels[i] for i in places],
             [rows[i] for i in places],
             self.multi_label,
+            self.form,
         )
+
+    def written(self, label: str) -> str:
+        """Return a row's label in one cell, a set of them as the table writes it."""
+        return label_sets.written(label, self.form) if self.multi_label else label
 
     @property
     def each_label(self) -> list[str]:
@@ -186,7 +193,7 @@ def read_parts(
     labels, several, num_lists = reader.finish()
     if num_lists:
         remarks.tell(f"{parts[0].name}: the labels are lists of one label each, read as {ONE}")
-    return Table(texts, labels, multi_label=several), chosen
+    return Table(texts, labels, multi_label=several, form=form), chosen
 
 
 def message(columns: Sequence[str], cells: Sequence[object]) -> str:

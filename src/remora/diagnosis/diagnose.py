@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from remora.config import DiagnoseConfig, TrainConfig, several_labels
+from remora.config import DiagnoseConfig, TrainConfig
 from remora.config.train import CORRECTIONS
 from remora.data import sources
 from remora.data.corrections import Corrections, Decisions, read_corrections
@@ -29,6 +29,7 @@ from remora.diagnosis import (
 from remora.diagnosis.label_noise import LabelNoise
 from remora.diagnosis.out_of_sample import Judgement
 from remora.diagnosis.rare_tokens import TiedToken
+from remora.diagnosis.several_labels import SetDiagnosis, diagnose_sets
 from remora.diagnosis.suspect_list import Suspect
 from remora.diagnosis.verdicts import HeldOut, PairDiagnosis, confused
 from remora.errors import DataError
@@ -39,14 +40,9 @@ from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
 from remora.tree.features import FEATURES
 
-NUM_NEIGHBOURS = 5
 LIST_FROM = suspect_list.WORTH_A_LOOK
 """Rows that are mislabelled with at least this probability are listed."""
-SURE = 0.9
-"""So are rows whose judges agree on another label with at least this pooled probability."""
 NUM_TOKENS = 20
-FOLDS = "folds"
-"""Folds finished so far, in the run directory until the diagnosis is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +105,12 @@ class Diagnosis:
     @property
     def bands(self) -> dict[str, int]:
         """How many suspects there are in each band."""
-        found = Counter(each.band for each in self.suspects)
-        return {band: found[band] for band in suspect_list.BANDS}
+        return suspect_list.in_bands(self.suspects)
 
 
-def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) -> Diagnosis:
+def diagnose_run(
+    config: DiagnoseConfig, *, reporter: Reporter | None = None
+) -> Diagnosis | SetDiagnosis:
     """Find out why a run errs; leaves diagnosis.json and relabel.csv in its directory.
 
     Rows that a person decided before are not listed again; their decisions stay in relabel.csv.
@@ -124,19 +121,18 @@ def diagnose_run(config: DiagnoseConfig, *, reporter: Reporter | None = None) ->
         Stopped: If a signal asked to stop while adapters were trained.
     """
     _need_file(config.run, PREDICTIONS)
-    several_labels.refuse(run_directory.read_settings(config.run), "diagnose")
     with suspect_list.hold(config.run):
         return _diagnose(config, reporter or Reporter())
 
 
-def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis:
+def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis | SetDiagnosis:
     settings, dataset, everything = load(config)
     given = rows_as_given(settings, everything)
     before = decided_before(config.run, given)
     decided = before.decisions if before else {}
-    labels, rows = dataset.labels, everything.train
-    if settings.num_per_class is not None:
-        rows = _used(rows, dataset)
+    labels, rows = dataset.labels, _used(everything.train, dataset, settings)
+    if dataset.multi_label:
+        return diagnose_sets(config, settings, dataset, everything, rows, before, reporter)
     run = read_predictions(config.run / PREDICTIONS, labels)
     place = {label: index for index, label in enumerate(labels)}
 
@@ -150,7 +146,7 @@ def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis:
         config.method,
         config.folds,
         reporter,
-        folder=config.run / FOLDS,
+        folder=config.run / out_of_sample.FOLDS,
         kept=config.run / FEATURES,
     )
 
@@ -166,7 +162,7 @@ def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis:
     # The training rows: mislabelled ones, and confused pairs of labels
     true, judged = true[: len(rows)], judged.first(len(rows))
     noise = label_noise.estimate(judged.probabilities, true)
-    neighbours, near = duplicates.nearest(rows.texts, NUM_NEIGHBOURS)
+    neighbours, near = duplicates.nearest(rows.texts, duplicates.NUM_NEIGHBOURS)
     conflicts = [(i, j) for i, j in near if true[i] != true[j]]
     listed = list_rows(judged, true, noise, conflicts)
     is_open = np.array([row not in decided for row in rows.places])
@@ -206,7 +202,7 @@ def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis:
     suspect_list.write(config.run / suspect_list.FILE, suspects, before.sheet if before else None)
     files.write_json(config.run / "diagnosis.json", diagnosis.to_dict())
     if config.method == "adapters":
-        shutil.rmtree(config.run / FOLDS, ignore_errors=True)
+        shutil.rmtree(config.run / out_of_sample.FOLDS, ignore_errors=True)
     return diagnosis
 
 
@@ -275,8 +271,10 @@ def _whole(settings: TrainConfig) -> TrainConfig:
     return replace(whole, rows_per_class=None, learning_curve=None)
 
 
-def _used(rows: Table, dataset: Dataset) -> Table:
+def _used(rows: Table, dataset: Dataset, settings: TrainConfig) -> Table:
     """Return those rows of a table that a run was trained or measured on."""
+    if settings.num_per_class is None:
+        return rows
     used = set(source_rows(dataset).places)
     return rows.take([i for i, place in enumerate(rows.places) if place in used])
 
@@ -378,7 +376,7 @@ def list_rows(
     """
     best = judged.probabilities.argmax(1)
     agreed = np.logical_and.reduce([given == best for given in judged.judges])
-    sure = agreed & (best != true) & (judged.probabilities.max(1) >= SURE)
+    sure = agreed & (best != true) & (judged.probabilities.max(1) >= suspect_list.SURE)
     listed: NDArray[np.bool_] = (noise.p_wrong >= LIST_FROM) | sure
     for i, j in conflicts:
         listed[i if noise.scores[i] >= noise.scores[j] else j] = True

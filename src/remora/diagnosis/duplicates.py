@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from remora.data.dataset import Dataset
 from remora.evaluation.neighbours import character_ngrams
 
+NUM_NEIGHBOURS = 5
 NEAR = 0.9
 """Cosine of character n-grams from which texts are near-duplicates."""
 
@@ -48,6 +49,17 @@ def nearest_to(
             [(int(i), float(row[i])) for i in near] for row, near in zip(cosine, order, strict=True)
         ]
     return found
+
+
+def same(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return pairs of texts that are the same but for case and spaces, each with the next one."""
+    last: dict[str, int] = {}
+    pairs = []
+    for place, text in enumerate(map(_plain, texts)):
+        if text in last:
+            pairs.append((last[text], place))
+        last[text] = place
+    return pairs
 
 
 def _plain(text: str) -> str:

@@ -32,6 +32,11 @@ from remora.training.trainable import load_trainable
 
 FILE = "learning_curve.json"
 FOLDER = "learning_curve"
+OF_SETS = (
+    "accuracy is the share of rows with all labels right, and the class of a row is the rarest of "
+    "its labels"
+)
+"""What is told where rows have several labels."""
 
 
 def learn(
@@ -57,6 +62,7 @@ def _learn(
     config: TrainConfig, stop: Stop, reporter: Reporter
 ) -> tuple[TrainResult, LearningCurve]:
     shared = _Shared(config)
+    config = settled(config, is_multi_label=shared.whole.multi_label)
     refuse_sizes(config, shared.whole)
     directory = _directory(config, shared.load_rows(config), reporter.say)
     *smaller, last = config.curve_sizes
@@ -101,7 +107,6 @@ class _Shared:
 
     def __init__(self, config: TrainConfig) -> None:
         self.whole = load_data(replace(config, learning_curve=None))
-        settled(config, is_multi_label=self.whole.multi_label)  # which refuses a curve
         self._loaded: tuple[Any, Any, Any, Any] | None = None
 
     def load_rows(self, config: TrainConfig) -> Dataset:
@@ -151,7 +156,7 @@ def refuse_sizes(config: TrainConfig, whole: Dataset) -> None:
     Raises:
         ConfigError: Naming the first of them.
     """
-    most = max(Counter(whole.train.labels).values())
+    most = max(Counter(whole.train.strata).values())
     for size in config.curve_sizes:
         if size is not None and (size > most or (size == most and None in config.curve_sizes)):
             raise ConfigError(
@@ -175,7 +180,7 @@ def _directory(config: TrainConfig, dataset: Dataset, say: Callable[[str], None]
 
 
 def _measure(config: TrainConfig, shared: _Shared, runs: Sequence[Results]) -> LearningCurve:
-    counts = Counter(shared.whole.train.labels)
+    counts = Counter(shared.whole.train.strata)
     sizes = []
     for per_class, each in zip(config.curve_sizes, runs, strict=True):
         metrics = each.figures["metrics"]
@@ -207,6 +212,8 @@ def _measure(config: TrainConfig, shared: _Shared, runs: Sequence[Results]) -> L
     extrapolation, caution = followed(
         sizes[-1], *extrapolate([size.num_rows for size in sizes], wrong, rise)
     )
+    if shared.whole.multi_label:
+        caution = f"{caution}; {OF_SETS}"
     alike = None
     if last.baseline is not None and wrong[-1].any():
         same = np.array(last.predicted) == np.array(last.baseline)

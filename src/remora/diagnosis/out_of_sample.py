@@ -20,7 +20,8 @@ from remora.data.prompt import Prompt
 from remora.data.splits import deal_folds
 from remora.data.table import Table
 from remora.diagnosis.features import frozen_features, tfidf
-from remora.diagnosis.regressions import logistic, pool, ridge
+from remora.diagnosis.regressions import logistic, logistic_of_each, pool, pool_each, ridge
+from remora.evaluation.multi_label import indicators
 from remora.evaluation.predictions import (
     PROBABILITIES,
     Scored,
@@ -48,6 +49,8 @@ DESCRIPTIONS = {
     "adapters": "adapters trained again, each on the rows outside its fold, pooled with "
     "regressions on TF-IDF",
 }
+FOLDS = "folds"
+"""Folds finished so far, in the run directory until the diagnosis is written."""
 MANY_ROWS = 5_000
 """Up to this many rows there are ten folds, above it five."""
 
@@ -101,21 +104,13 @@ def judge(
     labels, rows = dataset.labels, dataset.train
     place = {label: index for index, label in enumerate(labels)}
     true = np.array([place[label] for label in rows.labels])
-    if num_folds is None:
-        num_folds = 5 if method == "adapters" or len(rows) > MANY_ROWS else 10
-    folds = deal_folds(true, num_folds, settings.seed)
-    views: list[tuple[Any, Any, float]] = []  # features of ridge and logistic regression, penalty
-    if method != "frozen":
-        words = (tfidf(rows.texts, pairs) for pairs in (True, False))
-        views.append((*words, 1.0))
-    if method in ("fast", "frozen"):
-        reporter.say("computing frozen features of the base model")
-        features = frozen_features(rows.texts, labels, settings, reporter, kept)
-        views.append((features, features, 0.2))
+    targets = np.eye(len(labels), dtype=np.float32)[true]
+    folds = deal_folds(true, num_folds or _num_folds(method, len(rows)), settings.seed)
+    views = _views(dataset, settings, method, reporter, kept)
     reporter.say("cross-validating regressions")
-    ridges = [ridge(x, penalty, true, len(labels), folds) for x, _, penalty in views]
+    ridges = [ridge(x, penalty, targets, folds) for x, _, penalty in views]
     halves = deal_folds(true, 2, settings.seed)
-    by_half = [ridge(x, penalty, true, len(labels), halves) for x, _, penalty in views]
+    by_half = [ridge(x, penalty, targets, halves) for x, _, penalty in views]
     logistics = [logistic(x, true, len(labels), folds) for _, x, _ in views]
     parts = [list(view) for view in zip(ridges, logistics, strict=True)]
     if method == "adapters":
@@ -128,6 +123,62 @@ def judge(
         pool(by_half, true).argmax(1),
         pool(ridges, true).argmax(1),
     )
+
+
+def judge_sets(
+    dataset: Dataset,
+    settings: TrainConfig,
+    method: Method,
+    num_folds: int | None,
+    reporter: Reporter,
+    *,
+    folder: Path | None = None,
+) -> tuple[NDArray[np.float64], tuple[NDArray[np.float64], ...]]:
+    """Judge each label of each row, one against the rest, by classifiers trained on other rows.
+
+    Folds are stratified by the rarest label of a row. The arguments are those of `judge`.
+
+    Returns:
+        The probability of each label, of all judges pooled, and of each view by itself; each
+        [rows, labels].
+
+    Raises:
+        Stopped: If a signal asked `adapters` to stop; finished folds are kept.
+    """
+    rows = dataset.train
+    given = indicators(rows.labels, dataset.labels)
+    _, strata = np.unique(np.array(rows.strata), return_inverse=True)
+    folds = deal_folds(strata, num_folds or _num_folds(method, len(rows)), settings.seed)
+    views = _views(dataset, settings, method, reporter, None)
+    reporter.say("cross-validating regressions, one for each label")
+    parts = [
+        [ridge(x, penalty, given.astype(np.float32), folds), logistic_of_each(y, given, folds)]
+        for x, y, penalty in views
+    ]
+    if method == "adapters":
+        assert folder is not None
+        found = _adapters(dataset, settings, given, folds, folder, reporter).clip(1e-6, 1 - 1e-6)
+        parts.append([np.log(found / (1 - found))])
+    pooled = pool_each([each for view in parts for each in view], given)
+    return pooled, tuple(pool_each(view, given) for view in parts)
+
+
+def _num_folds(method: Method, num_rows: int) -> int:
+    return 5 if method == "adapters" or num_rows > MANY_ROWS else 10
+
+
+def _views(
+    dataset: Dataset, settings: TrainConfig, method: Method, reporter: Reporter, kept: Path | None
+) -> list[tuple[Any, Any, float]]:
+    """Return what each view sees: features of ridge and of logistic regression, and the penalty."""
+    texts, views = dataset.train.texts, []
+    if method != "frozen":
+        views.append((tfidf(texts, pairs=True), tfidf(texts, pairs=False), 1.0))
+    if method in ("fast", "frozen"):
+        reporter.say("computing frozen features of the base model")
+        features = frozen_features(texts, dataset.labels, settings, reporter, kept)
+        views.append((features, features, 0.2))
+    return views
 
 
 def _adapters(

@@ -6,10 +6,12 @@ import contextlib
 import csv
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from remora.data import label_sets
 from remora.data.corrections import RELABEL, Sheet, correct, read_corrections
 from remora.data.table import Table
 from remora.errors import ConfigError, DataError
@@ -24,6 +26,8 @@ ALMOST_SURE, WORTH_A_LOOK = 0.9, 0.5
 """The least probabilities of being mislabelled in the first two bands of the list."""
 BANDS = ("almost surely wrong", "worth a look", "probably right")
 """In the last one are rows that are listed for another reason than their probability."""
+SURE = 0.9
+"""Such as judges that agree on another label with at least this pooled probability."""
 
 _LOCK, _HOLDER = ".relabel.lock", ".relabel.holder"
 
@@ -50,6 +54,12 @@ class Suspect:
 def band_of(p_wrong: float) -> str:
     """Return the band of a row that is listed, by the probability that it is mislabelled."""
     return BANDS[(p_wrong < ALMOST_SURE) + (p_wrong < WORTH_A_LOOK)]
+
+
+def in_bands(suspects: Sequence[Suspect]) -> dict[str, int]:
+    """Return how many suspects there are in each band."""
+    found = Counter(each.band for each in suspects)
+    return {band: found[band] for band in BANDS}
 
 
 def write(path: Path, suspects: Sequence[Suspect], decided: Sheet | None = None) -> None:
@@ -106,13 +116,23 @@ def apply(path: Path, table: Table) -> tuple[Table, int, int]:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Write rows to train on as CSV, exactly as they are."""
+    """Write rows to train on as CSV, exactly as they are.
+
+    Sets of labels are written as the table that the rows are from writes them.
+    """
+    header, labels = ["text", "label"], [[each] for each in table.labels]
+    if table.multi_label:
+        names = list(table.form.columns)
+        if not {*table.each_label} <= {*names}:  # they were renamed
+            names = sorted({*table.each_label}) if names else []
+        header = ["text", *(names or ["label"])]
+        labels = [label_sets.cells(each, table.form, names) for each in table.labels]
     temporary = path.with_name(path.name + ".tmp")
     with files.disk_errors(path):
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows(zip(table.texts, table.labels, strict=True))
+            writer.writerow(header)
+            writer.writerows([text, *own] for text, own in zip(table.texts, labels, strict=True))
         temporary.replace(path)
 
 

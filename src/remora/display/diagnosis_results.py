@@ -7,12 +7,24 @@ from pathlib import Path
 from rich.console import Console
 
 from remora.diagnosis.diagnose import Diagnosis
-from remora.display.console import print_line, standard_output
+from remora.diagnosis.several_labels import SetDiagnosis
+from remora.display.console import escaped, figures_table, print_line, standard_output
+
+NUM_LABELS = 10
+"""Labels that are shown of those that are doubted."""
 
 
-def show_diagnosis(diagnosis: Diagnosis, run: Path, console: Console | None = None) -> None:
-    """Print the most confused label pairs with their causes, and the rows to look at."""
+def show_diagnosis(
+    diagnosis: Diagnosis | SetDiagnosis, run: Path, console: Console | None = None
+) -> None:
+    """Print the most confused label pairs with their causes, and the rows to look at.
+
+    Where rows have several labels, print the labels that are most often doubted.
+    """
     console = console or standard_output()
+    if isinstance(diagnosis, SetDiagnosis):
+        _show_sets(diagnosis, run, console)
+        return
     for pair in diagnosis.pairs:
         print_line(console, f"{pair.first} / {pair.second}: {pair.verdict}")
         print_line(
@@ -22,6 +34,35 @@ def show_diagnosis(diagnosis: Diagnosis, run: Path, console: Console | None = No
             f"{pair.accuracy_if_redefined:.2%}",
         )
     for line in (*_accuracy(diagnosis), *_duplicates(diagnosis), *_labels(diagnosis, run)):
+        print_line(console, line)
+
+
+def _show_sets(diagnosis: SetDiagnosis, run: Path, console: Console) -> None:
+    if diagnosis.labels:
+        table = figures_table("label", "rows", "probably wrong", "probably missing")
+        for each in diagnosis.labels[:NUM_LABELS]:
+            figures = (f"{each.num_rows:,}", f"{each.num_wrong:,}", f"{each.num_missing:,}")
+            table.add_row(escaped(each.label), *figures)
+        console.print(table)
+        if len(diagnosis.labels) > NUM_LABELS:
+            more = len(diagnosis.labels) - NUM_LABELS
+            print_line(console, f"and {more:,} labels more; diagnosis.json has all")
+    wrong, missing = diagnosis.wrong_interval, diagnosis.missing_interval
+    lines = [
+        f"\njudges     {diagnosis.method}",
+        f"micro-F1   {diagnosis.out_of_sample_micro_f1:.2%} out of sample on "
+        f"{diagnosis.num_rows:,} rows; the run {diagnosis.micro_f1:.2%} on held-out rows",
+        _spoken_duplicates(diagnosis, "have a text that occurs with other labels too"),
+        f"noise      an estimated {diagnosis.wrong:.2%} of the {diagnosis.num_labels:,} labels "
+        f"given to training rows are wrong (95% interval {wrong[0]:.2%} to {wrong[1]:.2%})",
+        f"           and about {diagnosis.missing * diagnosis.num_labels:,.0f} more belong to rows "
+        f"that lack them, {diagnosis.missing:.2%} of those given ({missing[0]:.2%} to "
+        f"{missing[1]:.2%})",
+        _suspects(diagnosis, run),
+        *_decided(diagnosis),
+        f"           {diagnosis.not_judged}",
+    ]
+    for line in lines:
         print_line(console, line)
 
 
@@ -43,11 +84,7 @@ def _accuracy(diagnosis: Diagnosis) -> list[str]:
 
 def _duplicates(diagnosis: Diagnosis) -> list[str]:
     """Return the duplicates across splits and labels, and the words tied to a label."""
-    lines = [
-        f"duplicates {diagnosis.num_test_exact:,} test rows also appear in training, and "
-        f"{diagnosis.num_test_near:,} nearly do; {diagnosis.num_conflicting:,} training rows have "
-        "a near-duplicate with another label",
-    ]
+    lines = [_spoken_duplicates(diagnosis, "have a near-duplicate with another label")]
     if diagnosis.num_conflicts:
         recall = diagnosis.num_covered / diagnosis.num_conflicts
         lines.append(
@@ -63,6 +100,14 @@ def _duplicates(diagnosis: Diagnosis) -> list[str]:
     return lines
 
 
+def _spoken_duplicates(diagnosis: Diagnosis | SetDiagnosis, conflict: str) -> str:
+    return (
+        f"duplicates {diagnosis.num_test_exact:,} test rows also appear in training, and "
+        f"{diagnosis.num_test_near:,} nearly do; {diagnosis.num_conflicting:,} training rows "
+        f"{conflict}"
+    )
+
+
 def _labels(diagnosis: Diagnosis, run: Path) -> list[str]:
     """Return the share of wrong labels, and the file of suspects."""
     low, high = diagnosis.wrong_interval
@@ -70,9 +115,8 @@ def _labels(diagnosis: Diagnosis, run: Path) -> list[str]:
         f"noise      an estimated {diagnosis.wrong:.2%} of the training labels are wrong "
         f"(95% interval {low:.2%} to {high:.2%})",
         _suspects(diagnosis, run),
+        *_decided(diagnosis),
     ]
-    if diagnosis.num_decided:
-        lines.append(f"           {diagnosis.num_decided:,} rows decided before are not among them")
     if planted := diagnosis.planted:
         lines.append(
             f"planted    {planted.num_found:,} of the {planted.num_wrong:,} deliberately wrong "
@@ -82,7 +126,12 @@ def _labels(diagnosis: Diagnosis, run: Path) -> list[str]:
     return lines
 
 
-def _suspects(diagnosis: Diagnosis, run: Path) -> str:
+def _decided(diagnosis: Diagnosis | SetDiagnosis) -> list[str]:
+    count = diagnosis.num_decided
+    return [f"           {count:,} rows decided before are not among them"] if count else []
+
+
+def _suspects(diagnosis: Diagnosis | SetDiagnosis, run: Path) -> str:
     """Return how many rows are listed, band by band, and what to do with them."""
     path = run / "relabel.csv"
     if not diagnosis.suspects:

@@ -32,7 +32,16 @@ def show_change(change: Change, console: Console | None = None) -> None:
     console = console or standard_output()
     print_line(console, f"\nbefore     {change.before}")
     print_line(console, f"after      {change.after}")
-    _show_figures(change.figures, f"{change.measured_on} rows", console)
+    what = "" if change.micro_f1 is None else " of rows with all labels right"
+    _show_figures(change.figures, f"{change.measured_on} rows", console, what)
+    if change.micro_f1 is not None:
+        micro = change.micro_f1
+        low, high = (100 * bound for bound in micro.interval)
+        print_line(
+            console,
+            f"micro-F1   {100 * (micro.after - micro.before):+.2f} points, from {micro.before:.2%} "
+            f"to {micro.after:.2%} (95% interval {low:+.1f} to {high:+.1f}, paired bootstrap)",
+        )
     if change.num_corrected or change.num_deleted:
         print_line(
             console,
@@ -41,7 +50,8 @@ def show_change(change: Change, console: Console | None = None) -> None:
             "given, below with those decided",
         )
         if change.corrected:
-            _show_figures(change.corrected, f"{change.measured_on} rows as decided", console)
+            rows = f"{change.measured_on} rows as decided"
+            _show_figures(change.corrected, rows, console, what)
     if change.baselines:
         moved = "; ".join(
             f"{each.description} {100 * (each.after - each.before):+.2f} points"
@@ -57,12 +67,12 @@ def show_change(change: Change, console: Console | None = None) -> None:
             print_line(console, f"           {_spoken(each)}")
 
 
-def _show_figures(figures: Figures, rows: str, console: Console) -> None:
+def _show_figures(figures: Figures, rows: str, console: Console, what: str) -> None:
     low, high = (100 * bound for bound in figures.interval)
     chance = ": may be chance" if figures.may_be_chance else ""
     print_line(
         console,
-        f"change     {100 * figures.difference:+.2f} points, from {figures.before:.2%} to "
+        f"change     {100 * figures.difference:+.2f} points{what}, from {figures.before:.2%} to "
         f"{figures.after:.2%} on {figures.num_rows:,} {rows} (95% interval {low:+.1f} to "
         f"{high:+.1f}, exact McNemar test p = {figures.p_value:.2g}{chance})",
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from remora.errors import DataError
 from remora.evaluation.compare import SIGNIFICANT, refuse_other_rows
+from remora.evaluation.multi_label import micro_f1_difference
 from remora.evaluation.results import Results
 from remora.evaluation.rivals import of_figures
 from remora.evaluation.significance import difference_interval, mcnemar
@@ -27,7 +28,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Two runs on the same rows with the same labels."""
+    """Two runs on the same rows with the same labels; of several, all have to be right."""
 
     num_rows: int
     before: float  # accuracy
@@ -46,6 +47,15 @@ class Figures:
     def may_be_chance(self) -> bool:
         """Whether the test does not exclude that the difference is chance."""
         return self.p_value >= SIGNIFICANT
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroF1:
+    """The micro-F1 of two runs on the same rows with several labels."""
+
+    before: float
+    after: float
+    interval: tuple[float, float]  # 95% of the difference, paired bootstrap over rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +81,7 @@ class Change:
     baselines: tuple[Baseline, ...]  # on the same rows, with the labels as given
     now_right: tuple[Message, ...]  # some of them
     now_wrong: tuple[Message, ...]
+    micro_f1: MicroF1 | None = None  # with the labels as given, where rows have several
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them."""
@@ -127,7 +138,15 @@ def measure_change(
         baselines=_baselines(before, after),
         now_right=tuple(right[:NUM_EXAMPLES]),
         now_wrong=tuple(wrong[:NUM_EXAMPLES]),
+        micro_f1=_micro_f1(before, after) if before.multi_label else None,
     )
+
+
+def _micro_f1(before: Results, after: Results) -> MicroF1:
+    first, second = before.predicted, after.predicted
+    _, interval = micro_f1_difference(before.labels, before.true, second, first)
+    old, new = (each.figures["metrics"]["micro_f1"] for each in (before, after))
+    return MicroF1(before=old, after=new, interval=interval)
 
 
 def _baselines(before: Results, after: Results) -> tuple[Baseline, ...]:

@@ -59,6 +59,11 @@ def suspect_labels(facts: RunFacts) -> NextStep | None:
             f"an estimated {wrong:.1%} of the training labels are wrong (95% interval {low:.1%} "
             f"to {high:.1%})"
         )
+    missing = facts.diagnosis.get("missing", 0.0)  # where rows have several labels
+    if missing >= 0.005:
+        evidence.append(
+            f"rows lack labels that belong to them, {missing:.1%} of the number that is given"
+        )
     held_out = 0.0
     if ceiling := facts.diagnosis.get("ceiling"):
         held_out = ceiling["wrong"]
@@ -66,7 +71,7 @@ def suspect_labels(facts: RunFacts) -> NextStep | None:
             evidence.append(
                 f"so are {held_out:.1%} of the held-out ones, which no model gets right"
             )
-    share = suspects.num_likely / num_rows if wrong is None else wrong
+    share = suspects.num_likely / num_rows if wrong is None else wrong + missing
     worth = (min(facts.error, share) + min(facts.error, held_out)) / 2
     if suspects.num_likely < max(5, 0.005 * num_rows):
         if not suspects.num_changed:

@@ -38,6 +38,8 @@ ONCE_TRAINED: tuple[Find, ...] = (
 OF_SEVERAL_LABELS = (
     findings.undertrained,
     findings.better_rival,
+    label_findings.suspect_labels,
+    label_findings.unexplained_mistakes,
     findings.larger_model,
     findings.smaller_model,
 )

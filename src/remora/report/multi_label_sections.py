@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 
 import remora
 from remora.data.label_sets import labels_in
+from remora.evaluation import results
 from remora.evaluation.findings import NextStep
 from remora.evaluation.next_steps import find_next_steps, told_next_steps
 from remora.evaluation.results import Results
-from remora.evaluation.run_files import NUM_STATIC_MESSAGES, cut
+from remora.evaluation.run_files import NUM_STATIC_MESSAGES, cut, read_suspects
 from remora.report import charts, sections
 from remora.report.sections import (
     CalibrationSection,
     Figures,
+    LearningCurveSection,
     PlanSection,
     ResultSection,
     SettingsSection,
@@ -49,6 +51,14 @@ class Mistake:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiagnosisSection:
+    """diagnosis.json, None if there is none, and the first rows of relabel.csv."""
+
+    figures: Figures | None
+    suspects: list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything that the page shows; a section is None if its file is missing."""
 
@@ -60,8 +70,10 @@ class Report:
     labels: list[LabelRow]  # the worst F1 first
     result: ResultSection
     training: TrainingSection | None
+    learning_curve: LearningCurveSection | None
     mistakes: list[Mistake]  # the surest first
     calibration: CalibrationSection | None
+    diagnosis: DiagnosisSection
     plan: PlanSection | None
     settings: SettingsSection
 
@@ -83,8 +95,13 @@ def collect(run: Results) -> Report:
         labels=_labels(run),
         result=_result(figures, trained),
         training=sections.training_section(run),
+        learning_curve=sections.learning_curve_section(run.directory),
         mistakes=_mistakes(run)[:NUM_STATIC_MESSAGES],
         calibration=sections.calibration_section(figures),
+        diagnosis=DiagnosisSection(
+            figures=results.read_json(run.directory / "diagnosis.json"),
+            suspects=read_suspects(run.directory / "relabel.csv"),
+        ),
         plan=sections.plan_section(run.directory),
         settings=sections.settings_section(run.directory),
     )

@@ -225,7 +225,7 @@ def collect(run: Results) -> Report:
         worst_first=sorted(figures["metrics"]["per_class"], key=lambda each: each["f1"]),
         result=result_section(figures, trained),
         training=training_section(run),
-        learning_curve=_learning_curve(run.directory),
+        learning_curve=learning_curve_section(run.directory),
         confusion=_confusion(run, counts, shown),
         messages=MessagesSection(
             surest_mistakes=[m for m in kept if m.label != m.predicted][:NUM_STATIC_MESSAGES],
@@ -292,7 +292,8 @@ def _evaluation(record: Figures) -> Figures:
     }
 
 
-def _learning_curve(directory: Path) -> LearningCurveSection | None:
+def learning_curve_section(directory: Path) -> LearningCurveSection | None:
+    """Return the learning curve, None if there is none."""
     figures = results.read_json(directory / "learning_curve.json")
     if not figures:
         return None

@@ -75,6 +75,7 @@ def _routes(queue: Queue, end: Callable[[], None]) -> APIRouter:
             {
                 "labels": queue.labels,
                 "can_delete": queue.can_delete,
+                "multi_label": queue.multi_label,
                 "bands": BANDS,
                 "items": [asdict(each) | {"decision": decisions[each.row]} for each in queue.items],
                 "summary": queue.summary().to_dict(),
@@ -88,7 +89,8 @@ def _routes(queue: Queue, end: Callable[[], None]) -> APIRouter:
     @router.post("/decisions")
     def decide(decision: Decision) -> Response:
         queue.decide(decision.row, decision.label, delete=decision.delete)
-        return JSONResponse(queue.summary().to_dict())
+        decided = {"decision": queue.decisions().get(decision.row)}
+        return JSONResponse(queue.summary().to_dict() | decided)
 
     @router.post("/end")
     def end_review() -> Response:

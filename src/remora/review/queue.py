@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remora.data.corrections import DELETE, Sheet, read_decisions, read_sheet
+from remora.data.corrections import (
+    DELETE,
+    Sheet,
+    known_labels,
+    read_choice,
+    read_decisions,
+    read_sheet,
+)
 from remora.data.table import Table
 from remora.diagnosis import duplicates, suspect_list
 from remora.errors import DataError
-from remora.formatting import escape_formula, unescape_formula
+from remora.formatting import escape_formula
 from remora.runtime import files
 
 NUM_NEIGHBOURS = 5
@@ -25,7 +33,7 @@ class Item:
     """A row to decide."""
 
     row: int  # from 1, of the table that was trained on
-    label: str
+    label: str  # or several, as the table writes them
     suggested: str | None
     band: str
     pair: int  # rows with the same two labels have the same number
@@ -80,15 +88,23 @@ class Queue:
         self._run, self._path, self._table = run, run / suspect_list.FILE, table
         self._lock = threading.Lock()
         self._place = {row: place for place, row in enumerate(table.places)}
-        self.labels = sorted(set(table.labels))
+        self._known = known_labels(table)
         self._read()
+        suggested = map(self._suggested, self._sheet.records)
+        written = map(table.written, set(table.labels))
+        self.labels = sorted({*written, *(each for each in suggested if each is not None)})
         self.items = self._ordered()
         self._neighbours = self._nearest()
 
     @property
     def can_delete(self) -> bool:
         """Whether a row can be deleted: not where a label is named like the decision to do so."""
-        return DELETE not in self.labels
+        return DELETE not in self._known.values()
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row has several labels, so that any set of them may be decided."""
+        return self._table.multi_label
 
     def decisions(self) -> dict[int, dict[str, Any] | None]:
         """Return the decision on each row by its number, None if there is none."""
@@ -105,8 +121,8 @@ class Queue:
         """
         if delete and not self.can_delete:
             raise DataError(f"a label is named {DELETE}; no row can be deleted")
-        if label is not None and label not in self.labels:
-            raise DataError(f"{label} is no label of this table; choose one of its labels")
+        if label is not None:
+            label = self._checked(label)
         with self._lock:
             self._refresh()
             if row not in self._record:
@@ -200,24 +216,52 @@ class Queue:
         decision = self._record[row]["decision"].strip() if row in self._record else ""
         if not decision:
             return None
-        label = unescape_formula(decision)
-        is_label = label in self.labels
-        return {"label": label if is_label else None, "delete": not is_label}
+        label = self._chosen(decision)
+        return {"label": label, "delete": label is None}
+
+    def _chosen(self, decision: str) -> str | None:
+        """Return the label of a decision, several as the table writes them; None deletes the row.
+
+        Raises:
+            DataError: If it is none.
+        """
+        choice = read_choice(decision, self._table, self._known)
+        return None if choice is None else self._table.written(choice)
+
+    def _checked(self, label: str) -> str:
+        """Return a label that a person has chosen; raises DataError if it is none."""
+        try:
+            chosen = self._chosen(escape_formula(label))
+        except DataError as error:
+            if self.multi_label:
+                raise DataError(f"there is {error}") from None
+            chosen = None
+        if chosen is None:
+            raise DataError(f"{label} is no label of this table; choose one of its labels")
+        return chosen
+
+    def _suggested(self, record: Mapping[str, str]) -> str | None:
+        """Return what is suggested for a row; None if someone has made it no label."""
+        cell = (record.get("suggested") or "").strip()
+        try:
+            return self._chosen(cell) if cell else None
+        except DataError:
+            return None
 
     def _label_now(self, place: int) -> str | None:
         """Return the label of a row as decided, None if it was deleted."""
         decision = self._spoken(self._table.places[place] + 1)
-        return self._table.labels[place] if decision is None else decision["label"]
+        label: str | None = self._table.written(self._table.labels[place])
+        return label if decision is None else decision["label"]
 
     def _ordered(self) -> tuple[Item, ...]:
         """Return the rows by band, then in batches of the same two labels, the largest first."""
         found = []
         for record in self._sheet.records:
             row = int(record["row"])
-            suggested = unescape_formula(record.get("suggested") or "")
             band = suspect_list.band_of(_number(record.get("p_wrong")) or 0.0)
-            label = self._table.labels[self._place[row - 1]]
-            found.append((band, row, label, suggested if suggested in self.labels else None))
+            label = self._table.written(self._table.labels[self._place[row - 1]])
+            found.append((band, row, label, self._suggested(record)))
         pairs = Counter((band, frozenset((label, to))) for band, _, label, to in found)
         number: dict[frozenset[str | None], int] = {}
         ordered = sorted(  # stable: the most suspicious first within a batch

@@ -10,11 +10,10 @@ import sys
 import webbrowser
 from collections.abc import Callable
 
-from remora.config import DiagnoseConfig, ReviewConfig, several_labels
+from remora.config import DiagnoseConfig, ReviewConfig
 from remora.diagnosis import diagnose, suspect_list
 from remora.errors import ConfigError
 from remora.review.queue import Queue, Summary, need_list
-from remora.runtime import run_directory
 
 try:
     from remora.review import app
@@ -47,8 +46,6 @@ class Review:
         """
         self._config, self._say = config, say
         self._loop: asyncio.AbstractEventLoop | None = None
-        if (config.run / "config.toml").is_file():
-            several_labels.refuse(run_directory.read_settings(config.run), "review")
         need_list(config.run)
         settings, _, everything = diagnose.load(DiagnoseConfig(config.run))
         table = diagnose.rows_as_given(settings, everything)

@@ -17,7 +17,7 @@ const rows = (count) => `${count.toLocaleString("en")} row${count === 1 ? "" : "
 const MOST_SHOWN = 8;
 const REST_SECONDS = 60; // a longer wait is no work
 
-let labels = [], bands = [], items = [], summary = {}, canDelete = true;
+let labels = [], bands = [], items = [], summary = {}, canDelete = true, several = false;
 let current = null, withDoubtful = false;
 const skipped = new Set(), done = [], times = [], kept = new Map();
 
@@ -106,6 +106,8 @@ function showOthers(item, found) {
   }));
 }
 
+const noun = () => (several ? "labels" : "label");
+
 function showWhy(item, found) {
   const lines = [];
   const line = (...parts) => {
@@ -114,16 +116,17 @@ function showWhy(item, found) {
     lines.push(node);
   };
   if (found.p_label !== null && item.suggested !== null) {
-    line(`Judges that did not see the label give `, named(item.label), ` ${percent(found.p_label)} and `, named(item.suggested), ` ${percent(found.p_suggested)}.`);
+    line(`Judges that did not see the ${noun()} give `, named(item.label), ` ${percent(found.p_label)} and `, named(item.suggested), ` ${percent(found.p_suggested)}.`);
   }
   const same = found.neighbours.filter((each) => each.label === item.suggested).length;
   const own = found.neighbours.filter((each) => each.label === item.label).length;
-  line(`Of the ${found.neighbours.length} nearest texts, ${same} ${same === 1 ? "has" : "have"} the suggested label, ${own} the given one.`);
+  line(`Of the ${found.neighbours.length} nearest texts, ${same} ${same === 1 ? "has" : "have"} the suggested ${noun()}, ${own} the given.`);
   for (const each of found.neighbours) {
-    if (each.is_near && each.label !== item.label && each.label !== null) line(`Row ${each.row} is nearly the same text, with the label `, named(each.label), ".");
+    if (each.is_near && each.label !== item.label && each.label !== null) line(`Row ${each.row} is nearly the same text, with the ${noun()} `, named(each.label), ".");
   }
   if (found.p_wrong !== null) {
-    line(found.p_wrong >= 0.5 ? `The label is wrong with a probability of ${percent(found.p_wrong)}.` : `The label is wrong with a probability of ${percent(found.p_wrong)} only; it is listed because of the above.`);
+    const wrong = several ? "The most doubtful label is wrong, or missing," : "The label is wrong";
+    line(found.p_wrong >= 0.5 ? `${wrong} with a probability of ${percent(found.p_wrong)}.` : `${wrong} with a probability of ${percent(found.p_wrong)} only; it is listed because of the above.`);
   }
   at("why").replaceChildren(...lines);
   at("near").replaceChildren(...found.neighbours.map((each) => {
@@ -165,7 +168,7 @@ async function act(work) {
 
 async function save(item, decision) {
   summary = await call("decisions", { row: item.row, label: decision?.label ?? null, delete: decision?.delete ?? false });
-  item.decision = decision;
+  item.decision = summary.decision; // a set of labels as the table writes it
   kept.clear(); // neighbours are shown with the labels that they have now
   at("problem").hidden = true;
 }
@@ -175,6 +178,7 @@ const decide = (label, remove = false) => act(async () => {
   if (!item || (label === null && !remove)) return;
   const before = item.decision;
   await save(item, { label: remove ? null : label, delete: remove });
+  label = item.decision.label;
   times.push(Math.min(REST_SECONDS, (performance.now() - shownAt) / 1000));
   done.push({ item, before });
   skipped.delete(item.row);
@@ -224,7 +228,9 @@ function found(text) {
     if (name.split(/[^\p{L}\p{N}]+/u).some((word) => word.startsWith(wanted))) return 2;
     return name.includes(wanted) ? 3 : 4;
   };
-  return labels.filter((label) => rank(label) < 4).sort((a, b) => rank(a) - rank(b)).slice(0, MOST_SHOWN);
+  const matching = labels.filter((label) => rank(label) < 4).sort((a, b) => rank(a) - rank(b)).slice(0, MOST_SHOWN);
+  // Any set of labels may be written; the server says what is none
+  return several && !matching.includes(text.trim()) ? [...matching, text.trim()] : matching;
 }
 
 function showMatches(names, place = 0) {
@@ -354,7 +360,8 @@ document.addEventListener("keydown", (event) => {
 act(async () => {
   const all = await call("rows");
   ({ labels, bands, items, summary } = all);
-  canDelete = all.can_delete;
+  [canDelete, several] = [all.can_delete, all.multi_label];
+  if (several && items.length) at("other").placeholder = `all labels, such as ${items[0].label}`;
   at("run").textContent = summary.run;
   await goOn();
 });

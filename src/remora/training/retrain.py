@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from remora.config import RetrainConfig, TrainConfig, several_labels
+from remora.config import RetrainConfig, TrainConfig
 from remora.data.corrections import RELABEL
 from remora.data.dataset import Dataset, load_again
 from remora.errors import DataError
@@ -52,7 +52,6 @@ def retrain_run(
 
 def _corrected(config: RetrainConfig) -> tuple[TrainConfig, Dataset]:
     """Return the settings of the new run, and its rows."""
-    several_labels.refuse(run_directory.read_settings(config.run), "retrain")
     path = config.corrections or config.run / RELABEL
     if config.corrections is None and not path.is_file():
         raise DataError(

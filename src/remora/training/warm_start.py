@@ -52,10 +52,10 @@ def load_adapter_of(
                 f"{run} was trained with {_setting(name, there)}; give the same, so that its "
                 "labels keep their answers"
             )
-    if card.multi_label:
+    if card.multi_label != prompt.multi_label:
+        there, here = ("several labels", "one each") if card.multi_label else ("one", "several")
         raise ConfigError(
-            f"{run} gives a message several labels, and these rows have one each; begin with the "
-            "base model"
+            f"{run} gives a message {there}, and these rows have {here}; begin with the base model"
         )
     places = {label: index for index, label in enumerate(card.classes)}
     rows = [places.get(label) for label in prompt.classes]
