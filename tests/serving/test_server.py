@@ -72,7 +72,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
         ([bank, "--token-file", str(tmp_path / "empty")], 2, "empty"),
         ([bank, f"bank={bank}"], 2, "two adapters are named bank"),
         ([f"a b={bank}"], 2, "named 'a b'"),
-        ([], 2, "adapter"),
+        ([], 2, "needs ADAPTERS"),
         ([bank, "--port", "70000", "--max-texts", "0"], 2, "port is 70000.*max_texts is 0"),
         ([bank, "--max-body", "much"], 2, "max_body is 'much'"),
         ([bank, "--max-queue", "5"], 2, "max_queue is 5; give at least max_texts"),

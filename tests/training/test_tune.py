@@ -69,7 +69,7 @@ def test_the_best_trial_becomes_a_run_and_a_killed_search_ends_the_same(
     killed_at = sum(each.evaluations for each in whole.trials[:2]) + 2
     with pytest.raises(Killed):
         tune.tune(replace(settings, checkpoint_minutes=0), reporter=Killer())
-    journal = (settings.output / "support-base0-tuning" / tune.JOURNAL).read_text()
+    journal = (settings.output / "support-base-tuning" / tune.JOURNAL).read_text()
     assert all(isinstance(json.loads(line), dict) for line in journal.splitlines())  # no pickle
     again = tune.tune(settings)
     assert shown(again) == shown(whole)

@@ -178,3 +178,19 @@ def test_the_plan_counts_the_smaller_layer() -> None:
     forward = 2 * skipped * (2 * 32 * 32 + 3 * 32 * 48)
     assert counted[1].operations - counted[0].operations >= 2 * forward  # and backward
     assert counted[0].saved < counted[1].saved
+
+
+def test_where_layers_are_called_in_turns_all_are_whole() -> None:
+    """HRM calls two stacks in turns, each several times; others call their layers twice."""
+    hierarchical = tiny_model_of("hrm_text", 97, torch.float32)
+    last_layer.install(hierarchical)
+    assert not last_layer.uninstall(hierarchical)
+
+    model = tiny_model("llama", torch.float32)
+    last_layer.install(model)
+    assert last_layer.uninstall(model)
+    stack = model.model.layers
+    model.model.layers = nn.ModuleList([*stack, *stack])
+    model.config.num_hidden_layers *= 2
+    last_layer.install(model)
+    assert not last_layer.uninstall(model)

@@ -6,16 +6,19 @@ layer are needed at the predictors only; keys and values at all tokens. Each of 
 rows of the predictors, and its output is zero elsewhere, which nothing reads: results and gradients
 are the same. In a token tree most tokens predict nothing.
 
-Which layers have these parts is known by the parts' names; what they compute is for the start-up
-check to judge, which has the whole layer computed if results differ.
+A layer has these parts by their names. That it is the last one, and called once, is seen in a
+forward pass over a few tokens: some models call their layers in turns, or in several stacks.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from remora.runtime import memory
 
 ARGUMENT = "tree_kept"
 """The predictors [P], an argument of the model's forward that it hands to its attention."""
@@ -25,28 +28,49 @@ _INSTALLED = "remora_last_layer"
 
 def install(model: nn.Module) -> None:
     """Let a model compute its last decoder layer at the predictors, if it is given them."""
-    layer = _last(model)
-    if layer is not None and _INSTALLED not in layer.__dict__:
-        layer.__dict__[_INSTALLED] = _LastLayer(layer).hook()
+    if not any(_INSTALLED in module.__dict__ for module in model.modules()):
+        layer = _last_called(model)
+        if layer is not None:
+            layer.__dict__[_INSTALLED] = _LastLayer(layer).hook()
 
 
 def uninstall(model: nn.Module) -> bool:
     """Have the whole layer computed from now on; return whether it was not."""
-    layer = _last(model)
-    handles = [] if layer is None else layer.__dict__.pop(_INSTALLED, [])
+    handles = [h for module in model.modules() for h in module.__dict__.pop(_INSTALLED, [])]
     for handle in handles:
         handle.remove()
     return bool(handles)
 
 
-def _last(model: nn.Module) -> Any:
-    """Return the last layer that has all parts; None if no layer has."""
-    found = None
-    for module in model.modules():
-        attention, mlp = (getattr(module, name, None) for name in ("self_attn", "mlp"))
-        if isinstance(mlp, nn.Module) and hasattr(attention, "q_proj"):
-            found = module if hasattr(attention, "o_proj") else found
-    return found
+@torch.no_grad()
+def _last_called(model: nn.Module) -> Any:
+    """Return the layer that a forward pass calls last, and once; None if there is no such layer."""
+    order: list[nn.Module] = []
+    layers = [module for module in model.modules() if _has_parts(module)]
+    handles = [
+        layer.register_forward_pre_hook(lambda called, _: order.append(called)) for layer in layers
+    ]
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        causal = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device).tril()
+        model(input_ids=ids, attention_mask=causal, use_cache=False)
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        if memory.is_exhausted(error):
+            raise
+        order = layers[-1:] if device.type == "meta" else []  # for a plan, which counts
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return order[-1] if order and order.count(order[-1]) == 1 else None
+
+
+def _has_parts(module: nn.Module) -> bool:
+    attention, mlp = (getattr(module, name, None) for name in ("self_attn", "mlp"))
+    parts = ("q_proj", "o_proj")
+    return isinstance(mlp, nn.Module) and all(hasattr(attention, name) for name in parts)
 
 
 class _LastLayer:
