@@ -51,11 +51,12 @@ def _last_called(model: nn.Module) -> Any:
         layer.register_forward_pre_hook(lambda called, _: order.append(called)) for layer in layers
     ]
     was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    model.train()  # in the other mode bitsandbytes packs weights for a CPU
     try:
         ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
         causal = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device).tril()
-        model(input_ids=ids, attention_mask=causal, use_cache=False)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model(input_ids=ids, attention_mask=causal, use_cache=False)
     except (RuntimeError, TypeError, ValueError, ImportError) as error:
         if memory.is_exhausted(error):
             raise
