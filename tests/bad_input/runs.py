@@ -57,6 +57,11 @@ def several_relabelled(shop: Workshop, decision: str) -> list[str]:
 
 
 CASES: list[Case] = [
+    (
+        "corrections written over the table",
+        2,
+        lambda s: [*relabelled(s, "1", "x", "y", ""), "--output", "good.csv"],
+    ),
     ("a retraining of nothing", 3, lambda s: ["retrain", "runs/none"]),
     ("an export of no run", 3, lambda s: ["export", "runs/none", "--merge"]),
     ("an export of an unfinished run", 3, lambda s: of_unfinished(s, "export", "--merge")),

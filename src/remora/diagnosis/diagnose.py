@@ -213,14 +213,15 @@ def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
         Its path, and how many rows were corrected and deleted.
 
     Raises:
+        ConfigError: If that is the training table itself.
         DataError: If the decisions do not fit the table.
     """
     assert config.apply is not None
     settings, _, everything = load(config)
-    given = rows_as_given(settings, everything)
-    cleaned, num_corrected, num_deleted = suspect_list.apply(config.apply, given)
     path = config.output or config.run / "cleaned.csv"
     files.refuse_source(path, settings.data, "--output")
+    given = rows_as_given(settings, everything)
+    cleaned, num_corrected, num_deleted = suspect_list.apply(config.apply, given)
     suspect_list.write_table(path, cleaned)
     return path, num_corrected, num_deleted
 
