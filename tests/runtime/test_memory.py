@@ -84,6 +84,29 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     assert memory.free_bytes(CPU) == 300
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
+def test_addresses_that_a_run_has_taken_are_not_kept_free_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import resource
+
+    status = {"VmSize": 1_000_000_000, "VmRSS": 400_000_000}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (2_000_000_000, -1))
+    monkeypatch.setattr(memory, "_status_bytes", status.get)
+    memory._addresses_at_first.cache_clear()
+    try:
+        at_plan = memory._address_bytes()
+        assert at_plan == 1_000_000_000 - memory.ADDRESS_BYTES
+        status["VmSize"] += 300_000_000  # arenas and libraries
+        assert memory._address_bytes() == at_plan
+        status |= {"VmSize": 1_500_000_000, "VmRSS": 600_000_000}  # 200 MB of arrays
+        assert memory._address_bytes() == at_plan - 200_000_000
+        status["VmSize"] += 200_000_000  # more than foreseen
+        assert memory._address_bytes() == 300_000_000
+    finally:
+        memory._addresses_at_first.cache_clear()
+
+
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system without resource, /proc and glibc, whose processes say their own peak."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import re
@@ -18,7 +19,8 @@ KEPT_KERNELS = 128
 
 ADDRESS_BYTES = 400_000_000
 """Addresses, not memory, that a run takes: glibc reserves 64 MiB for each of three threads, and
-the libraries of the baseline are mapped at the end. A limit on the address space counts them."""
+the libraries of the baseline are mapped at the end. A limit on the address space counts them, so
+what is not taken yet is kept free."""
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
@@ -212,7 +214,19 @@ def _address_bytes() -> int | None:
     used = _status_bytes("VmSize")
     if limit == resource.RLIM_INFINITY or used is None:
         return None
-    return max(0, limit - used - ADDRESS_BYTES)
+    taken = _addresses_alone() - _addresses_at_first()
+    return max(0, limit - used - max(0, ADDRESS_BYTES - taken))
+
+
+def _addresses_alone() -> int:
+    """Return the bytes of the address space that hold no memory now."""
+    return (_status_bytes("VmSize") or 0) - (_status_bytes("VmRSS") or 0)
+
+
+@functools.cache
+def _addresses_at_first() -> int:
+    """Return what `_addresses_alone` was when a run first asked, before it took its own."""
+    return _addresses_alone()
 
 
 def _status_bytes(name: str) -> int | None:
