@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from conftest import WORDS, call
+from on_ray import StandIn
 from remora import Predictor, TextClassifier
 from remora.config import TrainConfig
 from remora.data.label_sets import labels_in
@@ -25,6 +27,7 @@ from remora.evaluation.predictions import ScoredSets
 from remora.models import metadata, saved
 from remora.report import pages
 from remora.runtime.reporter import Reporter, Validation
+from remora.serving import predict, ray_engine, ray_workers
 from remora.training import tune
 from remora.training.run import train
 
@@ -193,6 +196,51 @@ def test_predictions_have_the_form_of_the_training_table(
         assert ranked[0]["probability"] >= ranked[1]["probability"]
     assert not found[3].get("labels")
     assert not found[3]["probabilities"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form"),
+    [
+        (".csv", {"label_columns": LABELS}),
+        (".csv", {"split_labels_at": "|"}),
+        (".jsonl", {}),
+        (".parquet", {}),
+    ],
+)
+def test_ray_gives_the_rows_of_predict(
+    place: Path,
+    tmp_path: Path,
+    form: dict[str, Any],
+    suffix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = with_form(place, tmp_path / "run", **form)
+    cells = [[i, x] for i, x in enumerate([*MESSAGES, "", *MESSAGES])]
+    table = write_csv(tmp_path / "in.csv", ["id", "text"], cells)
+    monkeypatch.setattr(ray_workers, "connected", lambda _: contextlib.nullcontext(StandIn()))
+    monkeypatch.setattr(ray_workers, "require", lambda: None)
+    monkeypatch.setattr(ray_engine, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(predict, "BATCH_ROWS", 2)  # rows beside others are rounded otherwise
+    given = ("predict", run, table, "--precision", "float32", "--model", place / "base")
+    alone, parts = tmp_path / f"alone{suffix}", tmp_path / f"parts{suffix}"
+    assert call(*given, "--output", alone) == 0
+    more = ("--engine", "ray", "--part-rows", 4, "--device", "cpu", "--worker-cores", 1)
+    assert call(*given, *more, "--output", parts) == 0
+    paths = sorted(parts.glob("part-*"))
+    assert len(paths) == 2
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        read = [pyarrow.parquet.read_table(path) for path in paths]
+        assert pyarrow.concat_tables(read).equals(pyarrow.parquet.read_table(alone))
+    else:
+        lines = [path.read_text(encoding="utf-8").splitlines() for path in paths]
+        header = 1 if suffix == ".csv" else 0
+        assert lines[0] + lines[1][header:] == alone.read_text(encoding="utf-8").splitlines()
+    capsys.readouterr()
+    assert call(*given, *more, "--output", parts, "--abstain-at-accuracy", 0.9) == 2
+    assert "abstain_at_accuracy is for models of one label a row" in capsys.readouterr().err
 
 
 def test_a_predictor_answers_batches_of_every_kind(place: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
+from remora.config import PredictConfig
 from remora.data.label_sets import LabelForm, labels_in
-from remora.serving.prediction_files import Levels, Ranked, Writer, free_names
+from remora.models.metadata import AdapterCard
+from remora.serving.prediction_files import Levels, Ranked, Writer, free_names, open_writer
 
 
 class LabelSetColumns:
@@ -73,3 +77,37 @@ class LabelSetWriter:
     def close(self) -> None:
         """Write the end."""
         self._writer.close()
+
+
+@contextlib.contextmanager
+def open_predictions(
+    config: PredictConfig,
+    card: AdapterCard,
+    columns: Sequence[str],
+    schema: Any,
+    output: str | Path | TextIO,
+) -> Iterator[Writer]:
+    """Open what writes a model's predictions, of one label a row or several.
+
+    Args:
+        config: The settings.
+        card: What the model's adapter says of it.
+        columns: The input's columns that are kept.
+        schema: Their schema of Arrow, None where the format has none.
+        output: A file's name, or where to write CSV or JSON lines.
+
+    Raises:
+        DataError: If the format cannot hold the input's values.
+        ResourceError: If the disk fails.
+    """
+    if not card.multi_label:
+        with open_writer(config, columns, schema, output, card.num_upper_levels) as writer:
+            yield writer
+        return
+    of_sets = LabelSetColumns(card.labels, card.label_form, columns)
+    whole = of_sets.schema()
+    for field in schema or ():
+        whole = whole.append(field)
+    names = [*columns, *of_sets.names]
+    with open_writer(config, names, whole, output, are_whole=True) as writer:
+        yield LabelSetWriter(of_sets, writer)

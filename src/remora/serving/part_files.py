@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from remora.config import PredictConfig
 from remora.data import locations
 from remora.data.locations import Location
 from remora.errors import ConfigError, DataError, ResourceError
 from remora.formatting import one_line, quote
 from remora.runtime import files
-from remora.serving.prediction_files import Writer, check_format, open_writer
+from remora.serving.prediction_files import Writer, check_format
 from remora.serving.predictor import Answer
 
 JOURNAL, LOCK = "_remora.json", "_remora.lock"
@@ -123,10 +122,8 @@ class PartFolder:
     def write(
         self,
         answered: Iterator[tuple[int, list[Row], list[Answer]]],
-        config: PredictConfig,
-        columns: Sequence[str],
-        schema: Any,
-        num_levels: int = 0,
+        part_rows: int,
+        opened: Callable[[Path], contextlib.AbstractContextManager[Writer]],
         advance: Callable[[int], object] = lambda num_rows: None,
     ) -> None:
         """Write the parts that are not there yet.
@@ -135,10 +132,8 @@ class PartFolder:
 
         Args:
             answered: The source of each batch, its rows and their answers, in order.
-            config: The settings.
-            columns: The input's columns that are kept.
-            schema: Their schema of Arrow, None where the format has none.
-            num_levels: Levels above the labels.
+            part_rows: Rows after which a part ends.
+            opened: Opens what writes a part to a path.
             advance: Called with the number of rows that are written now.
 
         Raises:
@@ -149,7 +144,7 @@ class PartFolder:
         while batch is not None:
             source = batch[0]
             began, num_rows, num_withheld = time.monotonic(), 0, 0
-            with self._part(config, columns, schema, num_levels) as (name, writer):
+            with self._part(opened) as (name, writer):
                 while batch is not None and batch[0] == source:
                     _, rows, answers = batch
                     for (_, values), answer in zip(rows, answers, strict=True):
@@ -158,7 +153,7 @@ class PartFolder:
                     num_rows += len(rows)
                     advance(len(rows))
                     batch, error = _next(answered)
-                    if num_rows >= config.part_rows or time.monotonic() - began > PART_SECONDS:
+                    if num_rows >= part_rows or time.monotonic() - began > PART_SECONDS:
                         break
             self.journal.parts.append(
                 {"name": name, "source": source, "rows": num_rows, "withheld": num_withheld}
@@ -174,18 +169,18 @@ class PartFolder:
 
     @contextlib.contextmanager
     def _part(
-        self, config: PredictConfig, columns: Sequence[str], schema: Any, num_levels: int
+        self, opened: Callable[[Path], contextlib.AbstractContextManager[Writer]]
     ) -> Iterator[tuple[str, Writer]]:
         """Open the writer of the next part; it is in its place when the context ends."""
         name = f"part-{len(self.journal.parts):05}{self.suffix}"
         if not locations.is_url(self.url):
             path = Path(self._path) / name
-            with open_writer(config, columns, schema, path, num_levels) as writer:
+            with opened(path) as writer:
                 yield name, writer
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
-            with open_writer(config, columns, schema, path, num_levels) as writer:
+            with opened(path) as writer:
                 yield name, writer
             with self._writing():
                 self._system.put_file(str(path), f"{self._path}/{name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TextIO
@@ -22,8 +21,8 @@ from remora.models.saved import open_trained
 from remora.runtime import files
 from remora.runtime.reporter import Reporter
 from remora.serving import pauses
-from remora.serving.label_set_columns import LabelSetColumns, LabelSetWriter
-from remora.serving.prediction_files import Ranked, Writer, check_output, open_writer
+from remora.serving.label_set_columns import open_predictions
+from remora.serving.prediction_files import Ranked, check_output
 from remora.serving.predictor import BATCH_ROWS, Answer, Predictor
 from remora.tree import scoring
 
@@ -64,7 +63,10 @@ def write_predictions(
     num_rows = num_withheld = 0
     # Errors of the model or the table come before anything is written.
     first = next(answered)
-    with _writer(config, predictor, stream, config.output or output) as writer:
+    card = predictor.trained.card
+    with open_predictions(
+        config, card, stream.columns, stream.schema, config.output or output
+    ) as writer:
         batch: list[tuple[str | None, list[object], Answer]] | None = first
         while batch is not None:
             for _, values, answer in batch:
@@ -77,26 +79,6 @@ def write_predictions(
         say(line)
     if predictor.threshold is not None:
         say(withheld(num_withheld, num_rows, predictor.threshold))
-
-
-@contextlib.contextmanager
-def _writer(
-    config: PredictConfig, predictor: Predictor, stream: Stream, output: str | TextIO
-) -> Iterator[Writer]:
-    """Open what writes predictions, of one label a row or several."""
-    card = predictor.trained.card
-    if not card.multi_label:
-        num_levels = card.num_upper_levels
-        with open_writer(config, stream.columns, stream.schema, output, num_levels) as writer:
-            yield writer
-        return
-    columns = LabelSetColumns(card.labels, card.label_form, stream.columns)
-    schema = columns.schema()
-    for field in stream.schema or ():
-        schema = schema.append(field)
-    names = [*stream.columns, *columns.names]
-    with open_writer(config, names, schema, output, are_whole=True) as writer:
-        yield LabelSetWriter(columns, writer)
 
 
 def withheld(num_withheld: int, num_rows: int, threshold: float) -> str:

@@ -8,6 +8,7 @@ is written once whoever dies: a part is whole or not there, and no other process
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from remora.data import locations
 from remora.data.locations import Location
 from remora.data.parts import ReadOptions, Remarks
 from remora.data.table import Stream, open_part
-from remora.errors import ConfigError, DataError
+from remora.errors import DataError
 from remora.formatting import listed
 from remora.models import metadata, saved
 from remora.models.metadata import AdapterCard
@@ -27,6 +28,7 @@ from remora.runtime import files
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
 from remora.serving import pauses, ray_workers
+from remora.serving.label_set_columns import open_predictions
 from remora.serving.part_files import PartFolder, Row
 from remora.serving.predict import withheld
 from remora.serving.prediction_files import ROW_GROUP_ROWS, check_format, input_schema
@@ -36,6 +38,7 @@ from remora.serving.predictor import (
     Predictor,
     check_top_k,
     find_threshold,
+    find_thresholds,
 )
 from remora.serving.ray_workers import Workers
 
@@ -73,13 +76,9 @@ def write_parts(config: PredictConfig, reporter: Reporter | None = None) -> None
     # What there is to do, and what is done
     ray_workers.require()
     card, num_weights = saved.find_weights(config.adapter, base=config.model)
-    if card.multi_label:
-        raise ConfigError(
-            f"engine ray is for models of one label a row, and {config.adapter} gives several; "
-            "leave out --engine, or use Predictor in Ray Data"
-        )
     check_top_k(config, card.labels)
-    threshold = find_threshold(config, card.labels)
+    find_thresholds(config, card)  # refuses what is not for several labels
+    threshold = None if card.multi_label else find_threshold(config, card.labels)
     sources = locations.find_files(config.source)
     columns, schema = _shared_columns(config, sources, card)
     folder = PartFolder(config.output, _settings(config, schema), sources)
@@ -96,7 +95,8 @@ def write_parts(config: PredictConfig, reporter: Reporter | None = None) -> None
             room = ray_workers.find_room(ray, config, num_weights)
             reporter.say(f"{len(sources):,} file{'' if len(sources) == 1 else 's'}; {room}")
             # The threshold as it is, since workers may lack the run that it was chosen on
-            config = dataclasses.replace(config, threshold=threshold, abstain_at_accuracy=None)
+            if threshold is not None:
+                config = dataclasses.replace(config, threshold=threshold, abstain_at_accuracy=None)
             workers: Workers[tuple[int, list[Row]]] = Workers(
                 ray, Predictor.of(config), room, reporter.say
             )
@@ -106,8 +106,8 @@ def write_parts(config: PredictConfig, reporter: Reporter | None = None) -> None
                 stop.check,
             )
             progress = _Progress(reporter, room.num_workers)
-            shape = columns, schema, card.num_upper_levels
-            folder.write(_with_rows(answered), config, *shape, progress.advance)
+            opened = functools.partial(open_predictions, config, card, columns, schema)
+            folder.write(_with_rows(answered), config.part_rows, opened, progress.advance)
             folder.finish()
 
     # What is worth a line
