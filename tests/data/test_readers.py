@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from data.test_table import LABELS, ROWS, TEXTS, write, write_csv, write_parquet
-from remora.data.table import Table, read_table
+from remora.data.table import Table, open_stream, read_table
 from remora.errors import DataError
 
 CSV_FAULTS = {
@@ -188,6 +190,20 @@ def test_faults_are_told_in_a_line_with_the_row(tmp_path, name, fault):
     assert message.startswith(str(path))
     for part in expected:
         assert part in message
+
+
+def test_what_was_read_of_a_parquet_file_is_not_kept(tmp_path):
+    random = np.random.default_rng(0)
+    texts = [random.bytes(500).hex() for _ in range(60_000)]  # which compress to half
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=2_000)
+    size = path.stat().st_size
+    assert size > 30e6
+    used = []
+    for number, _ in enumerate(open_stream(str(path)).rows):
+        if number % 20_000 == 10_000:
+            used.append(psutil.Process().memory_info().rss)
+    assert used[-1] - used[0] < size / 4
 
 
 @pytest.mark.parametrize("content", [b"not parquet", b"PAR1" + bytes(40) + b"PAR1", b""])

@@ -29,7 +29,8 @@ def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(stream) as file:
+        # With pre_buffer pyarrow keeps what it has read of the file until the end.
+        with pyarrow.parquet.ParquetFile(stream, pre_buffer=False) as file:
             columns = file.schema_arrow.names
             metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
             features = metadata.get("info", {}).get("features", {})
