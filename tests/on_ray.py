@@ -87,7 +87,15 @@ class StandIn:
     def wait(self, references: list[Any], num_returns: int, timeout: float) -> Any:
         if timeout == 0 and self.random.random() < 0.5:
             return [], references
-        ready = self.random.sample(references, self.random.randint(1, num_returns))
+        # An actor answers its calls in their order.
+        by_actor: dict[int, list[Any]] = {}
+        for each in references:
+            by_actor.setdefault(id(each.call.state), []).append(each)
+        queues, ready = list(by_actor.values()), list[Any]()
+        for _ in range(self.random.randint(1, num_returns)):
+            queue = self.random.choice(queues)
+            ready.append(queue.pop(0))
+            queues = [each for each in queues if each]
         return ready, [each for each in references if each not in ready]
 
     def get(self, reference: Any) -> Any:

@@ -55,6 +55,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     monkeypatch.setattr(ray_workers, "connected", connected)
     monkeypatch.setattr(ray_workers, "require", lambda: None)
     monkeypatch.setattr(ray_engine, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(ray_workers, "QUEUED_SECONDS", 0.0)  # the clock would decide who gets what
     return ray
 
 
@@ -98,6 +99,25 @@ def test_a_dead_worker_is_replaced_and_no_row_is_lost_or_repeated(
         assert lines.count("a worker died; another takes over its rows") == num_dead
 
 
+def test_quick_workers_have_more_batches_before_them(
+    run: Path, tmp_path: Path, ray: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, wait = write_rows(tmp_path / "a.csv"), ray.wait
+    waited, most = list[int](), list[int]()
+
+    def noted(references: list[Any], **given: Any) -> Any:
+        waited.append(len(references))
+        return wait(references, **given)
+
+    monkeypatch.setattr(ray, "wait", noted)
+    for seconds in (0.0, 1e6):
+        monkeypatch.setattr(ray_workers, "QUEUED_SECONDS", seconds)
+        waited.clear()
+        write(run, source, tmp_path / f"{seconds}.csv")
+        most.append(max(waited))
+    assert most[0] == 2 * ray_workers.QUEUED < most[1]
+
+
 def test_workers_that_die_again_and_again_end_the_run_and_its_parts_stay(
     run: Path, tmp_path: Path, ray: StandIn
 ) -> None:
@@ -108,9 +128,9 @@ def test_workers_that_die_again_and_again_end_the_run_and_its_parts_stay(
     kept = read_parts(out)
     assert 64 < len(kept) < NUM_ROWS
     ray.dies = lambda number: False
-    assert (
-        f"{len(kept) - 1} rows in 1 part are there already; resuming" in write(run, source, out)[0]
-    )
+    num_parts = len(journal(out)["parts"])
+    there = f"{len(kept) - 1} rows in {num_parts} part{'s' * (num_parts > 1)} are there already"
+    assert f"{there}; resuming" in write(run, source, out)[0]
     assert read_parts(out) == plain(run, source, tmp_path)
 
 

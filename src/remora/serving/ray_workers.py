@@ -28,11 +28,15 @@ from remora.models import metadata
 from remora.runtime.device import choose_precision
 from remora.serving.predictor import Answer, Predictor
 
-QUEUED = 2
-"""Batches that each worker has: one that it computes, and the next."""
+QUEUED, MOST_QUEUED = 2, 32
+"""Batches that each worker has, at least and at most: one that it computes, and the next ones."""
 
-AHEAD = 4
-"""Batches for each worker that may be read ahead of the one that is written next."""
+QUEUED_SECONDS = 1.0
+"""Work that each worker has before it, since a part that is written keeps this process that long
+from handing out more."""
+
+AHEAD = 2
+"""Times as many batches that may be read ahead of the one that is written next."""
 
 MAX_DEATHS = 3
 """Workers that may die over one batch, or while they load the model, before the run gives up."""
@@ -241,6 +245,7 @@ class _Worker(Generic[Tag]):
     actor: Any
     opening: Any  # the reference of its first call, None once it has the model
     batches: dict[Any, _Batch[Tag]] = field(default_factory=dict)  # by the references of the calls
+    since: float = 0.0  # when it was given its first batch, or has last answered
 
 
 class Workers(Generic[Tag]):
@@ -261,6 +266,7 @@ class Workers(Generic[Tag]):
         self._workers: list[_Worker[Tag]] = []
         self._began, self._told = time.monotonic(), False  # of the wait for the first worker
         self._num_deaths = 0  # while loading, since a worker has last loaded the model
+        self._seconds: float | None = None  # of a worker for a batch, a moving average
         for _ in range(room.num_workers):
             self._start()
 
@@ -284,7 +290,7 @@ class Workers(Generic[Tag]):
         failed: BaseException | None = None
         ended = False
         while True:
-            while not ended and len(waiting) < AHEAD * self._room.num_workers:
+            while not ended and len(waiting) < AHEAD * self._depth() * len(self._workers):
                 try:
                     tag, texts = next(batches)
                 except StopIteration:
@@ -311,12 +317,27 @@ class Workers(Generic[Tag]):
         actor = self._ray.remote(_Actor).options(**options).remote(self._predictor)
         self._workers.append(_Worker(actor, actor.open.remote()))
 
+    def _depth(self) -> int:
+        """Return how many batches each worker may have."""
+        if self._seconds is None:
+            return QUEUED
+        return min(MOST_QUEUED, QUEUED + int(QUEUED_SECONDS / max(self._seconds, 1e-3)))
+
+    def _time(self, worker: _Worker[Tag]) -> None:
+        """Note how long a worker took for a batch, now that its answers are here."""
+        now = time.monotonic()
+        seconds, worker.since = now - worker.since, now
+        before = seconds if self._seconds is None else self._seconds
+        self._seconds = 0.9 * before + 0.1 * seconds
+
     def _send(self, unsent: deque[_Batch[Tag]]) -> None:
         """Give each worker that has the model as many batches as it may have."""
-        for num_had in range(QUEUED):  # one for each, before a second for any
+        for num_had in range(self._depth()):  # one for each, before a second for any
             for worker in self._workers:
                 if unsent and worker.opening is None and len(worker.batches) == num_had:
                     batch = unsent.popleft()
+                    if num_had == 0:
+                        worker.since = time.monotonic()
                     worker.batches[worker.actor.answers.remote(batch.texts)] = batch
 
     def _receive(self, unsent: deque[_Batch[Tag]]) -> None:
@@ -347,6 +368,7 @@ class Workers(Generic[Tag]):
                     self._num_deaths = 0
                 else:
                     worker.batches.pop(reference).answers = answers
+                    self._time(worker)
 
     def _tell_of_waiting(self) -> None:
         if not self._told and time.monotonic() - self._began > PATIENCE_SECONDS:
