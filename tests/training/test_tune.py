@@ -76,6 +76,18 @@ def test_the_best_trial_becomes_a_run_and_a_killed_search_ends_the_same(
     assert again.figures["metrics"] == whole.figures["metrics"]
 
 
+def test_trials_are_compared_at_the_same_share_of_their_steps() -> None:
+    others = [{200: 0.1 * i, 500: 0.2 * i, 1000: 0.3 * i} for i in range(1, 5)]
+    assert not tune._is_behind({200: 0.0}, others)  # too early
+    assert not tune._is_behind({600: 0.0}, others[:3])  # too few
+    assert tune._is_behind({300: 0.2}, others)  # where the median is 0.25
+    assert not tune._is_behind({300: 0.26}, others)
+    assert tune._is_behind({300: 0.26, 500: 0.4}, others)  # 0.5
+    assert not tune._is_behind({300: 0.6, 500: 0.4}, others)  # its best counts
+    assert not tune._is_behind({300: 0.2}, [{400: 0.9}] * 4)  # not evaluated until then
+    assert tune._share(49, 245) == 200
+
+
 def test_labels_are_written_as_words_where_that_differs(config: TrainConfig) -> None:
     tuning = object.__new__(tune._Tuning)
     tuning.dataset = replace(load_data(config), labels=("card_arrival", "topUpFailed", "refund"))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ EPOCHS = 1 / 2, 2.0
 
 FIRST_PRUNED = 4
 """Trials that run to their end before others are compared with them."""
+
+SPARED = 250
+"""Thousandths of a trial's steps in which it is not compared yet."""
 
 JOURNAL, FILE, TRIAL, BEST = "journal.log", "trials.json", "trial", "best"
 
@@ -234,7 +238,7 @@ class _Tuning:
             storage=storage,
             direction="maximize",
             load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST_PRUNED, n_warmup_steps=1),
+            pruner=_pruner(),
         )
         wanted = {
             "data": self.dataset.summary.sha256,
@@ -252,7 +256,7 @@ class _Tuning:
         return study
 
     def _lost_evaluations(self) -> dict[int, float]:
-        """Close the trial that an earlier call was stopped in; return its evaluations by step."""
+        """Close the trial that an earlier call was stopped in; return its evaluations."""
         import optuna
 
         states, told = optuna.trial.TrialState, {}
@@ -271,10 +275,12 @@ class _Tuning:
         settings, began = self._settings(trial.params), time.monotonic()
         self._refuse_other_trial(place, trial.params)
         resumed = checkpoint.newest(place / resume.CHECKPOINTS, self.reporter.say)
-        reporter = _Pruning(self.reporter, trial, settings.metric or "accuracy")
+        num_steps = settings.num_steps(len(self.dataset.train))
+        reporter = _Pruning(self.reporter, trial, settings.metric or "accuracy", num_steps)
         if resumed:
-            for step in (each for each in told if each <= resumed.state["progress"]["step"]):
-                trial.report(told[step], step)
+            done = _share(resumed.state["progress"]["step"], num_steps)
+            for share in (each for each in told if each <= done):
+                trial.report(told[share], share)
         ended, best = "", None  # the value of its best evaluation
         try:
             with (
@@ -324,9 +330,9 @@ class _Tuning:
 class _Pruning(SayOnce):
     """Passes a trial's evaluations to Optuna too, which may end it."""
 
-    def __init__(self, reporter: Reporter, trial: Any, metric: str) -> None:
+    def __init__(self, reporter: Reporter, trial: Any, metric: str, num_steps: int) -> None:
         super().__init__(reporter)
-        self._trial, self._metric = trial, metric
+        self._trial, self._metric, self._num_steps = trial, metric, num_steps
 
     def validated(self, validation: Validation) -> None:
         import optuna
@@ -342,9 +348,45 @@ class _Pruning(SayOnce):
             "macro_f1": validation.macro_f1,
             "log_loss": -validation.loss,
         }
-        self._trial.report(values[self._metric], validation.step)
+        self._trial.report(values[self._metric], _share(validation.step, self._num_steps))
         if self._trial.should_prune():
             raise optuna.TrialPruned
+
+
+def _share(step: int, num_steps: int) -> int:
+    """Return the thousandths of a trial's steps that are done.
+
+    Evaluations are known to Optuna by these: at the same step a longer trial still has a higher
+    learning rate, which keeps it behind a shorter one that it may overtake.
+    """
+    return 1000 * step // num_steps
+
+
+def _pruner() -> Any:
+    """Return a pruner as Optuna's MedianPruner, which knows evaluations at the same step only."""
+    import optuna
+
+    class Pruner(optuna.pruners.BasePruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+            return _is_behind(trial.intermediate_values, [t.intermediate_values for t in complete])
+
+    return Pruner()
+
+
+def _is_behind(own: Mapping[int, float], others: Sequence[Mapping[int, float]]) -> bool:
+    """Whether a trial's best evaluation is below the median of the others' until then.
+
+    Args:
+        own: Its evaluations by the thousandths of its steps.
+        others: Those of trials that came to their end.
+    """
+    done = max(own)
+    if done < SPARED or len(others) < FIRST_PRUNED:
+        return False
+    until = [[value for share, value in each.items() if share <= done] for each in others]
+    best = [max(each) for each in until if each]
+    return bool(best) and max(own.values()) < statistics.median(best)
 
 
 def _result(trial: Any, settings: dict[str, Any]) -> TrialResult:
