@@ -3,8 +3,9 @@
 A model of one layer and 16 dimensions, trained for six steps, so that the work around the model is
 what is measured; short messages of the sample in the package, each with its number. First plain
 `predict` on the first rows, twice, since the difference of two runs leaves their start out. It has
-one thread, as each worker has: so small a model loses by more. Then `--engine ray` on all rows. CPU
-time and memory of all processes are looked up every second.
+one thread, as each worker has: so small a model loses by more. Then `--engine ray` on all rows, and
+plain `predict` again, since a machine is not always as fast. CPU time and memory of all processes
+are looked up every second.
 
     python benchmarks/ray_predict.py --rows 5000000 --folder build/ray_predict
 
@@ -56,14 +57,20 @@ def main() -> None:
 def compare(folder: Path, options: argparse.Namespace) -> None:
     num_plain = min(options.plain_rows, options.rows)
     run = train(folder)
-    plain = [predicted(folder, run, num_rows) for num_rows in (num_plain // 5, num_plain)]
+    sizes = num_plain // 5, num_plain
+    plain = [predicted(folder, run, num_rows, "before") for num_rows in sizes]
     out = folder / f"ray-{options.rows}.parquet"
     more = ["--engine", "ray", "--output", str(out), "--part-rows", str(options.part_rows)]
     more += ["--workers", str(options.workers), "--worker-cores", "1"]
     starts = measured(command(run, rows(folder, options.rows), *more), out)
-    check(out, options.rows, folder / f"plain-{num_plain}.parquet")
-    num_more = num_plain - num_plain // 5
-    alone = {what: num_more / (plain[1][what] - plain[0][what]) for what in ("cpu", "seconds")}
+    check(out, options.rows, folder / f"plain-{num_plain}-before.parquet")
+    plain += [predicted(folder, run, num_rows, "after") for num_rows in sizes]
+    num_more = 2 * (num_plain - num_plain // 5)
+    few, many, few_after, many_after = plain
+    alone = {
+        what: num_more / (many[what] - few[what] + many_after[what] - few_after[what])
+        for what in ("cpu", "seconds")
+    }
     report(starts, alone, options)
 
 
@@ -113,9 +120,9 @@ def rows(folder: Path, num_rows: int) -> Path:
     return begun.rename(path)
 
 
-def predicted(folder: Path, run: Path, num_rows: int) -> dict[str, Any]:
+def predicted(folder: Path, run: Path, num_rows: int, when: str) -> dict[str, Any]:
     """Return what plain `predict` took on the first rows; it is run once."""
-    out = folder / f"plain-{num_rows}.parquet"
+    out = folder / f"plain-{num_rows}-{when}.parquet"
     if not out.exists():
         for old in folder.glob(f"{out.name}.samples"):
             old.unlink()

@@ -116,14 +116,19 @@ def tune(config: TuneConfig) -> None:
     Takes the settings of train. The test rows are measured once, at the end.
     """
     from remora import display
+    from remora.evaluation import next_steps
     from remora.training import tune
 
     with display.TerminalReporter().live() as reporter:
         tuned = tune.tune(config, reporter=reporter)
+    steps = next_steps.told_next_steps(
+        lambda: next_steps.find_next_steps(Path(tuned.run)), reporter.say
+    )
     if config.json:
-        _print_json(tuned.to_dict())
+        _print_json(tuned.to_dict() | _as_json(steps))
     else:
         display.show_tuned(tuned)
+        display.show_next_steps(steps)
 
 
 @app.command(help_epilogue=examples("choose"))

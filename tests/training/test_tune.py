@@ -159,5 +159,8 @@ def test_the_command_shows_the_trials(
     out = capsys.readouterr().out
     assert "1 (given)" in out
     assert "validation rows chose them" in out
+    assert "\nwhat to do next\n1. " in out
     assert call("tune", config.data, *flags, "--json") == 0
-    assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["trials"]) == 2
+    assert told["next_steps"][0]["sentence"] in out

@@ -40,7 +40,10 @@ def _figures(option: Option) -> tuple[str, ...]:
 
 
 def show_tuned(tuned: Tuned, console: Console | None = None) -> None:
-    """Print the trials, the best first, and what its settings reach on the test rows."""
+    """Print the trials, the best first, and what its settings reach on the test rows.
+
+    Trials that ended early, and their best evaluation until then, come last.
+    """
     console = console or standard_output()
     names = list(tuned.trials[0].settings)
     table = figures_table("trial", *names, tuned.metric.replace("_", "-"), "evaluations", "time")
@@ -52,7 +55,7 @@ def show_tuned(tuned: Tuned, console: Console | None = None) -> None:
         trial = tuned.trials[place]
         given, early = place == 0, trial.ended
         table.add_row(
-            f"{place + 1}{' (given)' if given else ''}{', ended early' if early else ''}",
+            f"{place + 1}{' (given)' if given else ''}{' (early)' if early else ''}",
             *(f"{v:g}" if isinstance(v, float) else str(v) for v in trial.settings.values()),
             "" if trial.validation is None else f"{trial.validation:.4f}",
             str(trial.evaluations),
