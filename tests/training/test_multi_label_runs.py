@@ -438,8 +438,8 @@ def test_a_trial_is_pruned_by_the_micro_f1_of_its_evaluations() -> None:
     told: list[float] = []
     trial = SimpleNamespace(report=lambda value, step: told.append(value), should_prune=bool)
     seen = Validation(step=1, accuracy=0.1, loss=1.0, rows=9, best=True, micro_f1=0.5)
-    tune._Pruning(Reporter(), trial, "micro_f1").validated(seen)
-    tune._Pruning(Reporter(), trial, "micro_f1").validated(replace(seen, micro_f1=None))
+    tune._Pruning(Reporter(), trial, "micro_f1", 10).validated(seen)
+    tune._Pruning(Reporter(), trial, "micro_f1", 10).validated(replace(seen, micro_f1=None))
     assert told == [0.5, 0.1]  # where each row has one label, micro-F1 is accuracy
 
 

@@ -11,7 +11,7 @@ MAPPED_BYTES = 1 << 25
 """Arrays from this size on are mapped by glibc one by one, and given back when freed."""
 
 FRAGMENT_BYTES = 140_000_000
-FRAGMENTS = 0.3
+FRAGMENTS = 0.5
 LASTING_FRAGMENTS = 0.5
 """Smaller arrays are in its heap, which fragments as micro-batches keep changing length. Fragments
 are a constant, a share of the most that a step has in the heap, and a share of the arrays that are

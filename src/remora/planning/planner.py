@@ -184,7 +184,7 @@ class Planner:
         return Heaviest(
             rows=rows,
             bytes_per_token=(step.saved + step.logits + step.workspace) / largest,
-            limit_bytes=made.peak_bytes - min(allocator.FRAGMENT_BYTES, made.memory.fragments) // 2,
+            limit_bytes=made.peak_bytes - made.memory.fragments // 3,
         )
 
     def operations(self, made: Plan) -> float:
