@@ -18,7 +18,7 @@ from remora.data.dataset import Dataset, load_data
 from remora.data.prompt import Prompt, TokenSequence, common_prefix_length
 from remora.formatting import first_line
 from remora.models import hub, loading
-from remora.planning import allocator, timing
+from remora.planning import timing
 from remora.planning.alternatives import alternatives
 from remora.planning.plan import Components, Heaviest, Plan
 from remora.planning.process_memory import ProcessMemory
