@@ -211,7 +211,7 @@ def test_every_row_is_there_once_when_a_worker_on_another_host_is_killed(
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # by default they get what others leave
-    num_rows = 1_500
+    num_rows = 12_000  # some seconds' work
     source, out = write_rows(tmp_path / "a.csv", num_rows=num_rows), tmp_path / "out.csv"
     expected = plain(run, source, tmp_path)
     address = "10.77.0.1:6399"
