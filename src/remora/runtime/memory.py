@@ -20,7 +20,7 @@ KEPT_KERNELS = 128
 ADDRESS_BYTES = 400_000_000
 """Addresses, not memory, that a run takes: glibc reserves 64 MiB for each of three threads, and
 the libraries of the baseline are mapped at the end. A limit on the address space counts them, so
-what is not taken yet is kept free."""
+the rest is kept free."""
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
