@@ -37,6 +37,7 @@ from remora.config.help_pages import EXAMPLES, GROUPS, REST, examples
 from remora.errors import ConfigError, RemoraError, ResourceError
 from remora.formatting import listed, one_line
 from remora.runtime import launch
+from remora.runtime.stop import Stop, interruptible
 
 if TYPE_CHECKING:
     from remora.evaluation.findings import NextStep
@@ -80,8 +81,6 @@ def train(
     """
     if config.devices > 1 and launch.world_size() == 1:
         raise SystemExit(launch.run(config.devices, sys.argv[1:]))
-    from remora.runtime.stop import Stop
-
     stop = Stop()  # for signals outside the run, which has its own
     with stop.listening():
         from remora import display
@@ -249,7 +248,6 @@ def retrain(config: RetrainConfig) -> None:
     """
     from remora import display
     from remora.runtime import run_directory
-    from remora.runtime.stop import Stop
 
     devices = run_directory.read_settings(config.run).devices
     if devices > 1 and launch.world_size() == 1:
@@ -370,7 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
     app.config = ()
     try:
-        app.meta(given, exit_on_error=False, print_error=False)
+        with interruptible():
+            app.meta(given, exit_on_error=False, print_error=False)
     except BrokenPipeError:  # the reader of our output, such as head, has ended
         sys.stderr.close()
         return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +16,66 @@ from remora.errors import Stopped
 
 if TYPE_CHECKING:  # a request may come before torch is imported
     from remora.runtime.process_group import ProcessGroup
+
+
+AGAIN_SECONDS = 1.0
+"""Time after which an interrupt that was not obeyed is sent again."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C end what runs here, even if a library swallows it.
+
+    Python raises KeyboardInterrupt wherever the main thread is. In a destructor or a bare `except`
+    it is lost, and the program goes on. So it is sent again every second until it is out of here. A
+    `finally` that it passes is not disturbed, unless the user presses Ctrl-C again.
+
+    Nothing is done where SIGINT is ignored or has a handler already, or in another thread.
+
+    Raises:
+        KeyboardInterrupt: On SIGINT.
+    """
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    over, sent = threading.Event(), threading.Event()
+
+    def send_again() -> None:
+        while not over.wait(AGAIN_SECONDS):
+            sent.set()
+            if hasattr(signal, "pthread_kill"):  # it ends a wait of the main thread too
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            else:  # Windows
+                _thread.interrupt_main()
+
+    sender = threading.Thread(target=send_again, daemon=True)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        by_us = sent.is_set()
+        sent.clear()
+        if by_us and _is_leaving(sys.exc_info()[1]):
+            return
+        if not sender.is_alive() and not over.is_set():
+            sender.start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        over.set()
+        if sender.is_alive():
+            sender.join()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_leaving(error: BaseException | None) -> bool:
+    """Return whether what is handled now is an interrupt, or came of one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 class _StopNow(BaseException):
