@@ -27,13 +27,13 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--llama-cpp", type=Path, required=True)
-    parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_k_m"])
+    parser.add_argument("--types", nargs="*", default=["f16", "q8_0", "q4_k_m"])
     parser.add_argument("--model", help="the base model, if it has moved")
     parser.add_argument("--lora", action="store_true", help="the adapter alone too")
     options = parser.parse_args()
     found: dict[str, Any] = {"predict": by_predict(options)}
     with tempfile.TemporaryDirectory() as folder:
-        ways: list[dict[str, Any]] = [{"gguf": tuple(options.types)}]
+        ways: list[dict[str, Any]] = [{"gguf": tuple(options.types)}] if options.types else []
         ways += [{"gguf_lora": True}] * options.lora
         for number, way in enumerate(ways):
             config = ExportConfig(

@@ -1,10 +1,12 @@
 """Accuracy on Banking77: the stock PEFT + Trainer recipe against Remora, same hyperparameters.
 
-craftgpt-5m, a small real pretrained model; all training rows, all test rows, three seeds. Both arms
-train in float32 and are measured by the same closed-set scoring. Two processes of one thread each
-run side by side.
+craftgpt-5m, a small real pretrained model, on all training rows; or a model of real_models.py on a
+few of each class. All test rows, three seeds. Both arms begin with the same weights, compute in the
+same precision and are measured by the same closed-set scoring. Two processes of one thread each run
+side by side. What is finished is read, not repeated, so the long ones can be made one by one.
 
     python benchmarks/parity.py
+    python benchmarks/parity.py --model smollm2 --rows-per-class 10 --epochs 10 --seeds 0
 """
 
 from __future__ import annotations
@@ -15,29 +17,39 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import real_models
 import workload
 
 ARMS = ("stock", "remora")
-MODEL = workload.SHARED / "models" / "craftgpt-5m"
+CRAFTGPT = workload.SHARED / "models" / "craftgpt-5m"
+RATES = {"craftgpt-5m": 2e-3, "smollm2": 1e-3}
 BATCH = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=RATES, default="craftgpt-5m")
+    parser.add_argument("--rows-per-class", type=int, help="by default all rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, help="by default Remora's for the model")
+    parser.add_argument("--runs", type=Path, default=Path("runs/parity"))
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.learning_rate = options.learning_rate or RATES[options.model]
     if options.arm:
         print(json.dumps(run_arm(options)))
         return
     jobs = [(arm, seed) for seed in options.seeds for arm in ARMS]
     with ThreadPoolExecutor(2) as pool:
-        runs = list(pool.map(lambda job: start(*job, options), jobs))
+        runs = list(pool.map(lambda job: finished(*job, options), jobs))
     rows = []
     for run in runs:
         low, high = run["interval"]
@@ -48,6 +60,8 @@ def main() -> None:
                 f"{run['accuracy']:.2%}",
                 f"{low:.1%} to {high:.1%}",
                 f"{run['last_loss']:.3f}",
+                f"{run['examples_per_second']:.1f}",
+                f"{run['peak_bytes'] / 1e9:.2f} GB",
             ]
         )
     header = [
@@ -56,6 +70,8 @@ def main() -> None:
         "test accuracy",
         "95% interval",
         "mean loss, last 50 steps",
+        "examples/s",
+        "peak memory",
     ]
     workload.print_table(header, rows)
     means = {
@@ -66,27 +82,45 @@ def main() -> None:
         f"\nmean accuracy: stock {means['stock']:.2%}, Remora {means['remora']:.2%}, "
         f"difference {difference:+.2f} points"
     )
-    settings = {"epochs": options.epochs, "learning_rate": options.learning_rate}
-    workload.write("parity", {"settings": settings, "runs": runs, "means": means})
+    settings = {name: vars(options)[name] for name in SETTINGS}
+    name = "parity" if options.model == "craftgpt-5m" else f"parity-{options.model}"
+    workload.write(name, {"settings": settings, "runs": runs, "means": means})
+
+
+SETTINGS = ("model", "rows_per_class", "epochs", "learning_rate")
+
+
+def finished(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Return an arm's figures with a seed; train unless that is done with these settings."""
+    settings = {name: vars(options)[name] for name in SETTINGS}
+    name = "-".join(str(value) for value in settings.values())
+    path = options.runs / f"{name}-{arm}-{seed}.json"
+    if not path.is_file():
+        options.runs.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(start(arm, seed, options)), encoding="utf-8")
+    run = json.loads(path.read_text(encoding="utf-8"))
+    print(f"{arm}, seed {seed}: {run['accuracy']:.2%}", file=sys.stderr, flush=True)
+    return run
 
 
 def start(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--arm", arm, "--seeds", str(seed)]
-    command += ["--epochs", str(options.epochs), "--learning-rate", str(options.learning_rate)]
+    command += ["--model", options.model, "--epochs", str(options.epochs)]
+    command += ["--learning-rate", str(options.learning_rate)]
+    if options.rows_per_class:
+        command += ["--rows-per-class", str(options.rows_per_class)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{done.stderr}\nerror: {arm} with seed {seed} ended in {done.returncode}")
-    run = json.loads(done.stdout.splitlines()[-1])
-    print(f"{arm}, seed {seed}: {run['accuracy']:.2%}", file=sys.stderr, flush=True)
-    return run
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from remora.config import TrainConfig
-    from remora.data.dataset import load_dataset
+    from remora.data.dataset import limit_rows, load_dataset
     from remora.evaluation.metrics import measure
     from remora.training.loop import fit
     from remora.training.session import open_session
@@ -94,27 +128,31 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     (seed,) = options.seeds
+    small = options.model == "craftgpt-5m"
     config = TrainConfig(
         str(workload.SHARED / "data" / "banking77"),
-        model=str(MODEL),
+        model=str(CRAFTGPT if small else real_models.fetch(options.model)),
         validation_fraction=0.0,
         epochs=options.epochs,
         batch_size=BATCH,
         learning_rate=options.learning_rate,
         schedule="linear",
         warmup_fraction=0.05,
-        micro_batch_tokens=256,
-        precision="float32",
+        micro_batch_tokens=256 if small else None,
+        precision="float32" if small else "auto",
         device="cpu",
         seed=seed,
     )
     dataset = load_dataset(config.data, validation_fraction=0.0, seed=seed)
+    dataset = limit_rows(dataset, options.rows_per_class, seed)
     losses: list[float] = []
     with open_session(config, dataset) as session:
+        began = time.monotonic()
         if options.arm != "stock":
             fit(session, log=lambda record: losses.append(record["loss"]))
     if options.arm == "stock":  # outside, as Trainer has an Accelerator of its own
         losses = _fit_stock(session)
+    seconds, peak_bytes = time.monotonic() - began, workload.peak_memory_bytes()
     scorer = Scorer(session.model, session.prompt, tolerance=1, max_tokens=512)
     probabilities = scorer.probabilities(dataset.test.texts)
     predicted = [dataset.labels[i] for i in probabilities.argmax(1)]
@@ -125,6 +163,8 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
         "accuracy": metrics.accuracy,
         "interval": metrics.accuracy_interval,
         "last_loss": statistics.mean(losses[-50:]),
+        "examples_per_second": options.epochs * len(dataset.train) / seconds,
+        "peak_bytes": peak_bytes,
     }
 
 
@@ -169,6 +209,7 @@ def _fit_stock(session: Any) -> list[float]:
                 weight_decay=0.0,
                 max_grad_norm=config.max_grad_norm,
                 use_cpu=True,
+                bf16=session.precision.mixed_precision == "bf16",
                 logging_steps=1,
                 save_strategy="no",
                 report_to=[],
