@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from display.test_evaluation_results import printed
 from remora.display.export_results import show_export
 from remora.export.compress import Compressed, Point
 from remora.export.export import Exported
+from remora.export.gguf import Gguf, GgufFile
 from remora.export.merge import Parity
 
 
-def exported(result: Parity | Compressed) -> Exported:
+def exported(result: Parity | Compressed | Gguf) -> Exported:
     return Exported(
         directory=Path("out"), num_bytes=1_500_000, measured_on="test", result=result, plot=None
     )
@@ -39,6 +42,27 @@ def test_parity_is_printed_with_its_flips(num_flips: int, expected: str) -> None
     assert f"parity     {expected}" in shown
     assert "differ by at most 0.01, 0.05 allowed" in shown
     assert shown.rstrip().endswith("written    out, 1.5 MB")
+
+
+def test_types_of_gguf_are_told_apart_however_long_the_name_of_the_run() -> None:
+    files = [
+        GgufFile(
+            name=f"a-run-with-a-long-name-{kind}.gguf",
+            type=kind,
+            num_bytes=1_234_000_000,
+            accuracy=0.9,
+            num_differing=12,
+            greedy_accuracy=0.89,
+            num_greedy_differing=34,
+            rows_per_second=5.6,
+        )
+        for kind in ("f16", "q4_k_m")
+    ]
+    written = Gguf(num_rows=300, adapter_accuracy=0.91, files=tuple(files))
+    file = io.StringIO()
+    show_export(exported(written), Console(file=file, width=80))
+    rows = [line.split() for line in file.getvalue().splitlines()]
+    assert [row[0] for row in rows if row and row[-1] == "5.6"] == ["f16", "q4_k_m"]
 
 
 @pytest.mark.parametrize("cut_accuracy", [None, 0.8])

@@ -49,11 +49,11 @@ def _show_gguf(written: Gguf, rows: str, console: Console) -> None:
     """Print what llama.cpp answers with each file."""
     print_line(console, f"llama.cpp on {rows}, the adapter {written.adapter_accuracy:.2%}:")
     table = figures_table(
-        "file", "size", "accuracy", "other labels", "token by token", "other labels", "rows/s"
+        "type", "size", "accuracy", "other labels", "token by token", "other labels", "rows/s"
     )
     for each in written.files:
         table.add_row(
-            each.name,
+            each.type,
             spoken_file_bytes(each.num_bytes),
             f"{each.accuracy:.2%}",
             f"{each.num_differing:,}",
