@@ -50,6 +50,16 @@ def test_all_weights_learn_slower_than_an_adapter(width, method, rate):
     assert default_learning_rate(width, method) == pytest.approx(rate)
 
 
+def test_a_linear_head_learns_slower_than_words() -> None:
+    words, classes = config(answer="words"), config(answer="classes")
+    assert classes.rate(256) == words.rate(256) / 2
+    several = config(answer="classes", multi_label="on")
+    assert several.rate(256) == words.rate(256)
+    all_weights = config(answer="classes", method="full")
+    assert all_weights.rate(256) == config(method="full").rate(256)
+    assert config(answer="classes", learning_rate=1e-3).rate(256) == 1e-3
+
+
 WRONG = {
     "rank": 0,
     "alpha": 0.0,

@@ -45,6 +45,7 @@ from remora.config.checks import (
 )
 from remora.config.help_pages import grouped
 from remora.config.schedule import (
+    CLASSES_RATE,
     EVAL_SHARE,
     LEAST_EPOCHS,
     LEAST_EVAL_ROWS,
@@ -215,7 +216,7 @@ class TrainConfig:
     to 20."""
 
     learning_rate: LearningRate | None = None
-    """Peak learning rate of AdamW; by default chosen from the method and the model's width."""
+    """Peak learning rate of AdamW; by default chosen from method, answer and the model's width."""
 
     batch_size: Count = 32
     """Rows averaged over in one optimizer step, however they are split into micro-batches."""
@@ -421,9 +422,15 @@ class TrainConfig:
         """`max_time` in seconds; None without a limit."""
         return to_seconds(self.max_time or "")
 
+    @property
+    def has_slow_head(self) -> bool:
+        """Whether a linear head of one label a row and an adapter learn together."""
+        return self.answer == "classes" and self.multi_label != "on" and self.method != "full"
+
     def rate(self, width: int) -> float:
         """Return the peak learning rate for a model of a hidden size."""
         share = WARM_RATE if self.start_from else 1.0
+        share *= CLASSES_RATE if self.has_slow_head else 1.0
         return self.learning_rate or share * default_learning_rate(width, self.method)
 
     def num_steps(self, num_rows: int) -> int:
