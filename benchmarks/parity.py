@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rows-per-class", type=int, help="by default all rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, help="by default Remora's for the model")
+    parser.add_argument("--learning-rate", type=float, help=f"by default {RATES}")
     parser.add_argument("--runs", type=Path, default=Path("runs/parity"))
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -35,9 +35,11 @@ sys.exit(cli.main([]))
 
 
 @pytest.fixture(autouse=True)
-def default_handler() -> None:
+def default_handler() -> Iterator[None]:
     """A shell that starts the tests in the background has them ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_that_a_destructor_swallows_is_obeyed() -> None:

@@ -423,14 +423,14 @@ class TrainConfig:
         return to_seconds(self.max_time or "")
 
     @property
-    def has_slow_head(self) -> bool:
+    def learns_a_head(self) -> bool:
         """Whether a linear head of one label a row and an adapter learn together."""
         return self.answer == "classes" and self.multi_label != "on" and self.method != "full"
 
     def rate(self, width: int) -> float:
         """Return the peak learning rate for a model of a hidden size."""
         share = WARM_RATE if self.start_from else 1.0
-        share *= CLASSES_RATE if self.has_slow_head else 1.0
+        share *= CLASSES_RATE if self.learns_a_head else 1.0
         return self.learning_rate or share * default_learning_rate(width, self.method)
 
     def num_steps(self, num_rows: int) -> int:

@@ -153,7 +153,7 @@ def introduce(
     width = text_config(adapted).hidden_size
     if config.learning_rate is None:
         why = ", halved to learn on" if config.start_from else ""
-        why += ", halved for a linear head" if config.has_slow_head else ""
+        why += ", halved for a linear head" if config.learns_a_head else ""
         rate = config.rate(width)
         yield f"learning rate {rate:.1e}, the default for a hidden size of {width}{why}"
     if config.start_from:
