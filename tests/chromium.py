@@ -98,9 +98,16 @@ class Page:
         began = time.monotonic()
         url = path if isinstance(path, str) else path.resolve().as_uri()
         self.send("Page.navigate", url=url)
+        self._loaded()
+        return time.monotonic() - began
+
+    def reload(self) -> None:
+        self.send("Page.reload")
+        self._loaded()
+
+    def _loaded(self) -> None:
         while self._receive().get("method") != "Page.loadEventFired":
             pass
-        return time.monotonic() - began
 
     def run(self, script: str) -> Any:
         """Return what a JavaScript expression is worth."""
