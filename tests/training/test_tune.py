@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -24,6 +25,10 @@ def settings(config: TrainConfig) -> TuneConfig:
     values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
     values |= {"patience": 0, "baselines": ("none",), "learning_rate": 1e-3, "eval_steps": 5}
     return TuneConfig(**values, trials=4, search=("learning_rate", "rank"))
+
+
+class Killed(BaseException):
+    """What ends a process at once."""
 
 
 def shown(tuned: tune.Tuned) -> list[tuple]:
@@ -54,10 +59,6 @@ def test_the_best_trial_becomes_a_run_and_a_killed_search_ends_the_same(
     monkeypatch.undo()
     # Stopped within the third trial, by what ends a process at once, after its first evaluation
     shutil.rmtree(settings.output)
-
-    class Killed(BaseException):
-        pass
-
     evaluations = []
 
     class Killer(Reporter):
@@ -107,6 +108,56 @@ def test_what_is_written_is_searched_where_a_label_is_written(
     assert list(tuning._space()) == ["rank", "label_texts"][: 2 if answer == "words" else 1]
 
 
+def test_both_answers_are_tried_first_at_their_own_learning_rate(settings: TuneConfig) -> None:
+    searched = "learning_rate", "label_texts", "answer"
+    both = replace(settings, search=searched, trials=2, max_steps=4, learning_rate=None)
+    tuned = tune.tune(both)
+    words, classes = (trial.settings for trial in tuned.trials)
+    assert (words["answer"], classes["answer"]) == ("words", "classes")
+    assert words["learning_rate"] == pytest.approx(2 * classes["learning_rate"], rel=0.01)
+    card = json.loads((Path(tuned.run) / "adapter" / "remora.json").read_text(encoding="utf-8"))
+    assert card.get("answer", "words") == tuned.trials[tuned.best].settings["answer"]
+    classes_first = replace(both, answer="classes", name="other", trials=1)
+    assert tune.tune(classes_first).trials[0].settings == classes
+
+
+def test_a_search_of_answers_that_was_killed_ends_the_same(settings: TuneConfig) -> None:
+    both = replace(settings, search=("learning_rate", "answer"), trials=3, max_steps=4)
+    whole = tune.tune(both)
+
+    class Killer(Reporter):
+        num = 0
+
+        def validated(self, validation: Validation) -> None:
+            Killer.num += 1
+            if Killer.num > whole.trials[0].evaluations:
+                raise Killed
+
+    other = replace(both, name="killed", checkpoint_minutes=0)
+    with pytest.raises(Killed):
+        tune.tune(other, reporter=Killer())
+    assert shown(tune.tune(other)) == shown(whole)
+
+
+def test_classes_write_no_label_texts(settings: TuneConfig, config: TrainConfig) -> None:
+    tuning = object.__new__(tune._Tuning)
+    tuning.config, tuning.plain = settings, config
+    tuning.dataset = replace(load_data(config), labels=("card_arrival", "refund"))
+    written = {"label_texts": "words"}
+    assert tuning._settings(written).label_texts == {"card_arrival": "card arrival"}
+    assert tuning._settings(written | {"answer": "words"}).label_texts
+    assert not tuning._settings(written | {"answer": "classes"}).label_texts
+
+
+def test_answers_of_several_labels_are_not_searched(settings: TuneConfig, tmp_path: Path) -> None:
+    rows = [("a card is late", '["card", "late"]'), ("refund me please", '["refund"]')] * 20
+    table = tmp_path / "sets.csv"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    with pytest.raises(ConfigError, match="answered by classes only"):
+        tune.tune(replace(settings, data=str(table), search=("answer",)))
+
+
 def test_a_search_with_other_settings_is_refused(settings: TuneConfig) -> None:
     short = replace(settings, trials=1, max_steps=1)
     tune.tune(short)
@@ -122,6 +173,9 @@ def test_it_stops_when_asked_and_says_how_it_resumes(settings: TuneConfig) -> No
 WRONG = [
     (["--search", "rang"], "search has 'rang'; give some of learning_rate, rank"),
     (["--search", "rank", "--method", "full"], "there is no rank to search"),
+    (["--search", "answer", "--multi-label", "on"], "answered by classes only"),
+    (["--search", "answer", "--baselines", "zero-shot"], "leave out one of them"),
+    (["--search", "answer", "--metric", "log_loss"], "give --metric accuracy"),
     (["--trials", "0"], "trials is 0; give a whole number from 1"),
     (["--max-steps", "5"], "epochs cannot be searched"),
     (["--validation-fraction", "0"], "compares trials on validation rows"),

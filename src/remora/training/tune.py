@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig, TuneConfig
+from remora.config.checks import Answer
 from remora.config.several_labels import settled
 from remora.data.dataset import Dataset, load_data
 from remora.errors import ConfigError, DivergedError, ResourceError
 from remora.evaluation import results
 from remora.formatting import first_line
-from remora.models import hub, loading
+from remora.models import class_head, hub, loading
 from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter, SayOnce, Validation
 from remora.runtime.stop import Stop
@@ -123,10 +124,10 @@ class _Tuning:
 
         states = optuna.trial.TrialState
         done = states.COMPLETE, states.PRUNED
-        told = self._lost_evaluations()
+        begun, told = self._first_trials(), self._lost_evaluations()
         while (number := len(self.study.get_trials(states=done))) < self.config.trials:
-            if number == 0:
-                self.study.enqueue_trial(self._given())
+            if number < len(begun):
+                self.study.enqueue_trial(begun[number])
             self.study.sampler = optuna.samplers.TPESampler(seed=1000 * self.config.seed + number)
             self._try(self.study.ask(self.space), number, told)
             told = {}
@@ -155,10 +156,14 @@ class _Tuning:
     # What is searched
 
     def _space(self) -> dict[str, Any]:
-        """Return Optuna's distribution of each searched setting."""
+        """Return Optuna's distribution of each searched setting.
+
+        Raises:
+            ModelError: If answers are searched, and no head can score classes of this model.
+        """
         from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-        rate, epochs = self._rate(), self._epochs()
+        rate, epochs = self._rate(self.config), self._epochs()
         ranks = sorted({*RANKS, self.config.rank})
         low, high = (rate * factor for factor in RATES)
         fewest, most = (epochs * factor for factor in EPOCHS)
@@ -168,27 +173,44 @@ class _Tuning:
             "epochs": FloatDistribution(fewest, most, log=True),
             "label_texts": CategoricalDistribution(["labels", "words"]),
             "list_labels": CategoricalDistribution([False, True]),
+            "answer": CategoricalDistribution(["words", "classes"]),
         }
-        writes = self.config.answer in {None, "words"}
+        if "answer" in self.config.search:
+            class_head.describe(self._base(), self.dataset.labels)
+        writes = "answer" in self.config.search or self.config.answer == "words"
         if self.config.label_texts or not writes or not self._words():  # nothing else to write
             del space["label_texts"]
         return {name: space[name] for name in self.config.search if name in space}
 
-    def _given(self) -> dict[str, Any]:
-        """Return the settings as they were given, which are tried first."""
+    def _first_trials(self) -> list[dict[str, Any]]:
+        """Return what is tried first: the settings as given, then the same with the other answer.
+
+        Each has its own default learning rate.
+        """
+        first = [self._given(self.config)]
+        if "answer" in self.space:
+            answer: Answer = "words" if self.config.answer == "classes" else "classes"
+            first.append(self._given(replace(self.config, answer=answer)))
+        return first
+
+    def _given(self, config: TuneConfig) -> dict[str, Any]:
+        """Return the value that settings have for each of those that are searched."""
         given = {
-            "learning_rate": self._rate(),
-            "rank": self.config.rank,
+            "learning_rate": self._rate(config),
+            "rank": config.rank,
             "epochs": self._epochs(),
             "label_texts": "labels",
-            "list_labels": self.config.list_labels,
+            "list_labels": config.list_labels,
+            "answer": config.answer or "words",
         }
         return {name: given[name] for name in self.space}
 
-    def _rate(self) -> float:
-        folder = hub.find(self.config.model, weights=False)
-        width = loading.load_config(folder).get_text_config().hidden_size
-        return self.config.rate(width)
+    def _rate(self, config: TuneConfig) -> float:
+        return config.rate(self._base().get_text_config().hidden_size)
+
+    def _base(self) -> Any:
+        """Return the configuration of the base model."""
+        return loading.load_config(hub.find(self.config.model, weights=False))
 
     def _epochs(self) -> float:
         rows = len(self.dataset.train)
@@ -209,7 +231,7 @@ class _Tuning:
         values = dict(params)
         if "rank" in values:
             values["alpha"] = self.config.alpha * values["rank"] / self.config.rank
-        if values.pop("label_texts", "labels") == "words":
+        if values.pop("label_texts", "labels") == "words" and values.get("answer") != "classes":
             values["label_texts"] = self._words()
         return replace(self.plain, **values)
 
