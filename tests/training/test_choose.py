@@ -244,3 +244,65 @@ def test_the_command_trains_real_models(
     assert (tmp_path / "runs" / "support-choice" / "choice.html").is_file()
     assert call("choose", path, *flags, "--json") == 0
     assert json.loads(capsys.readouterr().out)["chosen"] is None
+
+
+SETS = {"card": "my card {}", "refund": "a refund {}", "top up": "my top up {}"}
+
+
+def test_several_labels_are_measured_by_micro_f1(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, pick = tmp_path / "sets.csv", random.Random(0)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        for number in range(200):
+            given = pick.sample(list(SETS), pick.choice([1, 2]))
+            texts = (SETS[label].format(pick.randrange(99)) for label in given)
+            noise = pick.choice([*SETS, None, None, None])  # so that no baseline is perfect
+            rows.writerow(
+                [
+                    f"{number} " + " and ".join(texts),
+                    json.dumps(given + [noise] * (noise not in (*given, None))),
+                ]
+            )
+    flags = ["--models", str(base), "--output", tmp_path / "runs", "--bar", "0.99"]
+    flags += ["--max-steps", "3", "--device", "cpu", "--precision", "float32"]
+    assert call("choose", path, *flags) == 0
+    shown = capsys.readouterr()
+    assert "micro-F1" in shown.out
+    assert "% micro-F1 (95% interval" in shown.err
+    assert "None clears 99.0%" in shown.out
+    assert call("choose", path, *flags, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    svm, model = told["options"]
+    assert model["run"] is not None
+    figures = json.loads((Path(model["run"]) / "evaluation.json").read_text(encoding="utf-8"))
+    assert model["micro_f1"] == figures["metrics"]["micro_f1"] != model["accuracy"]
+    assert model["micro_f1_interval"] == figures["metrics"]["micro_f1_interval"]
+    assert svm["micro_f1"] == figures["baseline"]["metrics"]["micro_f1"] > svm["accuracy"]
+    # Between the two figures of the baseline: it is micro-F1 that the bar is for
+    low = svm["micro_f1_interval"][0]
+    assert svm["accuracy_interval"][0] < low
+    assert call("choose", path, *flags[:-8], "--bar", str(low - 0.001), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["chosen"] == svm["name"]
+
+
+def test_what_a_larger_model_gains_on_sets_is_micro_f1() -> None:
+    true = ['["a", "b"]', '["a"]', '["b"]', "[]"] * 50
+    right, half = list(true), ['["a"]', '["a"]', '["b"]', '["b"]'] * 50
+
+    def run(predicted: list[str]) -> SimpleNamespace:
+        return SimpleNamespace(
+            multi_label=True,
+            labels=("a", "b"),
+            true=true,
+            predicted=predicted,
+            figures={"metrics": {"micro_f1": 0.6, "accuracy": 0.5}},
+        )
+
+    most, lead = choose.expected_at_most(run(half), run(half), run(right))
+    assert lead == pytest.approx(1 - 2 * 3 / (4 + 4))  # of 4 labels a block 3 are hit by 4 given
+    assert 0.6 + lead < most < 0.95
+    most, lead = choose.expected_at_most(run(half), run(half), run(half))
+    assert (most, lead) == (0.6, 0.0)

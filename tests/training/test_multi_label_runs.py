@@ -354,8 +354,8 @@ def test_lists_of_labels_fit_a_classifier(place: Path, tmp_path: Path) -> None:
         (("predict", "{run}", "{text}", "--abstain-at-accuracy", "0.9"), "abstain_at_accuracy"),
         (("eval", "{run}", "{data}", "--out-of-scope", "{text}"), "out_of_scope is for models of"),
         (
-            ("choose", "{data}", "--models", "{base}", "--bar", "0.9"),
-            "choose is for rows with one label",
+            ("choose", "{data}", "--models", "{base}", "--bar", "0.9", "--answer", "words"),
+            "answer is words and rows",
         ),
         (("train", "{data}", "--model", "{base}", "--answer", "words"), "answer is words and rows"),
         (

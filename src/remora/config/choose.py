@@ -24,7 +24,8 @@ class ChooseConfig(TrainConfig):
     """Base models to choose from, separated by commas, in any order."""
 
     bar: Accuracy
-    """Accuracy on the test rows that suffices, such as 0.93."""
+    """Accuracy on the test rows that suffices, such as 0.93; micro-F1 where rows have several
+    labels."""
 
     budget: Duration | None = None
     """Longest time to train and measure in all, such as 2h or 45m; a model that would take longer

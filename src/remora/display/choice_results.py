@@ -13,7 +13,9 @@ from remora.training.tune import Tuned
 def show_choice(choice: Choice, console: Console | None = None) -> None:
     """Print the options from cheap to dear, why some were not trained, and the one to take."""
     console = console or standard_output()
-    table = figures_table("option", "accuracy", "95% interval", "time", "memory", "weights")
+    of_sets = any(option.micro_f1 is not None for option in choice.options)
+    what = "micro-F1" if of_sets else "accuracy"
+    table = figures_table("option", what, "95% interval", "time", "memory", "weights")
     for option in choice.options:
         table.add_row(escaped(option.name), *_figures(option))
     console.print(table)
@@ -29,10 +31,10 @@ def show_choice(choice: Choice, console: Console | None = None) -> None:
 def _figures(option: Option) -> tuple[str, ...]:
     """Return the cells of an option; what was only planned begins with a tilde."""
     planned = "~" if option.left_out else ""
-    low, high = option.accuracy_interval or (0.0, 0.0)
+    low, high = option.interval or (0.0, 0.0)
     return (
-        "" if option.accuracy is None else f"{option.accuracy:.2%}",
-        "" if option.accuracy is None else f"{low:.1%} to {high:.1%}",
+        "" if option.reached is None else f"{option.reached:.2%}",
+        "" if option.reached is None else f"{low:.1%} to {high:.1%}",
         "" if option.seconds is None else planned + spoken_time(option.seconds),
         "" if option.peak_bytes is None else planned + spoken_bytes(option.peak_bytes),
         "" if option.num_bytes is None else spoken_bytes(option.num_bytes),

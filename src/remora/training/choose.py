@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from remora.config import ChooseConfig, CompareConfig, PlanConfig, TrainConfig
+from remora.config.several_labels import settled
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, DivergedError, ModelError, ResourceError
 from remora.evaluation import results, rivals
 from remora.evaluation.compare import Comparison, compare_runs, contender
+from remora.evaluation.multi_label import micro_f1_difference
 from remora.evaluation.results import Results
 from remora.evaluation.significance import difference_interval
 from remora.formatting import spoken_bytes, spoken_seconds, spoken_time
@@ -51,12 +53,24 @@ class Option:
     num_bytes: int | None = None  # of the weights needed to predict
     accuracy: float | None = None
     accuracy_interval: tuple[float, float] | None = None
+    micro_f1: float | None = None  # where rows have several labels; it clears the bar there
+    micro_f1_interval: tuple[float, float] | None = None
     left_out: str = ""  # why it was not trained
     run: str | None = None  # its directory
 
+    @property
+    def reached(self) -> float | None:
+        """The accuracy, or micro-F1 where rows have several labels; None if it was not measured."""
+        return self.accuracy if self.micro_f1 is None else self.micro_f1
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of what it reached."""
+        return self.accuracy_interval if self.micro_f1 is None else self.micro_f1_interval
+
     def clears(self, bar: float) -> bool:
         """Whether it reaches the bar with 95 % confidence."""
-        return self.accuracy_interval is not None and self.accuracy_interval[0] >= bar
+        return self.interval is not None and self.interval[0] >= bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +113,7 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.dataset = load_data(self.config.of(self.config.models[0]))
-        if self.dataset.multi_label:
-            raise ConfigError(
-                "choose is for rows with one label, and these have several; use remora train"
-            )
+        self.config = settled(self.config, is_multi_label=self.dataset.multi_label)
         for line in self.dataset.summary.lines():
             self.reporter.say(line)
         _, self.held_out = finish.held_out_rows(self.dataset)
@@ -151,11 +162,10 @@ class _Search:
             is_model=False,
             seconds=found.seconds,
             num_bytes=0,
-            accuracy=found.metrics.accuracy,
-            accuracy_interval=found.metrics.accuracy_interval,
+            **_measured(vars(found.metrics)),
         )
         self.options[option.name] = option
-        self.reporter.say(f"{option.name}: {_spoken_accuracy(option)}")
+        self.reporter.say(f"{option.name}: {_spoken(option)}")
         return option
 
     def _refuse(self, model: str, before: Results | None, told: str) -> str:
@@ -194,13 +204,13 @@ class _Search:
         )
 
     def _pilot_size(self) -> int:
-        counts = sorted(Counter(self.dataset.train.labels).values())
+        counts = sorted(Counter(self.dataset.train.strata).values())
         return max(LEAST_PILOT_ROWS, round(PILOT_SHARE * counts[len(counts) // 2]))
 
     def _pays(self, model: str) -> bool:
         """Whether a pilot takes so few steps that it is worth its time."""
         size = self._pilot_size()
-        counts = Counter(self.dataset.train.labels).values()
+        counts = Counter(self.dataset.train.strata).values()
         pilot = self.config.of(model).num_steps(sum(min(size, count) for count in counts))
         return pilot <= PILOT_STEPS * self.plans[model].num_steps
 
@@ -238,8 +248,7 @@ class _Search:
             seconds=rivals.seconds_of(run.figures),
             peak_bytes=measured.peak_memory_bytes,
             num_bytes=measured.num_bytes,
-            accuracy=measured.accuracy,
-            accuracy_interval=measured.accuracy_interval,
+            **_measured(run.figures["metrics"]),
             run=str(run.directory),
         )
         for each in rivals.of_figures(run.figures):
@@ -249,10 +258,9 @@ class _Search:
                     is_model=False,
                     seconds=each.seconds,
                     num_bytes=each.num_bytes,
-                    accuracy=each.accuracy,
-                    accuracy_interval=each.accuracy_interval,
+                    **_measured(vars(each)),
                 )
-        self.reporter.say(f"{model}: {_spoken_accuracy(self.options[model])}")
+        self.reporter.say(f"{model}: {_spoken(self.options[model])}")
         return run
 
     def _run(self, model: str, per_class: int | None, told: str) -> Results:
@@ -329,7 +337,16 @@ class _Search:
         return choice
 
     def _compare(self, runs: Sequence[Path]) -> Comparison:
-        return compare_runs(CompareConfig(tuple(runs), bar=self.config.bar))
+        # A comparison's bar is one of accuracy.
+        bar = None if self.dataset.multi_label else self.config.bar
+        return compare_runs(CompareConfig(tuple(runs), bar=bar))
+
+
+def _measured(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an option reached, of the metrics of a run or a baseline, with its intervals."""
+    names = ("accuracy", "micro_f1") if metrics.get("micro_f1") is not None else ("accuracy",)
+    reached = {name: metrics[name] for name in names}
+    return reached | {f"{name}_interval": tuple(metrics[f"{name}_interval"]) for name in names}
 
 
 def expected_at_most(before: Results, small: Results, large: Results) -> tuple[float, float]:
@@ -345,48 +362,55 @@ def expected_at_most(before: Results, small: Results, large: Results) -> tuple[f
         large: The larger one, trained on the same part.
 
     Returns:
-        That accuracy, and the lead on the part.
+        That accuracy, or micro-F1 where rows have several labels, and the lead on the part.
     """
-    pairs = list(zip(small.true, small.predicted, large.predicted, strict=True))
-    only_large = sum(big == true != other for true, other, big in pairs)
-    only_small = sum(other == true != big for true, other, big in pairs)
-    lead = (only_large - only_small) / len(pairs)
-    high = difference_interval(only_large, only_small, len(pairs))[1]
-    reached = float(before.figures["metrics"]["accuracy"])
+    if before.multi_label:
+        lead, (_, high) = micro_f1_difference(
+            small.labels, small.true, large.predicted, small.predicted
+        )
+        reached = float(before.figures["metrics"]["micro_f1"])
+    else:
+        pairs = list(zip(small.true, small.predicted, large.predicted, strict=True))
+        only_large = sum(big == true != other for true, other, big in pairs)
+        only_small = sum(other == true != big for true, other, big in pairs)
+        lead = (only_large - only_small) / len(pairs)
+        high = difference_interval(only_large, only_small, len(pairs))[1]
+        reached = float(before.figures["metrics"]["accuracy"])
     return min(1.0, reached + max(0.0, high)), lead
 
 
 def answer(options: Sequence[Option], chosen: Option | None, bar: float) -> str:
     """Return the sentence that says which option to take, and because of what."""
-    measured = [each for each in options if each.accuracy is not None]
+    measured = [each for each in options if each.reached is not None]
     if chosen:
-        because = f"{_spoken_accuracy(chosen)} clears {bar:.1%}"
+        because = f"{_spoken(chosen)} clears {bar:.1%}"
         if not chosen.is_model:
             took = "" if chosen.seconds is None else f" in {spoken_time(chosen.seconds)}"
             return f"Take {chosen.name}: {because}{took}; no model needs to be trained."
         cheaper = measured[: measured.index(chosen)]
         if not cheaper:
             return f"Take {chosen.name}: {because}, and it is the cheapest."
-        best = max(cheaper, key=lambda each: each.accuracy or 0.0)
+        best = max(cheaper, key=lambda each: each.reached or 0.0)
         return (
             f"Take {chosen.name}: {because}; of what is cheaper, {best.name} comes closest with "
-            f"{best.accuracy:.1%}."
+            f"{best.reached:.1%}."
         )
-    best = max(measured, key=lambda each: each.accuracy or 0.0)
-    if (best.accuracy or 0.0) >= bar:
+    best = max(measured, key=lambda each: each.reached or 0.0)
+    if (best.reached or 0.0) >= bar:
         return (
             f"None clears {bar:.1%} with confidence: {best.name} comes closest with "
-            f"{_spoken_accuracy(best)}; more test rows would make the interval narrower."
+            f"{_spoken(best)}; more test rows would make the interval narrower."
         )
     see = f" `remora diagnose {best.run}` says whether labels are to blame." if best.run else ""
-    return f"None clears {bar:.1%}: {best.name} comes closest with {_spoken_accuracy(best)}.{see}"
+    return f"None clears {bar:.1%}: {best.name} comes closest with {_spoken(best)}.{see}"
 
 
-def _spoken_accuracy(option: Option) -> str:
-    assert option.accuracy is not None
-    assert option.accuracy_interval is not None
-    low, high = option.accuracy_interval
-    return f"{option.accuracy:.1%} (95% interval {low:.1%} to {high:.1%})"
+def _spoken(option: Option) -> str:
+    assert option.reached is not None
+    assert option.interval is not None
+    low, high = option.interval
+    what = "" if option.micro_f1 is None else " micro-F1"
+    return f"{option.reached:.1%}{what} (95% interval {low:.1%} to {high:.1%})"
 
 
 def _different_names(models: Sequence[str]) -> dict[str, str]:
