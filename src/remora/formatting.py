@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+MAX_MESSAGE_CHARS = 1_000
+"""Of one message on a page."""
+
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -67,3 +70,9 @@ def escape_formula(cell: str) -> str:
 def unescape_formula(cell: str) -> str:
     """Undo `escape_formula`."""
     return cell[1:] if cell.startswith("'") and escape_formula(cell[1:]) == cell else cell
+
+
+def cut(text: str, num_chars: int | None = None) -> str:
+    """Return a message, truncated if it is too long for a page, or to a number of characters."""
+    longest = MAX_MESSAGE_CHARS if num_chars is None else num_chars
+    return text if len(text) <= longest else text[:longest] + " …"

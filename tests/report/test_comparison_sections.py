@@ -17,8 +17,8 @@ import hostile
 from evaluation.test_compare import remora
 from remora.config import CompareConfig
 from remora.evaluation import compare
-from remora.evaluation.run_files import NUM_STATIC_MESSAGES
 from remora.report import pages
+from remora.report.run_tables import NUM_STATIC_MESSAGES
 from reporting import LABELS, PREDICTED, TRUE, Read, table
 
 EXECUTABLE = chromium.find()

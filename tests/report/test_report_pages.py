@@ -1,6 +1,6 @@
 """The report of a run: its figures, its safety, and what happens where it cannot be made.
 
-Also covers remora.report.sections, rendering and confusion_matrix, and remora.evaluation.run_files.
+Also covers remora.report.sections, run_tables, rendering and confusion_matrix.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import sklearn.metrics
 
 import finished
 import hostile
+from remora import formatting
 from remora.cli import main
 from remora.config import DiagnoseConfig, ReportConfig
 from remora.errors import ResourceError
-from remora.evaluation import next_steps, run_files
+from remora.evaluation import next_steps
 from remora.evaluation.predictions import PROBABILITIES
 from remora.models import model_card
-from remora.report import confusion_matrix, pages
+from remora.report import confusion_matrix, pages, run_tables
 from remora.training import finish
 from reporting import LABELS, PREDICTED, TRUE, Read, table, write, write_hostile
 
@@ -142,8 +143,8 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
 
 
 def test_a_page_holds_no_more_than_it_can(run: Path, monkeypatch) -> None:
-    monkeypatch.setattr(run_files, "MAX_CHARS", 200)
-    monkeypatch.setattr(run_files, "MAX_MESSAGE_CHARS", 9)
+    monkeypatch.setattr(run_tables, "MAX_CHARS", 200)
+    monkeypatch.setattr(formatting, "MAX_MESSAGE_CHARS", 9)
     found = Read(pages.page(run))
     messages = json.loads(found.code[1])["messages"]
     assert len(messages) == 18  # of 9 characters and the mark of a cut
@@ -153,7 +154,7 @@ def test_a_page_holds_no_more_than_it_can(run: Path, monkeypatch) -> None:
     surest = [m["probability"] for m in messages if m["label"] != m["predicted"]]
     assert surest == sorted(surest, reverse=True)
     assert "This page holds 18 of 100 messages, mistakes first" in found.text
-    monkeypatch.setattr(run_files, "MAX_MESSAGES", 5)
+    monkeypatch.setattr(run_tables, "MAX_MESSAGES", 5)
     assert len(json.loads(Read(pages.page(run)).code[1])["messages"]) == 5
 
 

@@ -14,7 +14,7 @@ from remora.data import splits
 from remora.data.table import Table
 from remora.errors import DataError
 from remora.evaluation import results
-from remora.evaluation.run_files import cut
+from remora.formatting import cut
 from remora.runtime import files
 
 FILE = "neighbours.json"

@@ -54,8 +54,16 @@ def find_next_steps(directory: Path) -> tuple[NextStep, ...]:
     Raises:
         DataError: If the run is not finished, or its files are broken.
     """
-    facts = read_facts(directory)
-    with of_this_version(directory):
+    return after_run(read_facts(directory))
+
+
+def after_run(facts: RunFacts) -> tuple[NextStep, ...]:
+    """Return what to do after a run by what it knows, as `find_next_steps` does.
+
+    Raises:
+        DataError: If its files are broken.
+    """
+    with of_this_version(facts.directory):
         return _ranked(facts) or (_all_well(facts),)
 
 

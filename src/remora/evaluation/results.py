@@ -101,6 +101,23 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return dict(value)
 
 
+def read_records(directory: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl, the last of each step; incomplete lines are skipped."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = [record for record in map(_record, lines) if record]
+    last = {(record["step"], "loss" in record): record for record in records}
+    return sorted(last.values(), key=lambda record: record["step"])
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return record
+
+
 @contextlib.contextmanager
 def of_this_version(directory: Path) -> Iterator[None]:
     """Raise DataError if the files of a run lack what a template needs."""

@@ -1,4 +1,4 @@
-"""What a finished run knows about itself, read from its files for what to do next."""
+"""What a finished run knows about itself, read for its report and what to do next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from remora.evaluation import results
 from remora.evaluation.predictions import PROBABILITIES, Scored, read_probabilities
 from remora.evaluation.results import Results
 from remora.evaluation.rivals import Rival, of_figures
-from remora.evaluation.run_files import read_records
 from remora.evaluation.significance import holm
 
 SIGNIFICANT = 0.05
@@ -44,7 +43,7 @@ class RunFacts:
     records: Sequence[Figures]  # metrics.jsonl
     curve: Figures | None  # learning_curve.json
     diagnosis: Figures | None
-    suspects: Suspects | None
+    sheet: Sequence[Mapping[str, str]]  # rows of relabel.csv; [] if it is missing or broken
 
     @property
     def metrics(self) -> Figures:
@@ -154,6 +153,39 @@ class RunFacts:
         split = self.run.figures["measured_on"]
         return read_probabilities(self.directory / PROBABILITIES, self.run.labels, split)
 
+    @cached_property
+    def suspects(self) -> Suspects | None:
+        """The rows of relabel.csv, counted; None if someone has broken or removed the file."""
+        try:
+            undecided = [row for row in self.sheet if not row["decision"].strip()]
+            changed = [row["decision"].strip() not in {"", row["label"]} for row in self.sheet]
+            likely = [float(row["p_wrong"].replace(",", ".")) >= 0.5 for row in undecided]
+        except (ValueError, KeyError):
+            return None
+        if not self.sheet:
+            return None
+        return Suspects(
+            num_rows=len(self.sheet),
+            num_likely=sum(likely),
+            num_undecided=len(undecided),
+            num_changed=sum(changed),
+        )
+
+    @cached_property
+    def plan(self) -> Figures:
+        """plan.json; {} if it is missing."""
+        return results.read_json(self.directory / "plan.json") or {}
+
+    @cached_property
+    def environment(self) -> Figures:
+        """environment.json; {} if it is missing."""
+        return results.read_json(self.directory / "environment.json") or {}
+
+    @cached_property
+    def adapter(self) -> Figures:
+        """The adapter's configuration, as PEFT writes it; {} if there is none."""
+        return results.read_json(self.directory / "adapter" / "adapter_config.json") or {}
+
     @property
     def num_alike(self) -> int | None:
         """Rows with the same wrong label from the run and all trained baselines; None without one.
@@ -179,25 +211,16 @@ def read_facts(directory: Path) -> RunFacts:
         run=results.read(directory),
         settings=results.read_settings(directory),
         summary=results.read_json(directory / "data.json") or {},
-        records=read_records(directory),
+        records=results.read_records(directory),
         curve=results.read_json(directory / "learning_curve.json"),
         diagnosis=results.read_json(directory / "diagnosis.json"),
-        suspects=_suspects(directory / "relabel.csv"),
+        sheet=_sheet(directory / "relabel.csv"),
     )
 
 
-def _suspects(path: Path) -> Suspects | None:
-    """Count the rows of relabel.csv; None if someone has broken or removed the file."""
-    if not path.is_file():
-        return None
+def _sheet(path: Path) -> Sequence[Mapping[str, str]]:
+    """Return the rows of relabel.csv; [] if someone has broken or removed the file."""
     try:
-        rows = read_sheet(path).records
-        undecided = [row for row in rows if not row["decision"].strip()]
-        return Suspects(
-            num_rows=len(rows),
-            num_likely=sum(float(row["p_wrong"].replace(",", ".")) >= 0.5 for row in undecided),
-            num_undecided=len(undecided),
-            num_changed=sum(row["decision"].strip() not in {"", row["label"]} for row in rows),
-        )
-    except (DataError, ValueError, KeyError):
-        return None
+        return read_sheet(path).records if path.is_file() else []
+    except DataError:
+        return []

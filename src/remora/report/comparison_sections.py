@@ -14,8 +14,9 @@ from remora.evaluation.compare import Comparison, run_names
 from remora.evaluation.findings import NextStep
 from remora.evaluation.label_changes import LabelChanges
 from remora.evaluation.results import Results
-from remora.evaluation.run_files import NUM_STATIC_MESSAGES, cut, fitting, setting_rows
+from remora.formatting import cut
 from remora.report import charts
+from remora.report.run_tables import NUM_STATIC_MESSAGES, fitting, setting_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import remora
 from remora.data.label_sets import labels_in
-from remora.evaluation import results
 from remora.evaluation.findings import NextStep
-from remora.evaluation.next_steps import find_next_steps, told_next_steps
+from remora.evaluation.next_steps import after_run, told_next_steps
 from remora.evaluation.results import Results
-from remora.evaluation.run_files import NUM_STATIC_MESSAGES, cut, read_suspects
+from remora.evaluation.run_facts import RunFacts
+from remora.formatting import cut
 from remora.report import charts, sections
+from remora.report.run_tables import NUM_STATIC_MESSAGES, suspect_rows
 from remora.report.sections import (
     CalibrationSection,
     Figures,
@@ -78,32 +79,28 @@ class Report:
     settings: SettingsSection
 
 
-def collect(run: Results) -> Report:
+def collect(facts: RunFacts) -> Report:
     """Collect what the report of a finished run shows.
 
     Raises:
         DataError: If one of the run's files is broken.
     """
-    figures = run.figures
-    trained = "model" if figures.get("method") == "full" else "adapter"
+    run, figures = facts.run, facts.run.figures
     return Report(
         name=run.directory.resolve().name,
         version=remora.__version__,
-        trained=trained,
+        trained=facts.trained,
         figures=figures,
-        next_steps=told_next_steps(lambda: find_next_steps(run.directory), lambda line: None),
+        next_steps=told_next_steps(lambda: after_run(facts), lambda line: None),
         labels=_labels(run),
-        result=_result(figures, trained),
-        training=sections.training_section(run),
-        learning_curve=sections.learning_curve_section(run.directory),
+        result=_result(figures, facts.trained),
+        training=sections.training_section(facts),
+        learning_curve=sections.learning_curve_section(facts),
         mistakes=_mistakes(run)[:NUM_STATIC_MESSAGES],
         calibration=sections.calibration_section(figures),
-        diagnosis=DiagnosisSection(
-            figures=results.read_json(run.directory / "diagnosis.json"),
-            suspects=read_suspects(run.directory / "relabel.csv"),
-        ),
-        plan=sections.plan_section(run.directory),
-        settings=sections.settings_section(run.directory),
+        diagnosis=DiagnosisSection(figures=facts.diagnosis, suspects=suspect_rows(facts)),
+        plan=sections.plan_section(facts),
+        settings=sections.settings_section(facts),
     )
 
 

@@ -12,6 +12,7 @@ from remora.errors import ConfigError, ResourceError
 from remora.evaluation import results
 from remora.evaluation.compare import Comparison
 from remora.evaluation.findings import NextStep
+from remora.evaluation.run_facts import read_facts
 from remora.report import charts, comparison_sections, multi_label_sections, sections
 from remora.report.rendering import (
     csp_hash,
@@ -100,14 +101,12 @@ def page(directory: Path) -> str:
     Raises:
         DataError: If the run is not finished, or its files are broken.
     """
-    run = results.read(directory)
-    if run.multi_label:
-        with results.of_this_version(directory):
-            return rendered(
-                "multi_label_report.html", {"report": multi_label_sections.collect(run)}
-            )
+    facts = read_facts(directory)
     with results.of_this_version(directory):
-        report = sections.collect(run)
+        if facts.run.multi_label:
+            shown = multi_label_sections.collect(facts)
+            return rendered("multi_label_report.html", {"report": shown})
+        report = sections.collect(facts)
         return _scripted("report.html", {"report": report}, report.data)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,29 +12,27 @@ from numpy.typing import NDArray
 
 import remora
 from remora.errors import ModelError
-from remora.evaluation import neighbours, results
+from remora.evaluation import neighbours
 from remora.evaluation.findings import NextStep
 from remora.evaluation.neighbours import Neighbours, TrainingText
-from remora.evaluation.next_steps import find_next_steps, told_next_steps
-from remora.evaluation.predictions import PROBABILITIES, read_probabilities
+from remora.evaluation.next_steps import after_run, told_next_steps
 from remora.evaluation.results import Results
 from remora.evaluation.rivals import Rival, of_figures, seconds_of, verdict
-from remora.evaluation.run_files import (
-    MAX_MESSAGE_CHARS,
+from remora.evaluation.run_facts import RunFacts
+from remora.formatting import MAX_MESSAGE_CHARS, cut
+from remora.report import charts, contradictions
+from remora.report.confusion_matrix import Cell, cells, confusion_counts, matrix_labels
+from remora.report.rendering import isolated, percent
+from remora.report.run_tables import (
     NUM_STATIC_MESSAGES,
-    cut,
     environment_rows,
     fitting,
     memory_rows,
     plan_rows,
-    read_records,
-    read_suspects,
     resolved,
     setting_rows,
+    suspect_rows,
 )
-from remora.report import charts, contradictions
-from remora.report.confusion_matrix import Cell, cells, confusion_counts, matrix_labels
-from remora.report.rendering import isolated, percent
 
 NUM_CONFUSIONS = 10
 NUM_TOP = 3  # labels beside a message
@@ -202,30 +199,29 @@ class Report:
         return ", ".join(f"{count} {isolated(label)}" for label, count in labels.most_common())
 
 
-def collect(run: Results) -> Report:
+def collect(facts: RunFacts) -> Report:
     """Collect what the report of a finished run shows.
 
     Raises:
         DataError: If one of the run's files is broken.
     """
-    figures = run.figures
-    trained = "model" if figures.get("method") == "full" else "adapter"
+    run, figures = facts.run, facts.run.figures
     counts = confusion_counts(run)
     shown = matrix_labels(counts)
     near = neighbours.read(run.directory)
-    kept = fitting(_messages(run, near))
+    kept = fitting(_messages(facts, near))
     return Report(
         name=run.directory.resolve().name,
         version=remora.__version__,
-        trained=trained,
+        trained=facts.trained,
         figures=figures,
-        next_steps=told_next_steps(lambda: find_next_steps(run.directory), lambda line: None),
+        next_steps=told_next_steps(lambda: after_run(facts), lambda line: None),
         labels=run.labels,
         places={label: place for place, label in enumerate(run.labels)},
         worst_first=sorted(figures["metrics"]["per_class"], key=lambda each: each["f1"]),
-        result=result_section(figures, trained),
-        training=training_section(run),
-        learning_curve=learning_curve_section(run.directory),
+        result=result_section(figures, facts.trained),
+        training=training_section(facts),
+        learning_curve=learning_curve_section(facts),
         confusion=_confusion(run, counts, shown),
         messages=MessagesSection(
             surest_mistakes=[m for m in kept if m.label != m.predicted][:NUM_STATIC_MESSAGES],
@@ -233,9 +229,9 @@ def collect(run: Results) -> Report:
             neighbours=near,
         ),
         calibration=calibration_section(figures),
-        diagnosis=_diagnosis(run),
-        plan=plan_section(run.directory),
-        settings=settings_section(run.directory),
+        diagnosis=_diagnosis(facts),
+        plan=plan_section(facts),
+        settings=settings_section(facts),
         data=ScriptData(
             labels=run.labels,
             shown=shown,
@@ -269,14 +265,14 @@ def result_section(figures: Mapping[str, Any], trained: str) -> ResultSection:
     )
 
 
-def training_section(run: Results) -> TrainingSection | None:
+def training_section(facts: RunFacts) -> TrainingSection | None:
     """Return the curves of training, None if they are missing."""
-    records = read_records(run.directory)
+    records = facts.records
     drawn = charts.training(records)
     if not drawn:
         return None
     validations = [_evaluation(record) for record in records if "validation_accuracy" in record]
-    note = contradictions.of_validation(records, run.figures)
+    note = contradictions.of_validation(records, facts.run.figures)
     return TrainingSection(charts=drawn, validations=validations, note=note)
 
 
@@ -292,12 +288,11 @@ def _evaluation(record: Figures) -> Figures:
     }
 
 
-def learning_curve_section(directory: Path) -> LearningCurveSection | None:
+def learning_curve_section(facts: RunFacts) -> LearningCurveSection | None:
     """Return the learning curve, None if there is none."""
-    figures = results.read_json(directory / "learning_curve.json")
-    if not figures:
+    if not facts.curve:
         return None
-    return LearningCurveSection(figures=figures, chart=charts.learning_curve(figures))
+    return LearningCurveSection(figures=facts.curve, chart=charts.learning_curve(facts.curve))
 
 
 def _confusion(run: Results, counts: NDArray[np.int64], shown: list[int]) -> ConfusionSection:
@@ -324,16 +319,16 @@ def calibration_section(figures: Figures) -> CalibrationSection | None:
     )
 
 
-def _diagnosis(run: Results) -> DiagnosisSection:
-    figures = results.read_json(run.directory / "diagnosis.json")
+def _diagnosis(facts: RunFacts) -> DiagnosisSection:
+    figures = facts.diagnosis
     pairs = figures["pairs"] if figures else []
     return DiagnosisSection(
         figures=figures,
         summary=contradictions.diagnosis_summary(figures) if figures else "",
-        notes=contradictions.of_diagnosis(figures, run.figures) if figures else [],
+        notes=contradictions.of_diagnosis(figures, facts.run.figures) if figures else [],
         decided=[each for each in pairs if each["verdict"] != "undecided"],
         undecided=[each for each in pairs if each["verdict"] == "undecided"],
-        suspects=read_suspects(run.directory / "relabel.csv"),
+        suspects=suspect_rows(facts),
     )
 
 
@@ -345,30 +340,30 @@ def _thresholds(run: Results) -> list[tuple[int, int]]:
     return [(int(rows.sum()), int((rows & right).sum())) for rows in answered]
 
 
-def plan_section(directory: Path) -> PlanSection | None:
+def plan_section(facts: RunFacts) -> PlanSection | None:
     """Return the plan, None if it is missing."""
-    figures = results.read_json(directory / "plan.json")
-    if not figures:
+    planned = facts.plan
+    if not planned:
         return None
     return PlanSection(
-        figures=figures, memory_rows=memory_rows(figures), work_rows=plan_rows(figures)
+        figures=planned, memory_rows=memory_rows(planned), work_rows=plan_rows(planned)
     )
 
 
-def settings_section(directory: Path) -> SettingsSection:
+def settings_section(facts: RunFacts) -> SettingsSection:
     """Return what it takes to repeat the run."""
-    summary = results.read_json(directory / "data.json") or {}
     return SettingsSection(
-        settings=setting_rows(resolved(results.read_settings(directory), directory)),
-        data=setting_rows({k: v for k, v in summary.items() if k not in LISTS}),
-        environment=environment_rows(directory),
+        settings=setting_rows(resolved(facts)),
+        data=setting_rows({k: v for k, v in facts.summary.items() if k not in LISTS}),
+        environment=environment_rows(facts),
     )
 
 
-def _messages(run: Results, near: Neighbours) -> list[Message]:
+def _messages(facts: RunFacts, near: Neighbours) -> list[Message]:
     """Return all messages: mistakes first, the surest first; then the rest, the surest last."""
+    run = facts.run
     place = {label: index for index, label in enumerate(run.labels)}
-    others = _others(run)
+    others = _others(facts)
     answers = zip(run.texts, run.true, run.predicted, run.probability, strict=True)
     messages = [
         Message(
@@ -388,14 +383,13 @@ def _messages(run: Results, near: Neighbours) -> list[Message]:
     return wrong + right
 
 
-def _others(run: Results) -> list[list[tuple[int, float]]]:
+def _others(facts: RunFacts) -> list[list[tuple[int, float]]]:
     """Return the second and third label of each row with their probabilities; [] if not kept."""
-    split = run.figures["measured_on"]
     try:
-        scored = read_probabilities(run.directory / PROBABILITIES, run.labels, split)
+        scored = facts.measured
     except ModelError:  # someone has broken the file
         return []
-    if scored is None or len(scored.true) != len(run.texts):
+    if scored is None or len(scored.true) != len(facts.run.texts):
         return []
     best = np.argsort(-scored.probabilities, axis=1, kind="stable")[:, 1:NUM_TOP]
     shares = np.take_along_axis(scored.probabilities, best, 1)

@@ -1,20 +1,15 @@
-"""The files of a run as tables for a report."""
+"""What the files of a run hold, as tables and lists that fit a page."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from remora.data.corrections import read_sheet
-from remora.errors import DataError
-from remora.evaluation import results
-from remora.formatting import spoken_bytes, unescape_formula
+from remora.evaluation.run_facts import RunFacts
+from remora.formatting import cut, spoken_bytes, unescape_formula
 
-MAX_MESSAGE_CHARS = 1_000  # of one message
 MAX_CHARS = 1_500_000  # of all messages of a list together
 MAX_MESSAGES = 25_000
 NUM_STATIC_MESSAGES = 20
@@ -31,12 +26,6 @@ class Shown(Protocol):
 MessageT = TypeVar("MessageT", bound=Shown)
 
 
-def cut(text: str, num_chars: int | None = None) -> str:
-    """Return a message, truncated if it is too long for a page, or to a number of characters."""
-    longest = MAX_MESSAGE_CHARS if num_chars is None else num_chars
-    return text if len(text) <= longest else text[:longest] + " …"
-
-
 def fitting(messages: Sequence[MessageT]) -> list[MessageT]:
     """Return as many of the first messages as a page can hold."""
     ends = itertools.accumulate(len(message.text) for message in messages)
@@ -44,35 +33,15 @@ def fitting(messages: Sequence[MessageT]) -> list[MessageT]:
     return list(messages[: min(num_fitting, MAX_MESSAGES)])
 
 
-def read_records(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl, the last of each step; incomplete lines are skipped."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    records = [record for record in map(_record, lines) if record]
-    last = {(record["step"], "loss" in record): record for record in records}
-    return sorted(last.values(), key=lambda record: record["step"])
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return record
-
-
-def read_suspects(path: Path) -> list[dict[str, str]]:
+def suspect_rows(facts: RunFacts) -> list[dict[str, str]]:
     """Return the first rows of relabel.csv, [] if someone has broken or removed the file."""
-    if not path.is_file():
-        return []
     try:
-        rows = read_sheet(path).records[:NUM_STATIC_MESSAGES]
         return [
             {"row": row["row"]}
             | {k: cut(unescape_formula(row[k])) for k in ("text", "label", "suggested")}
-            for row in rows
+            for row in facts.sheet[:NUM_STATIC_MESSAGES]
         ]
-    except (DataError, KeyError):
+    except KeyError:
         return []
 
 
@@ -98,9 +67,9 @@ def plan_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def environment_rows(directory: Path) -> list[tuple[str, str]]:
+def environment_rows(facts: RunFacts) -> list[tuple[str, str]]:
     """Return the entries of environment.json."""
-    environment = results.read_json(directory / "environment.json") or {}
+    environment = dict(facts.environment)
     if environment.get("command"):
         environment["command"] = shlex.join(environment["command"])
     return setting_rows(environment)
@@ -117,20 +86,19 @@ def setting_rows(values: Mapping[str, Any], above: str = "") -> list[tuple[str, 
     return rows
 
 
-def resolved(settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Return settings with what a run has chosen in place of what was left to it.
+def resolved(facts: RunFacts) -> dict[str, Any]:
+    """Return the settings with what a run has chosen in place of what was left to it.
 
     The peak learning rate and the epochs are in metrics.jsonl, the adapted layers in the adapter's
     configuration, and device, precision and micro-batch in the plan.
     """
-    records = [each for each in read_records(directory) if "loss" in each]
-    plan = results.read_json(directory / "plan.json") or {}
-    adapter = results.read_json(directory / "adapter" / "adapter_config.json") or {}
+    records = [each for each in facts.records if "loss" in each]
+    settings, plan = facts.settings, facts.plan
     found: dict[str, Any] = {}
     if records:
         rate = max(each.get("learning_rate", 0.0) for each in records)
         found = {"learning_rate": f"{rate:.2g}", "epochs": f"{records[-1].get('epoch', 0):.1f}"}
-    modules = adapter.get("target_modules")
+    modules = facts.adapter.get("target_modules")
     if modules:
         found["target_modules"] = (
             modules if isinstance(modules, str) else ", ".join(sorted(modules))
