@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=1_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, default=None)
+    parser.add_argument("--learning-rate", type=float, default=None)
     options = parser.parse_args()
     found = [run(options, seed) for seed in options.seeds]
     report(found)
@@ -47,6 +48,8 @@ def main() -> None:
 def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Train, unless that is done, and return the run's figures."""
     name = f"{Path(options.model).name}-{options.intents}-{options.train_rows}-{seed}"
+    if options.learning_rate is not None:
+        name += f"-{options.learning_rate:g}"
     directory = options.runs / name
     if not (directory / "evaluation.json").is_file():
         folder = options.runs / f"data-{options.intents}-{options.train_rows}-{seed}"
@@ -60,6 +63,7 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
                 model=options.model,
                 seed=seed,
                 epochs=options.epochs,
+                learning_rate=options.learning_rate,
                 name=name,
                 output=options.runs,
                 checkpoint_minutes=1.0,
