@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pytest
 
 from data.test_dataset import many, rows
@@ -127,3 +128,65 @@ print(json.dumps(answer))
     assert "\n" not in message
     assert no_config.startswith("hf:owner/name:english cannot be loaded (")
     assert "'english' not found" in no_config
+
+
+def test_shards_with_hashed_names(tmp_path):
+    for number, texts in enumerate((["one", "two"], ["three", "four"])):
+        path = tmp_path / "data" / f"train-0000{number}-of-00002-b42a775f407cee4{number}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        write_parquet(path, {"text": texts, "label": list("ab")})
+    dataset = load_dataset(str(tmp_path), validation_fraction=0, test_fraction=0)
+    assert dataset.train.texts == ["one", "two", "three", "four"]
+    path.rename(path.with_name("train-00000-of-00002-ffff.parquet"))  # two of one number
+    with pytest.raises(DataError, match="is one of 2 shards, but the folder has 2"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "test", "validation"),
+    [
+        (("training", "testing"), "testing", None),
+        (("train", "eval"), "eval", None),
+        (("train", "val", "evaluation"), "evaluation", "val"),
+        (("train", "eval", "test"), "test", "eval"),
+        (("train", "dev", "test", "eval"), "test", "dev"),
+    ],
+)
+def test_tables_to_measure_on_by_their_names(names, test, validation, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    splits = {}
+    for name in names:
+        pairs = many({"a": 9, "b": 9}) if name.startswith("train") else [(name, "a")]
+        write_csv(folder / f"{name}.csv", pairs)
+        splits[name] = datasets.Dataset.from_dict(
+            {"text": [t for t, _ in pairs], "label": [x for _, x in pairs]}
+        )
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    for source in (folder, tmp_path / "saved"):
+        dataset = load_dataset(str(source))
+        assert dataset.test.texts == [test]
+        if validation:
+            assert dataset.validation.texts == [validation]
+        unread = [each for each in dataset.summary.remarks if "not read" in each]
+        assert not unread
+
+
+def test_tables_whose_names_tell_of_a_split_are_told_where_rows_are_held_out(tmp_path):
+    write_csv(tmp_path / "train.csv", many({"a": 9, "b": 9}))
+    write_csv(tmp_path / "test_data.csv", [("t", "a")])
+    write_csv(tmp_path / "dev_matched.tsv", [("v", "a")], delimiter="\t")
+    write_csv(tmp_path / "contest.csv", [("c", "a")])
+    validation, test = load_dataset(str(tmp_path)).summary.remarks
+    assert validation.startswith(
+        "'dev_matched.tsv' is not read, and rows of the training table are held"
+    )
+    assert validation.endswith("held out as validation rows; --validation names a table of them")
+    assert "test_data.csv' is not read" in test
+    named = load_dataset(
+        str(tmp_path),
+        test=str(tmp_path / "test_data.csv"),
+        validation=str(tmp_path / "dev_matched.tsv"),
+    )
+    assert not named.summary.remarks
+    assert not load_dataset(str(tmp_path), test_fraction=0, validation_fraction=0).summary.remarks

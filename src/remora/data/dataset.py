@@ -28,7 +28,7 @@ from remora.data.summary import DataSummary, spoken_rows, summarize
 from remora.data.table import Table, read_parts
 from remora.data.values import is_blank
 from remora.errors import DataError, RemoraError
-from remora.formatting import first_line, quote
+from remora.formatting import first_line, listed, quote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +249,7 @@ def load_dataset(
     """
     check_fractions(validation_fraction, test_fraction)
 
-    parts = source_parts(source, options)
+    parts, others = source_parts(source, options)
     given = {"validation": validation, "test": test}
     for split, path in given.items():
         if path is not None:
@@ -269,6 +269,13 @@ def load_dataset(
     how |= {"form": form, "known": known, "remarks": remarks, "trained": columns, "forms": forms}
     tables, unlabelled = _read_held_out(parts, given, how, names)
     notes = [*label_forms.spoken(label_forms.twins(labels)), *unlabelled]
+    shares = {"validation": validation_fraction, "test": test_fraction}
+    notes += [
+        f"{listed(others[split])} {'is' if len(others[split]) == 1 else 'are'} not read, and rows"
+        f" of the training table are held out as {split} rows; --{split} names a table of them"
+        for split, share in shares.items()
+        if split in others and split not in parts and share > 0
+    ]
     if train.multi_label:
         notes.insert(0, label_sets.spoken_sets(train.labels, form))
     return _assemble(

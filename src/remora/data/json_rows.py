@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from remora.data.parts import PEEKED_ROWS, Ahead, Pick, Remarks, Row, row_place
 from remora.errors import DataError
 from remora.formatting import listed, one_line, quote
 
-EXTRA = "with a field that row 1 lacks, left out"
+EXTRA = "with a field that no row before has, left out"
 EXAMPLE = '{"text": "...", "label": "..."}'
 
 Record = tuple[int, int, dict[str, Any]]  # row, line, its object
 
 
-def line_rows(lines: Iterator[str], name: str, pick: Pick, remarks: Remarks) -> Iterator[Row]:
+def line_rows(
+    lines: Iterator[str], name: str, pick: Pick, remarks: Remarks, *, may_wait: bool = False
+) -> Iterator[Row]:
     """Yield the rows of JSON lines; of an array if the file begins as one over several lines.
+
+    The columns are the fields of the first rows; of the very first one, if that has what is wanted
+    and the next ones may be long in coming (`may_wait`).
 
     Raises:
         DataError: A line is not valid JSON, or no object.
     """
     content = Ahead(lines)
-    first = next((line for line in content.peek(20) if line.strip()), "").strip()
+    blank = []
+    for line in content:
+        blank.append(line)
+        if line.strip():
+            break
+    content.put_back(blank)
+    first = blank[-1].strip() if blank else ""
     if first == "[" or first.startswith("[{") or first == "{":
         return document_rows(content, name, pick, remarks)
-    return _picked(_line_records(content, name), name, pick, remarks)
+    return _picked(_line_records(content, name), name, pick, remarks, may_wait=may_wait)
 
 
 def document_rows(lines: Iterator[str], name: str, pick: Pick, remarks: Remarks) -> Iterator[Row]:
@@ -100,22 +110,34 @@ def _array_records(content: str, name: str) -> Iterator[Record]:
         yield row, row, record
 
 
-def _picked(records: Iterator[Record], name: str, pick: Pick, remarks: Remarks) -> Iterator[Row]:
+def _picked(
+    records: Iterator[Record], name: str, pick: Pick, remarks: Remarks, *, may_wait: bool = False
+) -> Iterator[Row]:
     """Yield the wanted values of records; a field that a record lacks is None."""
-    first = next(records, None)
-    if first is None:
+    ahead = Ahead(records)
+    if not ahead.peek(1):
         return
-    ahead = Ahead(chain([first], records))
-    columns = list(first[2])
-    known = set(columns)
-    places = pick(
-        columns,
-        lambda: [[r.get(c) for c in columns] for _, _, r in ahead.peek(PEEKED_ROWS)],
-    )
-    wanted = [columns[place] for place in places]
+    columns = _fields(ahead, 1 if may_wait else PEEKED_ROWS)
+    try:
+        places = pick(columns, lambda: _cells(ahead, columns))
+    except DataError:
+        if not may_wait:
+            raise
+        columns = _fields(ahead, PEEKED_ROWS)
+        places = pick(columns, lambda: _cells(ahead, columns))
+    known, wanted = set(columns), [columns[place] for place in places]
     keeps_all = len(set(places)) == len(columns)
     for row, line, record in ahead.rest():
         if keeps_all and not record.keys() <= known:
             extra = next(key for key in record if key not in known)
             remarks.add(name, f"{EXTRA} ({quote(extra)})", row, line)
         yield row, line, [record.get(column) for column in wanted]
+
+
+def _fields(ahead: Ahead[Record], num_rows: int) -> list[str]:
+    """Return the fields that occur in the next rows, in the order in which they are met."""
+    return list(dict.fromkeys(field for _, _, record in ahead.peek(num_rows) for field in record))
+
+
+def _cells(ahead: Ahead[Record], columns: list[str]) -> list[Sequence[object]]:
+    return [[record.get(c) for c in columns] for _, _, record in ahead.peek(PEEKED_ROWS)]

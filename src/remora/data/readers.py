@@ -159,6 +159,14 @@ def _is_seekable(stream: IO[bytes]) -> bool:
     return False
 
 
+def _may_wait(stream: object) -> bool:
+    """Whether the next bytes of a stream may be long in coming: those of a pipe or a terminal."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        mode = os.fstat(stream.fileno()).st_mode  # type: ignore[attr-defined]
+        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)
+    return False
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Open a file, unpacked if it is compressed."""
@@ -227,7 +235,8 @@ def parse(
     elif file_format == "json":
         yield from json_rows.document_rows(_decode(stream, name), name, pick, remarks)
     elif file_format == "jsonl":
-        yield from json_rows.line_rows(_decode(stream, name), name, pick, remarks)
+        lines = _decode(stream, name)
+        yield from json_rows.line_rows(lines, name, pick, remarks, may_wait=_may_wait(stream))
     elif file_format == "text":
         places = pick(["text"], list)
         for number, line in enumerate(_decode(stream, name), 1):

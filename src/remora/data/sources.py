@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.resources
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from remora.data.arrow import hub_splits, is_saved, saved_splits
 from remora.data.parts import Part, ReadOptions
@@ -14,21 +16,31 @@ from remora.errors import DataError
 from remora.formatting import listed, quote
 
 _SPLITS = {
-    **{"train": "train", "training": "train", "test": "test"},
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"validation": "validation", "val": "validation", "valid": "validation", "dev": "validation"},
 }
-_SHARD = re.compile(r"(?P<split>[a-z]+)(-\d+-of-(?P<num_shards>\d+))?")
+_EVALUATED = "eval", "evaluation"
+"""Names of what is measured on: the test table, or that of validation where there is another."""
+
+_SHARD = re.compile(r"(?P<split>[a-z]+)(-(?P<number>\d+)-of-(?P<num_shards>\d+)(-[0-9a-f]+)?)?")
 
 
-def source_parts(source: str, options: ReadOptions | None = None) -> dict[str, list[Part]]:
-    """Return the parts of each split that the source has; `train` is always among them."""
+class Source(NamedTuple):
+    """The tables of a source."""
+
+    parts: dict[str, list[Part]]  # of each split that it has; `train` is always among them
+    others: dict[str, list[str]]  # tables that are not read, by the split that their names tell of
+
+
+def source_parts(source: str, options: ReadOptions | None = None) -> Source:
+    """Return the tables of a source."""
     if source.startswith("hf:"):
         return _known_splits(source, hub_splits(source), "choose another dataset or configuration")
     if source.startswith("sample:"):
         return _folder_parts(_sample_folder(source), options)
     path = Path(source)
     if not path.is_dir():
-        return {"train": [file_part(path, options)]}
+        return Source({"train": [file_part(path, options)]}, {})
     if is_saved(path):
         return _known_splits(source, saved_splits(path), "name the folder of one split")
     return _folder_parts(path, options)
@@ -54,14 +66,39 @@ def planted_errors(source: str) -> dict[int, str]:
         return {int(row["row"]) + 1: row["true"] for row in csv.DictReader(file)}
 
 
-def _known_splits(source: str, splits: dict[str, Part], advice: str) -> dict[str, list[Part]]:
+def _roles(names: Collection[str]) -> dict[str, str]:
+    """Return the splits that names stand for, without those that stand for none."""
+    roles = {name: _SPLITS[name] for name in names if name in _SPLITS}
+    for name in (each for each in _EVALUATED if each in names):
+        free = [split for split in ("test", "validation") if split not in roles.values()]
+        roles.update((name, split) for split in free[:1])
+    return roles
+
+
+def _others(names: Mapping[str, str], taken: Collection[str]) -> dict[str, list[str]]:
+    """Return names in which that of a split is a word, such as test_data, by the split.
+
+    Args:
+        names: Of tables, by what they are called in a message.
+        taken: Those that are read.
+    """
+    others: dict[str, list[str]] = {}
+    for spoken, name in names.items():
+        words = [word for word in re.split(r"[^a-z]+", name) if word]
+        found = {_SPLITS.get(word, "test" if word in _EVALUATED else "") for word in words}
+        for split in {"test", "validation"} & found if spoken not in taken else ():
+            others.setdefault(split, []).append(spoken)
+    return others
+
+
+def _known_splits(source: str, splits: dict[str, Part], advice: str) -> Source:
     parts: dict[str, list[Part]] = {}
-    for split, part in splits.items():
-        if split in _SPLITS:
-            parts.setdefault(_SPLITS[split], [part])
+    roles = _roles(splits)
+    for split, role in roles.items():
+        parts.setdefault(role, [splits[split]])
     if "train" not in parts:
         raise DataError(f"{source} has no train split (found {listed(list(splits))}); {advice}")
-    return parts
+    return Source(parts, _others({split: split for split in splits}, roles))
 
 
 def _stem(path: Path) -> str:
@@ -71,21 +108,28 @@ def _stem(path: Path) -> str:
     return path.stem.lower()
 
 
-def _folder_parts(folder: Path, options: ReadOptions | None) -> dict[str, list[Part]]:
+def _folder_parts(folder: Path, options: ReadOptions | None) -> Source:
     for place in (folder, folder / "data"):
+        tables = [
+            path
+            for path in sorted(place.glob("*"))
+            if path.is_file() and suffix_format(path) not in {None, "text"}
+        ]
+        matches = {path: _SHARD.fullmatch(_stem(path)) for path in tables}
+        roles = _roles({match["split"] for match in matches.values() if match})
         files: dict[str, list[Path]] = {}
-        for path in sorted(place.glob("*")):
-            match = _SHARD.fullmatch(_stem(path))
-            split = _SPLITS.get(match["split"]) if match else None
-            if split and path.is_file() and suffix_format(path) not in {None, "text"}:
+        for path, match in matches.items():
+            if match and (split := roles.get(match["split"])):
                 files.setdefault(split, []).append(path)
         if "train" in files:
-            for paths in files.values():
-                _check_shards(paths)
-            return {
+            for split, paths in files.items():
+                _check_shards(split, paths)
+            parts = {
                 split: [file_part(path, options) for path in paths]
                 for split, paths in files.items()
             }
+            taken = [path.name for paths in files.values() for path in paths]
+            return Source(parts, _others({path.name: _stem(path) for path in tables}, taken))
     names = listed(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise DataError(
         f"the folder {folder} has no train file (found {names});"
@@ -93,18 +137,18 @@ def _folder_parts(folder: Path, options: ReadOptions | None) -> dict[str, list[P
     )
 
 
-def _check_shards(paths: list[Path]) -> None:
+def _check_shards(split: str, paths: list[Path]) -> None:
     """Refuse several files for one split, unless they are all shards of one table."""
     matches = [match for match in (_SHARD.fullmatch(_stem(path)) for path in paths) if match]
-    split, num_shards = matches[0]["split"], matches[0]["num_shards"]
-    if any((match["split"], match["num_shards"]) != (split, num_shards) for match in matches) or (
+    name, num_shards = matches[0]["split"], matches[0]["num_shards"]
+    if any((match["split"], match["num_shards"]) != (name, num_shards) for match in matches) or (
         num_shards is None and len(paths) > 1
     ):
         raise DataError(
-            f"{paths[0]} and {paths[-1].name} are both {_SPLITS[split]} tables;"
+            f"{paths[0]} and {paths[-1].name} are both {split} tables;"
             " keep one, or name the file to use"
         )
-    num_names = len({match[0] for match in matches})
+    num_names = len({match["number"] for match in matches})
     if num_shards is not None and not num_names == len(paths) == int(num_shards):
         raise DataError(
             f"{paths[0]} is one of {int(num_shards)} shards, but the folder has {len(paths)};"
