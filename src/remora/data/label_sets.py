@@ -11,6 +11,7 @@ import ast
 import functools
 import io
 import json
+import re
 import sys
 import tokenize
 from collections import Counter
@@ -21,6 +22,9 @@ from typing import Literal
 from remora.data.values import is_blank, label_of, plain_number
 from remora.errors import DataError
 from remora.formatting import quote
+
+_VECTOR = re.compile(r"\[\s*[01]\.?(\s+[01]\.?)+\s*\]")
+_UNQUOTED = re.compile(r"""(\[[^][{}'":]*,[^][{}'":]*\]|\{[^][{}'":]*,[^][{}'":]*\})""")
 
 NONE_OF_THEM = "[]"
 """The text of the empty set."""
@@ -198,22 +202,63 @@ def list_in(cell: object) -> Sequence[object] | None:
     if isinstance(cell, set | frozenset):
         return sorted(cell)
     if isinstance(cell, list | tuple):
-        return None if cell and all(isinstance(each, dict) for each in cell) else list(cell)
+        chat = bool(cell) and all(isinstance(each, dict) for each in cell)
+        return None if chat else _names(list(cell), str(cell))
+    if isinstance(cell, dict):
+        return _chosen(cell)
     text = cell.strip() if isinstance(cell, str) else ""
-    if not (text.startswith("[") and text.endswith("]")):
+    if (text[:1] + text[-1:]) not in {"[]", "()", "{}"}:
         return None
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = _python_list(text)
-    return found if isinstance(found, list) else None
+    if isinstance(found, dict):
+        return _chosen(found)
+    return _names(found, text) if isinstance(found, list) else None
+
+
+def _chosen(cell: Mapping[str, object]) -> Sequence[object] | None:
+    """Return the labels in what Label Studio writes where several are chosen; None otherwise."""
+    choices = cell.get("choices")
+    return choices if len(cell) == 1 and isinstance(choices, list) else None
+
+
+def _names(items: list[object], shown: str) -> list[object]:
+    """Return the items of a list, unless they are a vector of 0 and 1, which names no label.
+
+    Raises:
+        DataError: Without the row: a number in it occurs twice.
+    """
+    numbers = [each for each in items if isinstance(each, bool | int | float)]
+    if len(numbers) == len(items) and len({*numbers}) < len(numbers) and {*numbers} <= {0, 1}:
+        raise DataError(
+            f"a vector of 0 and 1 as its label, {quote(shown)}; write a list of the names of its "
+            'labels, such as ["a", "b"], or a column for each label, and name them with '
+            "--label-columns"
+        )
+    return items
 
 
 def _python_list(text: str) -> object:
+    """Return a list, a tuple or a set of Python or Postgres as a list; None if it is none.
+
+    Raises:
+        DataError: Without the row: what stands between its items, or around them, is missing.
+    """
     try:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        if _VECTOR.fullmatch(text):  # as NumPy writes it
+            return [int(float(each)) for each in text.strip("[]").split()]
+        if _UNQUOTED.fullmatch(text):
+            raise DataError(
+                f"a list without quotes around its labels, {quote(text)}; write it as JSON, such "
+                'as ["a", "b"]'
+            ) from None
         return None
+    if isinstance(found, tuple | set) and all(isinstance(each, str) for each in found):
+        found = sorted(found) if isinstance(found, set) else list(found)
     # Python joins neighbouring texts, and NumPy writes arrays without commas
     if isinstance(found, list) and all(isinstance(each, str) for each in found):
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
