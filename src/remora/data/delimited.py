@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
 
 from remora.data.parts import PEEKED_ROWS, Ahead, Pick, Remarks, Row, row_place
 from remora.errors import DataError
@@ -17,6 +16,7 @@ MAX_SPANNED_LINES = 1000
 """Lines after which a double quote in a tab-separated file is no longer taken to open a field."""
 
 _DELIMITER_LINE = re.compile(r"sep=(.)\s*$")  # Excel reads one as the delimiter of what follows
+_OPEN = re.compile(r' *"(?:[^"]|"")*$')
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"(?=\t|$)', re.DOTALL)
 
 Record = tuple[int, list[str]]  # the first line, the fields; none where the line is blank
@@ -52,11 +52,11 @@ def rows(
         skipped += 1
     else:
         raise DataError(f"{name} is empty; add a header and rows")
-    lines = chain([first], lines)
-    if delimiter is None:  # the one that splits the first line most, the comma on a tie
-        delimiter = max(",;\t|", key=lambda mark: _num_fields(first, mark))
-    records = _tabbed(Ahead(lines), name, skipped, remarks) if delimiter == "\t" else None
-    records = records or _quoted(lines, name, delimiter, skipped, remarks)
+    ahead = Ahead(lines)
+    delimiter = delimiter or _delimiter(first, ahead)
+    ahead.put_back([first])
+    records = _tabbed(ahead, name, skipped, remarks) if delimiter == "\t" else None
+    records = records or _quoted(ahead, name, delimiter, skipped, remarks)
     header = [column.strip() for column in columns]
     if not header:
         _, fields = next(records)
@@ -67,6 +67,17 @@ def rows(
     places = pick(header, lambda: [values for _, _, values in complete.peek(PEEKED_ROWS)])
     for row, line, values in complete.rest():
         yield row, line, [values[place] for place in places]
+
+
+def _delimiter(first: str, following: Ahead[str]) -> str:
+    """Return what splits the first line most; on a tie what splits the next one alike."""
+    counts = {mark: _num_fields(first, mark) for mark in ",;\t|"}
+    most = max(counts.values())
+    tied = [mark for mark, count in counts.items() if count == most]
+    if len(tied) > 1 and most > 1:
+        (second,) = following.peek(1) or [first]
+        tied = [mark for mark in tied if _num_fields(second, mark) == most] or tied
+    return tied[0]
 
 
 def _num_fields(line: str, delimiter: str) -> int:
@@ -107,7 +118,7 @@ def _quoted(
 ) -> Iterator[Record]:
     """Yield the records of CSV, in which double quotes enclose a field."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(_without_spaces(lines, delimiter), delimiter=delimiter, strict=True)
     row, line = 0, skipped + 1  # of the record being read, the header being row 0
     try:
         for values in reader:
@@ -129,6 +140,42 @@ def _quoted(
             fault = f"is not CSV ({one_line(error)})"
         place = row_place(row, line) if row else f"line {line}"
         raise DataError(f"{name}: {place} {fault}; {advice}") from None
+
+
+def _without_spaces(lines: Iterator[str], delimiter: str) -> Iterator[str]:
+    """Yield the lines of CSV without spaces around quoted fields, which hide their quotes."""
+    mark = re.escape(delimiter)
+    quoted = re.compile(rf' *"(?:[^"]|"")*" *(?=[{mark}\r\n]|$)')
+    is_open = False  # whether the line begins within quotes
+    for line in lines:
+        may_have = not is_open and (' "' in line or '" ' in line)
+        is_open ^= line.count('"') % 2 == 1
+        yield _without_outer_spaces(line, delimiter, quoted) if may_have else line
+
+
+def _without_outer_spaces(line: str, delimiter: str, quoted: re.Pattern[str]) -> str:
+    """Return a line that begins with a field, without spaces around its quoted ones.
+
+    Args:
+        line: The line.
+        delimiter: Between its fields.
+        quoted: Matches a quoted field with the spaces around it, up to the next delimiter.
+    """
+    parts, place = [], 0
+    while True:
+        match, end = quoted.match(line, place), line.find(delimiter, place)
+        if match:
+            parts.append(match[0].strip(" "))
+            end = match.end()
+        elif _OPEN.match(line, place):
+            return "".join(parts) + line[place:].lstrip(" ")  # it ends on a later line
+        else:
+            end = len(line) if end < 0 else end
+            parts.append(line[place:end])
+        if line[end : end + 1] != delimiter:
+            return "".join(parts) + line[end:]
+        parts.append(delimiter)
+        place = end + 1
 
 
 def _tabbed(lines: Ahead[str], name: str, skipped: int, remarks: Remarks) -> Iterator[Record]:
