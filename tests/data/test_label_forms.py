@@ -22,6 +22,11 @@ def test_twins_are_labels_of_one_key():
         ["cafe\u0301  bar", "caf\u00e9 bar"],
     ]
     assert label_forms.twins(["a_b", "a b", "ab", "a-b"]) == []
+    assert label_forms.twins(["c", "c\u200b", "d"]) == [["c", "c\u200b"]]
+    assert label_forms.twins(["1", "1.0", "0.0", "0", "1.5", "v1.0", "v1"]) == [
+        ["0", "0.0"],
+        ["1", "1.0"],
+    ]
     assert label_forms.twins(["１", "1", "\ufb01n", "fin"]) == [["1", "１"], ["fin", "\ufb01n"]]
 
 
@@ -43,7 +48,10 @@ def test_twins_are_told_and_merged_on_request(tmp_path):
     assert sorted(merged.test.labels) == ["negative", "positive"]
     assert not [line for line in merged.summary.lines() if "--merge-labels" in line]
     assert merged.train.labels.count("positive") + merged.validation.labels.count("positive") == 14
-    with pytest.raises(DataError, match="'pOSITIVE', which is none of the 4 training labels"):
+    unknown = (
+        "'pOSITIVE', which is none of the 4 training labels; --merge-labels takes it for '[Pp]"
+    )
+    with pytest.raises(DataError, match=unknown):
         load_dataset(source, test=test)
     forms = label_forms.most_frequent_forms(["a", "B"])
     assert read_table(

@@ -1,7 +1,8 @@
-"""Labels that are the same but for case, spaces or Unicode form."""
+"""Labels that are the same but for case, spaces, Unicode form or a whole number's decimals."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,10 +10,17 @@ from collections.abc import Iterable, Mapping
 from remora.errors import ConfigError
 from remora.formatting import close_match, listed, quote
 
+_NO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
+_WHOLE = re.compile(r"^([-+]?\d+)\.0+$")
+
 
 def label_key(label: str) -> str:
-    """Return what labels have in common that differ in case, spaces or Unicode form only."""
-    return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+    """Return what labels have in common that differ in form only.
+
+    That is case, spaces, also those without width, Unicode form, and the decimals of 1.0.
+    """
+    key = " ".join(unicodedata.normalize("NFKC", label).translate(_NO_WIDTH).casefold().split())
+    return _WHOLE.sub(r"\1", key)
 
 
 def twins(labels: Iterable[str]) -> list[list[str]]:
@@ -29,7 +37,8 @@ def spoken(groups: list[list[str]]) -> list[str]:
         return []
     named = "; ".join(listed(group) for group in groups[:3]) + ("; ..." if len(groups) > 3 else "")
     return [
-        f"labels that differ only in case, spaces or Unicode form are different labels: {named};"
+        "labels that differ only in case, spaces, Unicode form or decimals as in 1.0 are different"
+        f" labels: {named};"
         " --merge-labels makes them one"
     ]
 

@@ -77,16 +77,20 @@ def label_of(
         if label.startswith("[") and _LIST.fullmatch(label):
             raise DataError(f"a list as its label, {quote(label)}; {_ONE_LABEL}")
     elif label not in known:
-        close = close_match(label, known)
         raise DataError(
             f"the label {quote(label)}, which is none of the {len(known):,} training labels; "
-            + (
-                f"did you mean {quote(close)}?"
-                if close
-                else "correct it, or add training rows of it"
-            )
+            + _advice(label, known)
         )
     return label
+
+
+def _advice(label: str, known: Collection[str]) -> str:
+    """Return what to do about a label that is none of the known ones."""
+    key = label_key(label)
+    if twin := next((each for each in sorted(known) if label_key(each) == key), None):
+        return f"--merge-labels takes it for {quote(twin)}"
+    close = close_match(label, known)
+    return f"did you mean {quote(close)}?" if close else "correct it, or add training rows of it"
 
 
 def is_hidden(value: object, known: Collection[str] | None) -> bool:
