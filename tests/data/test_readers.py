@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 
 import numpy as np
 import psutil
@@ -11,7 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import workbooks
 from data.test_table import LABELS, ROWS, TEXTS, write, write_csv, write_parquet
+from remora.data.label_sets import LabelForm
 from remora.data.table import Table, open_stream, read_table
 from remora.errors import DataError
 
@@ -239,3 +242,48 @@ def test_the_name_of_a_hub_dataset_is_recognized(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="write hf:owner/name for a dataset on"):
         read_table("owner/name")
+
+
+def test_archives_by_other_names_and_what_macos_adds(tmp_path):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("d.csv", "text,label\na,b\n")
+        file.writestr("._d.csv", "\0\x05\x16")
+        file.writestr("e/._d.csv", "\0\x05\x16")
+    assert read_table(archive).texts == ["a"]
+    for name in ("a.csv", "a.jsonl"):
+        archive = archive.rename(tmp_path / name)
+        with pytest.raises(DataError, match=r"archive, so end its name with \.xlsx or \.zip"):
+            read_table(archive)
+
+
+def test_a_number_in_the_header_of_a_workbook_is_a_name(tmp_path):
+    path = workbooks.write(tmp_path / "a.xlsx", [("text", 2024), ("x", "a"), ("y", "b")])
+    assert read_table(path, label_column="2024").labels == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "labels"),
+    [
+        ({"info": None}, ["0", "1"]),
+        ({"info": {"features": None}}, ["0", "1"]),
+        ([], ["0", "1"]),
+        ({"info": {"features": {"label": {"names": ["no", "yes"]}}}}, ["no", "yes"]),
+    ],
+)
+def test_what_a_parquet_file_says_of_its_columns(metadata, labels, tmp_path):
+    table = pyarrow.table({"text": ["a", "b"], "label": [0, 1]})
+    path = tmp_path / "a.parquet"
+    described = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    pyarrow.parquet.write_table(described, path)
+    assert read_table(path).labels == labels
+
+
+def test_lists_of_class_numbers_have_the_names_that_either_version_writes(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"], "labels": [[0, 1], [1]]})
+    for feature in ([{"names": ["x", "y"]}], {"feature": {"names": ["x", "y"]}}):
+        metadata = {"info": {"features": {"labels": feature}}}
+        described = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+        pyarrow.parquet.write_table(described, tmp_path / "a.parquet")
+        found = read_table(tmp_path / "a.parquet", label_column="labels", form=LabelForm())
+        assert found.labels == ['["x", "y"]', '["y"]']

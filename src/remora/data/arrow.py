@@ -32,8 +32,7 @@ def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
         # With pre_buffer pyarrow keeps what it has read of the file until the end.
         with pyarrow.parquet.ParquetFile(stream, pre_buffer=False) as file:
             columns = file.schema_arrow.names
-            metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-            features = metadata.get("info", {}).get("features", {})
+            features = _features(file.schema_arrow)
 
             def peek() -> list[Any]:
                 batch = next(file.iter_batches(batch_size=PEEKED_ROWS), None)
@@ -59,15 +58,25 @@ def file_schema(source: Path | IO[bytes]) -> Any:
     import pyarrow.parquet
 
     schema = pyarrow.parquet.read_schema(source)
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    for name, feature in metadata.get("info", {}).get("features", {}).items():
+    for name, feature in _features(schema).items():
         if isinstance(feature, dict) and feature.get("names") and name in schema.names:
             schema = schema.set(schema.names.index(name), pyarrow.field(name, pyarrow.string()))
     return schema
 
 
+def _features(schema: Any) -> dict[str, Any]:
+    """Return what `datasets` has written of the columns of a Parquet file; {} if it has not."""
+    try:
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return dict(metadata["info"]["features"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
 def _names_in(described: Any) -> list[str] | None:
     """Return the names of class numbers, or of lists of them, as a Parquet file describes them."""
+    if isinstance(described, list) and len(described) == 1:  # older versions' way to write a list
+        return _names_in(described[0])
     if not isinstance(described, dict):
         return None
     return described.get("names") or _names_in(described.get("feature"))

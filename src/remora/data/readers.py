@@ -200,7 +200,8 @@ def _member(path: Path) -> str:
             entries = [e for e in archive.infolist() if not e.is_dir()]
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be unpacked ({one_line(error)}); check the file") from error
-    entries = [e for e in entries if not e.filename.startswith("__MACOSX/")]
+    hidden = "__MACOSX/", "._"  # what macOS adds
+    entries = [e for e in entries if not e.filename.startswith(hidden) and "/._" not in e.filename]
     names = [e.filename for e in entries]
     tables = [name for name in names if suffix_format(Path(name)) not in {None, "text"}]
     tables = tables or (names if len(names) == 1 else [])
@@ -272,5 +273,7 @@ def _likely(line: bytes, number: int) -> str:
     """Return what to do about bytes that are not UTF-8."""
     if number == 1 and line.startswith(b"\x1f\x8b"):
         return "it is compressed with gzip, so end its name with .gz"
+    if number == 1 and line.startswith(b"PK\x03\x04"):
+        return "it is a workbook or a zip archive, so end its name with .xlsx or .zip"
     utf16 = number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff"))
     return f"save the file as UTF-8 (it may be {'UTF-16' if utf16 else 'Windows-1252 or Latin-1'})"

@@ -46,7 +46,7 @@ def sheet_rows(stream: Any, name: str, columns: Sequence[str], pick: Pick) -> It
             f"{name} is not a readable workbook ({one_line(error)});"
             " save it again as .xlsx, or as 'CSV UTF-8'"
         ) from None
-    header = list(columns) or [str(cell).strip() for cell in table[0]]
+    header = list(columns) or [str(_plain(cell)).strip() for cell in table[0]]
     if len(header) != len(table[0]):
         raise DataError(
             f"{name}: row 1 has {len(table[0])} fields, but --columns names {len(header)};"
