@@ -270,12 +270,7 @@ def load_dataset(
     tables, unlabelled = _read_held_out(parts, given, how, names)
     notes = [*label_forms.spoken(label_forms.twins(labels)), *unlabelled]
     shares = {"validation": validation_fraction, "test": test_fraction}
-    notes += [
-        f"{listed(others[split])} {'is' if len(others[split]) == 1 else 'are'} not read, and rows"
-        f" of the training table are held out as {split} rows; --{split} names a table of them"
-        for split, share in shares.items()
-        if split in others and split not in parts and share > 0
-    ]
+    notes += _not_read(others, [s for s, share in shares.items() if share > 0 and s not in parts])
     if train.multi_label:
         notes.insert(0, label_sets.spoken_sets(train.labels, form))
     return _assemble(
@@ -317,6 +312,16 @@ def _read_held_out(
 
 def _renamed(table: Table, names: Mapping[str, str]) -> Table:
     return table.relabelled(partial(label_forms.renamed, names=names)) if names else table
+
+
+def _not_read(others: Mapping[str, Sequence[str]], held_out: Sequence[str]) -> list[str]:
+    """Return a note for each split that is held out though other tables may be meant for it."""
+    return [
+        f"{listed(others[split])} {'is' if len(others[split]) == 1 else 'are'} not read, and rows"
+        f" of the training table are held out as {split} rows; --{split} names a table of them"
+        for split in held_out
+        if split in others
+    ]
 
 
 def _unlabelled(part: Part, split: str) -> str:
