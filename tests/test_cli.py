@@ -180,3 +180,16 @@ def test_completion_is_installed_for_a_shell(tmp_path: Path) -> None:
     (script,) = (path for path in tmp_path.rglob("*") if path.name == "remora")
     assert "diagnose" in script.read_text()
     assert "--rows-per-class" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        (["train", "-", "--model", "nano"], ["train", "--model", "nano", "--", "-"]),
+        (["eval", "run", "-"], ["eval", "run", "--", "-"]),
+        (["predict", "run", "--json"], ["predict", "run", "--json"]),
+        (["predict", "run", "--", "-"], ["predict", "run", "--", "-"]),
+    ],
+)
+def test_a_dash_is_no_flag(given: list[str], parsed: list[str]) -> None:
+    assert cli._with_dashes_last(given) == parsed

@@ -358,7 +358,15 @@ def _main(
         if not config.is_file():
             raise ConfigError(f"there is no settings file {config}; correct --config")
         app.config = (_Settings(config, use_commands_as_keys=False),)
-    app(tokens, exit_on_error=False, print_error=False)
+    app(_with_dashes_last(tokens), exit_on_error=False, print_error=False)
+
+
+def _with_dashes_last(tokens: Sequence[str]) -> list[str]:
+    """Return arguments with `-`, standard input, behind `--`: the parser takes it for a flag."""
+    others = [token for token in tokens if token != "-"]
+    if "--" in others or len(others) == len(tokens):
+        return list(tokens)
+    return [*others, "--", *["-"] * (len(tokens) - len(others))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -243,9 +243,9 @@ CASES: list[Case] = [
     ("one label column of 0 and 1", 2, lambda s: train("good.csv", "--label-columns", "x")),
     ("labels split at nothing", 2, lambda s: train("good.csv", "--split-labels-at", "")),
     (
-        "a choice of models for several labels a row",
+        "a search of answers for several labels a row",
         2,
-        lambda s: ["choose", several(s), "--models", "base", "--bar", "0.9"],
+        lambda s: ["tune", several(s), "--model", "base", "--search", "answer"],
     ),
     (
         "a hierarchy of several labels a row",

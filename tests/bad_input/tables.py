@@ -97,6 +97,42 @@ CASES: list[Case] = [
         ),
     ),
     (
+        "lines of fastText",
+        3,
+        lambda s: train(
+            s.write("fast.txt", "__label__refund give it back\n__label__card where is it\n" * 9),
+            *("--input-format", "csv"),
+        ),
+    ),
+    ("a table of one column", 3, lambda s: train(s.write("single.csv", "text\na\nb\n"))),
+    (
+        "a title above the header",
+        3,
+        lambda s: train(s.write("title.csv", "Tickets 2024,\nbody,team\n" + "a b c,x\n" * 9)),
+    ),
+    (
+        "labels inside objects",
+        3,
+        lambda s: train(
+            s.write("objects.jsonl", '{"text": "a b", "annotations": [{"label": 1}]}\n' * 9)
+        ),
+    ),
+    (
+        "vectors of 0 and 1 as labels",
+        3,
+        lambda s: train(s.write("vector.jsonl", '{"text": "a b", "label": [0, 1, 0]}\n' * 9)),
+    ),
+    (
+        "lists of labels without quotes",
+        3,
+        lambda s: train(s.write("bare.csv", 'text,label\na b,"[x, y]"\n')),
+    ),
+    (
+        "a test label of another form",
+        3,
+        lambda s: train("good.csv", "--test", s.write("t.csv", table([("a", "Refund")]))),
+    ),
+    (
         "a row with too many fields",
         3,
         lambda s: train(s.write("wide.csv", table(GOOD_ROWS) + "a,b,c\n")),

@@ -60,15 +60,11 @@ def label_of(
         value = _turn(value, "assistant")
     written = value if isinstance(value, str) else _written(value)
     if written is None:
-        several = isinstance(value, list | tuple | set)
-        raise DataError(
-            f"the label {quote(str(value))} of type {type(value).__name__}; "
-            + (
-                _ONE_LABEL
-                if several
-                else "make it a string or a number, or name another column with --label-column"
-            )
-        )
+        advice = "make it a string or a number, or name another column with --label-column"
+        if isinstance(value, list | tuple | set):
+            of_objects = any(isinstance(each, dict) for each in value)
+            advice = "write a string in place of the objects" if of_objects else _ONE_LABEL
+        raise DataError(f"the label {quote(str(value))} of type {type(value).__name__}; {advice}")
     label = sys.intern(written.strip())
     if known is not None and label not in known and forms:
         label = forms.get(label_key(label), label)
@@ -120,7 +116,11 @@ def _is_decimal(value: object) -> bool:
 
 
 def _is_chat(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(t, dict) for t in value)
+    return (
+        isinstance(value, list)
+        and all(isinstance(turn, dict) for turn in value)
+        and any("role" in turn or "from" in turn for turn in value)
+    )
 
 
 def _turn(chat: object, role: str) -> object:
