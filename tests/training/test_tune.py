@@ -139,6 +139,21 @@ def test_a_search_of_answers_that_was_killed_ends_the_same(settings: TuneConfig)
     assert shown(tune.tune(other)) == shown(whole)
 
 
+def test_settings_are_tried_once(settings: TuneConfig) -> None:
+    said: list[str] = []
+
+    class Listener(Reporter):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    finite = replace(settings, search=("answer", "list_labels"), trials=9, max_steps=1)
+    tuned = tune.tune(finite, reporter=Listener())
+    tried = [tuple(trial.settings.values()) for trial in tuned.trials]
+    assert len(tried) == len(set(tried)) == 4
+    assert "all 4 settings to search have been tried" in said
+    assert shown(tune.tune(replace(finite, trials=3))) == shown(tuned)
+
+
 def test_classes_write_no_label_texts(settings: TuneConfig, config: TrainConfig) -> None:
     tuning = object.__new__(tune._Tuning)
     tuning.config, tuning.plain = settings, config

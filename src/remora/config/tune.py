@@ -50,7 +50,8 @@ class TuneConfig(TrainConfig):
             (self.devices > 1, "tune trains on one device; leave out devices"),
             (
                 "epochs" in self.search and self.max_steps is not None,
-                "max_steps ends every trial, so epochs cannot be searched; leave out one of them",
+                "max_steps ends every trial, so epochs cannot be searched; give --search "
+                "learning_rate,rank,label_texts",
             ),
             (
                 "rank" in self.search and (self.method == "full" or self.start_from is not None),

@@ -7,12 +7,14 @@ ones alone, with a seed of its own, so a search that was killed goes on as if no
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,11 @@ class _Tuning:
             if number < len(begun):
                 self.study.enqueue_trial(begun[number])
             self.study.sampler = optuna.samplers.TPESampler(seed=1000 * self.config.seed + number)
-            self._try(self.study.ask(self.space), number, told)
+            trial = self._ask(number, self.study.get_trials(states=done))
+            if trial is None:
+                self.reporter.say(f"all {number} settings to search have been tried")
+                break
+            self._try(trial, number, told)
             told = {}
         trials = self.study.get_trials(states=done)
         complete = [each for each in trials if each.state == states.COMPLETE]
@@ -244,6 +250,24 @@ class _Tuning:
         }
 
     # Trials
+
+    def _ask(self, number: int, earlier: Sequence[Any]) -> Any:
+        """Return a trial whose settings no earlier one had, None if there is none left."""
+        import optuna
+
+        tried = [self._settings(each.params) for each in earlier]
+        trial = self.study.ask(self.space)
+        grids = [each.choices for each in self.space.values() if hasattr(each, "choices")]
+        if len(grids) < len(self.space) or self._settings(trial.params) not in tried:
+            return trial
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        combined = (dict(zip(self.space, values, strict=True)) for values in product(*grids))
+        left = [params for params in combined if self._settings(params) not in tried]
+        if not left:
+            return None
+        choice = random.Random(f"{self.config.seed} {number}").choice(left)
+        self.study.enqueue_trial(choice)
+        return self.study.ask(self.space)
 
     def _open_study(self) -> Any:
         """Return the study, begun by an earlier call or new.
