@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
+import pandas as pd
 import pytest
+from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import accuracy_score
+from sklearn.model_selection import KFold, cross_val_score
+from sklearn.preprocessing import MultiLabelBinarizer
 from sklearn.utils import estimator_checks
 
 from remora import TextClassifier
 from remora.config import TrainConfig
-from remora.errors import DataError, ResourceError
+from remora.errors import ConfigError, DataError, ModelError, ResourceError
 from remora.runtime import memory
 
 TEXTS = ["my card is late", "my card never came", "refund please", "where is the refund"] * 6
 LABELS = [0, 0, 1, 1] * 6
+NAMES = ["card", "card", "refund", "refund"] * 6
+SETS = [["card"], ["card", "late"], ["refund"], []] * 6
 
 
 @pytest.fixture
@@ -99,19 +112,259 @@ def test_two_fits_are_the_same_and_leave_the_callers_random_state(
     np.testing.assert_array_equal(first, second)
 
 
+def with_item(row: int, value: object, values: list[Any]) -> list[Any]:
+    return [*values[:row], value, *values[row + 1 :]]
+
+
 @pytest.mark.parametrize(
     ("texts", "labels", "message"),
     [
-        ("one text", [0], "a single text"),
+        ("one text", [0], "a single text was given; give a list of texts"),
+        (b"one text", [0], "a single text was given"),
         (["a", None], [0, 1], "item 1 is of type NoneType"),
+        (["a", b"b"], [0, 1], "item 1 is of type bytes"),
         (["a", " "], [0, 1], "item 1 is blank"),
-        (["a", "b"], [0], "2 texts, but labels of shape"),
+        (["a", "\ud800"], [0, 1], "item 1 has half of a surrogate pair"),
+        (["a", "b"], [0], "there are 2 texts and 1 labels; give a label for each text"),
         (["a", "b"], [0, 0], "at least two"),
+        ([], [], "there are no texts; give"),
+        (None, [0, 1], "the texts are of type NoneType; give a list of texts"),
+        (pd.DataFrame({"text": TEXTS}), LABELS, r"array of shape \(24, 1\); give one column"),
+        (np.array(TEXTS).reshape(-1, 1), LABELS, r"array of shape \(24, 1\); give one column"),
+        (TEXTS, None, "the labels are of type NoneType; give a list of labels"),
+        (TEXTS, "card", "a single label was given; give a list of labels"),
+        (TEXTS, pd.DataFrame({"a": LABELS}), r"the labels are an array of shape \(24, 1\); give a"),
+        (
+            TEXTS,
+            [0.5, 1.5] * 12,
+            r"labels such as 0.5 are no classes \(.*continuous\); give strings",
+        ),
+        (TEXTS, [{"a": 1}] * 24, r"labels such as \{'a': 1\} are no classes"),
     ],
 )
-def test_bad_input(classifier: TextClassifier, texts, labels, message: str) -> None:
+def test_bad_input(classifier: TextClassifier, texts: Any, labels: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         classifier.fit(texts, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (pd.Series(with_item(3, np.nan, NAMES)), "nan"),
+        (with_item(3, None, NAMES), "None"),
+        (with_item(3, np.nan, NAMES), "nan"),  # which NumPy would write as the text nan
+        (np.array(with_item(3, np.nan, LABELS)), "nan"),
+        (np.array(with_item(3, np.nan, LABELS), dtype=np.float32), "nan"),
+        (pd.Series(with_item(3, pd.NA, LABELS), dtype="Int64"), "<NA>"),
+        (pd.Series(with_item(3, pd.NA, NAMES), dtype="string"), "<NA>"),
+        (pd.Series(with_item(3, None, NAMES), dtype="category"), "nan"),
+        (pd.Series(with_item(3, pd.NaT, [pd.Timestamp(2026, 1, 1)] * 24)), "NaT"),
+        (with_item(3, "", NAMES), "''"),
+        (with_item(3, " ", NAMES), "' '"),
+        (with_item(3, ["card", None], SETS), "None"),
+        (with_item(3, ["card", np.nan], SETS), "nan"),
+        (with_item(3, [""], SETS), "''"),
+    ],
+)
+def test_missing_labels_are_refused_with_their_position(
+    classifier: TextClassifier, labels: Any, found: str
+) -> None:
+    with pytest.raises(DataError) as refused:
+        classifier.fit(TEXTS, labels)
+    advice = "give it one, or leave the item out"
+    assert str(refused.value) == f"item 3 has the label {found}; {advice}"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (with_item(3, 1, NAMES), "item 3 has the label 1, and item 0 'card'; give only strings or"),
+        (pd.Series(with_item(3, 1, NAMES)), "item 3 has the label 1, and item 0 'card'"),
+        (with_item(3, "1", LABELS), "item 3 has the label '1', and item 0 0"),
+        (with_item(3, [1], SETS), "item 3 has the label 1, and item 0 'card'"),
+        (with_item(3, None, SETS), "such as item 3; give a list for each"),
+        ([[1, 0], [0, 1], [1, 1], [0, 1]] * 6, "item 2 has a vector of 0 and 1; .*inverse_transf"),
+        ([np.array([1, 0, 0])] * 24, "item 0 has a vector of 0 and 1"),
+    ],
+)
+def test_labels_of_several_kinds_are_refused(
+    classifier: TextClassifier, labels: Any, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        classifier.fit(TEXTS, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (pd.Series(LABELS, dtype="Int64"), [0, 1]),
+        (pd.Series(LABELS, dtype=object), [0, 1]),
+        (pd.Series(NAMES, dtype="category"), ["card", "refund"]),
+        (iter(NAMES), ["card", "refund"]),
+        (pd.Series([np.array(each, dtype=object) for each in SETS]), ["card", "late", "refund"]),
+    ],
+)
+def test_columns_of_pandas_are_taken(
+    classifier: TextClassifier, labels: Any, classes: list[Any]
+) -> None:
+    classifier.set_params(max_steps=1).fit(pd.Series(TEXTS), labels)
+    assert classifier.classes_.tolist() == classes
+
+
+@pytest.mark.parametrize("texts", [None, 3, b"ab", ["\ud800"], pd.DataFrame({"text": TEXTS})])
+def test_bad_texts_are_refused_in_prediction_too(classifier: TextClassifier, texts: Any) -> None:
+    classifier.set_params(max_steps=1).fit(TEXTS, LABELS)
+    with pytest.raises(DataError):
+        classifier.predict(texts)
+    assert classifier.predict_proba([]).shape == (0, 2)
+
+
+def test_threads_get_what_they_would_get_one_after_another(classifier: TextClassifier) -> None:
+    classifier.set_params(max_steps=1).fit(TEXTS, LABELS)
+    chunks = [[f"card {i} {j} " * (1 + j % 4) for j in range(20)] for i in range(4)]
+    expected = list(map(classifier.predict_proba, chunks))
+    with ThreadPoolExecutor(4) as pool:
+        for found, each in zip(pool.map(classifier.predict_proba, chunks), expected, strict=True):
+            np.testing.assert_array_equal(found, each)
+        copies = pool.map(lambda _: copy.deepcopy(classifier).predict_proba(chunks[0]), range(2))
+        np.testing.assert_array_equal(list(copies), [expected[0]] * 2)
+
+
+def test_threads_that_fit_take_turns_with_the_random_state(classifier: TextClassifier) -> None:
+    def fitted(seed: int) -> NDArray[np.float64]:
+        again = clone(classifier).set_params(seed=seed, dropout=0.2)
+        return again.fit(TEXTS, LABELS).predict_proba(TEXTS[:4])
+
+    expected = list(map(fitted, range(2)))
+    with ThreadPoolExecutor(2) as pool:
+        np.testing.assert_array_equal(list(pool.map(fitted, range(2))), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels"),
+    [
+        ({}, LABELS),
+        ({"answer": "classes"}, NAMES),
+        ({"layout": "rows", "precision": "bfloat16"}, NAMES),
+        ({"use_dora": True}, NAMES),
+        ({"method": "full", "learning_rate": 1e-3}, NAMES),
+        ({}, SETS),
+    ],
+)
+def test_a_pickle_answers_the_same_to_the_bit(
+    classifier: TextClassifier, settings: dict[str, Any], labels: list[Any], tmp_path: Path
+) -> None:
+    classifier.set_params(**settings).fit(TEXTS, labels)
+    classifier.save(tmp_path / "saved")
+    where = {"precision": classifier.precision, "device": "cpu"}
+    loaded = TextClassifier.load(tmp_path / "saved", **where)
+    for fitted in (classifier, loaded):
+        expected = fitted.predict_proba(TEXTS[:4])
+        file = io.BytesIO()
+        joblib.dump(fitted, file)
+        file.seek(0)
+        for again in (pickle.loads(pickle.dumps(fitted)), joblib.load(file), copy.deepcopy(fitted)):
+            np.testing.assert_array_equal(again.predict_proba(TEXTS[:4]), expected)
+            np.testing.assert_array_equal(again.classes_, fitted.classes_)
+            assert list(again.predict(TEXTS[:4])) == list(fitted.predict(TEXTS[:4]))
+            assert again.get_params() == fitted.get_params()
+            assert again.model_ is not fitted.model_
+
+
+def test_a_pickle_is_opened_in_another_folder(
+    classifier: TextClassifier, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    pickled = pickle.dumps(classifier.set_params(model=base.name, max_steps=1).fit(TEXTS, NAMES))
+    monkeypatch.chdir(tmp_path)
+    again = pickle.loads(pickled)
+    assert again.model == base.name
+    np.testing.assert_array_equal(again.predict_proba(TEXTS), classifier.predict_proba(TEXTS))
+
+
+def test_a_pickle_knows_where_a_base_has_moved(
+    classifier: TextClassifier, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "before")
+    classifier.set_params(model=str(tmp_path / "before"), max_steps=1).fit(TEXTS, NAMES)
+    expected = classifier.predict_proba(TEXTS[:4])
+    classifier.save(tmp_path / "saved")
+    pickled = pickle.dumps(classifier)
+    (tmp_path / "before").rename(tmp_path / "after")
+    with pytest.raises(ModelError) as refused:
+        pickle.loads(pickled)
+    assert str(refused.value) == (
+        f"this pickled classifier cannot be opened (it was trained on {tmp_path / 'before'}, which "
+        "is not there); use save, and load with model= or device="
+    )
+    monkeypatch.chdir(tmp_path)
+    moved = TextClassifier.load("saved", model="after", precision="float32", device="cpu")
+    again = pickle.dumps(moved)
+    monkeypatch.chdir(tmp_path.parent)
+    np.testing.assert_array_equal(pickle.loads(again).predict_proba(TEXTS[:4]), expected)
+
+
+def test_a_pickle_of_a_device_that_is_not_here_is_refused(
+    classifier: TextClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickled = pickle.dumps(
+        classifier.set_params(max_steps=1).fit(TEXTS, LABELS).set_params(device="mps")
+    )
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"\(no mps device is available\); use save, and load"):
+        pickle.loads(pickled)
+
+
+def test_an_unfitted_classifier_is_pickled_and_copied(classifier: TextClassifier) -> None:
+    for again in (pickle.loads(pickle.dumps(classifier)), copy.deepcopy(classifier)):
+        assert again.get_params() == classifier.get_params()
+        with pytest.raises(NotFittedError):
+            again.predict(TEXTS)
+
+
+def test_score_of_lists_is_scikit_learns_subset_accuracy(classifier: TextClassifier) -> None:
+    classifier.fit(TEXTS, SETS)
+    true = [*SETS[4:], ["late", "card"], ["card"], [], []]  # in any order; some are wrong
+    binarizer = MultiLabelBinarizer().fit(SETS)
+    rows = binarizer.transform(true), binarizer.transform(classifier.predict(TEXTS))
+    weights = np.arange(1, 25)
+    assert 0 < accuracy_score(*rows) < 1
+    assert classifier.score(TEXTS, true) == pytest.approx(accuracy_score(*rows))
+    weighted = accuracy_score(*rows, sample_weight=weights)
+    assert weighted != accuracy_score(*rows)
+    assert classifier.score(TEXTS, true, sample_weight=weights) == pytest.approx(weighted)
+    for y, message in (
+        (NAMES, "the texts have one label, and the classifier gives a list of labels; give"),
+        (SETS[1:], "there are 24 texts and 23 labels"),
+        (with_item(3, [None], SETS), "item 3 has the label None"),
+    ):
+        with pytest.raises(DataError, match=message):
+            classifier.score(TEXTS, y)
+    with pytest.raises(DataError, match=r"sample_weight has the shape \(1,\); give a number for"):
+        classifier.score(TEXTS, SETS, sample_weight=[1])
+
+
+def test_score_of_labels_is_scikit_learns_accuracy(classifier: TextClassifier) -> None:
+    classifier.fit(TEXTS, LABELS)
+    true, weights = [0] * 12 + LABELS[12:], np.arange(1, 25)
+    expected = accuracy_score(true, classifier.predict(TEXTS), sample_weight=weights)
+    assert 0 < expected < 1
+    assert classifier.score(TEXTS, true, sample_weight=weights) == pytest.approx(expected)
+    for y, message in (
+        (NAMES, "item 0 has the label 'card', and the classes are such as 0; give labels of"),
+        (SETS, "the texts have lists of labels, and the classifier gives one label; give"),
+    ):
+        with pytest.raises(DataError, match=message):
+            classifier.score(TEXTS, y)
+    with pytest.raises(DataError, match="there are no texts"):
+        classifier.score([], [])
+
+
+def test_cross_validation_of_lists_takes_folds(classifier: TextClassifier) -> None:
+    folds = KFold(2, shuffle=True, random_state=0)
+    scores = cross_val_score(classifier, TEXTS, SETS, cv=folds)
+    assert scores.shape == (2,)
+    assert ((scores >= 0) & (scores <= 1)).all()
 
 
 def test_columns_are_in_the_order_of_the_classes_not_of_their_names(

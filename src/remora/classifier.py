@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import tempfile
+import threading
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,14 @@ from remora.config import TrainConfig
 from remora.config.several_labels import settled
 from remora.data.dataset import dataset_from_lists
 from remora.data.label_sets import set_text
-from remora.errors import DataError
+from remora.errors import ConfigError, DataError, ModelError
 from remora.evaluation.multi_label import with_thresholds
 from remora.evaluation.predictions import ScoredSets
-from remora.formatting import close_match
-from remora.models import saved
-from remora.models.saved import open_trained
+from remora.formatting import close_match, cut, first_line
+from remora.models import hub, saved
+from remora.models.metadata import is_text
+from remora.models.saved import Trained, open_trained
+from remora.runtime.files import disk_errors
 from remora.runtime.reporter import Reporter
 from remora.training.loop import fit
 from remora.training.session import open_session
@@ -47,6 +52,13 @@ SETTINGS = {
 }
 """The settings that `TextClassifier` takes by name."""
 
+OPENED = {"model_", "prompt_", "_trained", "_lock"}
+"""Attributes of a fitted classifier that are made anew from its files when it is unpickled."""
+
+_CHANGING = threading.Lock()
+"""Held while one trains or loads, which change what all threads share: torch's random state, the
+filters of warnings."""
+
 
 def _signature() -> inspect.Signature:
     parameter = inspect.Parameter
@@ -69,6 +81,9 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A text classifier: a frozen language model with a small trained LoRA adapter.
 
     With `method="full"` the language model itself trains, in all its weights.
+
+    Threads may share one: they take turns to compute. A pickle holds what `save` writes, without
+    the base model of an adapter.
 
     Every argument but the model may be None, which stands for the default of `TrainConfig`, where
     each is described.
@@ -114,15 +129,12 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ResourceError: If memory does not suffice.
         """
         texts = _texts(X)
-        if _are_sets(y):
-            return self._fit_sets(texts, y)
-        targets = np.asarray(y)
-        check_classification_targets(targets)
-        if targets.ndim != 1 or len(targets) != len(texts):
-            raise DataError(
-                f"there are {len(texts)} texts, but labels of shape {targets.shape}; "
-                "give one label for each text"
-            )
+        if not texts:
+            raise DataError("there are no texts; give some of at least two classes")
+        labels, are_sets = _labels(y, len(texts))
+        if are_sets:
+            return self._fit_sets(texts, labels)
+        targets = _targets(y, labels)
         classes = np.unique(targets)
         names = [str(value) for value in classes]
         if len(names) < 2 or len(set(names)) < len(names):
@@ -137,32 +149,24 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             seed=config.seed,
         )
         # In the order of the classes, where that of numbers is not that of their names
-        dataset = dataclasses.replace(dataset, labels=tuple(names))
-        with open_session(config, dataset) as session:
+        dataset = replace(dataset, labels=tuple(names))
+        with _CHANGING, open_session(config, dataset) as session:
             fit(session)
-        self.classes_ = classes
-        self.model_, self.prompt_ = session.model, session.prompt
-        self._trained = session.trained
-        return self
+        return self._keep(session.trained, classes)
 
-    def _fit_sets(self, texts: list[str], y: Any) -> TextClassifier:
+    def _fit_sets(self, texts: list[str], sets: list[list[Any]]) -> TextClassifier:
         """Train where a text may have several labels, or none."""
-        sets = [[str(label) for label in labels] for labels in y]
-        if len(sets) != len(texts):
-            raise DataError(
-                f"there are {len(texts)} texts and {len(sets)} lists of labels; give one list for "
-                "each text"
-            )
+        kinds = {str(label): label for labels in sets for label in labels}
         config = self._config()
         dataset = dataset_from_lists(
             texts,
-            [set_text(labels) for labels in sets],
+            [set_text(map(str, labels)) for labels in sets],
             validation_fraction=config.validation_fraction,
             seed=config.seed,
             multi_label=True,
         )
         config = settled(config, is_multi_label=True)
-        with open_session(config, dataset) as session:
+        with _CHANGING, open_session(config, dataset) as session:
             fit(session)
             trained, validation = session.trained, dataset.validation
             if len(validation):
@@ -171,10 +175,14 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 assert isinstance(fitted, ScoredSets)
                 thresholds = tuple(fitted.thresholds.tolist())
                 trained = replace(trained, card=replace(trained.card, thresholds=thresholds))
-        kinds = {str(label): label for labels in y for label in labels}
-        self.classes_ = np.array([kinds[name] for name in dataset.labels])
-        self.model_, self.prompt_ = session.model, session.prompt
+        return self._keep(trained, np.array([kinds[name] for name in dataset.labels]))
+
+    def _keep(self, trained: Trained, classes: NDArray[Any]) -> TextClassifier:
+        """Become fitted."""
+        self.classes_ = classes
+        self.model_, self.prompt_ = trained.model, trained.prompt
         self._trained = trained
+        self._lock = threading.RLock()
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -184,8 +192,10 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         probability of its own, and a row need not sum to 1.
         """
         check_is_fitted(self)
-        scorer = self._trained.scorer(max_tokens=self._config().max_tokens)
-        return scorer.probabilities(_texts(X))
+        texts = _texts(X)
+        with self._lock:
+            scorer = self._trained.scorer(max_tokens=self._config().max_tokens)
+            return scorer.probabilities(texts)
 
     def predict(self, X: ArrayLike) -> NDArray[Any] | list[list[Any]]:
         """Return the likeliest class for each text, [n_samples].
@@ -201,11 +211,56 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         result: NDArray[Any] = self.classes_[chosen]
         return result
 
+    def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+        """Return the share of texts whose label is right.
+
+        Where a text may have several labels all of them must be, as in scikit-learn's subset
+        accuracy.
+
+        Args:
+            X: Texts, [n_samples].
+            y: Their labels, as in `fit`.
+            sample_weight: How much each text counts, [n_samples]; by default the same.
+
+        Raises:
+            DataError: If they are no texts, labels and weights of the same number, or the labels
+                are of another kind than those of `fit`.
+        """
+        check_is_fitted(self)
+        texts = _texts(X)
+        labels, are_sets = _labels(y, len(texts))
+        if not texts:
+            raise DataError("there are no texts; give some to score")
+        if are_sets != self._trained.card.multi_label:
+            found = "lists of labels, and the classifier gives one label"
+            if not are_sets:
+                found = "one label, and the classifier gives a list of labels"
+            raise DataError(f"the texts have {found}; give labels as in fit")
+        weights = np.ones(len(texts)) if sample_weight is None else np.asarray(sample_weight)
+        if weights.shape != (len(texts),):
+            raise DataError(
+                f"there are {len(texts)} texts, and sample_weight has the shape {weights.shape}; "
+                "give a number for each text"
+            )
+        known = self.classes_.tolist()[0]
+        if not are_sets and isinstance(labels[0], str) != isinstance(known, str):
+            raise DataError(
+                f"item 0 has the label {labels[0]!r}, and the classes are such as {known!r}; give "
+                "labels of the same type"
+            )
+        given = self.predict(texts)
+        if are_sets:
+            right = [{*map(str, a)} == {*map(str, b)} for a, b in zip(given, labels, strict=True)]
+        else:
+            right = [a == b for a, b in zip(given, labels, strict=True)]
+        return float(np.average(right, weights=weights))
+
     def save(self, path: str | Path) -> None:
         """Save the adapter in PEFT's format, or the model, beside what Remora needs to load it."""
         check_is_fitted(self)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        saved.save(self.model_, self.prompt_, self._trained.card, Path(path))
+        with self._lock:
+            saved.save(self.model_, self.prompt_, self._trained.card, Path(path))
 
     @classmethod
     def load(
@@ -231,8 +286,14 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ModelError: If a part is missing or broken, or the base model is another one.
         """
         config = TrainConfig("", model=model or "", precision=precision, device=device)  # type: ignore[arg-type]
-        trained = open_trained(path, base=model, device=config.device, precision=config.precision)
+        with _CHANGING:
+            trained = open_trained(
+                path, base=model, device=config.device, precision=config.precision
+            )
         card = trained.card
+        if model is not None:  # what is saved or pickled from now on has its base there
+            folder = hub.find(model) if Path(model).expanduser().exists() else Path(model)
+            card = replace(card, base_model=hub.lasting_name(model, folder))
         loaded = cls(
             model or card.base_model,
             method=card.method,
@@ -240,10 +301,46 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             precision=precision,
             device=device,
         )
-        loaded.classes_ = np.array(card.labels)
-        loaded.model_, loaded.prompt_ = trained.model, trained.prompt
-        loaded._trained = trained
-        return loaded
+        return loaded._keep(replace(trained, card=card), np.array(card.labels))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the parameters, the classes, and the files that `save` writes."""
+        state = {name: value for name, value in vars(self).items() if name not in OPENED}
+        if hasattr(self, "_trained"):
+            with tempfile.TemporaryDirectory(prefix="remora-") as folder:
+                self.save(Path(folder) / "saved")
+                files = (Path(folder) / "saved").iterdir()
+                state["_files"] = {file.name: file.read_bytes() for file in files}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the files of a pickle, as `load` does.
+
+        Raises:
+            ConfigError: If the device or the precision is not available here.
+            ModelError: If the base model is not here, or is another one.
+        """
+        self.__dict__.update(state)
+        files = self.__dict__.pop("_files", None)
+        if files is None:
+            return
+        # Where a file is mapped, Windows cannot remove it yet
+        with tempfile.TemporaryDirectory(prefix="remora-", ignore_cleanup_errors=True) as folder:
+            with disk_errors(Path(folder), "set TMPDIR to another folder"):
+                for name, content in files.items():
+                    (Path(folder) / name).write_bytes(content)
+            try:
+                with _CHANGING:
+                    trained = open_trained(
+                        folder, device=self.device or "auto", precision=self.precision or "auto"
+                    )
+            except (ConfigError, ModelError) as error:
+                found = str(error).partition(";")[0].replace(folder, "it")
+                raise type(error)(
+                    f"this pickled classifier cannot be opened ({found}); use save, and load with "
+                    "model= or device="
+                ) from error
+        self._keep(trained, self.classes_)
 
     def _config(self) -> TrainConfig:
         settings = {k: v for k, v in self.get_params(deep=False).items() if v is not None}
@@ -259,35 +356,105 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
 
-def _are_sets(y: Any) -> bool:
-    """Return whether targets are a collection of labels for each text.
+def _listed(values: Any, what: str, advice: str) -> list[Any]:
+    """Return a column of values as a list.
 
     Raises:
-        DataError: If they are a matrix of 0 and 1, or some are collections and others are not.
+        DataError: If it is none.
     """
-    if isinstance(y, np.ndarray) and y.ndim > 1:
+    if isinstance(values, str | bytes):
+        raise DataError(f"a single {what} was given; give a list of {what}s")
+    if hasattr(values, "__array__"):  # of NumPy, pandas, Polars or Arrow
+        array = np.asarray(values, dtype=object)
+        if array.ndim != 1:
+            raise DataError(f"the {what}s are an array of shape {array.shape}; {advice}")
+        return list(array.tolist())
+    try:
+        return list(values)
+    except TypeError:
         raise DataError(
-            f"the labels are an array of shape {y.shape}; give a label for each text, or a list of "
-            "its labels (inverse_transform of a MultiLabelBinarizer gives them)"
-        )
-    kinds = {isinstance(each, list | tuple | set | frozenset) for each in y}
-    if len(kinds) > 1:
-        raise DataError("some texts have a list of labels and others none; give a list for each")
-    return kinds == {True}
+            f"the {what}s are of type {type(values).__name__}; give a list of {what}s"
+        ) from None
 
 
-def _texts(X: ArrayLike) -> list[str]:
+def _texts(X: Any) -> list[str]:
     """Return texts as a list.
 
     Raises:
         DataError: If they are no one-dimensional collection of texts, or one of them is blank.
     """
-    if isinstance(X, str):
-        raise DataError("a single text was given; give a list of texts")
-    texts: list[Any] = list(np.asarray(X, dtype=object).tolist())
+    texts = _listed(X, "text", "give one column, such as frame['text']")
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"item {row} is of type {type(text).__name__}; give texts only")
         if not text.strip():
             raise DataError(f"item {row} is blank; give texts only")
+        if not is_text(text):
+            raise DataError(
+                f"item {row} has half of a surrogate pair; write the character whole or remove it"
+            )
     return texts
+
+
+def _labels(y: Any, num_texts: int) -> tuple[list[Any], bool]:
+    """Return a label for each text, or a list of its labels; and whether they are lists.
+
+    Raises:
+        DataError: If a label is missing, some are text and others numbers, some are lists and
+            others are not, or they are a matrix of 0 and 1.
+    """
+    advice = "give a label for each text, or a list of its labels"
+    binarized = "(inverse_transform of a MultiLabelBinarizer gives them)"
+    labels = _listed(y, "label", f"{advice} {binarized}")
+    if len(labels) != num_texts:
+        raise DataError(f"there are {num_texts} texts and {len(labels)} labels; {advice}")
+    are_sets = [isinstance(each, list | tuple | set | frozenset | np.ndarray) for each in labels]
+    if len({*are_sets}) > 1:
+        raise DataError(
+            "some texts have a list of labels and others none, such as item "
+            f"{are_sets.index(False)}; give a list for each"
+        )
+    sets = [list(each) if is_set else [each] for each, is_set in zip(labels, are_sets, strict=True)]
+    items = [(row, label) for row, own in enumerate(sets) for label in own]
+    for row, label in items:
+        if _is_missing(label):
+            raise DataError(
+                f"item {row} has the label {label!r}; give it one, or leave the item out"
+            )
+        if isinstance(label, str) != isinstance(items[0][1], str):
+            raise DataError(
+                f"item {row} has the label {label!r}, and item {items[0][0]} {items[0][1]!r}; give "
+                "only strings or only numbers"
+            )
+    for row, own in enumerate(sets):
+        numbers = {float(label) for label in own if isinstance(label, Real)}
+        if len(numbers) < len(own) and numbers and numbers <= {0, 1}:
+            raise DataError(f"item {row} has a vector of 0 and 1; {advice} {binarized}")
+    return (sets, True) if any(are_sets) else (labels, False)
+
+
+def _is_missing(label: Any) -> bool:
+    """Return whether a label is blank, or what Python, NumPy or pandas write for a missing one."""
+    if isinstance(label, str):
+        return not label.strip()
+    return str(label) in {"None", "nan", "NaN", "<NA>", "NaT"}
+
+
+def _targets(y: Any, labels: list[Any]) -> NDArray[Any]:
+    """Return labels as an array of what scikit-learn takes for classes.
+
+    Raises:
+        DataError: If they are none, such as measured numbers.
+    """
+    try:
+        targets = np.asarray(y if hasattr(y, "dtype") else labels)
+        if targets.dtype == object and not isinstance(labels[0], str):  # numbers, of pandas
+            targets = np.asarray(labels)
+        check_classification_targets(targets)
+    except (TypeError, ValueError) as error:
+        reason = first_line(error).partition(".")[0]
+        raise DataError(
+            f"labels such as {cut(repr(labels[0]), 50)} are no classes ({reason}); give strings or "
+            "whole numbers"
+        ) from error
+    return targets
