@@ -366,3 +366,19 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path, case):
         read_table(write(tmp_path / name, content))
     assert "\n" not in str(told.value)
     assert name in str(told.value)
+
+
+def test_rows_that_annotators_refused_are_told(tmp_path):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2], "answer": "accept"} for i in range(9)]
+    path = tmp_path / "prodigy.jsonl"
+
+    def told() -> list[str]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return [each for each in load_dataset(str(path)).summary.remarks if "reject" in each]
+
+    assert told() == []
+    rows[3]["answer"] = "reject"
+    (line,) = told()
+    assert line.endswith("are read as the accepted ones are; leave them out of the table")
+    rows[3]["answer"] = "forty two"
+    assert told() == []

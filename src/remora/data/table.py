@@ -161,6 +161,11 @@ def read_parts(
                 name, wanted, form.columns or label_column, columns, peek, trained, known
             )
             chosen[:] = [columns[place] for place in places]
+            if _has_refused(columns, places, peek):
+                remarks.tell(
+                    f"{name}: rows whose 'answer' is 'reject' or 'ignore' are read as the accepted"
+                    " ones are; leave them out of the table"
+                )
             return places
 
         for row, line, values in part.read(pick, remarks):
@@ -194,6 +199,15 @@ def read_parts(
     if num_lists:
         remarks.tell(f"{parts[0].name}: the labels are lists of one label each, read as {ONE}")
     return Table(texts, labels, multi_label=several, form=form), chosen
+
+
+def _has_refused(columns: Sequence[str], places: Sequence[int], peek: Peek) -> bool:
+    """Return whether a table is one of Prodigy with rows that its annotators did not accept."""
+    place = columns.index("answer") if "answer" in columns else -1
+    if place < 0 or place in places:
+        return False
+    found = {str(values[place]) for values in peek()}
+    return found <= {"accept", "reject", "ignore"} and not found <= {"accept"}
 
 
 def message(columns: Sequence[str], cells: Sequence[object]) -> str:
