@@ -185,9 +185,10 @@ def compare(config: CompareConfig) -> None:
     from remora import display
     from remora.evaluation import compare, next_steps
     from remora.report import pages
+    from remora.runtime import files
 
     if config.report:
-        pages.check_output(config.report, "report")
+        files.check_output(config.report, "--report")
     comparison = compare.compare_runs(config)
     steps = next_steps.told_next_steps(
         lambda: next_steps.after_comparison(comparison, config.runs),
@@ -214,7 +215,12 @@ def diagnose(config: DiagnoseConfig) -> None:
 
     if config.apply is not None:
         path, num_corrected, num_deleted = diagnose.apply_corrections(config)
-        display.show_line(f"{num_corrected:,} rows corrected, {num_deleted:,} deleted in {path}")
+        counts = {"num_corrected": num_corrected, "num_deleted": num_deleted}
+        if config.json:
+            _print_json({"output": str(path)} | counts)
+        else:
+            told = f"{num_corrected:,} rows corrected, {num_deleted:,} deleted"
+            display.show_line(f"{told} in {path}")
         return
     with display.TerminalReporter().live() as reporter:
         diagnosis = diagnose.diagnose_run(config, reporter=reporter)
@@ -382,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
-        return _fail("interrupted; saved checkpoints stay in the run directory", 130)
+        return _fail("interrupted; run the same command again", 130)
     except (RemoraError, cyclopts.CycloptsError) as error:
         if "--debug" in given:
             raise

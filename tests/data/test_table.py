@@ -106,8 +106,12 @@ def test_streaming_yields_before_the_input_ends():
 
 def test_faults_in_a_stream(monkeypatch, tmp_path):
     stdin(monkeypatch, b"")
-    with pytest.raises(DataError, match="standard input is empty"):
+    with pytest.raises(DataError, match="standard input is empty; give one message a line"):
         stream_texts("-")  # at once, before the first text is asked for
+    with pytest.raises(DataError, match=r"a\.txt is empty; give one message a line"):
+        stream_texts(str(write(tmp_path / "a.txt", "")))
+    with pytest.raises(DataError, match="standard input is empty; add a header and rows"):
+        stream_texts("-", format="csv")
     stdin(monkeypatch, b"text\n")
     with pytest.raises(DataError, match="standard input has no rows"):
         stream_texts("-", format="csv")

@@ -286,6 +286,31 @@ def test_decisions_come_back_into_a_cleaned_table(finished: Path, tmp_path: Path
     assert read_table(elsewhere).texts[0].startswith("=card")  # not escaped: it is trained on
 
 
+def test_counts_of_corrections_as_json(finished: Path, capsys) -> None:
+    path = decide(finished, {90: "refund", 1: "delete", 2: "delete"})
+    assert remora("diagnose", finished, "--apply", path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "output": str(finished / "cleaned.csv"),
+        "num_corrected": 1,
+        "num_deleted": 2,
+    }
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.xlsx", "x.tsv", "x", "no/x.csv", "."])
+def test_a_cleaned_table_that_cannot_be_written_is_refused_first(
+    finished: Path, tmp_path: Path, monkeypatch, capsys, name: str
+) -> None:
+    told = {"no/x.csv": "there is no folder no; make it", ".": "is a folder; give a file"}
+    path = decide(finished, {5: "refund"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diagnose, "load", lambda config: pytest.fail("it was begun"))
+    code = 5 if name == "no/x.csv" else 2
+    assert remora("diagnose", finished, "--apply", path, "--output", name) == code
+    wanted = told.get(name, f"{name} is written as CSV; end its name with .csv")
+    assert wanted in capsys.readouterr().err
+    assert not (tmp_path / name).is_file()
+
+
 @pytest.mark.parametrize(
     ("decisions", "told"),
     [

@@ -81,6 +81,18 @@ def test_p_values_are_scipys_and_overlap_is_counted(runs) -> None:
     assert found.contenders[2].trainable_share == 0.005
 
 
+def test_a_speed_that_was_not_measured_is_left_blank(runs, capsys) -> None:
+    path = runs[0] / "evaluation.json"
+    figures = json.loads(path.read_text()) | {"examples_per_second": 0.0}  # of two or three steps
+    path.write_text(json.dumps(figures))
+    assert remora("compare", *runs) == 0
+    shown = capsys.readouterr().out
+    assert "12.5" in shown
+    assert " 0.0 " not in shown
+    found = compare.compare_runs(CompareConfig(runs))
+    assert [each.examples_per_second for each in found.contenders] == [None, None, 12.5]
+
+
 def test_error_consistency_is_scikit_learns_kappa(runs) -> None:
     from sklearn.metrics import cohen_kappa_score
 

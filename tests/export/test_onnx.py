@@ -98,14 +98,18 @@ def test_onnx_runtime_gives_the_same_probabilities(place: Path, capsys) -> None:
     (short,) = client.token_ids(["where"])
     assert ids[-2:] == short[-2:]
 
-    # The client by itself, as a user runs it, from lines and from arguments
+    # The client by itself, as a user runs it, from lines and from arguments; blank ones get none
     command = [sys.executable, "-I", str(folder / "client.py")]
-    lines = "\n".join([*MESSAGES, "", " "])
-    for more, given in (((), lines), (tuple(MESSAGES), None)):
+    given = ["", *MESSAGES[:2], " ", *MESSAGES[2:], ""]
+    for more, lines in (((), "".join(f"{each}\n" for each in given)), (given, None), ([""], None)):
         done = subprocess.run(
-            [*command, *more], input=given, capture_output=True, text=True, check=True
+            [*command, *more], input=lines, capture_output=True, text=True, check=True
         )
         answers = [line.split("\t") for line in done.stdout.splitlines()]
+        assert [answer != [""] for answer in answers] == [bool(x.strip()) for x in more or given]
+        if more == [""]:
+            continue
+        answers = [answer for answer in answers if answer != [""]]
         best = wanted[: len(MESSAGES)]
         assert [label for label, _ in answers] == [client.labels[i] for i in best.argmax(1)]
         np.testing.assert_allclose([float(p) for _, p in answers], best.max(1), atol=1e-4)

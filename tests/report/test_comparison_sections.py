@@ -187,6 +187,7 @@ def test_what_was_compared_is_told_beside_where_the_page_is(page: Path, capsys) 
     assert remora("compare", *runs, "--report", page.parent) == 2
     assert "is a folder; give a file with --report" in capsys.readouterr().err
     assert remora("compare", *runs, "--report", page.parent / "no" / "x.html") == 5
+    assert "no; make it, or give another file with --report" in capsys.readouterr().err
     assert remora("compare", runs[0], "--report", page.with_name("one.html")) == 0
 
 

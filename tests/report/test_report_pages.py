@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -272,6 +273,14 @@ def test_the_verb_writes_it_again(run: Path, tmp_path: Path, capsys) -> None:
     elsewhere = tmp_path / "there.html"
     assert remora("report", run, "--output", elsewhere) == 0
     assert elsewhere.read_bytes() == (run / "report.html").read_bytes()
+
+
+def test_a_speed_that_was_not_measured_is_left_out(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "copied")
+    assert "12.5 examples/s" in " ".join(Read(pages.page(copied)).text.split())
+    path = copied / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"examples_per_second": 0.0}))
+    assert "examples/s" not in Read(pages.page(copied)).text
 
 
 def test_what_cannot_be_reported_is_one_line(run: Path, tmp_path: Path, capsys) -> None:

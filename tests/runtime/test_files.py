@@ -7,11 +7,12 @@ import hashlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from remora.errors import ResourceError
+from remora.errors import RemoraError, ResourceError
 from remora.evaluation.predictions import write_predictions
 from remora.formatting import escape_formula, unescape_formula
 from remora.runtime import files
@@ -76,6 +77,35 @@ def test_a_failed_write_leaves_the_old_file_alone(monkeypatch, tmp_path):
             write()
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("text")
+    (tmp_path / "folder.csv").mkdir()
+    for name, code, told in (
+        ("./a.csv", 2, "is the table that is read; name another file with --to"),
+        ("folder.csv", 2, "folder.csv is a folder; give a file with --to"),
+        ("b.parquet", 2, "b.parquet is written as CSV; end its name with .csv"),
+        ("b", 2, "b is written as CSV; end its name with .csv"),
+        ("no/b.csv", 5, "no/b.csv: there is no folder no; make it, or give another file with --to"),
+        ("a.csv/b.csv", 5, "there is no folder a.csv"),
+    ):
+        with pytest.raises(RemoraError, match=re.escape(told)) as caught:
+            files.check_output(Path(name), "--to", source="a.csv", suffix=".csv")
+        assert caught.value.exit_code == code
+    files.check_output(Path("b.CSV"), "--to", source="a.csv", suffix=".csv")
+    files.check_output(Path("b"), "--to")
+
+
+def test_the_flag_that_names_a_file_is_in_the_advice(tmp_path):
+    path, advice = tmp_path / "no" / "a", "give another file with --to"
+    for write in (
+        lambda: files.write_text(path, "", advice),
+        lambda: files.write_csv(path, [], [], advice),
+    ):
+        with pytest.raises(ResourceError, match=f"free space, or {advice}$"):
+            write()
 
 
 def test_folders_are_not_opened_on_windows(monkeypatch, tmp_path):

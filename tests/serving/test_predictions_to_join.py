@@ -89,6 +89,31 @@ def test_json_lines_and_parquet_keep_values_and_types(run, tmp_path):
     assert pyarrow.parquet.read_table(out).column("n").to_pylist() == [1.5] * 3
 
 
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_numbers_that_json_lacks_are_null(run, tmp_path, capsys):
+    nested = {"deep": [1.0, -np.inf], "even": {"deeper": np.inf}}
+    table = {"text": ["a", "b"], "x": [np.nan, 1.5], "list": [[np.nan, 2.0]] * 2}
+    pyarrow.parquet.write_table(pyarrow.table(table | {"in": [nested] * 2}), tmp_path / "a.parquet")
+    kept = {"list": [None, 2.0], "in": {"deep": [1.0, None], "even": {"deeper": None}}}
+    wanted = [{"text": "a", "x": None} | kept, {"text": "b", "x": 1.5} | kept]
+    write(tmp_path / "a.jsonl", '{"text": "a", "x": [NaN, {"y": -Infinity}]}\n')
+    lines = [{"text": "a", "x": [None, {"y": None}]}]
+    for name, records in (("a.parquet", wanted), ("a.jsonl", lines)):
+        assert predicted(run, tmp_path / name, "--json") == 0
+        printed = capsys.readouterr().out
+        assert predicted(run, tmp_path / name, "--output", tmp_path / "out.jsonl") == 0
+        assert (tmp_path / "out.jsonl").read_text() == printed
+        found = [json.loads(x, parse_constant=refuse_constant) for x in printed.splitlines()]
+        assert all(record.pop("labels") for record in found)
+        assert found == records
+    assert predicted(run, tmp_path / "a.parquet") == 0
+    header, first, _ = rows_of(capsys.readouterr().out)
+    assert json.loads(first[header.index("in")], parse_constant=refuse_constant) == kept["in"]
+
+
 def test_id_columns_alone(run, tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", CELLS, COLUMNS)
     assert predicted(run, path, "--id-column", "id", "--id-column", "n") == 0
@@ -105,6 +130,49 @@ def test_what_predict_writes_is_read_by_eval(run, tmp_path, capsys):
     for name in ("a.csv", "out.csv"):
         assert call("eval", run, tmp_path / name, "--device", "cpu") == 0
     assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "name"),
+    [
+        ("predict", "--output", "no/x.csv"),
+        ("eval", "--predictions", "no/x.csv"),
+        ("eval", "--predictions", "x.parquet"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_model_is_loaded(
+    run, tmp_path, monkeypatch, capsys, verb, flag, name
+):
+    def load(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "open_trained", load)
+    monkeypatch.setattr(predict.Predictor, "of", load)
+    write_csv(tmp_path / "a.csv", [("a", "-1"), ("b", "refund")], ("text", "label"))
+    code, told = (2, "end its name with .csv") if name == "x.parquet" else (5, f"file with {flag}")
+    assert call(verb, run, "a.csv", flag, name, "--device", "cpu") == code
+    assert told in capsys.readouterr().err
+
+
+def test_a_table_out_of_scope_needs_a_message(run, tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", [("a", "-1"), ("b", "refund")], ("text", "label"))
+    outside = write_csv(tmp_path / "b.csv", [(" ",), ("\t",)], ("text",))
+    assert call("eval", run, path, "--out-of-scope", outside, "--device", "cpu", "--json") == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "b.csv has blank texts only; give messages that no label fits" in captured.err
+
+
+def test_a_failing_disk_is_told_with_the_flag_of_eval(run, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    path = write_csv(tmp_path / "a.csv", [("a", "-1"), ("b", "refund")], ("text", "label"))
+    monkeypatch.setattr("remora.runtime.files.os.replace", fail)
+    assert call("eval", run, path, "--predictions", "p.csv", "--device", "cpu") == 5
+    assert "or give another file with --predictions" in capsys.readouterr().err
 
 
 def test_cells_are_made_safe_for_spreadsheets_on_request(run, tmp_path, capsys):

@@ -166,8 +166,14 @@ def test_bad_requests_get_one_line(service: Service, name: str) -> None:
 def test_what_is_not_said_to_be_json_is_not_read(service: Service) -> None:
     """A page in a browser can send other kinds without asking; it can not send this one."""
     body = json.dumps({"texts": ["x"], "adapter": "post"}).encode()
-    answer = call(service.url, "/v1/classify", body, headers={"content-type": "text/plain"})
-    assert answer.status == 422
+    for route in ("/v1/classify", "/classify", "/v1/chat/completions"):
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "x" * 900):
+            answer = call(service.url, route, body, headers={"content-type": kind})
+            assert answer.status == 422
+            assert f"the content-type is '{kind[:57]}" in answer.json["error"]
+            assert answer.json["error"].endswith("; send it with content-type: application/json")
+    answer = call(service.url, "/v1/classify", body, headers={"content-type": ""})
+    assert "the content-type is ''" in answer.json["error"]
 
 
 def test_a_host_of_another_name_is_refused(service: Service) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from remora.errors import DataError
+
 PEEKED_ROWS = 200
 """Rows that are looked at where the names of the columns do not tell what they hold."""
 
@@ -77,8 +79,14 @@ class Ahead(Generic[Item]):
         return next(self._items)
 
     def peek(self, number: int) -> list[Item]:
-        """Return up to `number` next items, which stay."""
-        items = list(islice(self._items, number))
+        """Return up to `number` next items, which stay; an error after the first stays too."""
+        items: list[Item] = []
+        try:
+            items.extend(islice(self._items, number))  # keeps those before an error
+        except DataError as error:
+            if not items:
+                raise
+            self._items = _raising(error)
         self.put_back(items)
         return items
 
@@ -90,6 +98,11 @@ class Ahead(Generic[Item]):
         """Make items the next ones."""
         if items:
             self._items = chain(items, self._items)
+
+
+def _raising(error: DataError) -> Iterator[Any]:
+    raise error
+    yield
 
 
 def row_place(row: int, line: int) -> str:

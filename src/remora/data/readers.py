@@ -240,7 +240,8 @@ def parse(
         yield from json_rows.line_rows(lines, name, pick, remarks, may_wait=_may_wait(stream))
     elif file_format == "text":
         places = pick(["text"], list)
-        for number, line in enumerate(_decode(stream, name), 1):
+        lines = _decode(stream, name, "give one message a line")
+        for number, line in enumerate(lines, 1):
             yield number, number, [line.rstrip("\r\n")] * len(places)
     else:
         delimiter = "\t" if file_format == "tsv" else None
@@ -248,7 +249,9 @@ def parse(
         yield from delimited.rows(lines, name, delimiter, options.columns, pick, remarks)
 
 
-def _decode(stream: Iterable[bytes], name: str) -> Iterator[str]:
+def _decode(
+    stream: Iterable[bytes], name: str, if_empty: str = "add a header and rows"
+) -> Iterator[str]:
     """Decode UTF-8 line by line, so that an error can name the line."""
     number = 0
     for number, line in enumerate(stream, 1):
@@ -266,7 +269,7 @@ def _decode(stream: Iterable[bytes], name: str) -> Iterator[str]:
             )
         yield text
     if number == 0:
-        raise DataError(f"{name} is empty; add a header and rows")
+        raise DataError(f"{name} is empty; {if_empty}")
 
 
 def _likely(line: bytes, number: int) -> str:

@@ -213,10 +213,13 @@ def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
         Its path, and how many rows were corrected and deleted.
 
     Raises:
-        ConfigError: If that is the training table itself.
+        ConfigError: If that is the training table itself or a folder, or is not named as CSV.
         DataError: If the decisions do not fit the table.
+        ResourceError: If it cannot be written.
     """
     assert config.apply is not None
+    if config.output is not None:
+        files.check_output(config.output, "--output", suffix=".csv")
     settings, _, everything = load(config)
     path = config.output or config.run / "cleaned.csv"
     files.refuse_source(path, settings.data, "--output")

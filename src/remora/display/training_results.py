@@ -37,11 +37,16 @@ def show_result(result: TrainResult, console: Console | None = None) -> None:
         larger = result.base_bytes / result.adapter_bytes
         trained = f"adapter    {size}, the base model is {larger:.0f} times larger"
     print_line(console, f"{trained}; {result.parameters.share:.2%} of the parameters trained")
+    speed = "not measured in so few steps"
+    if result.examples_per_second:
+        speed = (
+            f"{result.examples_per_second:.1f} examples/s, "
+            f"{result.supervised_tokens_per_second:.0f} supervised tokens/s"
+        )
     print_line(
         console,
-        f"speed      {result.examples_per_second:.1f} examples/s, "
-        f"{result.supervised_tokens_per_second:.0f} supervised tokens/s; "
-        f"{result.num_steps} steps, {spoken_file_bytes(result.peak_memory_bytes)} peak memory",
+        f"speed      {speed}; {result.num_steps} steps, "
+        f"{spoken_file_bytes(result.peak_memory_bytes)} peak memory",
     )
     print_line(console, f"time       {_shares(result)}")
     if result.speed_up is not None:

@@ -37,7 +37,7 @@ class Contender:
     num_bytes: int = 0  # of weights needed to predict; 0 for the linear SVM
     artifact_bytes: int | None = None  # of the adapter or model that the run has saved
     trainable_share: float | None = None
-    examples_per_second: float | None = None  # of training
+    examples_per_second: float | None = None  # of training, if it was measured
     peak_memory_bytes: int | None = None
 
     @property
@@ -207,7 +207,7 @@ def contender(name: str, figures: dict[str, Any]) -> Contender:
         num_bytes=base_bytes + figures["adapter_bytes"],
         artifact_bytes=figures["adapter_bytes"],
         trainable_share=parameters["trainable"] / parameters["total"],
-        examples_per_second=figures["examples_per_second"],
+        examples_per_second=figures["examples_per_second"] or None,
         peak_memory_bytes=figures["peak_memory_bytes"],
     )
 

@@ -130,12 +130,13 @@ def write_predictions(
     probability: Sequence[float],
     baseline: Sequence[str] | None = None,
     rivals: Mapping[str, Mapping[int, str]] | None = None,
+    advice: str = files.ELSEWHERE,
 ) -> None:
     """Write predictions.csv: one row per message, with the baselines' predictions last.
 
     `baseline` has those of the SVM. Each of `rivals` is a further column, by its name: predictions
     by row, of some or all rows; other cells are empty. Cells that a spreadsheet would run as
-    formulas are escaped.
+    formulas are escaped. `advice` says what else to do if the disk fails.
     """
     header = ["text", "label", "predicted", "probability"]
     columns = [texts, true, predicted, [f"{p:.6f}" for p in probability]]
@@ -144,7 +145,7 @@ def write_predictions(
     for name, given in (rivals or {}).items():
         header.append(name)
         columns.append([given.get(row, "") for row in range(len(texts))])
-    files.write_csv(path, header, zip(*columns, strict=True))
+    files.write_csv(path, header, zip(*columns, strict=True), advice)
 
 
 def read_predictions(

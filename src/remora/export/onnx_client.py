@@ -1,6 +1,7 @@
 """Labels of messages by ONNX Runtime, without torch; needs onnxruntime and tokenizers.
 
 Give messages as arguments, or lines on standard input: python client.py "where is my card"
+Each gets a line, a blank one an empty line.
 """
 
 from __future__ import annotations
@@ -70,14 +71,19 @@ class Classifier:
         return shares
 
     def answers(self, messages: list[str]) -> list[list[tuple[str, float]]]:
-        """Return the labels of each message with their probabilities, the most probable first."""
-        found = []
-        for row in self.probabilities(messages):
+        """Return the labels of each message, the most probable first, with their probabilities.
+
+        A blank message has none.
+        """
+        found: list[list[tuple[str, float]]] = [[] for _ in messages]
+        asked = [place for place, message in enumerate(messages) if message.strip()]
+        rows = self.probabilities([messages[place] for place in asked]) if asked else ()
+        for place, row in zip(asked, rows, strict=True):
             given = (
                 [row.argmax()] if not self.thresholds else np.flatnonzero(row >= self.thresholds)
             )
             ranked = sorted(given, key=lambda index: -row[index])
-            found.append([(self.labels[index], float(row[index])) for index in ranked])
+            found[place] = [(self.labels[index], float(row[index])) for index in ranked]
         return found
 
 
@@ -90,8 +96,8 @@ def batches(messages: Iterable[str], size: int = 16) -> Iterator[list[str]]:
 
 if __name__ == "__main__":
     classifier = Classifier(Path(__file__).parent)
-    lines = sys.argv[1:] or (line for line in sys.stdin if line.strip())
-    for batch in batches(lines, len(sys.argv[1:]) or 1):
+    given = sys.argv[1:]
+    for batch in batches(given or sys.stdin, len(given) or 1):
         for answer in classifier.answers(batch):
             sys.stdout.write("\t".join(f"{label}\t{p:.4f}" for label, p in answer) + "\n")
         sys.stdout.flush()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from remora.config import ReportConfig
-from remora.errors import ConfigError, ResourceError
 from remora.evaluation import results
 from remora.evaluation.compare import Comparison
 from remora.evaluation.findings import NextStep
@@ -49,7 +47,8 @@ def write(directory: Path, output: Path | None = None) -> Path:
         ResourceError: If the report cannot be written.
     """
     path = output or directory / "report.html"
-    check_output(path, "output")
+    if directory.is_dir():  # reading the run says so otherwise
+        files.check_output(path, "--output")
     files.write_text(path, page(directory))
     return path
 
@@ -66,7 +65,8 @@ def write_comparison(
         DataError: If the files of a run are broken.
         ResourceError: If the page cannot be written.
     """
-    files.write_text(path, comparison_page(comparison, directories, next_steps, path.parent))
+    written = comparison_page(comparison, directories, next_steps, path.parent)
+    files.write_text(path, written, "give another file with --report")
 
 
 def write_chart(path: Path, chart: charts.Chart) -> None:
@@ -76,19 +76,6 @@ def write_chart(path: Path, chart: charts.Chart) -> None:
         ResourceError: If it cannot be written.
     """
     files.write_text(path, rendered("chart.svg", {"chart": chart}))
-
-
-def check_output(path: Path, flag: str) -> None:
-    """Refuse an output file that cannot be written.
-
-    Raises:
-        ConfigError: If it is a folder.
-        ResourceError: If it is write-protected.
-    """
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; give a file with --{flag}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ResourceError(f"{path} is write-protected; give another file with --{flag}")
 
 
 def page(directory: Path) -> str:

@@ -132,7 +132,9 @@ def choose_precision(
     if requested != "auto":
         compute, reason = getattr(torch, requested), "as requested"
         if compute is torch.float16 and hardware.type == "cpu":
-            raise ConfigError("float16 cannot train on CPU; use --precision bfloat16 or float32")
+            raise ConfigError(
+                "float16 is not computed on a CPU; use --precision bfloat16 or float32"
+            )
         if compute is torch.bfloat16 and hardware.native is not torch.bfloat16:
             reason = "as requested; this device emulates it, slowly"
     return Precision(compute=compute, base=torch.float32 if trains_base else compute, reason=reason)

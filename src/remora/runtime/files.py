@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from remora.errors import ConfigError, ResourceError
 from remora.formatting import escape_formula, one_line
 
+ELSEWHERE = "choose another folder with --output"
+
 
 @contextlib.contextmanager
-def disk_errors(path: Path, advice: str = "choose another folder with --output") -> Iterator[None]:
+def disk_errors(path: Path, advice: str = ELSEWHERE) -> Iterator[None]:
     """Raise errors of the disk as a ResourceError of one line."""
     try:
         yield
@@ -37,6 +39,38 @@ def refuse_source(path: Path | str, source: str, flag: str) -> None:
         return
     if is_source:
         raise ConfigError(f"{path} is the table that is read; name another file with {flag}")
+
+
+def check_output(
+    path: Path | str, flag: str, *, source: str | None = None, suffix: str | None = None
+) -> None:
+    """Refuse a file that cannot be written, before the work that it is for.
+
+    Args:
+        path: The file.
+        flag: That names it.
+        source: The table that is read, if it is to be kept.
+        suffix: Of the only format that can be written, if there is only one.
+
+    Raises:
+        ConfigError: If it is the table or a folder, or its name has another suffix.
+        ResourceError: If there is no folder for it, or it is write-protected.
+    """
+    if source is not None:
+        refuse_source(path, source, flag)
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give a file with {flag}")
+    if suffix is not None and path.suffix.lower() != suffix:
+        name = suffix[1:].upper()
+        raise ConfigError(f"{path} is written as {name}; end its name with {suffix}")
+    if not path.parent.is_dir():
+        raise ResourceError(
+            f"cannot write to {path}: there is no folder {path.parent}; make it, or give another"
+            f" file with {flag}"
+        )
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ResourceError(f"{path} is write-protected; give another file with {flag}")
 
 
 @contextlib.contextmanager
@@ -68,9 +102,9 @@ def write_synced(path: Path, text: str) -> None:
     sync(path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, advice: str = ELSEWHERE) -> None:
     """Write a file whole or not at all."""
-    with replacing(path) as temporary:
+    with replacing(path, advice) as temporary:
         write_synced(temporary, text)
 
 
@@ -79,9 +113,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def write_csv(
+    path: Path, header: Sequence[str], rows: Iterable[Sequence[str]], advice: str = ELSEWHERE
+) -> None:
     """Write a table whole or not at all, its cells safe in a spreadsheet."""
-    with replacing(path) as temporary:
+    with replacing(path, advice) as temporary:
         with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header)
@@ -90,10 +126,10 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) 
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, advice: str = ELSEWHERE) -> Iterator[Path]:
     """Give the name of a file to write, which replaces another once it is whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
+    with disk_errors(path, advice):
         try:
             yield temporary
             os.replace(temporary, path)

@@ -14,6 +14,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 import remora
+from remora.formatting import quote
 from remora.serving import compatible, pages, routes
 from remora.serving.limits import BodyReader, Guard, problem
 from remora.serving.state import State
@@ -47,7 +48,12 @@ async def _refuse(request: Request, error: AnyHTTPException) -> Response:
 
 
 async def _refuse_shape(request: Request, error: RequestValidationError) -> Response:
-    """Name the first value that the description does not allow."""
+    """Name the first value that the description does not allow, or what the body was read as."""
+    if isinstance(error.body, bytes):  # FastAPI reads what is not said to be JSON as bytes
+        kind = quote(request.headers.get("content-type", ""))
+        return problem(
+            422, f"the content-type is {kind}; send it with content-type: application/json"
+        )
     first = error.errors()[0]
     place = ".".join(str(part)[:64] for part in first["loc"])
     return problem(422, f"{place}: {first['msg']}")

@@ -123,6 +123,8 @@ def evaluate_adapter(
         RemoraError: If the model or the table cannot be used.
     """
     reporter = reporter or Reporter()
+    if config.predictions is not None:
+        files.check_output(config.predictions, "--predictions", source=config.data, suffix=".csv")
     trained = open_trained(
         config.adapter, base=config.model, device=config.device, precision=config.precision
     )
@@ -150,16 +152,7 @@ def evaluate_adapter(
             f"{config.data} has rows with several labels, and {config.adapter} was trained on rows "
             "with one; give rows with one label"
         )
-    outside = None
-    if config.out_of_scope is not None:
-        rows = open_stream(
-            config.out_of_scope,
-            text_column=config.text_column,
-            keep=(),
-            trained=card.text_columns,
-            remarks=remarks,
-        ).rows
-        outside = [text for text, _ in rows if text is not None]
+    outside = _read_outside(config, card, remarks)
     validation = predictions.read_probabilities(
         config.adapter / predictions.PROBABILITIES, labels, "validation"
     )
@@ -183,18 +176,39 @@ def evaluate_adapter(
         reporter.say(scorer.told_cut)
     given = multi_label.labels_given(scored, labels)
     if config.predictions is not None:
-        confidence = scored.confidence.tolist()
         predictions.write_predictions(
-            config.predictions, table.texts, table.labels, given, confidence
+            config.predictions,
+            table.texts,
+            table.labels,
+            given,
+            scored.confidence.tolist(),
+            advice="give another file with --predictions",
         )
     metrics = multi_label.measured(scored, table, labels)
     return with_levels(metrics, card.hierarchy, table.labels, given), reliability
 
 
+def _read_outside(config: EvalConfig, card: AdapterCard, remarks: Remarks) -> list[str] | None:
+    """Return the messages that no label fits, None if none are given; raises DataError."""
+    if config.out_of_scope is None:
+        return None
+    rows = open_stream(
+        config.out_of_scope,
+        text_column=config.text_column,
+        keep=(),
+        trained=card.text_columns,
+        remarks=remarks,
+    ).rows
+    texts = [text for text, _ in rows if text is not None]
+    if not texts:
+        raise DataError(
+            f"{config.out_of_scope} has blank texts only; give messages that no label fits"
+        )
+    return texts
+
+
 def _refuse_settings(config: EvalConfig, card: AdapterCard) -> None:
-    """Refuse what needs one label a row, and predictions over the table; raises ConfigError."""
-    if config.predictions is not None:
-        files.refuse_source(config.predictions, config.data, "--predictions")
+    """Refuse what needs one label a row; raises ConfigError."""
     for name in ("abstain_at_accuracy", "out_of_scope"):
         if card.multi_label and getattr(config, name) is not None:
             raise ConfigError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TextIO
 
@@ -48,11 +50,14 @@ class Writer(Protocol):
 
 
 def check_output(name: str, source: str) -> None:
-    """Refuse a file whose name tells no format, and the table itself; raises ConfigError."""
+    """Refuse a file whose name tells no format or that cannot be written, and the table itself.
+
+    Raises:
+        ConfigError: If its name tells no format, or it is the table or a folder.
+        ResourceError: If there is no folder for it, or it is write-protected.
+    """
     check_format(name)
-    files.refuse_source(name, source, "--output")
-    if Path(name).is_dir():
-        raise ConfigError(f"{name} is a folder; name a file with --output")
+    files.check_output(name, "--output", source=source)
 
 
 def check_format(name: str) -> str:
@@ -205,7 +210,7 @@ class JsonWriter:
         self._put(record)
 
     def _put(self, record: dict[str, object]) -> None:
-        self._output.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        self._output.write(_json(record) + "\n")
 
     def flush(self) -> None:
         """Hand on what was written."""
@@ -316,5 +321,23 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
+        return _json(value)
     return str(value)
+
+
+def _json(value: object) -> str:
+    """Return JSON on one line, with null for NaN and infinity, which JSON lacks."""
+    dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        return dumps(value)
+    except ValueError:
+        return dumps(_finite(value))
+
+
+def _finite(value: object) -> object:
+    """Return a value without NaN and infinity, also in lists and objects."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
