@@ -62,6 +62,11 @@ CASES: list[Case] = [
         2,
         lambda s: [*relabelled(s, "1", "x", "y", ""), "--output", "good.csv"],
     ),
+    (
+        "corrections to a file that is no CSV",
+        2,
+        lambda s: [*relabelled(s, "1", "x", "y", ""), "--output", "x.parquet"],
+    ),
     ("a retraining of nothing", 3, lambda s: ["retrain", "runs/none"]),
     ("an export of no run", 3, lambda s: ["export", "runs/none", "--merge"]),
     ("an export of an unfinished run", 3, lambda s: of_unfinished(s, "export", "--merge")),

@@ -70,6 +70,16 @@ CASES: list[Case] = [
         lambda s: ["eval", "runs/good", "good.csv", "--predictions", "good.csv"],
     ),
     (
+        "predictions to a folder that is not there",
+        5,
+        lambda s: ["eval", "runs/good", "good.csv", "--predictions", "no/x.csv"],
+    ),
+    (
+        "an output in a folder that is not there",
+        5,
+        lambda s: ["predict", "runs/good", "good.csv", "--output", "no/x.csv"],
+    ),
+    (
         "a rank of 0 and a dropout of 1",
         2,
         lambda s: train("good.csv", "--rank", "0", "--dropout", "1"),

@@ -74,6 +74,11 @@ def other_run(shop: Workshop) -> list[str]:
 CASES: list[Case] = [
     ("no such table", 3, lambda s: train("none.csv")),
     ("an empty file", 3, lambda s: train(s.write("empty.csv", ""))),
+    (
+        "an empty file of messages",
+        3,
+        lambda s: ["predict", "runs/good", s.write("empty.txt", "")],
+    ),
     ("a header and no rows", 3, lambda s: train(s.write("header.csv", "text,label\n"))),
     ("columns of other names", 3, lambda s: train(s.write("names.csv", table(GOOD_ROWS, "a,b")))),
     ("a missing column", 3, lambda s: train("good.csv", "--label-column", "topic")),
