@@ -10,6 +10,7 @@ import pytest
 
 from remora.data import json_rows
 from remora.data.dataset import load_dataset
+from remora.data.label_sets import LabelForm
 from remora.data.parts import Peek, Remarks
 from remora.errors import DataError
 
@@ -26,6 +27,21 @@ def test_fields_that_the_first_json_rows_leave_out(tmp_path: Path) -> None:
     named = load_dataset(str(path), label_column="label", text_column="text")
     assert named.labels == ("a", "b")
     assert dataset.summary.remarks == (f"{path}: 1 row without a label, skipped; row 1",)
+
+
+def test_an_empty_file_needs_no_header(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.json"):
+        path = tmp_path / name
+        path.write_text("", encoding="utf-8")
+        with pytest.raises(DataError, match=r"is empty; add rows$"):
+            load_dataset(str(path))
+
+
+def test_an_empty_list_is_no_single_label(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a b", "label": []}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="of type list; write its label, or leave the row out"):
+        load_dataset(str(path), form=LabelForm("off"))
 
 
 def test_a_pipe_is_asked_for_more_rows_only_if_the_first_lacks_what_is_wanted() -> None:

@@ -234,9 +234,10 @@ def parse(
     elif file_format == "xlsx":
         yield from sheets.sheet_rows(stream, name, options.columns, pick)
     elif file_format == "json":
-        yield from json_rows.document_rows(_decode(stream, name), name, pick, remarks)
+        lines = _decode(stream, name, "add rows")
+        yield from json_rows.document_rows(lines, name, pick, remarks)
     elif file_format == "jsonl":
-        lines = _decode(stream, name)
+        lines = _decode(stream, name, "add rows")
         yield from json_rows.line_rows(lines, name, pick, remarks, may_wait=_may_wait(stream))
     elif file_format == "text":
         places = pick(["text"], list)
