@@ -248,15 +248,14 @@ def load_dataset(
         DataError: A table is missing, broken, or cannot be learned from.
     """
     check_fractions(validation_fraction, test_fraction)
-
     parts, others = source_parts(source, options)
     given = {"validation": validation, "test": test}
     for split, path in given.items():
         if path is not None:
             parts[split] = [file_part(Path(path), options)]
-    columns_given = {"text_column": text_column, "label_column": label_column}
     form = form or LabelForm()
-    how: dict[str, Any] = {**columns_given, "strict": strict, "form": form}
+    how: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
+    how |= {"strict": strict, "form": form}
     remarks, forms, names = Remarks(), None, rename_labels or {}
     train, columns = read_parts(parts["train"], **how, remarks=remarks)
     form = replace(form, several="on" if train.multi_label else form.several)
@@ -267,10 +266,9 @@ def load_dataset(
     known, train = sorted({*train.each_label, *names.values()}), _renamed(train, names)
     labels = _labels(source, train)
     how |= {"form": form, "known": known, "remarks": remarks, "trained": columns, "forms": forms}
-    tables, unlabelled = _read_held_out(parts, given, how, names)
-    notes = [*label_forms.spoken(label_forms.twins(labels)), *unlabelled]
-    shares = {"validation": validation_fraction, "test": test_fraction}
-    notes += _not_read(others, [s for s, share in shares.items() if share > 0 and s not in parts])
+    tables, notes = _read_held_out(parts, given, how, names)
+    notes[:0] = label_forms.spoken(label_forms.twins(labels))
+    notes += _not_read(others, {"validation": validation_fraction, "test": test_fraction}, parts)
     if train.multi_label:
         notes.insert(0, label_sets.spoken_sets(train.labels, form))
     return _assemble(
@@ -314,13 +312,15 @@ def _renamed(table: Table, names: Mapping[str, str]) -> Table:
     return table.relabelled(partial(label_forms.renamed, names=names)) if names else table
 
 
-def _not_read(others: Mapping[str, Sequence[str]], held_out: Sequence[str]) -> list[str]:
+def _not_read(
+    others: Mapping[str, Sequence[str]], shares: Mapping[str, float], given: Collection[str]
+) -> list[str]:
     """Return a note for each split that is held out though other tables may be meant for it."""
     return [
         f"{listed(others[split])} {'is' if len(others[split]) == 1 else 'are'} not read, and rows"
         f" of the training table are held out as {split} rows; --{split} names a table of them"
-        for split in held_out
-        if split in others
+        for split, share in shares.items()
+        if split in others and split not in given and share > 0
     ]
 
 
