@@ -65,7 +65,7 @@ def label_of(
             of_objects = any(isinstance(each, dict) for each in value)
             advice = "write a string in place of the objects" if of_objects else _ONE_LABEL
             if not value:
-                advice = "write its label, or leave the row out"
+                advice = "each row needs one label: write it, or leave the row out"
         raise DataError(f"the label {quote(str(value))} of type {type(value).__name__}; {advice}")
     label = sys.intern(written.strip())
     if known is not None and label not in known and forms:
