@@ -130,7 +130,7 @@ class Contents:
         )
 
     def _holds_labels(self, place: int) -> bool:
-        """Whether a column can be one of labels: short values that come again, no objects."""
+        """Whether a column can be one of labels: short values that repeat, no objects."""
         if place in self.objects:
             return False
         values = [value for each in _spread(self._cells[place]) if (value := str(each).strip())]

@@ -143,7 +143,10 @@ def _quoted(
 
 
 def _without_spaces(lines: Iterator[str], delimiter: str) -> Iterator[str]:
-    """Yield the lines of CSV without spaces around quoted fields, which hide their quotes."""
+    """Yield the lines of CSV without spaces around quoted fields, which hide their quotes.
+
+    `skipinitialspace` of csv would take those of other fields too, and none behind a quote.
+    """
     mark = re.escape(delimiter)
     quoted = re.compile(rf' *"(?:[^"]|"")*" *(?=[{mark}\r\n]|$)')
     is_open = False  # whether the line begins within quotes

@@ -10,7 +10,7 @@ from remora.data.parts import PEEKED_ROWS, Ahead, Pick, Remarks, Row, row_place
 from remora.errors import DataError
 from remora.formatting import listed, one_line, quote
 
-EXTRA = "with a field that no row before has, left out"
+EXTRA = "with a field that the first rows lack, left out"
 EXAMPLE = '{"text": "...", "label": "..."}'
 
 Record = tuple[int, int, dict[str, Any]]  # row, line, its object
