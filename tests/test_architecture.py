@@ -73,8 +73,8 @@ def test_every_module_is_named_in_the_section_of_its_package() -> None:
         assert set(re.findall(r"^\| `(\w+)` \| ", section, re.MULTILINE)) <= modules, package
 
 
-def test_the_readme_names_every_package() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_tree_for_contributors_names_every_package() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^[├└]── (\w+)/ ", text, re.MULTILINE)) == PACKAGES
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -95,6 +97,56 @@ def test_too_few_rows(tmp_path: Path) -> None:
     assert first.evidence[0] == "9 training rows for each of 10 labels on average"
     assert "0.004 on training rows and 1.000 on validation rows" in first.evidence[1]
     assert arguments(first)[-2:] == ["--learning-curve", "1,2,4,all"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({"rows_per_class": 9}, ["--rows-per-class", "36"]),
+        ({"rows_per_class": 50}, None),  # more than there are
+        ({"baselines": ("none",)}, ["--learning-curve", "1,2,4,all", "--baselines", "svm"]),
+        ({"baselines": ("probe", "svm")}, ["--learning-curve", "1,2,4,all"]),
+        ({"start_from": "runs/a"}, None),
+        ({"devices": 2}, None),
+    ],
+)
+def test_more_rows_by_flags_that_go_with_the_settings(
+    settings: dict[str, Any], flags: list[str] | None, tmp_path: Path
+) -> None:
+    run = construct(
+        tmp_path / "run",
+        wrong=300,
+        wrong_by_rival=420,
+        num_train=90,
+        history=((30, 0.6, 1.1), (45, 0.69, 1.0), (60, 0.69, 1.0)),
+        settings=settings,
+    )
+    found = [arguments(each) for each in find_next_steps(run) if each.kind == "more_rows"]
+    if flags is None:
+        assert found == []
+    else:
+        (given,) = found
+        assert given == ["train", "--config", str(run / "config.toml"), *flags]
+        changed = {flags[i][2:].replace("-", "_"): flags[i + 1] for i in range(0, len(flags), 2)}
+        changed |= {"baselines": ("svm",)} if "baselines" in changed else {}
+        changed |= {"rows_per_class": 36} if "rows_per_class" in changed else {}
+        replace(TrainConfig("data.csv", model="some/base", **settings), **changed)  # not refused
+
+
+def test_after_a_warm_start_nothing_is_said_that_needs_another_beginning(tmp_path: Path) -> None:
+    """A third of the usual passes is its default, and another base model has no such adapter."""
+    run = construct(
+        tmp_path / "run",
+        wrong=200,
+        wrong_by_rival=130,
+        num_train=640,
+        history=((80, 0.7, 0.6), (84, 0.7, 0.6)),
+        settings={"start_from": "runs/a"},
+    )
+    told = find_next_steps(run)
+    assert "train_longer" not in [each.kind for each in told]
+    assert told[0].kind == "rival"
+    assert not any("--model" in each.command for each in told)
 
 
 def test_a_rival_is_better(tmp_path: Path) -> None:

@@ -110,9 +110,11 @@ def test_a_better_rival_is_preferred() -> None:
 
 def test_one_that_cannot_be_told_apart_is_as_good_and_cheaper() -> None:
     assert verdict([rival(-0.01, 0.4)], "model", 600) == (
-        "the probe is as good within noise (-1.0 points over the model, 95% interval -3.0 to +1.0, "
-        "p = 0.4, exact McNemar test), and 15 times cheaper"
+        "the probe may be as good: it is 1.0 points below the model, which 100 rows do not tell "
+        "from chance (95% interval -3.0 to +1.0, p = 0.4, exact McNemar test), and 15 times cheaper"
     )
+    level = verdict([rival(0.0, 1.0, difference_interval=(-0.01, 0.01))], "model", 600)
+    assert level.startswith("the probe is as good: it is level with the model, which 100 rows")
     assert "cheaper" not in verdict([rival(-0.01, 0.4, seconds=500.0)], "model", 600)
 
 
@@ -127,7 +129,7 @@ def test_the_best_of_several_is_named_and_its_p_value_adjusted() -> None:
     others = [rival(-0.3, 0.5), rival(-0.2, 0.9)]
     best = rival(0.05, 0.02, description="the best")
     told = verdict([others[0], best, others[1]], "adapter", 600)
-    assert told.startswith("the best is as good within noise (+5.0 points")
+    assert told.startswith("the best is as good: it is 5.0 points above the adapter, which")
     assert "p = 0.06, exact McNemar test, adjusted for 3 baselines" in told
     assert verdict([best], "adapter", 600).startswith("the best reaches")
     worse = [replace(each, p_value=1e-6) for each in (others[0], rival(-0.1, 0, description="B"))]

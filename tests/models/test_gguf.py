@@ -68,6 +68,7 @@ def test_a_file_is_converted_once_by_a_process_of_its_own(
     assert folder == cache / digest
     assert names(cache) == [digest]
     said = capsys.readouterr().err.splitlines()
+    said = [line for line in said if not line.endswith("% converted")]  # on a busy machine
     assert len(said) == 2, said
     first, second = said
     assert first.startswith("converting m.gguf (")
@@ -311,12 +312,15 @@ def test_a_folder_with_one_file_means_that_file(
     assert gguf.file_of(str(folder)) == folder / "M.GGUF"
     assert hub.find(str(folder)) == hub.find(str(written))
     assert hub.lasting_name(str(folder), here[0]) == str(folder / "M.GGUF")
+    # As repositories of GGUF files on the hub have it
+    (folder / "config.json").write_text("{}")
+    assert gguf.file_of(str(folder)) == folder / "M.GGUF"
     # Several
     shutil.copy(written, folder / "b.gguf")
     with pytest.raises(ModelError, match=r"holds 2 GGUF files, 'M.GGUF', 'b.gguf'; give the path"):
         hub.find(str(folder))
     # A model's folder that has GGUF files too
-    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
     assert hub.find(str(folder)) == folder
 
 

@@ -49,6 +49,7 @@ def test_what_it_says_of_a_file(model: Any, tokenizer: Any, written: Path) -> No
         (Type.Q8_0, None, ("bfloat16", True, "Q8_0")),
         (Type.Q8_0, 15, ("bfloat16", True, "Q4_K_M")),
         (Type.Q8_0, 9999, ("bfloat16", True, "Q8_0")),
+        (Type.Q8_0, 1024, ("bfloat16", True, "Q8_0")),  # llama.cpp's GUESSED
         (Type.F32, 0, ("float32", False, "F32")),
     ],
 )
@@ -82,6 +83,10 @@ def test_types_of_weights(
         ({"tokenizer.chat_template": 3}, "chat template that is no text"),
         ({"llama.block_count": 10**9}, "llama.block_count 1e"),
         ({"llama.block_count": 1_001}, "more than 1,000"),
+        ({"llama.block_count": 999}, r"counts 999 layers and holds the weights of \d"),
+        ({"llama.rope.freq_base": float("inf")}, "freq_base inf"),
+        ({"llama.rope.freq_base": float("nan")}, "freq_base nan"),
+        ({"llama.rope.freq_base": 0.0}, "freq_base 0"),
         ({"llama.context_length": 10**9}, "llama.context_length 1e"),
         ({"llama.vocab_size": 10**8}, "llama.vocab_size 1e"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "epsilon nan"),

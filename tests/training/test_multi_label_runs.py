@@ -375,6 +375,10 @@ def test_lists_of_labels_fit_a_classifier(place: Path, tmp_path: Path) -> None:
             "the baseline probe is for rows with one label",
         ),
         (
+            ("train", "{data}", "--model", "{base}", "--baselines", "zero-shot"),
+            "the baseline zero-shot is for rows with one label",
+        ),
+        (
             ("train", "{data}", "--model", "{base}", "--multi-label", "off"),
             "each row needs one label",
         ),

@@ -9,6 +9,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from remora.config import CompareConfig, DiagnoseConfig, TrainConfig
 from remora.data.dataset import load_data
 from remora.diagnosis import diagnose
 from remora.diagnosis import features as judges
-from remora.errors import ConfigError, Stopped
+from remora.errors import ConfigError, ModelError, Stopped
 from remora.evaluation import compare, regression, results
 from remora.models import loading
 from remora.report import pages
@@ -149,11 +150,14 @@ def test_a_run_without_baselines_is_read_by_everything(config: TrainConfig, caps
     page = pages.page(without)
     assert "Baselines: what could be used instead" not in page
     assert "| baseline |" not in (without / "README.md").read_text()
-    found = compare.compare_runs(CompareConfig((without, other)))
+    for order in ((without, other), (other, without)):
+        found = compare.compare_runs(CompareConfig(order))
+        named = [each.name for each in found.contenders if each.is_baseline]
+        assert named == ["TF-IDF + linear SVM"]
+    third = train(replace(config, baselines=("none",), max_steps=3, name="third")).directory
+    found = compare.compare_runs(CompareConfig((without, third)))
     assert [each.name for each in found.contenders if each.is_baseline] == []
-    assert any("no predictions of the SVM" in note for note in found.notes)
-    found = compare.compare_runs(CompareConfig((other, without)))
-    assert [each.name for each in found.contenders if each.is_baseline] == ["TF-IDF + linear SVM"]
+    assert "no run has predictions of the SVM, which is left out" in found.notes
     diagnose.diagnose_run(DiagnoseConfig(without, method="tfidf"))
     arguments = ["--model", config.model, "--output", str(config.output), "--max-steps", "1"]
     assert call("train", config.data, *arguments, "--baselines", "none") == 0
@@ -409,6 +413,26 @@ def test_a_diagnosis_takes_the_features_that_the_run_kept(config: TrainConfig, m
     )
     assert computed == [1]
     assert len(more) == len(texts) + 1
+
+
+def test_a_diagnosis_looks_for_the_base_where_the_run_had_it(
+    config: TrainConfig, tmp_path: Path, monkeypatch
+) -> None:
+    """config.toml has the path as it was given; it may be relative."""
+    shutil.copytree(config.model, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    run = train(replace(config, model="base", baselines=("svm",), max_steps=1)).directory
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    settings, dataset, _ = diagnose.load(DiagnoseConfig(run))
+    given = (dataset.train.texts, sorted(WORDS))
+    there = judges.frozen_features(*given, settings, Reporter(), run / features.FEATURES)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=r"base, which is not there; say where it is .* --model$"):
+        judges.frozen_features(*given, settings, Reporter(), run / features.FEATURES)
+    settings = diagnose.load(DiagnoseConfig(run, model=str(tmp_path / "moved")))[0]
+    moved = judges.frozen_features(*given, settings, Reporter(), run / features.FEATURES)
+    np.testing.assert_array_equal(there, moved)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -57,6 +57,7 @@ def settled(settings: Settings, *, is_multi_label: bool) -> Settings:
         "class_weights": settings.class_weights is not None,
         "label_texts": bool(settings.label_texts),
         "label_separator": bool(settings.label_separator),
+        "the baseline zero-shot": "zero-shot" in settings.baselines,
         "the baseline probe": "probe" in settings.baselines,
         "the baseline embeddings": "embeddings" in settings.baselines,
     }

@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -239,9 +239,11 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     """
     _need_file(config.run, "config.toml")
     settings = run_directory.read_settings(config.run)
-    if config.model is not None:
-        settings = replace(settings, model=config.model)
-    settings = replace(settings, layout=_layout(config.run, settings))
+    card = metadata.card_of_run(config.run)
+    model = config.model or (card.base_model if card else settings.model)  # an absolute path
+    # In the layout that it was trained in, so that it is not found out again
+    layout = "rows" if card and card.layout == "rows" else settings.layout
+    settings = replace(settings, model=model, layout=layout)
 
     dataset = load_again(settings)
     run_directory.refuse_changed_rows(config.run, settings.data, dataset.summary.sha256)
@@ -281,14 +283,6 @@ def _used(rows: Table, dataset: Dataset, settings: TrainConfig) -> Table:
         return rows
     used = set(source_rows(dataset).places)
     return rows.take([i for i, place in enumerate(rows.places) if place in used])
-
-
-def _layout(run: Path, settings: TrainConfig) -> Literal["auto", "tree", "rows"]:
-    """Return the layout that a run was trained in, so that it is not found out again."""
-    folder = metadata.adapter_folder(run)
-    if (folder / "remora.json").is_file() and metadata.parse_card(folder).layout == "rows":
-        return "rows"
-    return settings.layout
 
 
 def _need_file(directory: Path, name: str) -> None:

@@ -48,7 +48,12 @@ def frozen_features(
     """
     from sklearn.preprocessing import StandardScaler, normalize
 
-    folder = hub.find(settings.model)
+    card = metadata.card_of_run(kept.parent) if kept else None
+    if card and kept:
+        moved = settings.model if settings.model != card.base_model else None
+        folder = metadata.find_base(card, moved, kept.parent)
+    else:
+        folder = hub.find(settings.model)
     prompt = loading.load_prompt(settings, labels, folder)
     if kept is not None:
         prompt = metadata.as_trained(prompt, kept.parent)

@@ -14,7 +14,7 @@ from remora.display.console import (
 )
 from remora.display.evaluation_results import show_levels, show_metrics, show_reliability
 from remora.evaluation.multi_label import MultiLabelMetrics
-from remora.evaluation.rivals import spoken_micro_f1, verdict
+from remora.evaluation.rivals import spoken_micro_f1
 from remora.formatting import spoken_seconds, spoken_time
 from remora.training.finish import TrainResult
 
@@ -87,9 +87,7 @@ def _show_rivals(result: TrainResult, console: Console) -> None:
             print_line(console, f"{each.description}: {each.rows}")
         if each.micro_f1 is not None:
             print_line(console, spoken_micro_f1(each))
-    trained = "model" if result.method == "full" else "adapter"
-    seconds = result.train_seconds + result.test_seconds
-    print_line(console, f"{verdict(result.rivals, trained, seconds)}\n")
+    print_line(console, f"{result.verdict}\n")
 
 
 def _shares(result: TrainResult) -> str:

@@ -224,18 +224,16 @@ def _baselines(
 ) -> tuple[dict[str, tuple[Contender, Sequence[str]]], list[str]]:
     """Return the baselines of all runs with their predictions by name, and notes on them.
 
-    Of those with one description the first run's is taken.
+    Of those with one description that of the first run which has it is taken.
     """
     found: dict[str, tuple[Contender, Sequence[str]]] = {}
     partial: dict[str, str] = {}  # a note on each that no run measured on all rows
     notes = []
-    if runs[0].baseline is None:
-        notes.append(f"{runs[0].directory} has no predictions of the SVM, which is left out")
-    elif any(each.baseline not in (None, runs[0].baseline) for each in runs):
-        notes.append(f"the baseline is that of {names[0]}; the training rows differ")
+    if not any(run.baseline for run in runs):
+        notes.append("no run has predictions of the SVM, which is left out")
     for run, name in zip(runs, names, strict=True):
         for rival in of_figures(run.figures):
-            given = runs[0].baseline if rival.name == "svm" else run.rivals.get(rival.name)
+            given = run.baseline if rival.name == "svm" else run.rivals.get(rival.name)
             whole = [each for each in given or () if each is not None]
             if len(whole) < len(run.true):
                 if whole:

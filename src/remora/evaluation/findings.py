@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from remora.evaluation import calibration, run_commands
-from remora.evaluation.rivals import Rival, seconds_of
+from remora.evaluation.rivals import AS_GOOD, Rival, seconds_of
 from remora.evaluation.run_facts import SIGNIFICANT, RunFacts
 from remora.formatting import spoken_time
 
@@ -127,7 +127,7 @@ def better_rival(facts: RunFacts) -> NextStep | None:
     if not found:
         return _as_good_rival(facts)
     rival, p_value = found
-    larger = run_commands.larger_model(_base_parameters(facts))
+    larger = run_commands.larger_model(facts)
     peak_rate = max((each.get("learning_rate", 0.0) for each in facts.records), default=0.0)
     if rival.name == "zero-shot" and peak_rate:
         sentence = (
@@ -157,7 +157,7 @@ def _as_good_rival(facts: RunFacts) -> NextStep | None:
     """Find a baseline that loses at most a point, by its 95 % interval, and is far cheaper."""
     for rival, p_value in facts.rivals:
         interval = rival.difference_interval
-        if interval is None or interval[0] < -0.01 or not _price(rival, facts):
+        if interval is None or interval[0] < -AS_GOOD or not _price(rival, facts):
             continue
         return NextStep(
             kind="rival",
@@ -182,9 +182,10 @@ def lead(rival: Rival, p_value: float, trained: str) -> str:
         low, high = (100 * bound for bound in rival.difference_interval)
         interval = f"95% interval {low:+.1f} to {high:+.1f}, "
     where = f" on {rival.num_rows:,} rows" if rival.num_rows < rival.num_all_rows else ""
+    side = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
     return (
-        f"{rival.description} is {abs(points):.1f} points {'above' if points >= 0 else 'below'} "
-        f"the {trained}{where} ({interval}p = {p_value:.2g}, exact McNemar test)"
+        f"{rival.description} is {side if rival.difference else 'level with'} the {trained}{where} "
+        f"({interval}p = {p_value:.2g}, exact McNemar test)"
     )
 
 
@@ -208,7 +209,7 @@ def per_doubling(facts: RunFacts) -> tuple[float, float, float] | None:
 
 def larger_model(facts: RunFacts) -> NextStep | None:
     """Find out whether the base model is what limits accuracy."""
-    model = run_commands.larger_model(_base_parameters(facts))
+    model = run_commands.larger_model(facts)
     if not model or facts.better_rival or facts.error < 0.02:
         return None
     found: list[tuple[float, str]] = []
@@ -249,7 +250,7 @@ def larger_model(facts: RunFacts) -> NextStep | None:
 def smaller_model(facts: RunFacts) -> NextStep | None:
     """Find out whether a smaller base model may do: the task is easy, as a baseline shows."""
     low, _ = facts.metrics["accuracy_interval"]
-    model = run_commands.smaller_model(_base_parameters(facts))
+    model = run_commands.smaller_model(facts)
     if not model or low < GOOD or not facts.rivals or facts.rivals[0][0].difference < -0.03:
         return None
     return NextStep(
@@ -332,10 +333,3 @@ def miscalibrated(facts: RunFacts) -> NextStep | None:
         command=run_commands.command("predict", facts.directory, "--abstain-at-accuracy", wanted),
         worth=abs(gap) / 10,
     )
-
-
-def _base_parameters(facts: RunFacts) -> int:
-    """Return the number of parameters of the base model."""
-    parameters = facts.run.figures["parameters"]
-    added = 0 if facts.trained == "model" else parameters["trainable"]
-    return int(parameters["total"] - added)

@@ -210,9 +210,10 @@ def _by_pairs(facts: RunFacts) -> tuple[float, str, list[str]] | None:
 def _small_table(facts: RunFacts) -> NextStep | None:
     """Find a table that is small for its labels, whose rows are learned by heart."""
     num_labels, num_rows = len(facts.run.labels), facts.num_train_rows
-    sizes = run_commands.curve_sizes(facts)
-    if facts.curve or not num_rows or not sizes or not facts.can_read_again or facts.error < 0.05:
+    more = _more_rows(facts)
+    if facts.curve or not num_rows or not more or not facts.can_read_again or facts.error < 0.05:
         return None
+    sentence, flags = more
     per_label = num_rows / num_labels
     losses = [each["loss"] for each in facts.records if math.isfinite(each.get("loss", math.nan))]
     held_out = [each["validation_loss"] for each in facts.evaluations if "validation_loss" in each]
@@ -231,8 +232,27 @@ def _small_table(facts: RunFacts) -> NextStep | None:
         return None
     return NextStep(
         kind="more_rows",
-        sentence="Label more rows; a learning curve measures first what they would bring.",
+        sentence=sentence,
         evidence=tuple(evidence),
-        command=run_commands.train_again(facts, "--learning-curve", sizes),
+        command=run_commands.train_again(facts, *flags),
         worth=facts.error * 0.3,
     )
+
+
+def _more_rows(facts: RunFacts) -> tuple[str, tuple[object, ...]] | None:
+    """Return how to get more rows, and flags that go with the run's settings.
+
+    None if a learning curve does not go with them, or no label has rows for two sizes.
+    """
+    settings, most = facts.settings, max(facts.rows_per_label.values(), default=0)
+    if per_class := settings.get("rows_per_class"):
+        if most < per_class:  # all rows are used
+            return None
+        sentence = f"Use more rows: it got {per_class:,} of each label."
+        return sentence, ("--rows-per-class", 4 * per_class)
+    sizes = run_commands.curve_sizes(facts)
+    if not sizes or settings.get("start_from") or settings.get("devices", 1) != 1:
+        return None
+    svm = () if {"svm", "auto"} & {*settings.get("baselines", ["auto"])} else ("--baselines", "svm")
+    sentence = "Label more rows; a learning curve measures first what they would bring."
+    return sentence, ("--learning-curve", sizes, *svm)

@@ -17,6 +17,8 @@ from remora.evaluation.significance import difference_interval, holm, mcnemar
 from remora.formatting import spoken_time
 
 SIGNIFICANT = 0.05
+AS_GOOD = 0.01
+"""A rival is as good if the 95 % interval says that it loses no more accuracy than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,12 +224,15 @@ def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
     if p_value < SIGNIFICANT:
         return f"the {trained} is {-points:.1f} points better than {named} ({p})"
     cheaper = seconds / max(best.seconds, 1e-3)
-    interval = ""
-    if best.difference_interval is not None:
-        low, high = (100 * bound for bound in best.difference_interval)
-        interval = f", 95% interval {low:+.1f} to {high:+.1f}"
     cost = f", and {cheaper:.0f} times cheaper" if cheaper >= 2 else ""
+    word, interval = "may be", ""
+    if best.difference_interval is not None:
+        low, high = best.difference_interval
+        interval = f"95% interval {100 * low:+.1f} to {100 * high:+.1f}, "
+        word = "is" if low >= -AS_GOOD else "may be"
+    side = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
+    side = side if points else "level with"
     return (
-        f"{best.description} is as good within noise ({points:+.1f} points over the {trained}"
-        f"{interval}, {p}){cost}"
+        f"{best.description} {word} as good: it is {side} the {trained}, "
+        f"which {best.num_rows:,} rows do not tell from chance ({interval}{p}){cost}"
     )

@@ -41,14 +41,21 @@ def train_longer(facts: RunFacts) -> str:
     return train_again(facts, "--epochs", epochs)
 
 
-def larger_model(num_parameters: int) -> str | None:
-    """Return the next base model with at least twice the parameters, None if there is none."""
-    return next((name for name, count in MODELS if count >= 2 * num_parameters), None)
+def larger_model(facts: RunFacts) -> str | None:
+    """Return the next base model with at least twice the parameters.
+
+    None if there is none, or the run began with an adapter, which needs the base model it has.
+    """
+    if facts.settings.get("start_from"):
+        return None
+    return next((name for name, count in MODELS if count >= 2 * facts.base_parameters), None)
 
 
-def smaller_model(num_parameters: int) -> str | None:
-    """Return the largest base model with at most half of the parameters, None if there is none."""
-    found = [name for name, count in MODELS if 2 * count <= num_parameters]
+def smaller_model(facts: RunFacts) -> str | None:
+    """Return the largest base model with at most half of the parameters, or None likewise."""
+    if facts.settings.get("start_from"):
+        return None
+    found = [name for name, count in MODELS if 2 * count <= facts.base_parameters]
     return found[-1] if found else None
 
 

@@ -126,9 +126,20 @@ class RunFacts:
         """Passes over the training rows that a run of this size gets by default."""
         if not self.num_train_rows or not self.steps_per_epoch:
             return None
-        batch_size = self.settings.get("batch_size", 32)
-        usual = TrainConfig("rows", model="base", batch_size=batch_size)
+        kept = {
+            name: self.settings[name]
+            for name in ("batch_size", "start_from")
+            if name in self.settings
+        }
+        usual = TrainConfig("rows", model="base", **kept)
         return usual.num_steps(self.num_train_rows) / self.steps_per_epoch
+
+    @property
+    def base_parameters(self) -> int:
+        """Parameters of the base model."""
+        parameters = self.run.figures["parameters"]
+        added = 0 if self.trained == "model" else parameters["trainable"]
+        return int(parameters["total"] - added)
 
     @property
     def rows_per_label(self) -> dict[str, int]:

@@ -45,7 +45,11 @@ def find(name: str) -> Path:
                 f"there is no folder {name}; give --embedding-model the folder of a sentence "
                 "encoder, or a hub id such as sentence-transformers/all-MiniLM-L6-v2"
             )
-        folder = hub.fetch(name, HUB_FILES, OTHER_FORMATS)
+        try:
+            folder = hub.fetch(name, HUB_FILES, OTHER_FORMATS)
+        except ModelError as error:
+            flag = " with --embedding-model" if str(error).endswith("give a folder") else ""
+            raise ModelError(f"the sentence encoder {error}{flag}") from error
     _check(folder)
     return folder
 

@@ -71,13 +71,14 @@ class Origin:
 def file_of(name: str) -> Path | None:
     """Return the GGUF file that a base model's name means, absolute; None if it means another.
 
-    It is that file, or a folder with no config.json and this file only.
+    It is that file, or a folder with this file only, and no safetensors.
 
     Raises:
         ModelError: If the file is missing, or a folder holds several, or it links elsewhere.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
+    is_model = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    if path.is_dir() and not is_model:
         found = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
         if not found:
             return None

@@ -66,6 +66,19 @@ def convert(path: Path, folder: Path) -> None:
     """
     header = gguf_header.read(path)
     gguf_header.refuse_unknown(header)
+    try:
+        _convert(header, folder)
+        loading.load_tokenizer(folder)
+    except ModelError as error:
+        if str(path) in str(error):
+            raise
+        found = str(error).partition("; ")[0]  # what to do there is for a folder
+        raise ModelError(f"{path} cannot be converted ({found}); {FOLDER}") from error
+
+
+def _convert(header: Header, folder: Path) -> None:
+    """Let transformers read the file and write the folder; `convert` says what is raised."""
+    path = header.path
     with files.disk_errors(folder, ADVICE), tempfile.TemporaryDirectory(dir=folder) as scratch:
         # transformers reads other files beside a model too, so it gets a folder without any.
         source = _linked(path, Path(scratch))
@@ -86,8 +99,18 @@ def convert(path: Path, folder: Path) -> None:
                 raise
             if memory.is_exhausted(error):
                 raise ResourceError(f"converting {path} ran out of memory; free some") from error
-            raise ModelError(f"{path} cannot be converted ({one_line(error)}); {FOLDER}") from error
-    loading.load_tokenizer(folder)
+            found = _absent_token(header) or one_line(error)
+            raise ModelError(f"{path} cannot be converted ({found}); {FOLDER}") from error
+
+
+def _absent_token(header: Header) -> str:
+    """Return which special token the vocabulary lacks, "" if none."""
+    count = header.metadata["tokenizer.ggml.tokens"]  # the length, as of any array
+    for key, value in header.metadata.items():
+        is_id = key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
+        if is_id and isinstance(value, int) and value >= count:
+            return f"{key} is {value} and the vocabulary has {count:,} tokens"
+    return ""
 
 
 def _end_with_parent() -> None:

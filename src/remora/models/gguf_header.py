@@ -37,6 +37,7 @@ AGAIN = "download it again"
 FOLDER = "give the folder of the model in Hugging Face's format"
 
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
+_LAYER = re.compile(r"blk\.(\d{1,6})\.", re.ASCII)
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
@@ -91,16 +92,17 @@ class Header:
 
     @property
     def quantization(self) -> str:
-        """Return llama.cpp's name of the file's type, such as Q4_K_M."""
+        """Return llama.cpp's name of the file's type, such as Q4_K_M, or that of most weights."""
         from gguf import GGMLQuantizationType, LlamaFileType
 
-        try:
-            return LlamaFileType(self.metadata["general.file_type"]).name.split("_", 1)[1]
-        except (KeyError, ValueError):  # not said, or a newer one: what most weights are in
-            weights: Counter[int] = Counter()
-            for tensor in self.tensors.values():
-                weights[tensor.type] += tensor.num_weights
-            return GGMLQuantizationType(max(weights, key=weights.__getitem__)).name
+        with contextlib.suppress(KeyError, ValueError):  # not said, or a newer one
+            name = LlamaFileType(self.metadata["general.file_type"]).name  # MOSTLY_Q4_K_M, GUESSED
+            if "_" in name:
+                return name.partition("_")[2]
+        weights: Counter[int] = Counter()
+        for tensor in self.tensors.values():
+            weights[tensor.type] += tensor.num_weights
+        return GGMLQuantizationType(max(weights, key=weights.__getitem__)).name
 
 
 def is_gguf(path: Path) -> bool:
@@ -345,9 +347,18 @@ def _refuse_absurd_sizes(header: Header) -> None:
     for key, value in header.metadata.items():
         if not key.startswith(f"{header.architecture}.") or not isinstance(value, int | float):
             continue
+        if not math.isfinite(value) or (key.endswith("freq_base") and value <= 0):
+            raise ModelError(f"{header.path} has {key} {value:g}, which no model has; {AGAIN}")
         limit = untrusted.MAX_LAYERS if "layer" in key or "block" in key else untrusted.MAX_SIZE
-        if not abs(value) <= limit and "freq_base" not in key:
+        if abs(value) > limit and "freq_base" not in key:
             raise ModelError(f"{header.path} has {key} {value:g}, more than {limit:,}; {AGAIN}")
+    layers = {int(found[1]) for name in header.tensors if (found := _LAYER.match(name))}
+    counted = header.metadata.get(f"{header.architecture}.block_count", 0)
+    if layers and isinstance(counted, int) and counted > max(layers) + 1:
+        raise ModelError(
+            f"{header.path} counts {counted:,} layers and holds the weights of "
+            f"{max(layers) + 1:,}; {AGAIN}"
+        )
 
 
 def _refuse_other_kinds(header: Header) -> None:

@@ -158,12 +158,21 @@ def find_base(card: AdapterCard, given: str | None, folder: Path) -> Path:
     Raises:
         ModelError: If it is not there, or cannot be fetched.
     """
+    return hub.find(base_name(card, given, folder))
+
+
+def base_name(card: AdapterCard, given: str | None, folder: Path) -> str:
+    """Return the name of an adapter's base model, for `hub.find`; arguments as in `find_base`.
+
+    Raises:
+        ModelError: If it is a path where nothing is any more.
+    """
     if given is None and Path(card.base_model).is_absolute() and not Path(card.base_model).exists():
         raise ModelError(
             f"{folder} was trained on {card.base_model}, which is not there; say where it is now "
             "with --model"
         )
-    return hub.find(given or card.base_model)
+    return given or card.base_model
 
 
 def adapter_folder(path: Path) -> Path:
@@ -210,11 +219,20 @@ def as_trained(prompt: Prompt, run: Path) -> Prompt:
     Raises:
         ModelError: If the run's card is broken.
     """
-    folder = adapter_folder(run)
-    card = parse_card(folder) if (folder / "remora.json").is_file() else None
+    card = card_of_run(run)
     if card is None or not card.rendered or card.labels != prompt.labels:
         return prompt
     return prompt.pinned(Rendered(**card.rendered))
+
+
+def card_of_run(run: Path) -> AdapterCard | None:
+    """Return the card of what a run trained, an adapter or a whole model; None if it has none.
+
+    Raises:
+        ModelError: If it is broken.
+    """
+    folder = adapter_folder(run)
+    return parse_card(folder) if (folder / "remora.json").is_file() else None
 
 
 def is_full(path: Path) -> bool:

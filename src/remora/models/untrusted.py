@@ -23,8 +23,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "remora.jso
 AGAIN = "train it again or restore it"
 MAX_JSON_BYTES = 32_000_000
 MAX_LAYERS = 1_000
-MAX_SIZE = 10_000_000
-"""Upper limit of any width, vocabulary or context of a model."""
+MAX_SIZE = 2**24
+"""Upper limit of any width, vocabulary or context of a model; Llama 4 Scout's is 10,485,760."""
 
 _COUNTS_LAYERS = re.compile(r"(^|_)(layer|block)(s|_types?)?$")
 """Keys that say how many layers are built; a size of each layer is bounded by the weights' files,

@@ -26,7 +26,7 @@ from remora.evaluation.predictions import (
     write_predictions,
     write_probabilities,
 )
-from remora.evaluation.rivals import Answers, Rival, of_baseline, rate
+from remora.evaluation.rivals import Answers, Rival, of_baseline, rate, verdict
 from remora.evaluation.significance import mcnemar
 from remora.formatting import spoken_bytes
 from remora.models import lora, metadata, model_card
@@ -65,6 +65,13 @@ class TrainResult:
     num_processes: int = 1
     rivals: tuple[Rival, ...] = ()  # all baselines, the SVM among them
 
+    @property
+    def verdict(self) -> str | None:
+        """The sentence on the best baseline; None without one."""
+        trained = "model" if self.method == "full" else "adapter"
+        seconds = self.train_seconds + self.test_seconds
+        return verdict(self.rivals, trained, seconds) if self.rivals else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them."""
         return {
@@ -80,6 +87,7 @@ class TrainResult:
                 "metrics": self.baseline.metrics.to_dict(),
             },
             "rivals": [each.to_dict() for each in self.rivals],
+            "verdict": self.verdict,
             "parameters": asdict(self.parameters),
         }
 

@@ -13,6 +13,7 @@ from remora.data.dataset import Dataset, load_again
 from remora.errors import DataError
 from remora.evaluation import results
 from remora.evaluation.change import Change, measure_change
+from remora.models import metadata
 from remora.runtime import run_directory
 from remora.runtime.reporter import Reporter
 from remora.training import resume
@@ -60,7 +61,9 @@ def _corrected(config: RetrainConfig) -> tuple[TrainConfig, Dataset]:
         )
     run = config.run if config.run.name else config.run.resolve()
     old = run_directory.read_settings(run)
-    old = replace(old, model=config.model or old.model)
+    card = metadata.card_of_run(run)
+    moved = metadata.base_name(card, config.model, run) if card else config.model
+    old = replace(old, model=moved or old.model)
     old = replace(old, learning_curve=None, rows_per_class=old.num_per_class)
     settings = replace(
         old,
