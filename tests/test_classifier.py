@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import json
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 from numpy.typing import NDArray
 from sklearn.base import clone
@@ -52,7 +54,7 @@ OF_A_RUN = {
     *("test_fraction", "rows_per_class", "learning_curve", "devices", "shard", "trackers"),
     *("checkpoint_minutes", "max_time", "baselines", "embedding_model", "tolerance"),
     *("input_format", "columns", "strict", "merge_labels", "rename_labels"),
-    *("multi_label", "split_labels_at", "label_columns"),
+    *("multi_label", "split_labels_at", "label_columns", "corrections"),
 }
 """Settings of tables, run directories, several processes, and of what is measured at the end."""
 
@@ -129,6 +131,7 @@ def with_item(row: int, value: object, values: list[Any]) -> list[Any]:
         (["a", "b"], [0, 0], "at least two"),
         ([], [], "there are no texts; give"),
         (None, [0, 1], "the texts are of type NoneType; give a list of texts"),
+        ({"text": TEXTS}, LABELS, "the texts are a mapping; give a list of texts"),
         (pd.DataFrame({"text": TEXTS}), LABELS, r"array of shape \(24, 1\); give one column"),
         (np.array(TEXTS).reshape(-1, 1), LABELS, r"array of shape \(24, 1\); give one column"),
         (TEXTS, None, "the labels are of type NoneType; give a list of labels"),
@@ -217,6 +220,46 @@ def test_bad_texts_are_refused_in_prediction_too(classifier: TextClassifier, tex
     with pytest.raises(DataError):
         classifier.predict(texts)
     assert classifier.predict_proba([]).shape == (0, 2)
+
+
+def test_a_model_of_several_columns_takes_a_table_of_them(
+    classifier: TextClassifier, tmp_path: Path
+) -> None:
+    rows = [("a", None), ("b", "my card"), (None, "c")]
+    texts = ["title: a", "title: b\nbody: my card", "body: c"]
+    classifier.set_params(max_steps=1).fit(TEXTS, LABELS).save(tmp_path / "saved")
+    card = tmp_path / "saved" / "remora.json"
+    columns = {"text_columns": ["title", "body"]}
+    card.write_text(json.dumps(json.loads(card.read_text()) | columns))
+    loaded = TextClassifier.load(tmp_path / "saved", precision="float32", device="cpu")
+    expected = classifier.predict_proba(texts)
+    frame = pd.DataFrame(rows, columns=["title", "body"])
+    wide = frame[["body", "title"]].assign(more=1).convert_dtypes()
+    for table in (frame, wide, pyarrow.Table.from_pandas(frame), texts):
+        np.testing.assert_array_equal(loaded.predict_proba(table), expected)
+    for wrong, message in (
+        (["my card"], "item 0 is one text, and the model was trained on 'title', 'body'; give a"),
+        (frame["body"].fillna("x"), "item 0 is one text, and the model was trained on 'title', "),
+        (frame[["body"]], "the table has no column 'title'; give a table with the columns 'title'"),
+        (frame.to_numpy(), r"array of shape \(3, 2\); give a table with the columns 'title', "),
+        (frame.assign(title=None, body=" "), "item 0 is blank"),
+        (frame.assign(body=[{"a": 1}] * 3), "item 0 has a text of type dict"),
+    ):
+        with pytest.raises(DataError, match=message):
+            loaded.predict(wrong)
+
+
+def test_class_weights_by_label(classifier: TextClassifier) -> None:
+    plain = clone(classifier).fit(TEXTS, NAMES).predict_proba(TEXTS[:4])
+    weighed = classifier.set_params(class_weights={"refund": 50.0})
+    assert (clone(weighed).fit(TEXTS, NAMES).predict_proba(TEXTS[:4])[:, 1] > plain[:, 1]).all()
+    with pytest.raises(DataError, match="has the label 'refnd', which no row has; did you mean"):
+        weighed.set_params(class_weights={"refnd": 1.0}).fit(TEXTS, NAMES)
+
+
+def test_a_separator_that_no_label_has_is_refused(classifier: TextClassifier) -> None:
+    with pytest.raises(DataError, match="no label has the separator '/'"):
+        classifier.set_params(label_separator="/").fit(TEXTS, NAMES)
 
 
 def test_threads_get_what_they_would_get_one_after_another(classifier: TextClassifier) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -19,12 +20,15 @@ from sklearn.utils.validation import check_is_fitted
 
 from remora.config import TrainConfig
 from remora.config.several_labels import settled
+from remora.data.columns import has_names
 from remora.data.dataset import dataset_from_lists
 from remora.data.label_sets import set_text
+from remora.data.levels import hierarchy_of
+from remora.data.table import message
 from remora.errors import ConfigError, DataError, ModelError
 from remora.evaluation.multi_label import with_thresholds
 from remora.evaluation.predictions import ScoredSets
-from remora.formatting import close_match, cut, first_line
+from remora.formatting import close_match, cut, first_line, listed, quote
 from remora.models import hub, saved
 from remora.models.metadata import is_text
 from remora.models.saved import Trained, open_trained
@@ -39,7 +43,7 @@ OF_A_RUN = {
     *("input_format", "columns", "strict", "merge_labels", "rename_labels"),
     *("multi_label", "split_labels_at", "label_columns"),
     *("rows_per_class", "learning_curve", "name", "output", "trackers"),
-    *("baselines", "embedding_model", "tolerance"),
+    *("baselines", "embedding_model", "tolerance", "corrections"),
     *("devices", "shard", "checkpoint_minutes", "max_time"),
 }
 """Settings of `remora train` that belong to its tables, its run directory, its processes, and to
@@ -86,7 +90,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     the base model of an adapter.
 
     Every argument but the model may be None, which stands for the default of `TrainConfig`, where
-    each is described.
+    each is described. `class_weights` may also be weights by their labels.
 
     Attributes:
         classes_: The labels seen in `fit`, sorted, [n_classes].
@@ -142,6 +146,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"the labels hold the classes {', '.join(names)}; give at least two different ones"
             )
         config = self._config()
+        if hierarchy := hierarchy_of(names, config.label_separator):
+            hierarchy.refuse_broken()
         dataset = dataset_from_lists(
             texts,
             [str(value) for value in targets],
@@ -188,11 +194,13 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return the probability of each class for each text, [n_samples, n_classes].
 
-        The columns are in the order of `classes_`. Where a text may have several labels each is a
-        probability of its own, and a row need not sum to 1.
+        A model of several columns takes a table of them, or texts as it was trained on.
+
+        The columns of the result are in the order of `classes_`. Where a text may have several
+        labels each is a probability of its own, and a row need not sum to 1.
         """
         check_is_fitted(self)
-        texts = _texts(X)
+        texts = _texts(X, self._trained.card.text_columns)
         with self._lock:
             scorer = self._trained.scorer(max_tokens=self._config().max_tokens)
             return scorer.probabilities(texts)
@@ -227,7 +235,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 are of another kind than those of `fit`.
         """
         check_is_fitted(self)
-        texts = _texts(X)
+        texts = _texts(X, self._trained.card.text_columns)
         labels, are_sets = _labels(y, len(texts))
         if not texts:
             raise DataError("there are no texts; give some to score")
@@ -362,6 +370,8 @@ def _listed(values: Any, what: str, advice: str) -> list[Any]:
     Raises:
         DataError: If it is none.
     """
+    if isinstance(values, Mapping):
+        raise DataError(f"the {what}s are a mapping; give a list of {what}s")
     if isinstance(values, str | bytes):
         raise DataError(f"a single {what} was given; give a list of {what}s")
     if hasattr(values, "__array__"):  # of NumPy, pandas, Polars or Arrow
@@ -377,13 +387,17 @@ def _listed(values: Any, what: str, advice: str) -> list[Any]:
         ) from None
 
 
-def _texts(X: Any) -> list[str]:
+def _texts(X: Any, columns: Sequence[str] = ()) -> list[str]:
     """Return texts as a list.
+
+    Args:
+        X: Texts, or a table with the columns.
+        columns: Those that a model was trained on.
 
     Raises:
         DataError: If they are no one-dimensional collection of texts, or one of them is blank.
     """
-    texts = _listed(X, "text", "give one column, such as frame['text']")
+    texts = _read(X, columns)
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"item {row} is of type {type(text).__name__}; give texts only")
@@ -393,6 +407,31 @@ def _texts(X: Any) -> list[str]:
             raise DataError(
                 f"item {row} has half of a surrogate pair; write the character whole or remove it"
             )
+        if not has_names(text, columns):
+            raise DataError(
+                f"item {row} is one text, and the model was trained on {listed(columns)}; give a "
+                "table with these columns"
+            )
+    return texts
+
+
+def _read(X: Any, columns: Sequence[str]) -> list[Any]:
+    """Return the rows of a table as a model of several columns reads them, or texts as they are."""
+    if len(columns) < 2:
+        return _listed(X, "text", "give one column, such as frame['text']")
+    advice = f"give a table with the columns {listed(columns)}"
+    names = getattr(X, "column_names", getattr(X, "columns", None))  # of Arrow, or of pandas
+    if names is None:
+        return _listed(X, "text", advice)
+    if lacking := [name for name in columns if name not in names]:
+        raise DataError(f"the table has no column {quote(lacking[0])}; {advice}")
+    cells = [_listed(X[name], "text", "give each column one name") for name in columns]
+    texts = []
+    for row, own in enumerate(zip(*cells, strict=True)):
+        try:
+            texts.append(message(columns, [None if _is_missing(each) else each for each in own]))
+        except DataError as error:
+            raise DataError(f"item {row} has {error}") from None
     return texts
 
 

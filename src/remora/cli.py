@@ -393,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in given:
             raise
         if not isinstance(error, RemoraError):
-            return _fail(_as_line(error), ConfigError.exit_code)
+            return _fail(_as_line(error, given), ConfigError.exit_code)
         return _fail(str(error), error.exit_code) if launch.speaks(error) else error.exit_code
     except (MemoryError, RuntimeError) as error:
         from remora.runtime import memory
@@ -408,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _as_line(error: cyclopts.CycloptsError) -> str:
+def _as_line(error: cyclopts.CycloptsError, given: Sequence[str]) -> str:
     """Return an error of the command line in our form: what is wrong, and what to do."""
     if isinstance(error.__cause__, RemoraError):
         return str(error.__cause__)
@@ -417,11 +417,16 @@ def _as_line(error: cyclopts.CycloptsError) -> str:
         name = error.argument.name
         if error.argument.index is not None:  # given by its place
             name = name.removeprefix("--").upper()
+        elif name in given:
+            return f"{name} has no value; see `{command} --help`"
         return f"`{command}` needs {name}; see `{command} --help`"
     if isinstance(error, UnusedCliTokensError):
         tokens = listed(list(error.unused_tokens or ()))
         more = f"quote a name with spaces, or see `{command} --help`"
         return f"`{command}` has no use for {tokens}; {more}"
+    if str(error).startswith("Dictionary of tokens"):  # cyclopts takes a dot for another level
+        example = '--label-texts \'{"v1.0": "version one"}\''
+        return f"a flag names a label that has a dot; give all in JSON, such as {example}"
     return str(error)
 
 

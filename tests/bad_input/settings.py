@@ -98,6 +98,12 @@ CASES: list[Case] = [
         lambda s: train("good.csv", "--answer", "classes", "--label-texts.refund", "money back"),
     ),
     (
+        "a flag for a label with a dot",
+        2,
+        lambda s: train("good.csv", "--label-texts.v1.0", "version one"),
+    ),
+    ("a flag without its value", 2, lambda s: ["export", "runs/good", "--gguf"]),
+    (
         "a zero-shot baseline of a head that is not trained yet",
         2,
         lambda s: train("good.csv", "--answer", "classes", "--baselines", "svm,zero-shot"),

@@ -105,6 +105,41 @@ def test_the_columns_of_the_training_table_come_first(tmp_path):
         read_table(two, trained=trained, known=["x", "y"])
 
 
+def test_several_columns_of_other_names_stand_for_those_of_training(tmp_path):
+    trained = ("title", "body", "label")
+    rows = [("a", "b", "x"), ("", "c", "y")]
+    texts = ["title: a\nbody: b", "body: c"]
+
+    def read(header, *given, rows=rows):
+        path = write_csv(tmp_path / "a.csv", rows, header)
+        table = read_table(path, text_column=given, label_column=header[-1], trained=trained)
+        assert list(stream_texts(str(path), text_column=given, trained=trained[:-1])) == table.texts
+        return table.texts
+
+    assert read(trained) == texts
+    assert read(("x1", "x2", "l"), "x1", "x2") == texts
+    assert read(("x2", "body", "l"), "body", "x2") == texts
+    swapped = [("b", "a", "x"), ("c", "", "y")]
+    assert read(("body", "title", "l"), "body", "title", rows=swapped) == texts
+    whole = [(text, "x") for text in texts]
+    assert read(("text", "l"), "text", rows=whole) == texts
+    for given, message in (
+        ((), r"no column 'title', which the model was trained on .* in the order of 'title', 'bod"),
+        (
+            ("c",),
+            r"row 1 .*has one text, 'b', and the model was trained on 'title', 'body'; name a",
+        ),
+        (("a", "c", "d"), r"names 'a', 'c', 'd', and the model was trained on 'title', 'body'; na"),
+    ):
+        path = write_csv(tmp_path / "b.csv", [("a", "b", "d", "x")], ("a", "c", "d", "label"))
+        with pytest.raises(DataError, match=message):
+            read_table(path, text_column=given, trained=trained)
+        with pytest.raises(DataError, match=message):
+            list(stream_texts(str(path), text_column=given, trained=trained[:-1]))
+    with pytest.raises(DataError, match="names 'a', 'c', and the model was trained on 'text'; nam"):
+        read_table(path, text_column=("a", "c"), trained=("text", "label"))
+
+
 TALK = ["my parcel came late again", "a fine film about dogs", "send me two more of these please"]
 ROWS = [(f"{TALK[i % 3]}, number {i}", ["late", "film", "order"][i % 3]) for i in range(30)]
 
@@ -365,6 +400,50 @@ def test_a_column_that_holds_chats_is_taken_as_chats(tmp_path, name):
     assert read_table(labelled, text_column=name).labels[:3] == ["x", "y", "x"]
     with pytest.raises(ConfigError, match="'label' is both text and label column"):
         read_table(labelled, text_column="label", label_column="label")
+
+
+def test_a_label_column_beside_chats_has_the_labels(tmp_path):
+    for name in ("messages", "conversations"):
+        for more in ({}, {"n": "12"}):
+            records = chats(name, label="xy", **more)
+            for each in (records, [{**each, name: each[name][:1]} for each in records]):
+                table = read_table(write_json(tmp_path / "a.jsonl", each))
+                assert table == Table([text for text, _ in ROWS], ["x", "y"] * 15)
+
+
+def test_the_parts_of_a_message_are_its_text_where_there_is_one(tmp_path):
+    for key, asker, answerer, part in (
+        ("parts", "user", "model", lambda text: {"text": text}),
+        ("parts", "user", "model", lambda text: text),
+        ("content", "user", "assistant", lambda text: {"type": "text", "text": text}),
+    ):
+        records = [
+            {"contents": [{"role": asker, key: [part(a)]}, {"role": answerer, key: [part(b)]}]}
+            for a, b in ROWS
+        ]
+        table = read_table(write_json(tmp_path / "a.jsonl", records))
+        assert table == Table([text for text, _ in ROWS], [label for _, label in ROWS])
+    for content, found in (
+        ({"says": "x"}, "no content"),
+        ({"content": None}, "no content"),
+        ({"content": []}, "no content"),
+        ({"content": [{"type": "image", "image": "x"}]}, "no content"),
+        ({"content": [{"text": "x"}, {"text": "y"}]}, "2 parts"),
+    ):
+        turns = [{"role": "user", **content}, {"role": "assistant", "content": "b"}]
+        path = write_json(tmp_path / "b.jsonl", [{"messages": turns}] * 2)
+        with pytest.raises(
+            DataError, match=f"row 1 has a chat whose message of the user has {found}; write"
+        ):
+            read_table(path)
+
+
+def test_lines_of_text_for_a_model_of_several_columns(tmp_path):
+    path = write(tmp_path / "a.txt", "where is it?\n")
+    with pytest.raises(
+        DataError, match=r"lines of text, .* 'title', 'body'; give a table .* --input-format csv"
+    ):
+        stream_texts(str(path), trained=("title", "body"))
 
 
 def test_what_is_no_chat_is_not_taken_as_one(tmp_path):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections import Counter
 
 import pytest
 
-from data.test_table import write_csv, write_parquet
+from data.test_table import write, write_csv, write_parquet
 from remora.data import dataset
 from remora.data.dataset import dataset_from_lists, load_dataset
+from remora.data.parts import ReadOptions
 from remora.data.table import Table
 from remora.errors import ConfigError, DataError
 
@@ -140,6 +142,30 @@ def test_counts_and_lines(tmp_path):
         "3 rows in test have a text that is also in training: test accuracy may be optimistic",
     ]
     assert json.loads(json.dumps(summary.to_dict()))["labels"] == ["a", "b", "c"]
+
+
+def test_named_tables_may_have_another_format_than_the_training_table(tmp_path):
+    table = many({"a": 3, "b": 3})
+    records = [json.dumps({"label": label, "text": text}) for text, label in table]
+    test = write(tmp_path / "test.jsonl", "\n".join(records))
+    csv = write_csv(tmp_path / "train", table)
+    for options in (
+        ReadOptions(format="csv"),
+        ReadOptions(format="csv", columns=("text", "label")),
+    ):
+        if options.columns:
+            csv = write_csv(tmp_path / "train", table[1:], table[0])
+        dataset = load_dataset(
+            str(csv), test=str(test), validation=str(csv), test_fraction=0, options=options
+        )
+        assert rows(dataset.test) == rows(dataset.train) == rows(dataset.validation) == table
+    with zipfile.ZipFile(tmp_path / "test.zip", "w") as archive:
+        archive.write(test, "test.jsonl")
+    packed = load_dataset(str(csv), test=str(tmp_path / "test.zip"), options=options)
+    assert rows(packed.test) == table
+    headed = write_csv(tmp_path / "test.csv", table)
+    with pytest.raises(DataError, match=r"test\.csv has the names of --columns in its first line"):
+        load_dataset(str(csv), test=str(headed), options=options)
 
 
 def test_clean_data_gives_two_lines(tmp_path):

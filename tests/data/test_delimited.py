@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.test_table import write
 from remora.data import delimited
-from remora.data.parts import Remarks
+from remora.data.columns import UnlabelledError
+from remora.data.parts import ReadOptions, Remarks
+from remora.data.table import Table, read_table, stream_texts
+from remora.errors import DataError
 
 
 def read(content: str) -> list[list[object]]:
@@ -80,3 +84,58 @@ def test_a_tie_of_delimiters_is_settled_by_the_next_line(content: str, rows: lis
         assert read(content)[0] == ["text (de", "en),label"]
     else:
         assert read(content) == rows
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_line_of_spaces_is_a_blank_row(tmp_path, delimiter):
+    lines = ["id,text,label", "1,a,x", "   ", " , ", "2,b,y"]
+    path = write(tmp_path / "a.csv", "\n".join(lines).replace(",", delimiter))
+    remarks = Remarks()
+    assert read_table(path, remarks=remarks) == Table(["a", "b"], ["x", "y"])
+    assert remarks.lines() == [
+        f"{path}: 2 rows with a blank text, skipped; the first is row 2 (line 3)"
+    ]
+
+
+def test_a_header_without_a_name_for_the_names_of_rows(tmp_path):
+    rows = [f'"{i}","text, {i}","{"xy"[i % 2]}"' for i in range(9)]
+    path = write(tmp_path / "a.csv", "\n".join(['"text","label"', *rows]))
+    with pytest.raises(
+        DataError, match=r"each row has 3 fields, and the header names 2; add the name"
+    ):
+        read_table(path)
+    path = write(tmp_path / "b.csv", "\n".join(["text,label", "a, b,x", "c,y"]))
+    with pytest.raises(DataError, match=r"row 1 .* in double quotes"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("title", ["# made by me", "Report 2024", '"Report, 2024"', "Report\n"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_line_above_the_header_is_to_be_deleted(tmp_path, title, delimiter):
+    table = "text,label\na b,x\nc d,y\n".replace(",", delimiter)
+    path = write(tmp_path / "a.csv", f"{title}\n{table}")
+    for named in ({}, {"text_column": "text"}, {"label_column": "label"}):
+        with pytest.raises(DataError, match=r"one field in its first line, .*; delete what stands"):
+            read_table(path, **named)
+    with pytest.raises(DataError, match=r"one field in its first line, .*; delete what stands"):
+        stream_texts(str(path))
+
+
+def test_one_column_of_texts_with_commas_has_no_title(tmp_path):
+    path = write(tmp_path / "a.csv", "text\nhello; you\ngood; bye\n")
+    assert list(stream_texts(str(path))) == ["hello; you", "good; bye"]
+    with pytest.raises(DataError, match="has one column, 'text', and texts and labels need two"):
+        read_table(path)
+    path = write(tmp_path / "a.csv", "__label__a so\n__label__b hello; you\n__label__a good; bye\n")
+    with pytest.raises(DataError, match="has lines of fastText"):
+        read_table(path)
+    path = write(tmp_path / "b.csv", "remark_of_user\nhello; you\ngood; bye\n")
+    with pytest.raises(UnlabelledError):
+        read_table(path, trained=("remark_of_user", "label"), known=["x", "y"])
+
+
+def test_a_first_line_that_columns_were_named_for(tmp_path):
+    path = write(tmp_path / "a.csv", "Text, label\na,x\nb,y\n")
+    with pytest.raises(DataError, match=r"the names of --columns in its first line; delete that"):
+        read_table(path, options=ReadOptions(columns=("text", "label")))
+    assert read_table(path, options=ReadOptions(columns=("label", "text"))).texts[0] == " label"

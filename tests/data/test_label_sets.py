@@ -13,7 +13,7 @@ import pytest
 from remora.data import label_sets
 from remora.data.dataset import Dataset, load_dataset
 from remora.data.label_sets import LabelForm, list_in, set_text
-from remora.data.table import Table
+from remora.data.table import Table, read_table
 from remora.errors import DataError
 
 ROWS: list[tuple[str, list[str]]] = [
@@ -108,6 +108,12 @@ def test_a_string_beside_lists_is_a_set_of_one(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [("one", "a"), ("two", ["a", "b"]), ("three", [])])
     table = load_dataset(str(path), test_fraction=0, validation_fraction=0).train
     assert table.labels == ['["a"]', '["a", "b"]', "[]"]
+
+
+def test_a_table_of_lists_is_read_as_it_is_with_a_separator(tmp_path: Path) -> None:
+    lists: list[list[str]] = [[], ["a"], ["a", "b|c"]]
+    path = write_jsonl(tmp_path / "a.jsonl", [("x", own) for own in lists])
+    assert read_table(path, form=LabelForm(separator="|")).labels == [*map(set_text, lists)]
 
 
 def test_blank_cells_are_no_labels_with_a_separator_only(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shlex
 from typing import Any
 
 import pytest
@@ -160,8 +161,11 @@ def test_a_text_for_an_unknown_label_is_refused(tokenizer: Any) -> None:
 
 
 def test_labels_with_the_same_tokens_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(ModelError, match=r"'b' as the same tokens; give one.*--label-texts.b"):
-        make(tokenizer, ["a", "b"], label_texts={"b": "a"})
+    told = r"""'a' and "v1.0 it's" as the same tokens; give one another text with --label-texts"""
+    with pytest.raises(ModelError, match=told) as caught:
+        make(tokenizer, ["a", "v1.0 it's"], label_texts={"v1.0 it's": "a"})
+    flag, value = shlex.split(str(caught.value).partition(" with ")[2])
+    assert (flag, json.loads(value)) == ("--label-texts", {"v1.0 it's": "TEXT"})
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, None, TRIMMING_TEMPLATE])

@@ -257,6 +257,25 @@ def test_archives_by_other_names_and_what_macos_adds(tmp_path):
             read_table(archive)
 
 
+def test_an_archive_compressed_in_another_way(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("d.csv", "text,label\na,b\n")
+    content = bytearray(path.read_bytes())
+    content[8] = content[content.index(b"PK\1\2") + 10] = 9  # Deflate64, as Windows writes it
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"a\.zip is compressed in a way that cannot be read \(.*\); unpack it"
+    ):
+        read_table(path)
+
+
+def test_rows_of_a_workbook_are_counted_from_the_top_of_its_sheet(tmp_path):
+    path = workbooks.write(tmp_path / "a.xlsx", [(), (), ("text", "label"), ("x", "a"), (" ", "b")])
+    with pytest.raises(DataError, match=r"row 2 \(line 5\) has a blank text"):
+        read_table(path, strict=True)
+
+
 def test_a_number_in_the_header_of_a_workbook_is_a_name(tmp_path):
     path = workbooks.write(tmp_path / "a.xlsx", [("text", 2024), ("x", "a"), ("y", "b")])
     assert read_table(path, label_column="2024").labels == ["a", "b"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -13,7 +16,9 @@ import pytest
 from data.test_dataset import many, rows
 from data.test_table import write, write_csv, write_parquet
 from hub_server import running
+from remora.data import arrow, sources
 from remora.data.dataset import load_dataset
+from remora.data.table import read_table, stream_texts
 from remora.errors import DataError
 
 
@@ -170,6 +175,35 @@ def test_tables_to_measure_on_by_their_names(names, test, validation, tmp_path):
             assert dataset.validation.texts == [validation]
         unread = [each for each in dataset.summary.remarks if "not read" in each]
         assert not unread
+
+
+def test_a_split_of_a_saved_data_set_is_a_table(tmp_path, monkeypatch):
+    pairs = many({"a": 20, "b": 20})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
+    whole = datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+    hidden = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [-1, -1]}, features=features)
+    folder = tmp_path / "glue ds"
+    datasets.DatasetDict({"train": whole, "test": hidden}).save_to_disk(str(folder))
+    (line,) = [each for each in load_dataset(str(folder)).summary.remarks if "predict" in each]
+    (command,) = re.findall("`(.*)`", line)
+    *_, path = shlex.split(command)
+    assert list(stream_texts(path)) == ["x", "y"]
+    assert rows(read_table(folder / "train")) == pairs
+    named = load_dataset(str(folder), test=f"{folder}/train", validation=f"{folder}/train")
+    assert rows(named.test) == rows(named.validation) == pairs
+    with pytest.raises(
+        DataError, match="glue ds holds 2 splits; name the folder of one, 'train', 'test'"
+    ):
+        read_table(folder)
+    splits = arrow.saved_splits(folder)
+    monkeypatch.setattr(sources, "hub_splits", lambda source: splits)
+    hidden = replace(splits["test"], name="hf:owner/name (test)")  # which predict cannot read
+    monkeypatch.setitem(splits, "test", hidden)
+    (line,) = [each for each in load_dataset("hf:owner/name").summary.remarks if "predict" in each]
+    assert line.endswith("save it to a file, and classify it with `remora predict RUN FILE`")
 
 
 def test_tables_whose_names_tell_of_a_split_are_told_where_rows_are_held_out(tmp_path):

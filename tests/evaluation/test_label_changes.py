@@ -44,3 +44,19 @@ def test_chance_is_not_called_a_change() -> None:
         "Of no label the recall differs by more than chance (exact McNemar test on each label's "
         "rows, adjusted for 3 labels)."
     )
+
+
+def test_of_several_labels_each_is_given_or_not() -> None:
+    """Both runs are wrong about sets whose label `a` they give."""
+    true = ['["a", "b"]'] * 8 + ['["b"]'] * 8
+    first = ['["a"]'] * 8 + ['["a", "b"]'] * 8
+    second = ['["b", "c"]'] * 8 + ['["b"]'] * 8
+    found = label_changes(("x", "y"), LABELS, true, first, second, multi_label=True)
+    by_name = {each.label: each for each in found.labels}
+    a, b = by_name["a"], by_name["b"]
+    assert (a.num_rows, a.first_recall, a.second_recall) == (8, 1, 0)
+    assert (a.first_f1, a.second_f1) == (pytest.approx(2 / 3), 0)
+    assert (a.only_first_right, a.only_second_right) == (8, 0)
+    assert a.p_value == pytest.approx(binomtest(8, 8).pvalue)
+    assert (b.num_rows, b.only_first_right, b.only_second_right) == (16, 0, 8)
+    assert by_name["c"].p_value == 1

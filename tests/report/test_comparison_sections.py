@@ -167,6 +167,34 @@ def test_labels_stand_with_their_change_the_largest_gain_first(page: Path) -> No
         assert cells[4:6] == [f"{each:.1%}" for each in recalls]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_run_may_know_labels_that_the_other_one_lacks(
+    order: tuple[int, int], tmp_path: Path
+) -> None:
+    """As after `--from`; one of them is predicted, and no row has it."""
+    texts, true = [f"message {i}" for i in range(20)], [i % 2 for i in range(20)]
+    few, more = LABELS[:3], ["another label", *LABELS[:3]]
+    runs = (
+        finished.write(
+            tmp_path / "before", labels=few, texts=texts, true=true, predicted=[0, *true[1:]]
+        ),
+        finished.write(
+            tmp_path / "after",
+            labels=more,
+            texts=texts,
+            true=[t + 1 for t in true],
+            predicted=[t + 1 if i else 0 for i, t in enumerate(true)],
+        ),
+    )
+    path = tmp_path / "comparison.html"
+    assert remora("compare", *(runs[i] for i in order), "--report", path) == 0
+    data = json.loads(Read(path.read_text(encoding="utf-8")).code[-2])
+    assert data["labels"] == sorted(more)
+    (only,) = (each for listed in data["lists"] for each in listed)
+    assert only["text"] == "message 0"
+    assert data["labels"][only["predicted"]] == "another label"
+
+
 def test_the_page_links_the_reports_there_are(page: Path, tmp_path: Path) -> None:
     read = Read(page.read_text(encoding="utf-8"))
     links = [v for name, v in read.attributes if name == "href" and not str(v).startswith("#")]

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,14 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
+import workbooks
 from conftest import WORDS, call
 from data.test_table import write, write_csv
 from remora.config import PredictConfig
+from remora.data.label_sets import set_text
+from remora.models import metadata
 from remora.serving import pauses, predict
+from remora.serving.label_set_columns import open_predictions
 from remora.tree.scoring import Scorer
 from service import write_adapter
 
@@ -87,6 +92,80 @@ def test_json_lines_and_parquet_keep_values_and_types(run, tmp_path):
     assert found.column("probability").type == pyarrow.float64()
     assert predicted(run, path, "--output", out) == 0  # another input, without a schema
     assert pyarrow.parquet.read_table(out).column("n").to_pylist() == [1.5] * 3
+
+
+def test_carriage_returns_come_back(run, tmp_path, capsys):
+    record = {"id\r": "1\r", "text": "lost \r card", "x": "a\r\nb", "n": "\n", "m": "c"}
+    path = write(tmp_path / "a.jsonl", json.dumps(record) + "\n")
+    assert predicted(run, path, "--output", tmp_path / "out.csv") == 0
+    assert predicted(run, path) == 0
+    written = (tmp_path / "out.csv").read_bytes()
+    assert capsys.readouterr().out.encode() == written
+    assert b'"1\r","lost \r card","a\r\nb","\n",c,' in written
+    assert not written.endswith(b"\r\n")
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        header, row = csv.reader(file)
+    assert dict(zip(header[:5], row[:5], strict=True)) == record
+    assert predicted(run, tmp_path / "out.csv", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [found[name] for name in ("text", "x", "n")] == ["lost \r card", "a\r\nb", "\n"]
+
+
+def test_several_labels_stand_beside_the_columns_that_are_kept(run, tmp_path):
+    card = replace(metadata.parse_card(run / "adapter"), multi_label=True)
+    out = tmp_path / "out.parquet"
+    config = PredictConfig(run, "a.parquet", id_column=("id",), output=str(out))
+    schema = pyarrow.schema([("id", pyarrow.int16()), ("labels", pyarrow.list_(pyarrow.string()))])
+    with open_predictions(config, card, ["id"], schema, str(out)) as writer:
+        writer.write([1], [("refund", 0.75), ("top up", 0.25)], set_text(["refund"]))
+        writer.write([2], [], None)
+    found = pyarrow.parquet.read_table(out)
+    assert found.column_names == ["id", "labels", "probabilities"]
+    assert found["id"].type == pyarrow.int16()
+    assert found["labels"].to_pylist() == [["refund"], None]
+
+
+def test_a_number_that_a_workbook_lacks_is_null(run, tmp_path, capsys):
+    rows = [("id", "text", "note"), (1, "card", "a"), (2, "refund", ""), ("", "top up", "")]
+    path, out = workbooks.write(tmp_path / "a.xlsx", rows), tmp_path / "out.parquet"
+    assert predicted(run, path, "--output", out) == 0
+    found = pyarrow.parquet.read_table(out)
+    assert found["id"].to_pylist() == [1, 2, None]
+    assert found["note"].to_pylist() == ["a", "", ""]
+    assert predicted(run, path, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["id"] for line in lines] == [1, 2, None]
+    path = workbooks.write(tmp_path / "b.xlsx", [("id", "text"), (1, "a"), ("x", "b")])
+    assert predicted(run, path, "--output", out) == 3
+    assert "out.parquet cannot hold the input's values" in capsys.readouterr().err
+
+
+def test_columns_of_one_name_are_refused_where_one_would_be_lost(run, tmp_path, capsys):
+    path = write(tmp_path / "a.csv", "id,id,text\n1,2,fee\n")
+    assert predicted(run, path) == 0
+    assert rows_of(capsys.readouterr().out)[1][:3] == ["1", "2", "fee"]
+    for more in (("--json",), ("--output", tmp_path / "o.parquet"), ("--id-column", "id")):
+        assert predicted(run, path, *more) == 3
+        told = capsys.readouterr().err
+        assert "a.csv has 2 columns called 'id'" in told
+        assert "; rename all but one" in told
+    assert not (tmp_path / "o.parquet").exists()
+    assert predicted(run, path, "--id-column", "text", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "fee"
+    path = write(tmp_path / "b.csv", "id,text\n1,fee\n")
+    assert predicted(run, path, "--id-column", "id", "--id-column", "id") == 0
+    assert rows_of(capsys.readouterr().out)[0] == ["id", "label", "probability"]
+
+
+def test_lists_of_class_numbers_are_written_to_parquet_by_name(run, tmp_path):
+    table = pyarrow.table({"text": ["a", "b"], "tags": [[0, 1], []]})
+    for feature in ([{"names": ["x", "y"]}], {"feature": {"names": ["x", "y"]}}):
+        metadata = {"huggingface": json.dumps({"info": {"features": {"tags": feature}}})}
+        described = table.replace_schema_metadata(metadata)
+        pyarrow.parquet.write_table(described, tmp_path / "a.parquet")
+        out = tmp_path / "out.parquet"
+        assert predicted(run, tmp_path / "a.parquet", "--output", out) == 0
+        assert pyarrow.parquet.read_table(out)["tags"].to_pylist() == [["x", "y"], []]
 
 
 def refuse_constant(name: str) -> None:

@@ -109,6 +109,11 @@ def test_text_columns_are_chosen_as_predict_does(run: Path, tmp_path: Path, base
     card |= {"text_columns": ["title", "body"], "label_column": "kind"}
     (other / "adapter" / "remora.json").write_text(json.dumps(card))
     assert predictor(other)(table)["probability"] == named["probability"]
+    renamed = {"x1": table["title"], "x2": table["body"]}
+    by_place = predictor(other, text_column=("x1", "x2"))(renamed)
+    assert by_place["probability"] == named["probability"]
+    with pytest.raises(DataError, match=r"row 1 has one text, 'my card\?', and the model was trai"):
+        predictor(other, text_column="x2")(renamed)
     with pytest.raises(DataError, match="the batch: row 2 has a text of type dict"):
         predictor(run)({"text": ["a", {"b": 1}]})
     with pytest.raises(DataError, match="a batch of type list has no columns; give a dict"):

@@ -316,3 +316,7 @@ def test_files_that_are_missing_or_differ_are_refused(
     with pytest.raises(DataError, match=r"b.csv has the columns 'text', 'id', where .*a.csv has"):
         write(run, tmp_path / "?.csv", out)
     assert not out.exists()
+    (tmp_path / "twice.csv").write_text("id,id,text\n1,2,fee\n")
+    with pytest.raises(DataError, match="has 2 columns called 'id', and parquet holds one of a"):
+        write(run, tmp_path / "twice.csv", tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()

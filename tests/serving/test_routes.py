@@ -69,10 +69,34 @@ def test_several_columns_are_written_as_in_training(
         answer = call(service.url, "/v1/classify", {"texts": texts, "top_k": 2})
         first, second = answer.json["results"]
         assert first == second
+        texts = [{"title": "card", "body": None}, {"title": "card", "body": ""}]
+        answer = call(service.url, "/v1/classify", {"texts": texts})
+        first, second = answer.json["results"]
+        assert first == second
+        for texts, words in (
+            ([{"title": None, "body": None}], "text 0 is blank"),
+            (["x", {"title": "x", "body": 5}], "body.texts.1: the field 'body' is of type int; "),
+            ([{"title": ["x"], "body": "y"}], "the field 'title' is of type list; send a string"),
+            ([None], "body.texts.0: the text is of type NoneType; send a string"),
+        ):
+            answer = call(service.url, "/v1/classify", {"texts": texts})
+            assert answer.status == 422
+            assert words in answer.json["error"]
         for wrong_text in ({"title": "card"}, {"title": "a", "body": "b", "c": "d"}, {}):
             answer = call(service.url, "/v1/classify", {"texts": [wrong_text]})
             assert answer.status == 422
             assert "send an object of 'title', 'body'" in answer.json["error"]
+        for path, body in (
+            ("/v1/classify", {"texts": ["lost"]}),
+            ("/classify", {"input": "lost"}),
+            (
+                "/v1/chat/completions",
+                {"model": "bank", "messages": [{"role": "user", "content": "lost"}]},
+            ),
+        ):
+            answer = call(service.url, path, body)
+            assert answer.status == 422
+            assert "text 0 is one text, and the adapter reads 'title', 'body'" in str(answer.json)
 
 
 def test_the_tolerance_is_that_of_predict(folders: dict[str, Path]) -> None:

@@ -53,8 +53,33 @@ def test_weights_of_a_table(skewed, tmp_path):
     for wrong in ("0", "-1", "nan", "many"):
         with pytest.raises(DataError, match=f"'refund' the weight '{wrong}'; give a number above"):
             weights(("refund", wrong))
-    with pytest.raises(DataError, match=r"there is no file or folder .*balancd"):
-        class_weights("balancd", dataset)
+    for meant in ("balancd", "balance", "Balanced"):
+        with pytest.raises(DataError, match=rf"no table of class weights {meant}; .* balanced\?"):
+            class_weights(meant, dataset)
+    with pytest.raises(DataError, match=r"there is no file or folder .*weights\.csv"):
+        class_weights("weights.csv", dataset)
+    with pytest.raises(DataError, match="has the label 'refund' twice; leave one of them"):
+        weights(("refund", "9"), ("refund ", "2"))
+
+
+def test_columns_of_a_table_of_weights_are_told_as_its_own(skewed, tmp_path):
+    dataset = load_dataset(skewed, validation_fraction=0, test_fraction=0)
+    path = write_csv(tmp_path / "w.csv", [("9", "refund")], ("Weight", "Label"))
+    assert class_weights(str(path), dataset) == {"card": 1.0, "refund": 9.0}
+    for header in (("refund", "9"), ("label", "wt"), ("text", "label"), ("label", "Label")):
+        path = write_csv(tmp_path / "w.csv", [("card", "1")], header)
+        with pytest.raises(DataError, match=r"; name one label and one weight in") as told:
+            class_weights(str(path), dataset)
+        assert "--" not in str(told.value)
+
+
+def test_weights_by_their_labels(skewed):
+    dataset = load_dataset(skewed, validation_fraction=0, test_fraction=0)
+    assert class_weights({"refund": 9}, dataset) == {"card": 1.0, "refund": 9.0}
+    with pytest.raises(DataError, match=r"class_weights has the label 'refnd'.*mean 'refund'"):
+        class_weights({"refnd": 9}, dataset)
+    with pytest.raises(DataError, match="class_weights gives 'refund' the weight 'None'; give a"):
+        class_weights({"refund": None}, dataset)
 
 
 @pytest.mark.parametrize("layout", [packing, padded_rows])

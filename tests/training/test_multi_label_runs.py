@@ -417,6 +417,9 @@ def test_comparisons_plans_and_cards_know_of_several_labels(
     assert call("compare", place / "run", "--report", tmp_path / "c.html") == 0
     shown = capsys.readouterr().out
     assert "the share of rows with all of them right" in shown
+    shutil.copytree(place / "run", tmp_path / "other")
+    assert call("compare", place / "run", tmp_path / "other", "--report", tmp_path / "d.html") == 0
+    assert "by label: of no label the recall differs" in capsys.readouterr().out
     assert call("plan", place / "data.jsonl", "--model", place / "base", "--json") == 0
     card = (place / "run" / "README.md").read_text(encoding="utf-8")
     assert "Every message gets any of these 3 labels, or none" in card

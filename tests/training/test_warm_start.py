@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ from safetensors.torch import load_file
 
 from conftest import WAYS, WORDS, call
 from remora.config import TrainConfig
-from remora.data.dataset import load_data
-from remora.errors import ModelError
+from remora.data.dataset import Dataset, load_data
+from remora.errors import DataError, ModelError
 from remora.models import lora, metadata
 from remora.runtime.reporter import Reporter
 from remora.training.run import train
@@ -89,6 +91,52 @@ def test_rows_that_the_run_has_learned_are_not_held_out(config: TrainConfig, pla
     without = load_data(replace(config, start_from=None))
     assert {*without.test.texts, *without.validation.texts} & learned
     assert len(rows.train) == len(without.train)
+
+
+def test_the_text_columns_are_those_of_the_run(tmp_path: Path) -> None:
+    """What a run leaves is written here, without training one."""
+    rows = [
+        (f"about {label}", f"{n} of {label}", f"note {n}", label)
+        for n in range(20)
+        for label in OLD
+    ]
+
+    config = partial(TrainConfig, model="m")
+
+    def table(*names: str) -> str:
+        with (path := tmp_path / "t.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([names, *rows])
+        return str(path)
+
+    def after(*columns: str) -> Dataset:
+        settings = config(table("title", "body", "text", "label"), text_column=columns)
+        summary, run = load_data(settings).summary, tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        (run / "config.toml").write_text(settings.to_toml(), encoding="utf-8")
+        (run / "data.json").write_text(json.dumps(summary.to_dict()), encoding="utf-8")
+        return load_data(config(settings.data, start_from=str(run)))
+
+    for columns in (("title", "body"), ("body",)):
+        found = after(*columns)
+        assert found.summary.text_columns == columns
+        first = load_data(config(found.summary.source, text_column=columns))
+        assert not {*found.test.texts, *found.validation.texts} & {*first.train.texts}
+    # Of one column the name is not read, so another may stand for it
+    begun = str(tmp_path / "run")
+    other = config(table("title", "x", "text", "label"), start_from=begun)
+    assert load_data(other).summary.text_columns == ("text",)
+    after("title", "body")
+    source = table("title", "x", "text", "label")
+    with pytest.raises(
+        DataError, match=r"no column 'body', and the run .* reads 'title', 'body'; "
+    ):
+        load_data(config(source, start_from=begun))
+    named = config(source, start_from=begun, text_column=("title", "x"))
+    assert load_data(named).summary.text_columns == ("title", "x")
+    (tmp_path / "run" / "data.json").unlink()  # an adapter alone tells its columns in its card
+    (tmp_path / "run" / "remora.json").write_text('{"text_columns": ["title", "body"]}')
+    with pytest.raises(DataError, match="no column 'body', and the run"):
+        load_data(config(source, start_from=begun))
 
 
 def test_rows_that_are_gone_are_told(config: TrainConfig, place: Path, tmp_path: Path) -> None:

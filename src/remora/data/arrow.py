@@ -58,9 +58,12 @@ def file_schema(source: Path | IO[bytes]) -> Any:
     import pyarrow.parquet
 
     schema = pyarrow.parquet.read_schema(source)
-    for name, feature in _features(schema).items():
-        if isinstance(feature, dict) and feature.get("names") and name in schema.names:
-            schema = schema.set(schema.names.index(name), pyarrow.field(name, pyarrow.string()))
+    for name, described in _features(schema).items():
+        if _names_in(described) and name in schema.names:
+            place, text = schema.names.index(name), pyarrow.string()
+            is_list = pyarrow.types.is_nested(schema.types[place])
+            kind = pyarrow.list_(text) if is_list else text
+            schema = schema.set(place, pyarrow.field(name, kind))
     return schema
 
 

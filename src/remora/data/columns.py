@@ -81,10 +81,6 @@ def choose(
     label = _named_label(name, label_column, columns, peek, trained, has_text=bool(text))
     if not text and (found := _usual(name, TEXT_NAMES, columns, label)) is not None:
         text = [found]
-    if not text and label is None and CHAT_NAMES[0] in columns:
-        chat = _chat([columns.index(CHAT_NAMES[0])], None, columns, peek)
-        if chat is not None:
-            return [chat, chat]
     if label is None and label_column is None:
         label = _usual(name, LABEL_NAMES, columns, text[0] if len(text) == 1 else None)
     if (chat := _chat(text, label, columns, peek, trained)) is not None:
@@ -224,6 +220,11 @@ def choose_text(
         return [_given(name, "text", each, columns, peek) for each in text_columns]
     if len(trained) > 1:
         lacking = [each for each in trained if each not in columns]
+        if list(columns) == ["text"] and not peek():  # one text a line, or a table of no rows
+            raise DataError(
+                f"{name} has lines of text, and the model was trained on the columns"
+                f" {listed(trained)}; give a table with these columns, with --input-format csv"
+            )
         raise DataError(
             f"{name} has no column {quote(lacking[0])}, which the model was trained on (found"
             f" {listed(columns)}); name the text columns with --text-column, in the order of"
@@ -246,6 +247,11 @@ def joined(names: Sequence[str], texts: Sequence[str]) -> str:
         return texts[0]
     pairs = zip(names, texts, strict=True)
     return "\n".join(f"{name}: {text.strip()}" for name, text in pairs if text.strip())
+
+
+def has_names(text: str, names: Sequence[str]) -> bool:
+    """Return whether a text may be one of several columns as `joined` writes it."""
+    return len(names) < 2 or text.startswith(tuple(f"{name}: " for name in names))
 
 
 def _given(name: str, kind: str, column: str, columns: Sequence[str], peek: Peek) -> int:

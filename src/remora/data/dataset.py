@@ -6,7 +6,9 @@ Hub.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from remora.data.corrections import Corrections, correct, read_corrections
 from remora.data.label_sets import LabelForm
 from remora.data.levels import hierarchy_of
 from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
-from remora.data.readers import STANDARD_INPUT, file_part
+from remora.data.readers import STANDARD_INPUT, file_part, own_format
 from remora.data.sources import source_parts
 from remora.data.splits import MAX_TEST_ROWS, MAX_VALIDATION_ROWS, check_fractions, hold_out
 from remora.data.summary import DataSummary, spoken_rows, summarize
@@ -66,6 +68,7 @@ def load_data(settings: TrainConfig) -> Dataset:
         seen=seen,
         rename_labels=settings.rename_labels,
         form=label_form(settings),
+        begun_on=_text_columns_of(settings.start_from) if settings.start_from else (),
     )
     if remark and settings.test is None:
         dataset = _remarked(dataset, remark)
@@ -157,6 +160,15 @@ def texts_trained_on(run: str) -> tuple[set[str], str]:
     return earlier | set(rows.train.texts), remark
 
 
+def _text_columns_of(run: str) -> tuple[str, ...]:
+    """Return the text columns that a run or an adapter was trained on, none if it does not say."""
+    for name in ("data.json", "remora.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((Path(run) / name).read_text(encoding="utf-8"))["text_columns"]
+            return tuple(map(str, found))
+    return ()
+
+
 def load_again(settings: TrainConfig) -> Dataset:
     """Return the dataset of a run that is finished.
 
@@ -218,6 +230,7 @@ def load_dataset(
     seen: Collection[str] = (),
     rename_labels: Mapping[str, str] | None = None,
     form: LabelForm | None = None,
+    begun_on: Sequence[str] = (),
 ) -> Dataset:
     """Read a source, check every row, and hold out the splits that it does not have.
 
@@ -232,13 +245,15 @@ def load_dataset(
             label, if there is no validation table. At most 2,000 rows.
         test_fraction: The same for the test table. At most 10,000 rows.
         seed: Selects the rows held out.
-        options: How to read the tables, where their names do not tell.
+        options: How to read the tables, where their names do not tell; for `test` and `validation`
+            their own names come first.
         strict: Whether to refuse rows with a blank text or label, instead of skipping them.
         merge_labels: Whether labels that differ only in case, spaces or Unicode form become one,
             the most frequent of them.
         seen: Texts that a model has learned, which are not held out.
         rename_labels: Names to read in place of labels, in all tables.
         form: How several labels a row are written; by default as lists.
+        begun_on: Text columns of the run that training begins with, taken if none are given.
 
     A test or validation table of the source that has no labels is left out.
 
@@ -250,14 +265,12 @@ def load_dataset(
     check_fractions(validation_fraction, test_fraction)
     parts, others = source_parts(source, options)
     given = {"validation": validation, "test": test}
-    for split, path in given.items():
-        if path is not None:
-            parts[split] = [file_part(Path(path), options)]
+    parts |= {split: [_given(path, options)] for split, path in given.items() if path is not None}
     form = form or LabelForm()
     how: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     how |= {"strict": strict, "form": form}
     remarks, forms, names = Remarks(), None, rename_labels or {}
-    train, columns = read_parts(parts["train"], **how, remarks=remarks)
+    train, columns = read_parts(parts["train"], **how, remarks=remarks, begun_on=begun_on)
     form = replace(form, several="on" if train.multi_label else form.several)
     if merge_labels:
         forms = label_forms.most_frequent_forms(train.each_label)
@@ -267,10 +280,8 @@ def load_dataset(
     labels = _labels(source, train)
     how |= {"form": form, "known": known, "remarks": remarks, "trained": columns, "forms": forms}
     tables, notes = _read_held_out(parts, given, how, names)
-    notes[:0] = label_forms.spoken(label_forms.twins(labels))
+    notes = [*_label_notes(train, form, labels), *notes]
     notes += _not_read(others, {"validation": validation_fraction, "test": test_fraction}, parts)
-    if train.multi_label:
-        notes.insert(0, label_sets.spoken_sets(train.labels, form))
     return _assemble(
         source,
         columns,
@@ -282,6 +293,14 @@ def load_dataset(
         remarks=(*remarks.lines(), *notes),
         seen=seen,
     )
+
+
+def _given(path: str, options: ReadOptions | None) -> Part:
+    """Return a table of test or validation rows, which may have another format than training's."""
+    options, own = options or ReadOptions(), own_format(Path(path))
+    own = options.format if own in {None, "text"} else own
+    names_its_own = own not in {None, "csv", "tsv", "xlsx"}
+    return file_part(Path(path), ReadOptions(own, () if names_its_own else options.columns))
 
 
 def _read_held_out(
@@ -308,6 +327,12 @@ def _read_held_out(
     return tables, notes
 
 
+def _label_notes(train: Table, form: LabelForm, labels: Sequence[str]) -> list[str]:
+    """Return notes on labels: on the sets of them, and on those that differ in form alone."""
+    sets = [label_sets.spoken_sets(train.labels, form)] if train.multi_label else []
+    return [*sets, *label_forms.spoken(label_forms.twins(labels))]
+
+
 def _renamed(table: Table, names: Mapping[str, str]) -> Table:
     return table.relabelled(partial(label_forms.renamed, names=names)) if names else table
 
@@ -325,9 +350,11 @@ def _not_read(
 
 
 def _unlabelled(part: Part, split: str) -> str:
+    on_hub = part.name.startswith("hf:")
     return (
-        f"{part.name} has no labels, so rows of the training table are held out as {split} rows;"
-        f" classify it with `remora predict RUN {part.name}`"
+        f"{part.name} has no labels, so rows of the training table are held out as {split} rows; "
+        + ("save it to a file, and " if on_hub else "")
+        + f"classify it with `remora predict RUN {'FILE' if on_hub else shlex.quote(part.name)}`"
     )
 
 

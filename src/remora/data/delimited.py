@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
+from remora.data.columns import LABEL_NAMES, TEXT_NAMES, UnlabelledError
 from remora.data.parts import PEEKED_ROWS, Ahead, Pick, Remarks, Row, row_place
 from remora.errors import DataError
 from remora.formatting import one_line, quote
 
 SPANNING = "with a field that spans lines"
 PLAIN_QUOTES = "with double quotes that enclose no field, read as text"
+DELIMITERS = ",;\t|"
 MAX_SPANNED_LINES = 1000
 """Lines after which a double quote in a tab-separated file is no longer taken to open a field."""
 
@@ -52,8 +56,9 @@ def rows(
         skipped += 1
     else:
         raise DataError(f"{name} is empty; add a header and rows")
-    ahead = Ahead(lines)
-    delimiter = delimiter or _delimiter(first, ahead)
+    below: list[str] = []  # the first lines after that one, as far as they were read
+    ahead = Ahead(_kept(lines, below))
+    marks, delimiter = delimiter or DELIMITERS, delimiter or _delimiter(first, ahead)
     ahead.put_back([first])
     records = _tabbed(ahead, name, skipped, remarks) if delimiter == "\t" else None
     records = records or _quoted(ahead, name, delimiter, skipped, remarks)
@@ -64,14 +69,57 @@ def rows(
         if not any(header):
             raise DataError(f"{name}: line {skipped + 1} is blank; name the columns there")
     complete = Ahead(_complete(records, header, name, delimiter))
-    places = pick(header, lambda: [values for _, _, values in complete.peek(PEEKED_ROWS)])
+    try:
+        places = pick(header, lambda: [values for _, _, values in complete.peek(PEEKED_ROWS)])
+    except UnlabelledError:
+        raise
+    except DataError as error:
+        if columns or len(header) > 1:
+            raise
+        with contextlib.suppress(DataError):
+            ahead.peek(PEEKED_ROWS)  # which fills `below`
+        raise _title(name, header[0], below, marks) or error from None
+    if columns and any(_is_alike(values, header) for _, _, values in complete.peek(1)):
+        raise DataError(
+            f"{name} has the names of --columns in its first line; delete that line, or leave out"
+            " --columns if every table has it"
+        )
     for row, line, values in complete.rest():
         yield row, line, [values[place] for place in places]
 
 
+def _kept(lines: Iterator[str], kept: list[str]) -> Iterator[str]:
+    """Yield lines, the first two that are not blank into a list too."""
+    for line in lines:
+        if line.strip():
+            kept.append(line)
+        yield line
+        if len(kept) == 2:
+            break
+    yield from lines
+
+
+def _title(name: str, first: str, below: Sequence[str], marks: str) -> DataError | None:
+    """Return the error of a title above the header: one field, and several in the lines below."""
+    if first.casefold() in (*TEXT_NAMES, *LABEL_NAMES) or first.startswith("__label__"):
+        return None  # a column of texts, or lines of fastText
+    for mark in marks:
+        widths = {_num_fields(line, mark) for line in below[:2]}
+        if len(widths) == 1 and (width := widths.pop()) > 1:
+            return DataError(
+                f"{name} has one field in its first line, {quote(first)}, and {width} in the"
+                " next; delete what stands above the header"
+            )
+    return None
+
+
+def _is_alike(values: Sequence[str], header: Sequence[str]) -> bool:
+    return [value.strip().casefold() for value in values] == [each.casefold() for each in header]
+
+
 def _delimiter(first: str, following: Ahead[str]) -> str:
     """Return what splits the first line most; on a tie what splits the next one alike."""
-    counts = {mark: _num_fields(first, mark) for mark in ",;\t|"}
+    counts = {mark: _num_fields(first, mark) for mark in DELIMITERS}
     most = max(counts.values())
     tied = [mark for mark, count in counts.items() if count == most]
     if len(tied) > 1 and most > 1:
@@ -98,7 +146,14 @@ def _complete(
         row += 1
         if len(values) > width and not any(values[width:]):
             del values[width:]  # a spreadsheet's empty cells
+        if len(values) < width and not "".join(values).strip():
+            values[:] = [""] * width  # a line of spaces
         if len(values) != width:
+            if row == 1 and 1 < width == len(values) - 1 and _all_have(len(values), records):
+                raise DataError(
+                    f"{name}: each row has {len(values)} fields, and the header names {width}; add"
+                    " the name that is missing, in front for the row names that R writes"
+                )
             fields = f"{len(values)} field{'' if len(values) == 1 else 's'}"
             if len(values) < width:
                 advice = "add the missing ones, or delete the row"
@@ -111,6 +166,15 @@ def _complete(
                 f" {advice}"
             )
         yield row, line, values
+
+
+def _all_have(width: int, records: Iterator[Record]) -> bool:
+    """Whether there are further records, and the next ones all have as many fields."""
+    try:
+        widths = {len(values) for _, values in islice(records, PEEKED_ROWS) if values}
+    except DataError:  # of a quote, further below
+        return False
+    return widths == {width}
 
 
 def _quoted(

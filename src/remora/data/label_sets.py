@@ -164,7 +164,7 @@ class LabelReader:
 
     def _items(self, cell: object) -> Sequence[object] | None:
         """Return the labels in a cell; None if it holds one."""
-        if self._form.separator is None:
+        if self._form.separator is None or isinstance(cell, list | tuple | set | frozenset):
             return list_in(cell)
         written = "" if is_blank(cell) else plain_number(cell)
         if not isinstance(written, str):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -425,7 +426,7 @@ class Prompt:
             if not text or unknown in ids:
                 raise ModelError(
                     f"this model's tokenizer has no tokens for the label {label!r}; "
-                    f"give it another text with --label-texts.{label} TEXT"
+                    f"give it another text with {_flag(label)}"
                 )
         return respelled
 
@@ -435,7 +436,7 @@ class Prompt:
             if answer in seen:
                 raise ModelError(
                     f"this model's tokenizer encodes the labels {seen[answer]!r} and {label!r} as "
-                    f"the same tokens; give one another text with --label-texts.{label} TEXT"
+                    f"the same tokens; give one another text with {_flag(label)}"
                 )
             seen[answer] = label
 
@@ -484,3 +485,8 @@ def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _flag(label: str) -> str:
+    """Return the flag that gives a label another text, quoted for the shell whatever the label."""
+    return f"--label-texts {shlex.quote(json.dumps({label: 'TEXT'}, ensure_ascii=False))}"

@@ -16,6 +16,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -56,6 +57,13 @@ def suffix_format(path: Path) -> str | None:
     return FORMATS.get(path.suffix.lower())
 
 
+def own_format(path: Path) -> str | None:
+    """Return the format that the name of a file tells, or that of the table in an archive."""
+    if path.suffix.lower() == ".zip" and suffix_format(path) is None and path.is_file():
+        return suffix_format(Path(_member(path)))
+    return suffix_format(path)
+
+
 def file_part(path: Path, options: ReadOptions | None = None, *, allow_text: bool = False) -> Part:
     """Return a file, a pipe or standard input (`-`) as a part, after checking its name.
 
@@ -84,10 +92,8 @@ def file_part(path: Path, options: ReadOptions | None = None, *, allow_text: boo
     if not path.exists():
         raise DataError(f"there is no file or folder {path}; {_missing_hint(path)}")
     if path.is_dir():
-        raise DataError(f"{path} is a folder; name a file in it")
-    file_format = options.format or suffix_format(path)
-    if file_format is None and path.suffix.lower() == ".zip":
-        file_format = suffix_format(Path(_member(path)))
+        return _folder_part(path)
+    file_format = options.format or own_format(path)
     if file_format not in known:
         raise _unknown_format(path, allow_text=allow_text)
     has_schema = file_format == "parquet" and path.is_file() and not _compression(path)
@@ -97,6 +103,27 @@ def file_part(path: Path, options: ReadOptions | None = None, *, allow_text: boo
         partial(arrow.file_schema, path) if has_schema else None,
         is_text=file_format == "text",
     )
+
+
+def saved_parts(folder: Path) -> dict[str, Part]:
+    """Return the splits of a folder of `save_to_disk`, each by the name of its own folder."""
+    has_several = (folder / arrow.SAVED[0]).is_file()
+    return {
+        split: replace(part, name=str(folder / split if has_several else folder))
+        for split, part in arrow.saved_splits(folder).items()
+    }
+
+
+def _folder_part(folder: Path) -> Part:
+    """Return the only table of a folder of `save_to_disk`; raises DataError for other folders."""
+    if not arrow.is_saved(folder):
+        raise DataError(f"{folder} is a folder; name a file in it")
+    parts = saved_parts(folder)
+    if len(parts) != 1:
+        raise DataError(
+            f"{folder} holds {len(parts)} splits; name the folder of one, {listed(list(parts))}"
+        )
+    return next(iter(parts.values()))
 
 
 def _compression(path: Path) -> str | None:
@@ -147,6 +174,10 @@ def _file_rows(
             needs_copy = file_format in _WHOLE and not _is_seekable(file)
             stream = io.BytesIO(file.read()) if needs_copy else file
             yield from parse(stream, str(path), file_format, options, pick, remarks)
+    except NotImplementedError as error:
+        raise DataError(
+            f"{path} is compressed in a way that cannot be read ({one_line(error)}); unpack it"
+        ) from None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise DataError(f"{path} cannot be read ({reason}); check the file") from error
@@ -198,7 +229,7 @@ def _member(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [e for e in archive.infolist() if not e.is_dir()]
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, NotImplementedError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be unpacked ({one_line(error)}); check the file") from error
     hidden = "__MACOSX/", "._"  # what macOS adds
     entries = [e for e in entries if not e.filename.startswith(hidden) and "/._" not in e.filename]

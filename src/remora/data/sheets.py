@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from remora.data.parts import PEEKED_ROWS, Ahead, Pick, Row
@@ -40,7 +40,9 @@ def sheet_rows(stream: Any, name: str, columns: Sequence[str], pick: Pick) -> It
                     f" ({listed(list(filled)) or 'all are empty'});"
                     " save the one to use in a file of its own"
                 )
-            table = next(iter(filled.values())).to_python()
+            (sheet,) = filled.values()
+            table = sheet.to_python()  # without the empty rows above
+            num_above = sheet.start[0] if sheet.start else 0
     except python_calamine.CalamineError as error:
         raise DataError(
             f"{name} is not a readable workbook ({one_line(error)});"
@@ -55,8 +57,16 @@ def sheet_rows(stream: Any, name: str, columns: Sequence[str], pick: Pick) -> It
     first = 1 if columns else 2  # the line of the first row
     ahead = Ahead(iter(list(enumerate(table[first - 1 :], 1))))
     places = pick(header, lambda: [values for _, values in ahead.peek(PEEKED_ROWS)])
+    empty = {place: _empty(values[place] for values in table[first - 1 :]) for place in places}
     for row, values in ahead.rest():
-        yield row, row + first - 1, [_plain(values[place]) for place in places]
+        cells = [empty[place] if values[place] == "" else values[place] for place in places]
+        yield row, num_above + row + first - 1, [_plain(cell) for cell in cells]
+
+
+def _empty(cells: Iterable[object]) -> str | None:
+    """Return what an empty cell of a column is: no value beside numbers or dates, else a text."""
+    filled = [cell for cell in cells if cell != ""]
+    return None if filled and not any(isinstance(cell, str) for cell in filled) else ""
 
 
 def _plain(value: object) -> object:

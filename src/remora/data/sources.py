@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from remora.data.arrow import hub_splits, is_saved, saved_splits
+from remora.data.arrow import hub_splits, is_saved
 from remora.data.parts import Part, ReadOptions
-from remora.data.readers import COMPRESSIONS, file_part, suffix_format
+from remora.data.readers import COMPRESSIONS, file_part, saved_parts, suffix_format
 from remora.errors import DataError
 from remora.formatting import listed, quote
 
@@ -42,7 +42,7 @@ def source_parts(source: str, options: ReadOptions | None = None) -> Source:
     if not path.is_dir():
         return Source({"train": [file_part(path, options)]}, {})
     if is_saved(path):
-        return _known_splits(source, saved_splits(path), "name the folder of one split")
+        return _known_splits(source, saved_parts(path), "name the folder of one split")
     return _folder_parts(path, options)
 
 

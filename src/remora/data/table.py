@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from remora.data import label_sets
-from remora.data.columns import UnlabelledError, choose, choose_text, joined
+from remora.data.columns import UnlabelledError, choose, choose_text, has_names, joined
 from remora.data.label_sets import LabelForm, LabelReader
 from remora.data.parts import Part, Peek, ReadOptions, Remarks, row_place
 from remora.data.readers import STANDARD_INPUT, file_part
 from remora.data.values import is_blank, is_hidden, text_of
 from remora.errors import DataError
-from remora.formatting import quote
+from remora.formatting import listed, quote
 
 ONE = "one label a row (--multi-label on trains them as several)"
 SKIPPED = {"text": "with a blank text, skipped", "label": "without a label, skipped"}
@@ -139,10 +139,12 @@ def read_parts(
     trained: Sequence[str] = (),
     forms: Mapping[str, str] | None = None,
     form: LabelForm | None = None,
+    begun_on: Sequence[str] = (),
 ) -> tuple[Table, list[str]]:
     """Read and check the parts of one split; return it with the names of its columns, label last.
 
-    The other arguments are those of `read_table`.
+    The other arguments are those of `read_table`, and `begun_on`: the text columns of the run that
+    training begins with, which are taken where none are given.
 
     Raises:
         UnlabelledError: No row has a label, though there are texts.
@@ -156,7 +158,10 @@ def read_parts(
     for part in parts:
 
         def pick(columns: Sequence[str], peek: Peek, name: str = part.name) -> list[int]:
-            wanted = named(text_column)
+            wanted = in_trained_order(name, named(text_column), trained[:-1])
+            if len(trained) > 2 and not wanted:
+                choose_text(name, (), columns, peek, trained[:-1])  # refuses a table without them
+            wanted = wanted or _begun_on(name, begun_on, columns)
             places = choose(
                 name, wanted, form.columns or label_column, columns, peek, trained, known
             )
@@ -180,7 +185,7 @@ def read_parts(
                 remarks.add(part.name, SKIPPED[kind], row, line)
                 continue
             try:
-                texts.append(message(chosen[:-num_labels], cells))
+                texts.append(message(chosen[:-num_labels], cells, trained[:-1]))
                 reader.read(labels)
             except DataError as error:
                 raise DataError(f"{part.name}: {row_place(row, line)} has {error}") from None
@@ -201,6 +206,23 @@ def read_parts(
     return Table(texts, labels, multi_label=several, form=form), chosen
 
 
+def _begun_on(name: str, before: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the text columns of the run that training begins with, if a table has them.
+
+    Raises:
+        DataError: It lacks one of several, by whose names the run reads them.
+    """
+    if {*before} <= {*columns}:
+        return tuple(before)
+    if len(before) < 2:
+        return ()
+    lacking = next(each for each in before if each not in columns)
+    raise DataError(
+        f"{name} has no column {quote(lacking)}, and the run that it begins with reads"
+        f" {listed(before)}; give its columns those names, or name others with --text-column"
+    )
+
+
 def _has_refused(columns: Sequence[str], places: Sequence[int], peek: Peek) -> bool:
     """Return whether a table is one of Prodigy with rows that its annotators did not accept."""
     place = columns.index("answer") if "answer" in columns else -1
@@ -210,19 +232,53 @@ def _has_refused(columns: Sequence[str], places: Sequence[int], peek: Peek) -> b
     return found <= {"accept", "reject", "ignore"} and not found <= {"accept"}
 
 
-def message(columns: Sequence[str], cells: Sequence[object]) -> str:
+def in_trained_order(name: str, given: Sequence[str], trained: Sequence[str]) -> tuple[str, ...]:
+    """Return the text columns that were given, each in the place of the trained one it stands for.
+
+    A column stands for the one of its own name, and the others for the rest in turn. One column
+    alone may hold whole texts, which `message` checks.
+
+    Args:
+        name: Of the table, for messages.
+        given: Names that were given, or none.
+        trained: The names in the training table; none if they are not known.
+
+    Raises:
+        DataError: There are more or fewer of them.
+    """
+    if not trained or len(given) < 2:
+        return tuple(given)
+    others = iter([each for each in given if each not in trained])
+    places = tuple(each if each in given else next(others, "") for each in trained)
+    if sorted(places) != sorted(given):
+        raise DataError(
+            f"{name}: --text-column names {listed(given)}, and the model was trained on"
+            f" {listed(trained)}; name one column for each of those"
+        )
+    return places
+
+
+def message(columns: Sequence[str], cells: Sequence[object], trained: Sequence[str] = ()) -> str:
     """Return the text of a row as the model reads it.
 
     Args:
         columns: The names of the text columns.
         cells: Their values in the row, not all of them blank.
+        trained: The names in the training table, by which the model reads several columns.
 
     Raises:
-        DataError: Without the row: a cell holds no text.
+        DataError: Without the row: a cell holds no text, or one alone not those of all columns.
     """
-    if len(cells) == 1:
-        return text_of(cells[0])
-    return joined(columns, ["" if is_blank(cell) else text_of(cell) for cell in cells])
+    if len(cells) > 1:
+        texts = ["" if is_blank(cell) else text_of(cell) for cell in cells]
+        return joined(trained or columns, texts)
+    text = text_of(cells[0])
+    if not has_names(text, trained):
+        raise DataError(
+            f"one text, {quote(text)}, and the model was trained on {listed(trained)};"
+            " name a column for each with --text-column"
+        )
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,13 +335,19 @@ def open_part(
     names, kept = list[str](), list[str]()
 
     def pick(columns: Sequence[str], peek: Peek) -> list[int]:
-        texts = choose_text(part.name, named(text_column), columns, peek, trained)
-        for name in keep or ():
+        given = in_trained_order(part.name, named(text_column), trained)
+        texts = choose_text(part.name, given, columns, peek, trained)
+        wanted = dict.fromkeys(keep or ())
+        for name in wanted:
             if name not in columns:
                 raise DataError(
                     f"{part.name} has no column {quote(name)} to keep; correct --id-column"
                 )
-        others = range(len(columns)) if keep is None else [columns.index(each) for each in keep]
+            if (count := columns.count(name)) > 1:
+                raise DataError(
+                    f"{part.name} has {count} columns called {quote(name)}; rename all but one"
+                )
+        others = range(len(columns)) if keep is None else [columns.index(each) for each in wanted]
         names[:] = [columns[place] for place in texts]
         kept[:] = [columns[place] for place in others]
         return [*texts, *others]
@@ -298,7 +360,7 @@ def open_part(
                 remarks.add(part.name, "with a blank text, without a label", row, line)
                 continue
             try:
-                yield message(names, cells), others
+                yield message(names, cells, trained), others
             except DataError as error:
                 raise DataError(f"{part.name}: {row_place(row, line)} has {error}") from None
 

@@ -13,7 +13,10 @@ from remora.formatting import close_match, quote
 
 _LIST = re.compile(r"""\[\s*(['"]).*\1\s*,?\s*\]""", re.DOTALL)
 _ONE_LABEL = "each row needs one label: keep one, or write a row for each"
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES = {
+    **{"user": "user", "human": "user"},
+    **{"assistant": "assistant", "gpt": "assistant", "model": "assistant"},
+}
 HIDDEN = "-1"
 """The label of rows whose label is not published, as in GLUE."""
 
@@ -133,16 +136,30 @@ def _turn(chat: object, role: str) -> object:
     """
     assert isinstance(chat, list)
     found = [
-        turn.get("content", turn.get("value"))
-        for turn in chat
-        if _ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == role
+        turn for turn in chat if _ROLES.get(str(turn.get("role", turn.get("from"))).lower()) == role
     ]
-    if len(found) != 1 or found[0] is None:
+    if len(found) != 1:
         raise DataError(
             f"a chat with {len(found)} messages of the {role}; write one of the user and one of"
             " the assistant, or columns of texts and labels"
         )
-    return found[0]
+    content = _content(found[0])
+    if content is None or isinstance(content, list):
+        number = f"{len(content)} parts" if content else "no content"
+        raise DataError(
+            f"a chat whose message of the {role} has {number}; write it as one text in 'content'"
+        )
+    return content
+
+
+def _content(turn: Mapping[str, object]) -> object:
+    """Return the content of a message, in place of a list of one part the text of it."""
+    values = (turn.get(key) for key in ("content", "value", "parts"))
+    content = next((value for value in values if value is not None), None)
+    if isinstance(content, list) and len(content) == 1:
+        part = content[0]
+        return part.get("text") if isinstance(part, dict) else part
+    return content
 
 
 def _check_encodable(value: str) -> None:

@@ -345,10 +345,20 @@ def _by_label(ranked: Sequence[Contender], runs: Mapping[str, Results]) -> Label
         return None
     two = sorted(theirs, key=lambda each: -each.accuracy)[:2]
     second, first = (each.name for each in theirs if each in two)
-    run = runs[first]
+    run, other = runs[first], runs[second]
     return label_changes(
-        (first, second), run.labels, run.true, run.predicted, runs[second].predicted
+        (first, second),
+        labels_of_both(run, other),
+        run.true,
+        run.predicted,
+        other.predicted,
+        multi_label=run.multi_label,
     )
+
+
+def labels_of_both(first: Results, second: Results) -> list[str]:
+    """Return the labels of two runs in order; one may have begun with the other and know more."""
+    return sorted({*first.labels, *second.labels})
 
 
 def spoken_lead(pair: Pair) -> str:

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from remora.data.label_sets import labels_in
 from remora.evaluation.metrics import measure
+from remora.evaluation.multi_label import measure_sets
 from remora.evaluation.significance import holm, mcnemar
 
 SIGNIFICANT = 0.05
@@ -61,22 +63,32 @@ def label_changes(
     true: Sequence[str],
     first: Sequence[str],
     second: Sequence[str],
+    *,
+    multi_label: bool = False,
 ) -> LabelChanges:
     """Return the figures of each label in two runs, and their differences.
 
     Args:
         names: The runs' names.
-        labels: The closed label set.
+        labels: The closed label set, with the labels of both runs.
         true: The label of each row.
         first: The first run's prediction for each row.
         second: The second run's.
+        multi_label: Whether these are sets of labels. Then a run is right about a label of a row
+            if it gives the label, whatever else it gives.
     """
     rows = defaultdict(list)
     for row in zip(true, first, second, strict=True):
-        rows[row[0]].append(row)
+        if multi_label:
+            of_label, *given = (set(labels_in(each)) for each in row)
+            for label in of_label:
+                rows[label].append((label, *(label if label in each else "" for each in given)))
+        else:
+            rows[row[0]].append(row)
     columns = {label: list(zip(*found, strict=True)) for label, found in rows.items()}
     p_values = [mcnemar(*columns[label]) if label in columns else 1.0 for label in labels]
-    figures = [measure(labels, true, each).per_class for each in (first, second)]
+    measured = measure_sets if multi_label else measure
+    figures = [measured(labels, true, each).per_class for each in (first, second)]
     changes = [
         LabelChange(
             label=a.label,

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import remora
-from remora.evaluation import results
+from remora.evaluation import compare, results
 from remora.evaluation.compare import Comparison, run_names
 from remora.evaluation.findings import NextStep
 from remora.evaluation.label_changes import LabelChanges
@@ -144,7 +144,7 @@ def collect(
                 for each in comparison.contenders
             ]
         ),
-        side_by_side=_side_by_side(comparison.by_label, found) if comparison.by_label else None,
+        side_by_side=_side_by_side(comparison.by_label, found),
         shared_mistakes=mistakes[:NUM_STATIC_MESSAGES],
         num_shared_mistakes=len(mistakes),
         names=names,
@@ -167,27 +167,33 @@ def _address(path: Path, folder: Path) -> str | None:
     return quote(os.fsencode(Path(relative).as_posix()))
 
 
-def _side_by_side(changes: LabelChanges, runs: dict[str, Results]) -> SideBySide:
+def _side_by_side(changes: LabelChanges | None, runs: dict[str, Results]) -> SideBySide | None:
+    """Return two runs side by side; None without two, or where rows have several labels."""
+    if changes is None or runs[changes.first].multi_label:
+        return None
     first, second = runs[changes.first], runs[changes.second]
+    labels = compare.labels_of_both(first, second)
+    places = {label: place for place, label in enumerate(labels)}
     return SideBySide(
         changes=changes,
-        labels=first.labels,
-        places={label: place for place, label in enumerate(first.labels)},
+        labels=labels,
+        places=places,
         lists=(
-            _only_right(changes.first, changes.second, first, second),
-            _only_right(changes.second, changes.first, second, first),
+            _only_right(changes.first, changes.second, first, second, places),
+            _only_right(changes.second, changes.first, second, first, places),
         ),
     )
 
 
-def _only_right(right: str, wrong: str, better: Results, worse: Results) -> OnlyRight:
+def _only_right(
+    right: str, wrong: str, better: Results, worse: Results, places: dict[str, int]
+) -> OnlyRight:
     """Return the messages that the one run gets right and the other one wrong."""
-    messages = sorted(_messages(better, worse), key=lambda each: -each.wrong)
+    messages = sorted(_messages(better, worse, places), key=lambda each: -each.wrong)
     return OnlyRight(right=right, wrong=wrong, count=len(messages), messages=fitting(messages))
 
 
-def _messages(better: Results, worse: Results) -> Iterator[Message]:
-    place = {label: index for index, label in enumerate(better.labels)}
+def _messages(better: Results, worse: Results, place: dict[str, int]) -> Iterator[Message]:
     rows = zip(better.texts, better.true, better.predicted, worse.predicted, strict=True)
     for row, (text, true, ours, theirs) in enumerate(rows):
         if ours == true != theirs:

@@ -150,7 +150,7 @@ async def classify(body: Input, state: SharedState) -> Classes:
     texts = [body.input] if isinstance(body.input, str) else body.input
     if not texts:
         raise RefusedError(422, "input is empty; give at least one message")
-    check_texts(state, texts)
+    check_texts(state, name, texts)
     answer = await wait_for_answer(state, name, texts)
     data = [
         Class(
@@ -173,7 +173,7 @@ async def complete(body: Chat, state: SharedState) -> Completion:
             422, f"{name} may give a message several labels; ask /v1/classify, which gives them all"
         )
     text = _only_text(body.messages)
-    check_texts(state, [text])
+    check_texts(state, name, [text])
     answer = await wait_for_answer(state, name, [text])
     best = answer.labels[int(answer.probabilities[0].argmax())]
     logs = _logs(answer, body.top_logprobs or 0) if body.logprobs else None

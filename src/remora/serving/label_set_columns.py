@@ -107,7 +107,8 @@ def open_predictions(
     of_sets = LabelSetColumns(card.labels, card.label_form, columns)
     whole = of_sets.schema()
     for field in schema or ():
-        whole = whole.append(field)
+        if field.name in columns:
+            whole = whole.append(field)
     names = [*columns, *of_sets.names]
     with open_writer(config, names, whole, output, are_whole=True) as writer:
         yield LabelSetWriter(of_sets, writer)

@@ -22,7 +22,7 @@ from remora.runtime import files
 from remora.runtime.reporter import Reporter
 from remora.serving import pauses
 from remora.serving.label_set_columns import open_predictions
-from remora.serving.prediction_files import Ranked, check_output
+from remora.serving.prediction_files import Ranked, check_names, check_output
 from remora.serving.predictor import BATCH_ROWS, Answer, Predictor
 from remora.tree import scoring
 
@@ -90,7 +90,7 @@ def withheld(num_withheld: int, num_rows: int, threshold: float) -> str:
 
 
 def _open_source(config: PredictConfig, predictor: Predictor, remarks: Remarks) -> Stream:
-    return open_stream(
+    stream = open_stream(
         config.source,
         text_column=config.text_column,
         options=ReadOptions(config.input_format, config.columns),
@@ -98,6 +98,8 @@ def _open_source(config: PredictConfig, predictor: Predictor, remarks: Remarks) 
         trained=predictor.trained.card.text_columns,
         remarks=remarks,
     )
+    check_names(config, stream.columns)
+    return stream
 
 
 def _answered(

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TextIO
 
 from remora.config import PredictConfig
 from remora.errors import ConfigError, DataError
-from remora.formatting import escape_formula, one_line
+from remora.formatting import escape_formula, one_line, quote
 from remora.runtime import files
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -70,6 +70,20 @@ def check_format(name: str) -> str:
     return suffix
 
 
+def check_names(config: PredictConfig, columns: Sequence[str]) -> None:
+    """Refuse columns of one name for an output that holds one of each; raises DataError."""
+    suffix = ".jsonl" if config.json else ".csv"
+    if config.output is not None:
+        suffix = check_format(str(config.output))
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if suffix != ".csv" and twice is not None:
+        raise DataError(
+            f"{config.source} has {columns.count(twice)} columns called {quote(twice)}, and"
+            f" {suffix[1:]} holds one of a name; rename all but one, or name other columns"
+            " with --id-column"
+        )
+
+
 @contextlib.contextmanager
 def open_writer(
     config: PredictConfig,
@@ -107,7 +121,7 @@ def open_writer(
                     temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="")
                 )
         if isinstance(output, str | Path):
-            writer = ParquetWriter(temporary, columns, names, schema)
+            writer = ParquetWriter(temporary, columns, names, schema, shown=output)
         elif suffix == ".jsonl":
             writer = JsonWriter(output, columns, abstains=abstains, are_whole=are_whole)
         else:
@@ -152,7 +166,7 @@ class CsvWriter:
             safe: Whether to escape cells that a spreadsheet would run as formulas.
         """
         self._output, self._num_names, self._safe = output, len(names), safe
-        self._writer = csv.writer(output, lineterminator="\n")
+        self._writer = csv.writer(_LineFeeds(output), lineterminator="\r\n")
         self._put([*columns, *free_names(names, columns)])
 
     def write(
@@ -173,6 +187,16 @@ class CsvWriter:
 
     def close(self) -> None:
         """Do nothing: each row is whole."""
+
+
+class _LineFeeds:
+    """Ends rows with a line feed alone; csv quotes a carriage return only if it ends rows."""
+
+    def __init__(self, output: TextIO) -> None:
+        self._output = output
+
+    def write(self, row: str) -> None:
+        self._output.write(row.removesuffix("\r\n") + "\n")
 
 
 class JsonWriter:
@@ -224,7 +248,13 @@ class ParquetWriter:
     """Writes Parquet: the input's columns with their types, then labels and probabilities."""
 
     def __init__(
-        self, path: Path, columns: Sequence[str], names: Sequence[str], schema: Any = None
+        self,
+        path: Path,
+        columns: Sequence[str],
+        names: Sequence[str],
+        schema: Any = None,
+        *,
+        shown: str | Path | None = None,
     ) -> None:
         """Name the columns.
 
@@ -233,8 +263,10 @@ class ParquetWriter:
             columns: Those of the input.
             names: Those of the predictions: labels, each before its probability.
             schema: The input's schema of Arrow; by default types are those of the first rows.
+            shown: The file's name in messages.
         """
         self._path, self._columns, self._schema = path, list(columns), schema
+        self._shown = path if shown is None else shown
         self._names = [*columns, *free_names(names, columns)]
         self._rows: list[list[object]] = []
         self._file: Any = None
@@ -273,7 +305,7 @@ class ParquetWriter:
             ]
         except (pyarrow.ArrowException, TypeError, OverflowError) as error:
             raise DataError(
-                f"{self._path} cannot hold the input's values ({one_line(error)}); end its name"
+                f"{self._shown} cannot hold the input's values ({one_line(error)}); end its name"
                 " with .csv or .jsonl"
             ) from None
         self._file.write_table(pyarrow.table(arrays, schema=schema))

@@ -21,7 +21,7 @@ from remora.data.columns import choose_text
 from remora.data.label_sets import set_text
 from remora.data.levels import Hierarchy
 from remora.data.parts import PEEKED_ROWS
-from remora.data.table import message, named
+from remora.data.table import in_trained_order, message, named
 from remora.data.values import is_blank
 from remora.errors import ConfigError, DataError
 from remora.evaluation import calibration, predictions
@@ -320,19 +320,16 @@ class Predictor:
             columns = [_values(batch, name)[:PEEKED_ROWS] for name in names]
             return list(zip(*columns, strict=True))
 
-        places = choose_text(
-            "the batch",
-            named(self.config.text_column),
-            names,
-            peek,
-            self.trained.card.text_columns,
-        )
+        trained = self.trained.card.text_columns
+        given = in_trained_order("the batch", named(self.config.text_column), trained)
+        places = choose_text("the batch", given, names, peek, trained)
         chosen = [names[place] for place in places]
         texts: list[str | None] = []
         rows = zip(*(_values(batch, name) for name in chosen), strict=True)
         for row, cells in enumerate(rows, 1):
             try:
-                texts.append(None if all(map(is_blank, cells)) else message(chosen, cells))
+                blank = all(map(is_blank, cells))
+                texts.append(None if blank else message(chosen, cells, trained))
             except DataError as error:
                 raise DataError(f"the batch: row {row} has {error}") from None
         return texts

@@ -31,7 +31,12 @@ from remora.serving import pauses, ray_workers
 from remora.serving.label_set_columns import open_predictions
 from remora.serving.part_files import PartFolder, Row
 from remora.serving.predict import withheld
-from remora.serving.prediction_files import ROW_GROUP_ROWS, check_format, input_schema
+from remora.serving.prediction_files import (
+    ROW_GROUP_ROWS,
+    check_format,
+    check_names,
+    input_schema,
+)
 from remora.serving.predictor import (
     BATCH_ROWS,
     Answer,
@@ -163,6 +168,7 @@ def _shared_columns(
         stream = _opened(config, location, card, Remarks())
         if columns is None:
             columns, schema = list(stream.columns), stream.schema
+            check_names(config, columns)
             if check_format(str(config.output)) == ".parquet":
                 first = [kept for _, kept in islice(stream.rows, ROW_GROUP_ROWS)]
                 schema = input_schema(columns, list(zip(*first, strict=True)), schema)

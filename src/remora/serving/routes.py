@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import prometheus_client
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from remora.data.columns import joined
+from remora.data.columns import has_names, joined
 from remora.data.label_sets import labels_in
 from remora.errors import ModelError
 from remora.formatting import listed
@@ -59,7 +59,7 @@ async def classify(body: Classify, state: SharedState) -> Classified:
     name = adapter_name(state, body.adapter)
     columns = state.engine.generations[name].text_columns
     texts = [_text(columns, place, given) for place, given in enumerate(body.texts)]
-    check_texts(state, texts)
+    check_texts(state, name, texts)
     answer = await wait_for_answer(state, name, texts)
     num_labels = len(answer.labels)
     if body.top_k > num_labels:
@@ -157,7 +157,7 @@ def adapter_name(state: State, wanted: str | None) -> str:
     return wanted
 
 
-def _text(columns: tuple[str, ...], place: int, given: str | dict[str, str]) -> str:
+def _text(columns: tuple[str, ...], place: int, given: str | dict[str, str | None]) -> str:
     """Return a message as the adapter's training rows were written."""
     if isinstance(given, str):
         return given
@@ -166,12 +166,12 @@ def _text(columns: tuple[str, ...], place: int, given: str | dict[str, str]) -> 
         raise RefusedError(
             422, f"text {place} has {listed(list(given)) or 'nothing'}; send {wanted}"
         )
-    return joined(columns, [given[column] for column in columns])
+    return joined(columns, [given[column] or "" for column in columns])
 
 
-def check_texts(state: State, texts: list[str]) -> None:
+def check_texts(state: State, adapter: str, texts: list[str]) -> None:
     """Refuse more or longer texts than the settings allow, and blank or broken ones."""
-    config = state.config
+    config, columns = state.config, state.engine.generations[adapter].text_columns
     if len(texts) > config.max_texts:
         raise RefusedError(413, f"there are {len(texts)} texts; send {config.max_texts} at a time")
     for place, text in enumerate(texts):
@@ -185,6 +185,13 @@ def check_texts(state: State, texts: list[str]) -> None:
             raise RefusedError(422, f"text {place} is blank; leave it out")
         if not is_text(text):
             raise RefusedError(422, f"text {place} holds half of a surrogate pair; correct it")
+        if not has_names(text, columns):
+            raise RefusedError(
+                422,
+                f"text {place} is one text, and the adapter reads {listed(columns)}; begin a line "
+                f"with each, such as {columns[0][:64]!r} and a colon, or send an object to "
+                "/v1/classify",
+            )
 
 
 async def wait_for_answer(state: State, adapter: str, texts: list[str]) -> Answer:

@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from remora.formatting import quote
+
+
+def _check_text(given: Any) -> Any:
+    """Refuse what is no message, by the name of the field; pydantic names its own types."""
+    if isinstance(given, dict):
+        wrong = {name: each for name, each in given.items() if not isinstance(each, str | None)}
+        for name, each in wrong.items():
+            found = {"name": quote(name), "type": type(each).__name__}
+            raise PydanticCustomError(
+                "text", "the field {name} is of type {type}; send a string or null", found
+            )
+    elif not isinstance(given, str):
+        found = {"type": type(given).__name__}
+        raise PydanticCustomError(
+            "text", "the text is of type {type}; send a string, or an object of columns", found
+        )
+    return given
+
+
+Text = Annotated[str | dict[str, str | None], BeforeValidator(_check_text)]
+"""A message, or its columns, of which null is an empty one."""
 
 
 class Classify(BaseModel):
@@ -10,10 +36,10 @@ class Classify(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    texts: list[str | dict[str, str]] = Field(
+    texts: list[Text] = Field(
         min_length=1,
         description="The messages; where the adapter was trained on several columns, an object of "
-        "their names and texts each.",
+        "their names and texts each, null for an empty one.",
         examples=[["my card"]],
     )
     top_k: int = Field(
