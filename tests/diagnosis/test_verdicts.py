@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,7 @@ COUNTS = {
 }
 
 
+ALONE = {"held_out_by_baseline": None, "held_out_by_both": None}  # run without a baseline
 APART = {"held_out_by_both": 2}  # run and baseline confuse different rows
 MISLABELLED = {
     "num_suspects": 14,
@@ -59,12 +62,16 @@ MISLABELLED = {
         ({"held_out_by_run": 20, "held_out_by_baseline": 3, "held_out_by_both": 2}, "undertrained"),
         ({"held_out_by_run": 20, "held_out_by_baseline": 8, "held_out_by_both": 8}, "undertrained"),
         ({"held_out_by_run": 20, "held_out_by_judges": 2}, "undertrained"),
+        (ALONE, "undecided"),
+        (ALONE | {"held_out_by_judges_too": 8}, "labels overlap"),
+        (ALONE | {"held_out_by_run": 20, "held_out_by_judges": 2}, "undertrained"),
+        (MISLABELLED | ALONE, "rows mislabelled"),
         (MISLABELLED, "rows mislabelled"),
         (MISLABELLED | {"num_suspects": 7}, "undecided"),
         (MISLABELLED | {"held_out_by_baseline": 5}, "undecided"),
     ],
 )
-def test_a_verdict_needs_its_evidence(changed: dict[str, float], verdict: str) -> None:
+def test_a_verdict_needs_its_evidence(changed: dict[str, float | None], verdict: str) -> None:
     found, reason = verdicts.judge(verdicts.Evidence(**COUNTS | changed))
     assert found == verdict
     assert reason
@@ -92,5 +99,8 @@ def test_the_evidence_behind_a_verdict() -> None:
     assert (pair.held_out_rows, pair.held_out_by_run, pair.held_out_by_both) == (3, 2, 1)
     assert (pair.held_out_by_judges, pair.held_out_by_judges_too) == (1, 1)
     assert (pair.num_conflicting, pair.accuracy_if_merged) == (2, 1.0)
+    given = (["a", "b", "c"], true, judged, suspected, [(0, 9)])
+    (alone,) = verdicts.diagnose_pairs(*given, replace(held_out, by_baseline=None))
+    assert (alone.held_out_by_baseline, alone.held_out_by_both) == (None, None)
     # By the judges' border, the rows are b, a, b and, of another label, c: the run gets 3 right.
     assert pair.accuracy_if_redefined == 0.75

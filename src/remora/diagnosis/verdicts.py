@@ -50,8 +50,8 @@ class Evidence:
     p_half: float  # probability of such a fall by chance
     held_out_rows: int  # of either label
     held_out_by_run: int  # of those, confused by the run
-    held_out_by_baseline: int
-    held_out_by_both: int
+    held_out_by_baseline: int | None  # None if the run was not measured beside one
+    held_out_by_both: int | None
     held_out_by_judges: int
     held_out_by_judges_too: int  # of those that the run confuses
 
@@ -133,7 +133,7 @@ def _pair(
     own = np.isin(held_out.true, (first, second))
     by_run = confused(held_out.true, held_out.by_run, first, second)
     by_judges = confused(held_out.true, held_out.by_judges, first, second)
-    by_baseline = np.zeros_like(by_run)
+    by_baseline = None
     if held_out.by_baseline is not None:
         by_baseline = confused(held_out.true, held_out.by_baseline, first, second)
     rows = {row for i, j in conflicts if {true[i], true[j]} == {a, b} for row in (i, j)}
@@ -153,8 +153,8 @@ def _pair(
         "p_half": p_half,
         "held_out_rows": int(own.sum()),
         "held_out_by_run": int(by_run.sum()),
-        "held_out_by_baseline": int(by_baseline.sum()),
-        "held_out_by_both": int((by_run & by_baseline).sum()),
+        "held_out_by_baseline": None if by_baseline is None else int(by_baseline.sum()),
+        "held_out_by_both": None if by_baseline is None else int((by_run & by_baseline).sum()),
         "held_out_by_judges": int(by_judges.sum()),
         "held_out_by_judges_too": int((by_run & by_judges).sum()),
     }
@@ -223,7 +223,8 @@ def judge(evidence: Evidence) -> tuple[Verdict, str]:  # noqa: PLR0911 - one ver
 
 def _others(evidence: Evidence) -> Iterator[tuple[str, int, int]]:
     """Yield the rivals on the held-out rows: name, rows confused, and confused by the run too."""
-    yield "baseline", evidence.held_out_by_baseline, evidence.held_out_by_both
+    if evidence.held_out_by_baseline is not None and evidence.held_out_by_both is not None:
+        yield "baseline", evidence.held_out_by_baseline, evidence.held_out_by_both
     yield "judges", evidence.held_out_by_judges, evidence.held_out_by_judges_too
 
 
@@ -268,7 +269,7 @@ def _mislabelled(evidence: Evidence, num_confused: int, num_rows: int) -> str | 
     """Say how many confused rows are suspects, if held-out rows are confused less often."""
     from scipy.stats import fisher_exact
 
-    most = max(evidence.held_out_by_run, evidence.held_out_by_baseline, evidence.held_out_by_judges)
+    most = max(evidence.held_out_by_run, *(count for _, count, _ in _others(evidence)))
     table = [[num_confused, num_rows - num_confused], [most, evidence.held_out_rows - most]]
     rarer = fisher_exact(table, alternative="greater").pvalue
     if evidence.num_suspects <= num_confused / 2 or rarer >= SIGNIFICANT:
