@@ -4,10 +4,9 @@ Banking77, 77 intents of a bank's customers. Part 1 updates all weights of Gemma
 trains LoRA, r=16, on SmolLM2-135M-Instruct, which writes the label, and once more with a linear
 head in the place of the label's words; part 3 the first again on weights in 4 bits, with `nano` of
 the package beside it; part 4 compares them with each other and with near-free rivals, and diagnoses
-the best. Every run is one of `remora
-train`, with its defaults but for what is named here. All of it takes hours on two cores: finished
-runs are read, not repeated, and what is cut off resumes, so parts and seeds can be run one at a
-time. The first table is the one of the README.
+the best. Every run is one of `remora train`, with its defaults but for what is named here. All of
+it takes hours on two cores: finished runs are read, not repeated, and what is cut off resumes, so
+parts and seeds can be run one at a time. README's table is made from the first one.
 
     python benchmarks/story.py --parts lora --rows-per-class 10
     python benchmarks/story.py

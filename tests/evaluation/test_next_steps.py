@@ -79,18 +79,17 @@ def test_noisy_labels(tmp_path: Path) -> None:
     assert [each.kind for each in others] == ["abstain"]
 
 
+FEW_ROWS: dict[str, Any] = {
+    "wrong": 300,
+    "wrong_by_rival": 420,
+    "num_train": 90,
+    "history": ((30, 0.6, 1.1), (45, 0.69, 1.0), (60, 0.69, 1.0)),
+}
+
+
 def test_too_few_rows(tmp_path: Path) -> None:
     """ "Nine rows a label, learned by heart. Label more, and measure first what that brings.\""""
-    run = construct(
-        tmp_path / "run",
-        wrong=300,
-        wrong_by_rival=420,
-        alike=4,
-        num_train=90,
-        history=((30, 0.6, 1.1), (45, 0.69, 1.0), (60, 0.69, 1.0)),
-        train_loss=0.004,
-        confidences=(0.8, 0.6),
-    )
+    run = construct(tmp_path / "run", **FEW_ROWS, alike=4, train_loss=0.004, confidences=(0.8, 0.6))
     first, *others = find_next_steps(run)
     assert first.kind == "more_rows"
     assert [each.kind for each in others] == ["abstain", "diagnose"]
@@ -113,14 +112,7 @@ def test_too_few_rows(tmp_path: Path) -> None:
 def test_more_rows_by_flags_that_go_with_the_settings(
     settings: dict[str, Any], flags: list[str] | None, tmp_path: Path
 ) -> None:
-    run = construct(
-        tmp_path / "run",
-        wrong=300,
-        wrong_by_rival=420,
-        num_train=90,
-        history=((30, 0.6, 1.1), (45, 0.69, 1.0), (60, 0.69, 1.0)),
-        settings=settings,
-    )
+    run = construct(tmp_path / "run", **FEW_ROWS, settings=settings)
     found = [arguments(each) for each in find_next_steps(run) if each.kind == "more_rows"]
     if flags is None:
         assert found == []

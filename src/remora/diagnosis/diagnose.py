@@ -240,7 +240,7 @@ def load(config: DiagnoseConfig) -> tuple[TrainConfig, Dataset, Dataset]:
     _need_file(config.run, "config.toml")
     settings = run_directory.read_settings(config.run)
     card = metadata.card_of_run(config.run)
-    model = config.model or (card.base_model if card else settings.model)  # an absolute path
+    model = config.model or (card.base_model if card else settings.model)  # no relative path
     # In the layout that it was trained in, so that it is not found out again
     layout = "rows" if card and card.layout == "rows" else settings.layout
     settings = replace(settings, model=model, layout=layout)

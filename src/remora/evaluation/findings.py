@@ -176,15 +176,13 @@ def _comparison(facts: RunFacts) -> str:
 
 def lead(rival: Rival, p_value: float, trained: str) -> str:
     """Return a clause on a baseline beside the model: points, interval and p-value."""
-    points = 100 * rival.difference
     interval = ""
     if rival.difference_interval:
         low, high = (100 * bound for bound in rival.difference_interval)
         interval = f"95% interval {low:+.1f} to {high:+.1f}, "
     where = f" on {rival.num_rows:,} rows" if rival.num_rows < rival.num_all_rows else ""
-    side = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
     return (
-        f"{rival.description} is {side if rival.difference else 'level with'} the {trained}{where} "
+        f"{rival.description} is {rival.side} the {trained}{where} "
         f"({interval}p = {p_value:.2g}, exact McNemar test)"
     )
 

@@ -69,6 +69,15 @@ class Rival:
             parts.append(f"measured on {self.num_rows:,} of {self.num_all_rows:,} rows")
         return ", ".join(parts)
 
+    @property
+    def side(self) -> str:
+        """Where its accuracy is beside the trained model's, such as 2.8 points below."""
+        if not self.difference:
+            return "level with"
+        return (
+            f"{100 * abs(self.difference):.1f} points {'above' if self.difference > 0 else 'below'}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the rival as JSON holds it."""
         of_sets = {"micro_f1" + end for end in ("", "_interval", "_difference")}
@@ -230,9 +239,7 @@ def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
         low, high = best.difference_interval
         interval = f"95% interval {100 * low:+.1f} to {100 * high:+.1f}, "
         word = "is" if low >= -AS_GOOD else "may be"
-    side = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
-    side = side if points else "level with"
     return (
-        f"{best.description} {word} as good: it is {side} the {trained}, "
+        f"{best.description} {word} as good: it is {best.side} the {trained}, "
         f"which {best.num_rows:,} rows do not tell from chance ({interval}{p}){cost}"
     )
