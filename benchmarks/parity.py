@@ -2,8 +2,9 @@
 
 craftgpt-5m, a small real pretrained model, on all training rows; or a model of real_models.py on a
 few of each class. All test rows, three seeds. Both arms begin with the same weights, compute in the
-same precision and are measured by the same closed-set scoring. Two processes of one thread each run
-side by side. What is finished is read, not repeated, so the long ones can be made one by one.
+same precision and are measured by the same closed-set scoring. Processes of one thread each run
+side by side, two where there are cores for them. What is finished is read, not repeated, so the
+long ones can be made one by one.
 
     python benchmarks/parity.py
     python benchmarks/parity.py --model smollm2 --rows-per-class 10 --epochs 10 --seeds 0
@@ -48,7 +49,8 @@ def main() -> None:
         print(json.dumps(run_arm(options)))
         return
     jobs = [(arm, seed) for seed in options.seeds for arm in ARMS]
-    with ThreadPoolExecutor(2) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(min(2, cores or 1)) as pool:
         runs = list(pool.map(lambda job: finished(*job, options), jobs))
     rows = []
     for run in runs:
