@@ -219,6 +219,19 @@ def test_the_plan_has_the_bytes_of_the_quantized_base(
     assert ours == [name for name, _ in quantize.layers(loaded)]
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists what is mapped")
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt2"])
+def test_the_files_of_a_quantized_base_do_not_stay_in_memory(
+    architecture: str, tmp_path: Path
+) -> None:
+    """Its embeddings and norms are views of them, so they stayed as a whole, 16 bits a weight."""
+    tiny_model(architecture, torch.float32).save_pretrained(tmp_path)
+    loaded = loading.load(tmp_path, torch.float32, quantize_on=CPU)
+    mapped = Path("/proc/self/maps").read_text("utf-8")
+    assert str(tmp_path) not in mapped
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
 def test_a_plan_of_qlora_differs_in_its_base(
     base: Path,
     table: Path,

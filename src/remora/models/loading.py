@@ -171,6 +171,8 @@ def load(
     layouts.assign(loaded, layouts.choose("auto", type(loaded), config))
     class_head.install(loaded)
     quantize.install(loaded)
+    if quantize_on is not None:
+        quantize.leave_files(loaded)
     return loaded
 
 

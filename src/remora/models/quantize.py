@@ -167,6 +167,17 @@ def install(model: nn.Module) -> None:
         linear.forward = types.MethodType(_forward, linear)
 
 
+def leave_files(model: nn.Module) -> None:
+    """Copy what is not quantized, so that the files of the weights are mapped no longer.
+
+    On CPU it is views of them, and one view keeps a whole file in memory, with all the weights that
+    have 4 bits now.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
+
+
 def layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Return the quantized layers of a model with their names."""
     return [(path, module) for path, module in model.named_modules() if is_quantized(module)]
