@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1, 2], metavar="FACTOR")
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
     parser.add_argument("--epochs", nargs="+", type=float, default=[3.0])
+    parser.add_argument("--list-labels", action="store_true", help="list them in the prompt")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/defaults"))
     options = parser.parse_args()
@@ -51,6 +52,7 @@ def main() -> None:
         path = model if model == "nano" else str(real_models.fetch(model))
         rate = factor * default_learning_rate(WIDTHS[model], "lora")
         name = f"{model}-{options.rows_per_class}-{epochs:g}-epochs-{rate:.2g}-r{rank}-{seed}"
+        name += "-listed" * options.list_labels
         config = TrainConfig(
             str(BANKING77 / "train.csv"),
             test=str(test),
@@ -59,6 +61,7 @@ def main() -> None:
             learning_rate=rate,
             rank=rank,
             alpha=2 * rank,
+            list_labels=options.list_labels,
             epochs=epochs,
             seed=seed,
             baselines=("none",),

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,15 @@ def test_its_figures_are_those_of_compare(page: Path) -> None:
     (title,) = re.findall("<h2.*?>(.*?)</h2>", page.read_text(encoding="utf-8"))[:1]
     assert title == "What to do next"
     assert "Take lora." in read.text
+
+
+def test_a_note_that_begins_with_the_name_of_a_file_keeps_it(page: Path) -> None:
+    runs = page.parent / "lora", page.parent / "full"
+    notes = "gemma-3.gguf, zero-shot is left out", "the rows also selected the weights"
+    found = replace(compare.compare_runs(CompareConfig(runs)), notes=notes)
+    read = Read(pages.comparison_page(found, runs))
+    assert "gemma-3.gguf, zero-shot is left out." in read.text
+    assert "The rows also selected the weights." in read.text
 
 
 def test_messages_that_only_one_gets_right_are_listed_both_ways(page: Path) -> None:
