@@ -180,6 +180,16 @@ def test_other_methods_take_it(method: str, shop: SimpleNamespace) -> None:
     assert answers(shop.folder / "runs" / method).shape == (3, 3)
 
 
+def test_a_broken_chat_template_is_told_with_the_file(
+    shop: SimpleNamespace, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(shop.folder / "broken.gguf", base, metadata={"tokenizer.chat_template": "{% for %}"})
+    capsys.readouterr()
+    assert call(*train(model="broken.gguf", name="broken")) == 4
+    (line,) = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error")]
+    assert line.startswith("error: broken.gguf: the tokenizer's chat template fails (")
+
+
 def test_what_is_published_names_the_file_only(shop: SimpleNamespace) -> None:
     card = metadata.read_card(shop.run / "adapter")
     published = push._files(shop.run, shop.run / "adapter", card.base_model)

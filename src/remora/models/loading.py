@@ -342,15 +342,18 @@ def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> P
     tokenizer = load_tokenizer(folder)
     context = context_length(load_config(folder), tokenizer)
     kind = prompt_class(settings.answer, multi_label=settings.multi_label == "on")
-    prompt = kind(
-        tokenizer,
-        labels,
-        instruction=settings.instruction,
-        list_labels=settings.list_labels,
-        label_texts=settings.label_texts,
-        max_length=min(settings.max_length or context, context),
-        kept=settings.truncate,
-    )
+    try:
+        prompt = kind(
+            tokenizer,
+            labels,
+            instruction=settings.instruction,
+            list_labels=settings.list_labels,
+            label_texts=settings.label_texts,
+            max_length=min(settings.max_length or context, context),
+            kept=settings.truncate,
+        )
+    except ModelError as error:
+        raise ModelError(f"{settings.model}: {error}") from error
     refuse_longer_vocabulary(prompt, folder)
     return prompt
 
