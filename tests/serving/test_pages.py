@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,41 @@ def test_a_message_is_tried_by_keyboard(
     assert told.endswith(" ms")
     assert browser.dialogs == browser.console == []
     assert all(each.startswith((service.url, "data:,")) for each in browser.requests)
+
+
+def test_several_columns_have_a_field_each(
+    folder: Path, base: Path, browser: chromium.Page, tmp_path: Path
+) -> None:
+    plain = write_adapter(tmp_path / "plain", base, 2)
+    several = shutil.copytree(folder, tmp_path / "several")
+    card = several / "adapter" / "remora.json"
+    columns = ["title", "<b>body</b>"]
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"text_columns": columns}))
+    names = "[...document.querySelectorAll('#message label')].map(e => e.textContent)"
+    with running(several, plain) as service:
+        browser.open(service.url + "/")
+        assert browser.wait(f"{names}.length > 1 && {names}") == columns
+        browser.type("card")  # the first field has the focus
+        browser.press("Tab")
+        browser.type("lost")
+        assert browser.violations() == []
+        browser.click("document.querySelector('button')")
+        found = browser.wait(f"{SHOWN}.length && {SHOWN}")
+        texts = [{"title": "card", "<b>body</b>": "lost"}]
+        body = {"texts": texts, "top_k": 3, "adapter": "several"}
+        (wanted,) = call(service.url, "/v1/classify", body).json["results"]
+        shown = [[e["label"], f"{100 * e['probability']:.1f} %"] for e in wanted["labels"]]
+        assert found == shown
+        # Another adapter has one field, with what was typed in the first.
+        browser.run(
+            "const e = document.getElementById('adapter'); e.value = 'plain';"
+            "e.dispatchEvent(new Event('change'))"
+        )
+        assert browser.run(names) == ["Message"]
+        assert browser.run("document.getElementById('text').value") == "card"
+        browser.click("document.querySelector('button')")
+        browser.wait("document.querySelector('#answer .note')?.textContent.startsWith('by plain')")
+        assert browser.dialogs == browser.console == []
 
 
 @pytest.mark.parametrize("width", [1440, 390])

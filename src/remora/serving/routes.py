@@ -101,7 +101,12 @@ async def adapters(state: SharedState) -> Adapters:
     return Adapters(
         base_sha256=state.engine.base_sha256,
         adapters=[
-            AdapterState(id=name, sha256=g.sha256, num_labels=len(g.labels))
+            AdapterState(
+                id=name,
+                sha256=g.sha256,
+                num_labels=len(g.labels),
+                text_columns=list(g.text_columns),
+            )
             for name, g in state.engine.generations.items()
         ],
     )

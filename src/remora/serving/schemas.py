@@ -97,6 +97,10 @@ class AdapterState(BaseModel):
     id: str
     sha256: str
     num_labels: int
+    text_columns: list[str] = Field(
+        description="The text columns of its training table; where there are several, a message is "
+        "an object of their names and texts."
+    )
 
 
 class Adapters(BaseModel):

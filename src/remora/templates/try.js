@@ -18,22 +18,51 @@ async function call(path, body) {
   return content;
 }
 
+let adapters = [];
 async function listAdapters() {
-  const { adapters } = await call("/v1/adapters");
+  ({ adapters } = await call("/v1/adapters"));
   at("adapter").replaceChildren(...adapters.map((one) => new Option(one.id, one.id)));
   at("which").hidden = adapters.length < 2;
-  return Math.min(...adapters.map((one) => one.num_labels));
+  showFields();
 }
 
-let most = 0;
+// One field for each text column of the adapter, where there are several.
+
+let columns = [];
+const fields = () => [...at("message").querySelectorAll("textarea")];
+function showFields() {
+  const { text_columns: names } = adapters[at("adapter").selectedIndex];
+  const wanted = names.length > 1 ? names : [];
+  if (JSON.stringify(wanted) === JSON.stringify(columns)) return;
+  columns = wanted;
+  const [first] = fields();
+  const isTyping = document.activeElement === first;
+  at("message").replaceChildren();
+  for (const [k, name] of (columns.length ? columns : ["Message"]).entries()) {
+    const label = made("label", name);
+    const field = document.createElement("textarea");
+    label.htmlFor = field.id = k ? `text-${k}` : "text";
+    field.rows = columns.length ? 2 : 3;
+    field.required = !columns.length;
+    field.value = k ? "" : first.value;
+    at("message").append(label, field);
+  }
+  if (isTyping) at("text").focus();
+}
+
+function message() {
+  const given = fields().map((field) => field.value);
+  return columns.length ? Object.fromEntries(columns.map((name, k) => [name, given[k]])) : given[0];
+}
+
 async function classify(event) {
   event.preventDefault();
   const began = performance.now();
   const shown = at("answer");
   try {
-    most = most || (await listAdapters());
-    const adapter = at("adapter").value;
-    const body = { texts: [at("text").value], top_k: Math.min(3, most), adapter };
+    if (!adapters.length) await listAdapters();
+    const { id: adapter, num_labels: most } = adapters[at("adapter").selectedIndex];
+    const body = { texts: [message()], top_k: Math.min(3, most), adapter };
     const answer = await call("/v1/classify", body);
     const list = document.createElement("ol");
     for (const { label, probability } of answer.results[0].labels) {
@@ -55,8 +84,9 @@ async function classify(event) {
 }
 
 at("ask").addEventListener("submit", classify);
-at("text").addEventListener("keydown", (event) => {
+at("adapter").addEventListener("change", showFields);
+at("message").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit();
 });
-listAdapters().then((count) => { most = count; }, () => {});
+listAdapters().catch(() => {});
 at("text").focus();
