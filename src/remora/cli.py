@@ -310,7 +310,11 @@ def report(config: ReportConfig) -> None:
     from remora import display
     from remora.report import pages
 
-    display.show_line(f"report in {pages.write_report(config)}")
+    written = pages.write_report(config)
+    if config.json:
+        _print_json({"report": str(written)})
+    else:
+        display.show_line(f"report in {written}")
 
 
 @app.command(help_epilogue=examples("serve"))

@@ -271,7 +271,8 @@ def test_the_verb_writes_it_again(run: Path, tmp_path: Path, capsys) -> None:
     assert remora("report", run) == 0
     assert capsys.readouterr().out.strip() == f"report in {run / 'report.html'}"
     elsewhere = tmp_path / "there.html"
-    assert remora("report", run, "--output", elsewhere) == 0
+    assert remora("report", run, "--output", elsewhere, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"report": str(elsewhere)}
     assert elsewhere.read_bytes() == (run / "report.html").read_bytes()
 
 

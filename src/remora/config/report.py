@@ -18,3 +18,6 @@ class ReportConfig:
 
     output: Path | None = None
     """File to write; by default report.html in the run directory."""
+
+    json: bool = False
+    """Write the file's path as JSON to standard output."""
