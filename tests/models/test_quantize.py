@@ -226,7 +226,7 @@ def test_the_files_of_a_quantized_base_do_not_stay_in_memory(
 ) -> None:
     """Its embeddings and norms are views of them, so they stayed as a whole, 16 bits a weight."""
     tiny_model(architecture, torch.float32).save_pretrained(tmp_path)
-    loaded = loading.load(tmp_path, torch.float32, quantize_on=CPU)
+    loaded = loading.load_base(tmp_path, "qlora", torch.float32, CPU)
     mapped = Path("/proc/self/maps").read_text("utf-8")
     assert str(tmp_path) not in mapped
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight

@@ -171,8 +171,6 @@ def load(
     layouts.assign(loaded, layouts.choose("auto", type(loaded), config))
     class_head.install(loaded)
     quantize.install(loaded)
-    if quantize_on is not None:
-        quantize.leave_files(loaded)
     return loaded
 
 
@@ -330,7 +328,10 @@ def load_base(
         ModelError: If it cannot be loaded.
     """
     on = device if method == "qlora" else None
-    return load(folder, dtype, classes=classes, quantize_on=on).to(device).eval()
+    base = load(folder, dtype, classes=classes, quantize_on=on)
+    if on is not None:
+        quantize.leave_files(base)
+    return base.to(device).eval()
 
 
 def load_prompt(settings: TrainConfig, labels: Sequence[str], folder: Path) -> Prompt:
