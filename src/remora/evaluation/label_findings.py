@@ -84,7 +84,7 @@ def suspect_labels(facts: RunFacts) -> NextStep | None:
             worth=worth,
         )
     others = suspects.num_undecided - suspects.num_likely
-    more = f"; {others:,} more are worth a look" if others else ""
+    more = f"; {others:,} more are listed, probably right" if others else ""
     return NextStep(
         kind="review",
         sentence=f"Review {suspects.num_likely:,} rows that are probably mislabelled{more}.",
