@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from remora.config import TrainConfig
+from remora.data import label_sets
 from remora.data.corrections import correct, read_corrections, read_sheet
 from remora.data.dataset import load_data, source_rows
 from remora.data.table import Table
@@ -44,6 +45,24 @@ def test_a_sheet_is_read_as_any_spreadsheet_writes_it(
     assert found.decisions == {0: "refund", 2: None}
     assert found.sheet.columns[-1] == "my notes"
     assert [each["row"] for each in found.sheet.records] == ["1", "3"]
+
+
+@pytest.mark.parametrize("is_older", [True, False])
+def test_a_sheet_may_be_older_than_the_names_of_labels(tmp_path: Path, is_older: bool) -> None:
+    """A run that was corrected gets new names, or one with new names is corrected."""
+    names = {"card": "refund", "refund": "card"}  # each is another label's old name
+    table = Table(["a", "b"], ["card", "refund"])  # as they are called now
+    labels, decision = (["refund", "card"], "refund") if is_older else (["card", "refund"], "card")
+    path = tmp_path / "r.csv"
+    path.write_text(f"row,text,label,decision\n1,a,{labels[0]},\n2,b,{labels[1]},{decision}\n")
+    assert read_corrections(path, table, names).decisions == {1: "card"}
+    sets = label_sets.set_text
+    several = Table(["a", "b"], [sets(["x or y", "z"]), sets(["z"])], multi_label=True)
+    path.write_text('row,text,label,decision\n1,a,"[""x"", ""z""]","[""y""]"\n')
+    names = {"x": "x or y", "y": "x or y"}
+    assert read_corrections(path, several, names).decisions == {0: sets(["x or y"])}
+    with pytest.raises(DataError, match="line 2 no longer matches row 1"):
+        read_corrections(path, several)
 
 
 def test_two_decisions_on_one_row_are_refused(tmp_path: Path) -> None:

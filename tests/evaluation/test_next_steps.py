@@ -7,6 +7,7 @@ remora.display.next_steps_results.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import replace
 from io import StringIO
@@ -24,8 +25,11 @@ from remora.data import label_forms
 from remora.display.next_steps_results import show_next_steps
 from remora.evaluation import compare, results
 from remora.evaluation.findings import NextStep
+from remora.evaluation.label_findings import _merged_name
 from remora.evaluation.next_steps import after_comparison, find_next_steps
 from remora.evaluation.predictions import PROBABILITIES
+from remora.evaluation.run_facts import read_facts
+from remora.report import charts
 from remora.runtime import files
 from test_docs import parse
 
@@ -167,6 +171,35 @@ def test_overlapping_labels(tmp_path: Path) -> None:
     label_forms.refuse_unknown(names, LABELS)
 
 
+def test_labels_merge_below_their_parent_and_without_their_texts(tmp_path: Path) -> None:
+    merged = {
+        (LABELS[0], LABELS[1], None): "label 0 or label 1",
+        ("card > late", "card > lost", " > "): "card > late or lost",
+        ("card>late>home", "card>lost", ">"): "card>late home or lost",
+        ("card > late", "loan > late", " > "): "card late or loan late",
+        ("card", "card > late", " > "): "card",
+    }
+    for (first, second, separator), name in merged.items():
+        assert _merged_name(first, second, separator) == name
+    run = construct(
+        tmp_path / "run",
+        wrong=140,
+        wrong_by_rival=200,
+        settings={"label_texts": {LABELS[0]: "nought", LABELS[2]: "two"}},
+    )
+    diagnose(run, overlapping=0.1, pairs=[pair(0, 1, "labels overlap", 0.92)])
+    given = arguments(find_next_steps(run)[0])
+    assert json.loads(given[given.index("--label-texts") + 1]) == {LABELS[2]: "two"}
+    weights = construct(
+        tmp_path / "weights",
+        wrong=140,
+        wrong_by_rival=200,
+        settings={"class_weights": "weights.csv"},  # which names the labels as they are
+    )
+    diagnose(weights, overlapping=0.1, pairs=[pair(0, 1, "labels overlap", 0.92)])
+    assert "merge_labels" not in say(weights)
+
+
 def test_all_well(tmp_path: Path) -> None:
     """ "Nothing to do. Ship it.\""""
     run = construct(
@@ -288,6 +321,14 @@ def test_decided_rows_are_applied(tmp_path: Path) -> None:
     german = comma.replace(",", ";").replace("0.", "0,")  # as a spreadsheet there saves it
     (run / "relabel.csv").write_text(german, encoding="utf-8")
     assert find_next_steps(run)[0] == step
+    (run / "corrections.csv").write_text(comma, encoding="utf-8")  # it was trained on them
+    assert "apply" not in say(run)
+    (run / "corrections.csv").unlink()
+    predictions = (run / "predictions.csv").read_text(encoding="utf-8")
+    held_out = comma.replace(",a,", ",message 1,")  # decided, and not trained on
+    (run / "relabel.csv").write_text(held_out, encoding="utf-8")
+    assert "message 1," in predictions
+    assert "apply" not in say(run)
     diagnose(run, **noisy, num_likely=130, decided=LABELS[0])  # all were right as they are
     assert not {"apply", "review"} & {*say(run)}
     (run / "relabel.csv").write_text("row,text\n1", encoding="utf-8")  # someone broke it
@@ -319,9 +360,35 @@ def test_an_easy_task_may_do_with_a_smaller_model(tmp_path: Path) -> None:
 def test_rows_from_standard_input_are_not_diagnosed(tmp_path: Path) -> None:
     run = construct(tmp_path / "run", wrong=300, wrong_by_rival=400, alike=100)
     assert "diagnose" in say(run)
-    config = TrainConfig("-", model="some/base")
-    files.write_text(run / "config.toml", config.to_toml())
-    assert "diagnose" not in say(run)
+    for source in ("-", "/dev/stdin", "/dev/fd/63", "/proc/self/fd/63"):
+        config = TrainConfig(source, model="some/base")
+        files.write_text(run / "config.toml", config.to_toml())
+        assert "diagnose" not in say(run)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    short = construct(tmp_path / "short", wrong=380, wrong_by_rival=260, history=((20, 0.62, 1.1),))
+    config = TrainConfig(str(pipe), model="some/base", max_steps=20)
+    files.write_text(short / "config.toml", config.to_toml())
+    found = {each.kind: arguments(each) for each in find_next_steps(short)}
+    assert "diagnose" not in found
+    commands = [each for each in found.values() if each[0] == "train"]
+    assert commands
+    assert all(each[1] == "TABLE" for each in commands)  # to be given again
+
+
+def test_a_figure_that_was_not_finite_is_not_in_the_way(tmp_path: Path) -> None:
+    """A skipped step's loss is null in metrics.jsonl, and so may be that of validation."""
+    run = construct(tmp_path / "run", **FEW_ROWS)
+    told = find_next_steps(run)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    for place, name in ((7, "loss"), (-1, "validation_loss")):
+        lines[place] = json.dumps(json.loads(lines[place]) | {name: None})
+    files.write_text(run / "metrics.jsonl", "\n".join(lines) + "\n")
+    assert [each.kind for each in find_next_steps(run)] == [each.kind for each in told]
+    assert "nan" not in str(find_next_steps(run))
+    facts = read_facts(run)
+    loss, *_ = charts.training(facts.records)
+    assert len(loss.lines[0].points.split()) == facts.num_steps - 1
 
 
 def test_a_run_of_an_earlier_version_has_next_steps(tmp_path: Path) -> None:

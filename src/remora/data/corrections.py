@@ -96,10 +96,13 @@ class Corrections:
     sheet: Sheet  # decided records only
 
 
-def read_corrections(path: Path, table: Table) -> Corrections:
+def read_corrections(
+    path: Path, table: Table, renamed: Mapping[str, str] | None = None
+) -> Corrections:
     """Read a relabel.csv that was written for the rows of `table`; see `read_decisions`."""
     sheet = read_sheet(path)
-    return Corrections(decisions=read_decisions(path, sheet, table), sheet=sheet.decided())
+    decisions = read_decisions(path, sheet, table, renamed)
+    return Corrections(decisions=decisions, sheet=sheet.decided())
 
 
 def _decoded(content: bytes) -> str:
@@ -118,13 +121,16 @@ def _names(line: str, delimiter: str) -> list[str]:
         return []
 
 
-def read_decisions(path: Path, sheet: Sheet, table: Table) -> Decisions:
+def read_decisions(
+    path: Path, sheet: Sheet, table: Table, renamed: Mapping[str, str] | None = None
+) -> Decisions:
     """Return the decisions of a sheet.
 
     Args:
         path: Where the sheet is, for messages.
         sheet: Records with decisions or without; rows may be left out or reordered.
         table: The rows that it was written for.
+        renamed: Names that labels of the table have got; a sheet may be older than they are.
 
     Raises:
         DataError: If its rows are not those of `table`, or a decision is no label.
@@ -134,8 +140,7 @@ def read_decisions(path: Path, sheet: Sheet, table: Table) -> Decisions:
     decided: dict[int, str | None] = {}
     decided_on: dict[int, int] = {}
     for line, record in zip(sheet.lines, sheet.records, strict=True):
-        row = _row(path, line, record, table, places)
-        decision = record["decision"].strip()
+        row, decision = _decided(path, line, record, table, places, renamed or {})
         if not decision:
             continue
         try:
@@ -181,10 +186,15 @@ def read_choice(decision: str, table: Table, known: Mapping[str, str]) -> str | 
     return set_text(map(str, names)) if table.multi_label else str(names[0])
 
 
-def _row(
-    path: Path, line: int, record: Mapping[str, str], table: Table, places: Mapping[int, int]
-) -> int:
-    """Return the place of a record's row in the source."""
+def _decided(
+    path: Path,
+    line: int,
+    record: Mapping[str, str],
+    table: Table,
+    places: Mapping[int, int],
+    renamed: Mapping[str, str],
+) -> tuple[int, str]:
+    """Return the place of a record's row in the source, and its decision."""
     number = record["row"].strip()
     row = int(number) - 1 if number.isdecimal() else -1
     if row not in places:
@@ -194,15 +204,26 @@ def _row(
         )
     place = places[row]
     label = table.written(table.labels[place])
-    expected = escape_formula(table.texts[place]), escape_formula(label)
-    if tuple(map(_lines_alike, expected)) != tuple(
-        map(_lines_alike, (record["text"], record["label"]))
-    ):
-        raise DataError(
-            f"{path}: line {line} no longer matches row {number} of the data; "
-            "use it with the table that was diagnosed"
-        )
-    return row
+    expected = [_lines_alike(escape_formula(each)) for each in (table.texts[place], label)]
+    cells = record["label"], record["decision"].strip()
+    for given, decision in (cells, [_renamed(cell, table, renamed) for cell in cells]):
+        if expected == [_lines_alike(record["text"]), _lines_alike(given)]:
+            return row, decision
+    raise DataError(
+        f"{path}: line {line} no longer matches row {number} of the data; "
+        "use it with the table that was diagnosed"
+    )
+
+
+def _renamed(cell: str, table: Table, names: Mapping[str, str]) -> str:
+    """Return a cell with the names that labels have got."""
+    label = unescape_formula(cell)
+    if label in names:
+        return escape_formula(names[label])
+    if not label or not table.multi_label:
+        return cell
+    found = [str(name) for name in names_in(label, table.form)]
+    return escape_formula(table.written(set_text(names.get(name, name) for name in found)))
 
 
 def _lines_alike(cell: str) -> str:

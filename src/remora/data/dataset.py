@@ -74,7 +74,8 @@ def load_data(settings: TrainConfig) -> Dataset:
         dataset = _remarked(dataset, remark)
     limited = limit_rows(dataset, settings.num_per_class, settings.seed)
     if settings.corrections is not None:
-        corrections = read_corrections(Path(settings.corrections), source_rows(dataset))
+        path, names = Path(settings.corrections), settings.rename_labels
+        corrections = read_corrections(path, source_rows(dataset), names)
         limited = _corrected(limited, corrections)
     if hierarchy := hierarchy_of(limited.labels, settings.label_separator):
         hierarchy.refuse_broken()
@@ -169,14 +170,19 @@ def _text_columns_of(run: str) -> tuple[str, ...]:
     return ()
 
 
+def is_read_once(source: str) -> bool:
+    """Return whether a source is a pipe or a device, such as standard input."""
+    path = Path(source)
+    return source == STANDARD_INPUT or path.is_char_device() or path.is_fifo()
+
+
 def load_again(settings: TrainConfig) -> Dataset:
     """Return the dataset of a run that is finished.
 
     Raises:
         DataError: As `load_data`; or the rows came from a pipe, which can be read once.
     """
-    path = Path(settings.data)
-    if settings.data == STANDARD_INPUT or path.is_char_device() or path.is_fifo():
+    if is_read_once(settings.data):
         raise DataError(
             f"the run was trained on {settings.data}, which cannot be read again; train it on a"
             " file"

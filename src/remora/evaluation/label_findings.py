@@ -106,9 +106,11 @@ def overlapping_labels(facts: RunFacts) -> NextStep | None:
     gains = [each["accuracy_if_merged"] - accuracy for each in pairs]
     if not pairs or not facts.can_read_again:
         return None
+    if str(facts.settings.get("class_weights") or "balanced") != "balanced":
+        return None  # a table that names labels as they are
     into: dict[str, str] = {}
     for each in pairs:
-        both = f"{each['first']} or {each['second']}"
+        both = _merged_name(each["first"], each["second"], facts.settings.get("label_separator"))
         into |= {each["first"]: both, each["second"]: both}
     before = facts.settings.get("rename_labels", {})
     into |= {label: into.get(name, name) for label, name in before.items()}
@@ -121,11 +123,32 @@ def overlapping_labels(facts: RunFacts) -> NextStep | None:
             f"{accuracy:.1%}; {pair['reason']}"
             for pair in pairs[:1]
         ),
-        command=run_commands.train_again(
-            facts, "--rename-labels", json.dumps(into, ensure_ascii=False)
-        ),
+        command=run_commands.train_again(facts, *_renaming(facts, into)),
         worth=sum(gains),
     )
+
+
+def _merged_name(first: str, second: str, separator: str | None) -> str:
+    """Return a name for two labels together; in a hierarchy below the parent that both have."""
+    if not separator:
+        return f"{first} or {second}"
+    one, other = ([part.strip() for part in each.split(separator)] for each in (first, second))
+    shared = 0
+    while shared < min(len(one), len(other)) and one[shared] == other[shared]:
+        shared += 1
+    rests = [" ".join(rest) for rest in (one[shared:], other[shared:]) if rest]
+    below = [" or ".join(rests)] if len(rests) == 2 else []  # one of them is the parent
+    return separator.join([*one[:shared], *below])
+
+
+def _renaming(facts: RunFacts, into: dict[str, str]) -> list[str]:
+    """Return the flags that rename labels, and leave out the texts of those that are gone."""
+    flags = ["--rename-labels", json.dumps(into, ensure_ascii=False)]
+    texts = facts.settings.get("label_texts") or {}
+    if texts.keys() & into.keys():
+        kept = {label: text for label, text in texts.items() if label not in into}
+        flags += ["--label-texts", json.dumps(kept, ensure_ascii=False)]
+    return flags
 
 
 def too_few_rows(facts: RunFacts) -> NextStep | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,7 +103,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl, the last of each step; incomplete lines are skipped."""
+    """Return the records of metrics.jsonl, the last of each step; incomplete lines are skipped.
+
+    A figure that is null there was not finite, for which JSON has no number. It is NaN here.
+    """
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     records = [record for record in map(_record, lines) if record]
@@ -115,7 +119,7 @@ def _record(line: str) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(line)
     except ValueError:
         return None
-    return record
+    return {name: math.nan if value is None else value for name, value in record.items()}
 
 
 @contextlib.contextmanager

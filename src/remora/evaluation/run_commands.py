@@ -25,10 +25,14 @@ def command(*words: object) -> str:
 
 
 def train_again(facts: RunFacts, *flags: object) -> str:
-    """Return the command that trains with the settings of a run, but for some flags."""
+    """Return the command that trains with the settings of a run, but for some flags.
+
+    Rows that came through a pipe are to be given again, as a table in its place.
+    """
     name = facts.settings.get("name")
+    rows = () if facts.can_read_again else ("TABLE",)
     other: tuple[str, ...] = () if name is None else ("--name", _unused(facts, name))
-    return command("train", "--config", facts.directory / "config.toml", *other, *flags)
+    return command("train", *rows, "--config", facts.directory / "config.toml", *other, *flags)
 
 
 def train_longer(facts: RunFacts) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 
 from remora.config import TrainConfig
 from remora.data.corrections import read_sheet
+from remora.data.dataset import is_read_once
 from remora.errors import DataError
 from remora.evaluation import results
 from remora.evaluation.predictions import PROBABILITIES, Scored, read_probabilities
 from remora.evaluation.results import Results
 from remora.evaluation.rivals import Rival, of_figures
 from remora.evaluation.significance import holm
+from remora.formatting import escape_formula
 
 SIGNIFICANT = 0.05
 Figures = dict[str, Any]  # of a JSON file
@@ -29,7 +31,7 @@ class Suspects:
     num_rows: int
     num_likely: int  # of those not decided yet, mislabelled with a probability of at least a half
     num_undecided: int
-    num_changed: int  # decided to get another label, or to be deleted
+    num_changed: int  # decided to get another label or to be deleted, which it was not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class RunFacts:
     curve: Figures | None  # learning_curve.json
     diagnosis: Figures | None
     sheet: Sequence[Mapping[str, str]]  # rows of relabel.csv; [] if it is missing or broken
+    corrected: Sequence[Mapping[str, str]] = ()  # rows of corrections.csv, likewise
 
     @property
     def metrics(self) -> Figures:
@@ -148,8 +151,10 @@ class RunFacts:
 
     @property
     def can_read_again(self) -> bool:
-        """Whether the training rows can be read again, which standard input cannot."""
-        return self.settings.get("data") not in {"-", "/dev/stdin"}
+        """Whether the training rows can be read again, which a pipe cannot."""
+        source = str(self.settings.get("data", ""))
+        fleeting = source.startswith(("/dev/stdin", "/dev/fd/", "/proc/"))
+        return not fleeting and not is_read_once(source)
 
     @cached_property
     def validation(self) -> Scored | None:
@@ -169,7 +174,14 @@ class RunFacts:
         """The rows of relabel.csv, counted; None if someone has broken or removed the file."""
         try:
             undecided = [row for row in self.sheet if not row["decision"].strip()]
-            changed = [row["decision"].strip() not in {"", row["label"]} for row in self.sheet]
+            known = {(row["row"], row["decision"].strip()) for row in self.corrected}
+            held_out = {escape_formula(text) for text in self.run.texts}
+            changed = [
+                row["decision"].strip() not in {"", row["label"]}
+                and (row["row"], row["decision"].strip()) not in known
+                and row["text"] not in held_out
+                for row in self.sheet
+            ]
             likely = [float(row["p_wrong"].replace(",", ".")) >= 0.5 for row in undecided]
         except (ValueError, KeyError):
             return None
@@ -226,11 +238,12 @@ def read_facts(directory: Path) -> RunFacts:
         curve=results.read_json(directory / "learning_curve.json"),
         diagnosis=results.read_json(directory / "diagnosis.json"),
         sheet=_sheet(directory / "relabel.csv"),
+        corrected=_sheet(directory / "corrections.csv"),
     )
 
 
 def _sheet(path: Path) -> Sequence[Mapping[str, str]]:
-    """Return the rows of relabel.csv; [] if someone has broken or removed the file."""
+    """Return the rows of a sheet of decisions; [] if someone has broken or removed the file."""
     try:
         return read_sheet(path).records if path.is_file() else []
     except DataError:
