@@ -164,7 +164,8 @@ def show_summary(told: dict[str, dict[str, Any]]) -> None:
     rivals: dict[tuple[str, str], dict[str, Rival]] = {}  # of one seed the same beside each part
     for name, entry in told.items():
         for rival in entry["rivals"]:
-            rivals.setdefault((rival.description, rival.rows), {})[name.rpartition("-")[2]] = rival
+            by_seed = rivals.setdefault((rival.description, rival.rows), {})
+            by_seed.setdefault(name.rpartition("-")[2], rival)
     for (description, measured_on), by_seed in rivals.items():
         found = [(each.accuracy, each.accuracy_interval) for each in by_seed.values()]
         rows.append(

@@ -215,9 +215,12 @@ def test_the_command_line_says_that_the_base_is_in_4_bits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = ["--model", base, "--output", tmp_path, "--device", "cpu", "--max-steps", "1"]
+    given += ["--baselines", "svm,zero-shot"]
     assert call("train", table, *given, "--method", "qlora") == 0
     shown = capsys.readouterr()
     assert re.search(r"r=16: .*; the base model is quantized to 4 bits$", shown.err, re.M)
     assert re.search("^adapter    .*, the base model is", shown.out, re.M)
     (card,) = tmp_path.glob("*/README.md")
     assert "A LoRA adapter (PEFT) on 4-bit weights of" in card.read_text("utf-8")
+    rivals = json.loads((card.parent / "evaluation.json").read_text("utf-8"))["rivals"]
+    assert f"{base.name} in 4 bits, zero-shot" in [each["description"] for each in rivals]

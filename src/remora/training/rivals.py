@@ -435,8 +435,9 @@ def _embeddings(session: Session, folder: Path, held_out: Table) -> Answers:
 
 
 def _base_name(session: Session) -> str:
-    """Return the base model's name without its folder or owner, as a model card has it."""
-    return Path(session.card.base_model).name
+    """Return the base model's name without its folder or owner, and whether it is in 4 bits."""
+    name = Path(session.card.base_model).name
+    return f"{name} in 4 bits" if session.config.method == "qlora" else name
 
 
 def _encoder_name(session: Session, folder: Path) -> str:
