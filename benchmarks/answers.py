@@ -1,4 +1,4 @@
-"""Labels that the model writes against classes that a linear head scores, on Banking77.
+"""Labels that the model writes against classes that a linear head scores, on many intents.
 
 Every run is one of `remora train` with its defaults, but for the answer, the seed and the rows per
 class. Finished runs are read, not repeated, and what is cut off resumes, so the runs can be made a
@@ -31,6 +31,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="nano")
+    parser.add_argument("--data", default="banking77", choices=["banking77", "clinc150"])
     parser.add_argument("--rows-per-class", type=int, default=10, help="0 for all rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/answers"))
@@ -38,30 +39,34 @@ def main() -> None:
     found: dict[str, list[Path]] = {answer: [] for answer in ANSWERS}
     for seed in options.seeds:
         for answer in ANSWERS:
-            directory = run(options.model, answer, seed, options.rows_per_class, options.runs)
+            directory = run(options, answer, seed)
             found[answer].append(directory)
     rows = {answer: [measured(each) for each in runs] for answer, runs in found.items()}
     report(rows)
     for seed, pair in zip(options.seeds, zip(*found.values(), strict=True), strict=True):
         print(f"seed {seed}: {against(*pair)}")
     workload.write(
-        f"answers-{Path(options.model).name}-{options.rows_per_class or 'all'}",
+        f"answers-{options.data}-{Path(options.model).name}-{options.rows_per_class or 'all'}",
         {"model": options.model, "seeds": options.seeds, "runs": rows},
     )
 
 
-def run(model: str, answer: Answer, seed: int, rows_per_class: int, output: Path) -> Path:
+def run(options: argparse.Namespace, answer: Answer, seed: int) -> Path:
     """Train, unless that is done, and return the run's directory."""
-    directory = output / f"{Path(model).name}-{answer}-{rows_per_class or 'all'}-{seed}"
+    model, rows_per_class = options.model, options.rows_per_class
+    name = f"{Path(model).name}-{answer}-{rows_per_class or 'all'}-{seed}"
+    name += f"-{options.data}" * (options.data != "banking77")
+    directory, folder = options.runs / name, workload.SHARED / "data" / options.data
     if not (directory / "evaluation.json").is_file():
         config = TrainConfig(
-            str(workload.SHARED / "data" / "banking77"),
+            str(folder / "train.csv"),
+            test=str(folder / "test.csv"),
             model=model,
             answer=answer,
             rows_per_class=rows_per_class or None,
             seed=seed,
             name=directory.name,
-            output=output,
+            output=options.runs,
             baselines=("none",),
             checkpoint_minutes=1.0,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -13,16 +14,17 @@ from typing import Any
 import pytest
 
 from conftest import WAYS, WORDS, call
-from remora.config import DiagnoseConfig, TrainConfig
+from remora.config import DiagnoseConfig, RetrainConfig, TrainConfig
 from remora.data.dataset import limit_rows, load_data
 from remora.diagnosis import diagnose, learning_curve
 from remora.diagnosis.curve_answer import Size, answer, followed
 from remora.diagnosis.extrapolation import Extrapolation
-from remora.errors import ConfigError, Stopped
+from remora.errors import ConfigError, ResourceError, Stopped
 from remora.evaluation import results
 from remora.models import loading
 from remora.report import pages
 from remora.runtime.reporter import Reporter, Step
+from remora.training import finish, retrain
 from remora.training.run import train
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -159,6 +161,43 @@ def test_all_sizes_take_the_steps_and_evaluations_of_the_last(config: TrainConfi
         for path in result.directory.rglob("metrics.jsonl")
     ]
     assert logs == [[4, 8], [4, 8]]
+
+
+def test_corrections_are_of_the_rows_that_a_size_takes(config: TrainConfig, tmp_path: Path) -> None:
+    """As `load_data` makes them, so that each run of a curve is found unchanged."""
+    rows, labels = load_data(replace(config, learning_curve=None)).train, list(WORDS)
+
+    def decide(name: str, step: int) -> Path:
+        with (sheet := tmp_path / name).open("w", encoding="utf-8", newline="") as file:
+            written = csv.writer(file)
+            written.writerow(["row", "text", "label", "decision"])
+            given = list(zip(rows.places, rows.texts, rows.labels, strict=True))[::step]
+            for row, text, label in given:
+                to = "delete" if row % 3 else labels[labels.index(label) - 1]
+                written.writerow([row + 1, text, label, to])
+        return sheet
+
+    curve = replace(config, learning_curve="4,8", corrections=str(decide("few.csv", 2)))
+    result, found = learning_curve.learn(curve)
+    for per_class, size in zip((4, 8), found.sizes, strict=True):
+        path = result.directory / size.run
+        alone = replace(curve, learning_curve=None, rows_per_class=per_class)
+        trained = load_data(alone).train
+        assert diagnose.load(DiagnoseConfig(path))[1].train == trained
+        assert size.num_rows == len(trained) < 3 * per_class
+        again, _ = retrain._corrected(RetrainConfig(path, corrections=decide("all.csv", 1)))
+        assert again.rows_per_class == per_class
+
+
+def test_a_size_whose_svm_was_left_out_is_named(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(finish, "train_svm", exhausted)
+    with pytest.raises(ResourceError, match=r"the SVM of .*4-per-class was left out"):
+        learning_curve.learn(config)
 
 
 def test_diagnose_judges_the_whole_table_of_a_size(config: TrainConfig, tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from remora.data.table import Table
 from remora.evaluation import baselines
-from remora.evaluation.baselines import BYTES_PER_CHARACTER, train_baseline
+from remora.evaluation.baselines import BYTES_PER_CHARACTER, train_baseline, train_set_baseline
+from remora.runtime import memory
 
 
 @pytest.mark.parametrize(
@@ -40,10 +44,46 @@ def test_a_baseline_that_would_not_fit_takes_fewer_rows(monkeypatch: pytest.Monk
     monkeypatch.setattr(baselines, "MIN_BASELINE_ROWS", 10)
     texts = ["red red red red red" if i % 2 else "blue blue blue blue" for i in range(400)]
     labels = ["r" if i % 2 else "b" for i in range(400)]
-    for room, expected in ((10**9, 400), (BYTES_PER_CHARACTER * 19 * 50, 50), (0, 10)):
+    fifty = BYTES_PER_CHARACTER * 19 * 50 + 1_000  # 26 n-grams have 16 bytes each
+    for room, expected in ((10**9, 400), (fifty, 50), (0, 10)):
         found = train_baseline(texts, labels, ["red"], ["r"], ["b", "r"], max_bytes=room)
         assert found.num_train_rows == expected
         assert found.predictions == ["r"]
+
+
+def rows_of(num_labels: int) -> tuple[list[str], list[str]]:
+    """Return 400 texts that share few n-grams, and their labels."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz   ", k=60)) for _ in range(400)]
+    return texts, [f"label {i % num_labels}" for i in range(400)]
+
+
+@pytest.mark.parametrize(("num_labels", "expected"), [(2, 400), (100, 50)])
+def test_the_coefficients_of_many_labels_count(
+    monkeypatch: pytest.MonkeyPatch, num_labels: int, expected: int
+) -> None:
+    """They have 48,000 n-grams: 4 MB of texts, and 77 MB of coefficients for 100 labels."""
+    monkeypatch.setattr(baselines, "MIN_BASELINE_ROWS", 10)
+    texts, labels = rows_of(num_labels)
+    names = sorted(set(labels))
+    found = train_baseline(texts, labels, texts[:9], labels[:9], names, max_bytes=15_000_000)
+    assert found.num_train_rows == expected
+    tables = [Table(texts, [f'["{each}"]' for each in labels], multi_label=True)]
+    tables += [tables[0].take(range(9)), tables[0].take(range(9, 20))]
+    found = train_set_baseline(*tables, names, max_bytes=15_000_000)
+    assert found.num_train_rows == (400 if num_labels == 2 else 100)  # liblinear's are of one label
+
+
+def test_coefficients_that_do_not_fit_at_all_are_not_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel would kill the run for its memory, and again when it is resumed."""
+    monkeypatch.setattr("sklearn.svm.LinearSVC.fit", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 4 * 10**7)
+    texts, labels = rows_of(100)
+    names = sorted(set(labels))
+    with pytest.raises(torch.OutOfMemoryError):
+        train_baseline(texts, labels, texts[:9], labels[:9], names, max_bytes=15_000_000)
 
 
 def test_no_warning_where_the_svm_does_not_converge(monkeypatch) -> None:

@@ -349,41 +349,6 @@ def test_confidence_that_is_too_high_is_no_probability(tmp_path: Path) -> None:
     assert "calibrate" not in say(run)
 
 
-def test_many_labels_of_few_rows_call_for_a_linear_head(tmp_path: Path) -> None:
-    def run(name: str, *, num_labels: int = 60, num_base: int = 10**8, **settings: Any) -> Path:
-        path = construct(
-            tmp_path / name,
-            wrong=200,
-            wrong_by_rival=300,
-            num_train=1200,
-            num_base=num_base,
-            settings=settings,
-        )
-        files.write_json(path / "plan.json", {"layout": "tree"})
-        figures = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
-        rows = figures["metrics"]["per_class"]
-        rows += [rows[0] | {"label": f"other {i}", "support": 0} for i in range(num_labels - 10)]
-        files.write_json(path / "evaluation.json", figures)
-        (path / PROBABILITIES).unlink()
-        return path
-
-    (step,) = (each for each in find_next_steps(run("many")) if each.kind == "linear_head")
-    assert step.evidence[0] == "60 labels with 20 training rows each on average"
-    assert arguments(step)[-2:] == ["--answer", "classes"]
-    for name, other in {
-        "few labels": {"num_labels": 40},
-        "large": {"num_base": 7_600_000_000},
-        "head": {"answer": "classes"},
-        "texts": {"label_texts": {LABELS[0]: "nought"}},
-        "zero-shot": {"baselines": ("auto", "zero-shot")},
-        "warm": {"start_from": "runs/a"},
-    }.items():
-        assert "linear_head" not in say(run(name, **other)), name
-    rows = run("rows")
-    files.write_json(rows / "plan.json", {"layout": "rows"})  # such as a state-space model's
-    assert "linear_head" not in say(rows)
-
-
 def test_an_easy_task_may_do_with_a_smaller_model(tmp_path: Path) -> None:
     shape = {"wrong": 15, "wrong_by_rival": 30, "confidences": (0.99, 0.6)}
     (step,) = find_next_steps(construct(tmp_path / "7b", num_base=7_600_000_000, **shape))

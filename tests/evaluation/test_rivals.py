@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from scipy.stats import binomtest
 
+from remora.data.label_sets import set_text
 from remora.evaluation.baselines import train_baseline
 from remora.evaluation.rivals import Answers, Rival, of_baseline, of_figures, rate, verdict
 
@@ -121,6 +122,54 @@ def test_one_that_cannot_be_told_apart_is_as_good_and_cheaper() -> None:
 def test_one_that_is_worse_is_named_without_advice() -> None:
     assert verdict([rival(-0.12, 0.0001)], "adapter", 600) == (
         "the adapter is 12.0 points better than the probe (p = 0.0001, exact McNemar test)"
+    )
+
+
+def rival_of_sets(lead: float, low: float, high: float, **others) -> Rival:
+    """Return a rival that is level in exact matches."""
+    measured = {"micro_f1": 0.8, "micro_f1_interval": (0.7, 0.9), "micro_f1_difference": lead}
+    measured |= {"micro_f1_difference_interval": (low, high), "difference_interval": (0.0, 0.0)}
+    return rival(0.0, 1.0, **measured | others)
+
+
+def test_micro_f1_decides_where_rows_have_several_labels() -> None:
+    """Both give the same 30 % of the sets; of the others, one misses a label, the other gives none.
+
+    Of three labels a row micro-F1 is 2 * 2.3 / (2.3 + 3) of the one, 2 * 0.9 / (0.9 + 3) of the
+    other.
+    """
+    labels = list("abc")
+    true = [set_text(labels)] * 2_000
+    ours = [set_text(labels if i < 600 else labels[:2]) for i in range(2_000)]
+    theirs = [set_text(labels if i < 600 else []) for i in range(2_000)]
+    given = Answers(
+        name="svm", description="SVMs", rows=range(2_000), predicted=theirs, seconds=1.0
+    )
+    found = rate(given, labels, true, ours, multi_label=True)
+    assert found.difference == 0
+    told = verdict([found], "adapter", 60.0)
+    assert told.startswith("SVMs is 40.6 points of micro-F1 below the adapter (95% interval -42.")
+    assert told.endswith(", paired bootstrap)")
+    assert not any(word in told for word in ("as good", "McNemar", "cheaper"))
+    assert found.lead == pytest.approx(1.8 / 3.9 - 4.6 / 5.3)
+
+
+def test_every_sentence_on_sets_names_micro_f1() -> None:
+    assert verdict([rival_of_sets(0.12, 0.1, 0.14)], "adapter", 600) == (
+        "the probe reaches 80.0% micro-F1 in 40 s, 12.0 points above the adapter (95% interval "
+        "+10.0 to +14.0, paired bootstrap): prefer it, or give the adapter more rows or epochs"
+    )
+    assert verdict([rival_of_sets(-0.01, -0.03, 0.01)], "model", 600) == (
+        "the probe may be as good: it is 1.0 points of micro-F1 below the model, which 100 rows do "
+        "not tell from chance (95% interval -3.0 to +1.0, paired bootstrap), and 15 times cheaper"
+    )
+    assert verdict([rival_of_sets(0.0, -0.01, 0.01)], "model", 60).startswith(
+        "the probe is as good: it is level in micro-F1 with the model, which 100 rows do not"
+    )
+    # Exact matches decide nothing
+    exact = {"difference": 0.3, "difference_interval": (0.2, 0.4), "p_value": 1e-9}
+    assert verdict([replace(rival_of_sets(-0.1, -0.2, 0.0), **exact)], "model", 60).startswith(
+        "the probe may be as good: it is 10.0 points of micro-F1 below the model"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,29 @@ def test_the_budget_is_kept(search) -> None:
     assert left.left_out == ("it would take 10 min, and of the budget of 5.0 min 4.0 min are left")
 
 
+def test_a_model_that_is_trained_is_not_left_out(search) -> None:
+    trained = Trained({"large": (600, 0.52, 0.99)})
+    search(trained, bar=0.9)
+    # Neither for a budget nor after a pilot: there is nothing to save any more
+    both = Trained({"small": (60, 0.5, 0.7), "large": (600, 0.52, 0.99)})
+    for budget in ("5m", None):
+        choice = search(both, bar=0.9, budget=budget)
+        assert (choice.chosen, both.runs) == ("large", ["small"])
+    choice = search(both, bar=0.9, rows_per_class=300, name="anew", budget="5m")
+    assert [each.name for each in choice.options if each.left_out] == ["large"]
+
+
+def test_pilots_of_earlier_calls_count_in_the_budget(search) -> None:
+    trained = Trained({"a": (60, 0.1, 0.7), "b": (100, 0.4, 0.7), "c": (400, 0.7, 0.97)})
+    # Before c, 2 * (60 + 100) s are spent, of which half for pilots.
+    for _ in range(2):
+        choice = search(trained, bar=0.9, budget="11m40s")
+        (left,) = (each for each in choice.options if each.left_out)
+        assert left.name == "c"
+        assert left.left_out.endswith(" 6.3 min are left")
+        assert trained.runs == ["a", "a-40-per-class", "b-40-per-class", "b"]
+
+
 def test_a_pilot_that_serves_two_comparisons_is_paid_once(search) -> None:
     models = {"a": (60, 0.1, 0.7), "b": (100, 0.4, 0.7), "c": (110, 0.7, 0.7), "d": (120, 1, 0.7)}
     trained = Trained(models)
@@ -216,6 +240,7 @@ WRONG = [
     (["--models", "m", "--bar", "0.9", "--model", "n"], "give --models A,B"),
     (["--models", "m", "--bar", "0.9", "--budget", "soon"], "budget is 'soon'; give a time"),
     (["--models", "m", "--bar", "0.9", "--learning-curve", "5,all"], "no learning curve"),
+    (["--models", "m", "--bar", "0.9", "--test", "/dev/stdin"], "test is standard input or a pipe"),
 ]
 
 
@@ -223,6 +248,21 @@ WRONG = [
 def test_wrong_settings_are_one_line(flags, message, table, capsys) -> None:
     assert call("choose", table, *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_rows_that_can_be_read_once_are_refused(tmp_path: Path, capsys) -> None:
+    flags = ["--models", "m", "--bar", "0.9", "--input-format", "csv"]
+    sources = ["-", "/dev/stdin"]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(pipe := tmp_path / "rows.csv")
+        sources.append(str(pipe))
+    for source in sources:
+        assert call("choose", source, *flags) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line == (
+            "error: data is standard input or a pipe, and choose reads it once for every model; "
+            "save it to a file"
+        )
 
 
 def test_the_command_trains_real_models(

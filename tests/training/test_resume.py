@@ -17,15 +17,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import interrupting
 from interrupting import Interrupter, interrupted, outcome
 from remora.config import TrainConfig
 from remora.errors import ConfigError, ModelError, ResourceError, Stopped
 from remora.runtime import run_directory
-from remora.runtime.reporter import Reporter, Step
+from remora.runtime.reporter import Reporter, Step, Validation
 from remora.training import checkpoint, resume
 from remora.training.run import train
+from remora.tree import scoring
 
 whole, undisturbed = interrupting.whole, interrupting.undisturbed
 keep_checkpoints = interrupting.keep_checkpoints
@@ -141,6 +144,33 @@ def test_a_run_stopped_while_it_measures_does_not_train_again(
 
     result = train(config, reporter=Trained())
     assert outcome(result.directory) == undisturbed
+
+
+def test_the_adapter_is_of_the_best_step_though_another_was_best_before(
+    config: TrainConfig, keep_checkpoints: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After resuming an evaluation may differ in rounding, and no longer be the best."""
+    accuracies = iter([0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(scoring, "evaluate_rows", lambda *_: (next(accuracies), 1.0))
+
+    class Killer(Reporter):
+        def validated(self, validation: Validation) -> None:
+            if validation.accuracy == 0.9:
+                assert validation.best
+                raise KeyboardInterrupt  # after the adapter is saved, before the next checkpoint
+
+    config = replace(config, checkpoint_minutes=0, patience=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, reporter=Killer())
+    result = train(config)
+    assert result.best_step == 4
+    (last,) = (result.directory / "checkpoints").iterdir()
+    best = load_file(last / checkpoint.TENSORS)
+    adapter = load_file(result.directory / "adapter" / "adapter_model.safetensors")
+    assert adapter
+    for name, weight in adapter.items():
+        path, kind = name.rsplit(".", 1)
+        assert torch.equal(weight, best[f"best/{path}.default.{kind}"]), name
 
 
 def test_a_run_may_be_resumed_with_another_tolerance(config: TrainConfig) -> None:

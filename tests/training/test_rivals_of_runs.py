@@ -29,7 +29,7 @@ from remora.models import loading
 from remora.report import pages
 from remora.runtime import memory
 from remora.runtime.reporter import Reporter
-from remora.training import resume, rivals
+from remora.training import finish, resume, rivals
 from remora.training.run import train
 from remora.training.trainable import as_base
 from remora.tree import features
@@ -333,6 +333,40 @@ def test_one_that_fails_costs_the_run_nothing(
     assert names == [each for each in ALL if each not in told]
     assert resume.is_finished(run)
     assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("no room"), "the baseline svm is left out: memory does not suffice"),
+        (ValueError("odd\nthing"), "the baseline svm is left out: odd thing"),
+    ],
+)
+def test_an_svm_that_fails_costs_the_run_nothing(
+    config: TrainConfig, monkeypatch, error: Exception, told: str
+) -> None:
+    """The figures are there when it begins, for the kernel may kill it."""
+    config = replace(config, baselines=("svm", "probe"), max_steps=2, name="run")
+    known = {}
+
+    def fail(*_: object) -> None:
+        figures = json.loads((config.output / "run" / "evaluation.json").read_text())
+        known.update(figures, neighbours=(config.output / "run" / "neighbours.json").is_file())
+        raise error
+
+    monkeypatch.setattr(finish, "train_svm", fail)
+    listener = Listener()
+    result = train(config, reporter=listener)
+    assert [line for line in listener.lines if "left out" in line] == [told]
+    figures = results.read(result.directory).figures
+    assert [each["name"] for each in figures["rivals"]] == ["probe"]
+    assert (figures["baseline"], known["neighbours"]) == (None, True)
+    assert "p_value" not in figures
+    assert known["metrics"] == figures["metrics"]
+    assert (known["baseline"], known["rivals"], known["verdict"]) == (None, [], None)
+    assert known.keys() - {"neighbours"} == figures.keys()
+    assert "baseline" not in columns(result.directory)
+    assert resume.is_finished(result.directory)
 
 
 def test_a_failure_within_a_batch_is_one_of_the_baseline(config: TrainConfig, monkeypatch) -> None:

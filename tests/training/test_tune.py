@@ -16,7 +16,8 @@ from conftest import call
 from remora.config import TrainConfig, TuneConfig
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, Stopped
-from remora.runtime.reporter import Reporter, Validation
+from remora.runtime.reporter import Reporter, Step, Validation
+from remora.runtime.stop import Stop
 from remora.training import tune
 
 
@@ -171,6 +172,58 @@ def test_answers_of_several_labels_are_not_searched(settings: TuneConfig, tmp_pa
         csv.writer(file).writerows([("text", "label"), *rows])
     with pytest.raises(ConfigError, match="answered by classes only"):
         tune.tune(replace(settings, data=str(table), search=("answer",)))
+
+
+def test_a_run_of_other_settings_makes_way_for_the_best(settings: TuneConfig) -> None:
+    """A search that was stopped while it trained the best, and goes on with more trials."""
+
+    class Stopping(Reporter):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+            self.end = 3
+
+        def say(self, line: str) -> None:
+            self.lines.append(line)
+
+        def stepped(self, step: Step) -> None:
+            if step.step == self.end:
+                raise Killed
+
+    def tuning(**others: Any) -> tune._Tuning:
+        short = replace(settings, max_steps=4, checkpoint_minutes=0, **others)
+        return tune._Tuning(short, Stop(), reporter)
+
+    few, more = ({"learning_rate": rate, "rank": 4} for rate in (1e-3, 2e-3))
+    reporter = Stopping()
+    for _ in range(2):
+        with pytest.raises(Killed):
+            tuning()._train_best(few)
+        assert any(line.startswith("resuming after step") for line in reporter.lines) == (
+            reporter.end == 4
+        )
+        reporter.end = 4  # the same settings go on where they were
+    reporter.end = 0
+    run = tuning()._train_best(more)
+    assert tune.run_directory.read_settings(run).learning_rate == 2e-3
+    assert tune.resume.is_finished(run)
+    other = tuning(name="other")
+    foreign = other.directory / tune.BEST / "thesis.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("dear", encoding="utf-8")
+    with pytest.raises(ConfigError, match="it holds other files"):
+        other._train_best(more)
+    assert foreign.read_text(encoding="utf-8") == "dear"
+
+
+def test_what_a_run_writes_is_not_searched_again(settings: TuneConfig, config: TrainConfig) -> None:
+    tuning = object.__new__(tune._Tuning)
+    searched = {"search": ("epochs", "label_texts"), "answer": "words"}
+    tuning.config = replace(settings, **searched)
+    tuning.plain = config
+    tuning.dataset = replace(load_data(config), labels=("card_arrival", "refund"))
+    assert list(tuning._space()) == ["epochs", "label_texts"]
+    tuning.config = replace(settings, **searched, start_from="run")
+    assert list(tuning._space()) == ["epochs"]
 
 
 def test_a_search_with_other_settings_is_refused(settings: TuneConfig) -> None:

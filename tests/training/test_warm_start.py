@@ -8,16 +8,20 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import WAYS, WORDS, call
-from remora.config import TrainConfig
+from remora.config import ExportConfig, TrainConfig
 from remora.data.dataset import Dataset, load_data
-from remora.errors import DataError, ModelError
-from remora.models import lora, metadata
+from remora.errors import ConfigError, DataError, ModelError
+from remora.evaluation import results
+from remora.export import gguf, vllm
+from remora.models import lora, metadata, saved
 from remora.runtime.reporter import Reporter
 from remora.training.run import train
 from remora.training.session import open_session
@@ -183,6 +187,61 @@ def test_labels_that_are_gone_are_told(config: TrainConfig, tmp_path: Path) -> N
     with open_session(fewer, load_data(fewer), reporter=reporter) as session:
         assert set(session.prompt.labels) == {*OLD[1:], NEW}
     assert any(f"1 labels of {config.start_from} are not in the table" in line for line in said)
+
+
+TEXTS = {OLD[1]: "money back"}
+
+
+def after_texts(place: Path, base: Path, output: Path, **others: Any) -> TrainConfig:
+    """Return the settings of a run that begins with one of other texts for its labels."""
+    few = {"output": output, "max_steps": 4, "baselines": ("none",), **others}
+    run = train(settings(place, base, place / "old.csv", **few, label_texts=TEXTS)).directory
+    return settings(place, base, place / "all.csv", **few, start_from=str(run), name="next")
+
+
+@pytest.mark.parametrize("list_labels", [False, True])
+def test_known_labels_are_written_as_the_run_writes_them(
+    list_labels: bool, place: Path, base: Path, tmp_path: Path
+) -> None:
+    config, new = after_texts(place, base, tmp_path, list_labels=list_labels), {NEW: "no credit"}
+    for given in (new, TEXTS | new):
+        config = replace(config, label_texts=given)
+        with open_session(config, load_data(config)) as session:
+            assert session.prompt.label_texts == session.card.label_texts == TEXTS | new
+            listed = "card arrival, money back, no credit." in session.prompt.head
+            assert listed == list_labels
+    for label, text, there in ((OLD[1], "refund", "money back"), (OLD[0], "card", OLD[0])):
+        other = replace(config, label_texts={label: text})
+        wanted = f"writes {there!r} for the label {label!r} and label_texts has {text!r}; give"
+        with pytest.raises(ConfigError, match=wanted):
+            open_session(other, load_data(other)).__enter__()
+
+
+def test_exports_allow_the_texts_of_the_run(
+    place: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, said = after_texts(place, base, tmp_path), list[str]()
+    reporter = Reporter()
+    reporter.say = said.append  # type: ignore[method-assign]
+    run = train(config, reporter=reporter).directory
+    told = f"labels are written as in {config.start_from}, such as 'refund' as 'money back'"
+    assert told in said
+    prompt = saved.open_trained(run, device="cpu").prompt
+    written = {OLD[0]: OLD[0], OLD[1]: "money back", NEW: NEW}
+    decoded = prompt.tokenizer.batch_decode(prompt.answers, skip_special_tokens=True)
+    assert [text.strip() for text in decoded] == list(written.values())
+    for name in ("vllm", "gguf"):
+        (tmp_path / name).mkdir()
+    export = ExportConfig(run, vllm=True, device="cpu")
+    vllm.write_vllm(export, tmp_path / "vllm", results.read(run), Reporter())
+    labels = json.loads((tmp_path / "vllm" / "labels.json").read_text(encoding="utf-8"))
+    assert labels == {text: label for label, text in written.items()}
+    measured = gguf.Gguf(num_rows=1, adapter_accuracy=1.0, files=(SimpleNamespace(name="a"),))
+    monkeypatch.setattr(gguf, "_readme", lambda *_, **__: "")
+    gguf._write_beside(tmp_path / "gguf", prompt, measured, is_adapter=True)
+    grammar = (tmp_path / "gguf" / "labels.gbnf").read_text(encoding="utf-8")
+    rules = grammar.removeprefix("root ::= ").strip().split(" | ")
+    assert [json.loads(each) for each in rules] == list(written.values())
 
 
 WRONG = {

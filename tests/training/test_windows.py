@@ -17,6 +17,7 @@ from data.test_cutting import make, texts_of
 from data.test_table import write_csv
 from remora.config import PlanConfig, TrainConfig
 from remora.data.dataset import load_data
+from remora.data.prompt import Prompt
 from remora.errors import Stopped
 from remora.planning.planner import make_plan
 from remora.planning.survey import Survey, effective_batches
@@ -52,6 +53,31 @@ def test_the_answer_to_a_message_is_the_mean_over_its_windows(tokenizer: Any, la
     assert losses[long] == pytest.approx(-np.log(expected[long, [1, 2]]))
     alone = Scorer(model, make(tokenizer), layout=layout).evaluate([MESSAGES[0]], [0])
     assert losses[0] == pytest.approx(alone[1][0])
+
+
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+def test_windows_are_not_averaged_roughly(tokenizer: Any, layout: Any) -> None:
+    """Whatever the tolerance; a message of one window is searched as ever, whoever is beside it."""
+    labels = [f"{a} {b}" for a in ("card", "refund", "top up") for b in ("late", "lost", "fee")]
+    model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            weights.mul_(1 if "norm" in name else 8)  # surer, so that windows differ in answers
+    prompt = Prompt(tokenizer, labels, instruction="", max_length=60, kept="windows")
+    draw = np.random.default_rng(0)
+    words = ["card", "refund", "where is my", "again and again", "top up", "why?", "fee late"]
+    words.append("x9 ü")
+    long = [" ".join(draw.choice(words) for _ in range(30)) for _ in range(30)]
+    short = [f"my card {i}" for i in range(5)]
+    short.append(texts_of(tokenizer, prompt.windows(long[:1])[0])[0])  # as one of the windows
+    exact, rough, alone = (
+        Scorer(model, prompt, tolerance=tolerance, layout=layout).probabilities(messages)
+        for tolerance, messages in ((0, [*long, *short]), (1, [*long, *short]), (1, short))
+    )
+    assert (rough.argmax(1) == exact.argmax(1)).all()
+    off = np.abs(rough - exact).max(1)
+    assert off[: len(long)].max() <= 0.01 / (1 - 0.01) < off[len(long) :].max()
+    np.testing.assert_allclose(alone, rough[len(long) :], atol=1e-9)
 
 
 @pytest.mark.parametrize("kept", ["head", "tail", "both"])

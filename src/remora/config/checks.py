@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -170,3 +171,12 @@ Initialization = Annotated[
         lambda x: x in {"default", "gaussian"},
     ),
 ]
+
+
+def is_read_once(source: str) -> bool:
+    """Return whether a table is standard input, a pipe or a terminal, which end when read."""
+    if source == "-" or source.startswith(("/dev/stdin", "/dev/fd/", "/proc/self/fd/")):
+        return True
+    with contextlib.suppress(OSError, ValueError):  # no path at all
+        return Path(source).is_fifo() or Path(source).is_char_device()
+    return False

@@ -7,7 +7,15 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from remora.config.checks import Accuracy, Duration, Names, check, split_names, to_seconds
+from remora.config.checks import (
+    Accuracy,
+    Duration,
+    Names,
+    check,
+    is_read_once,
+    split_names,
+    to_seconds,
+)
 from remora.config.help_pages import grouped
 from remora.config.train import TrainConfig
 
@@ -50,6 +58,14 @@ class ChooseConfig(TrainConfig):
             (self.learning_curve is not None, "choose trains no learning curve; leave it out"),
             (self.start_from is not None, "choose trains every model anew; leave out --from"),
             (self.devices > 1, "choose trains on one device; leave out devices"),
+            *(
+                (
+                    is_read_once(getattr(self, name) or ""),
+                    f"{name} is standard input or a pipe, and choose reads it once for every "
+                    "model; save it to a file",
+                )
+                for name in ("data", "validation", "test")
+            ),
         )
 
     @property

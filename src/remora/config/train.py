@@ -271,8 +271,9 @@ class TrainConfig:
 
     tolerance: Share = 0.01
     """Maximum total probability left on unexplored labels when the weights that were chosen are
-    scored on test and validation rows. Accuracy is exact with any; 1 is fastest, with rough
-    log-loss and calibration."""
+    scored on test and validation rows. Accuracy is exact with any, but for near ties of messages
+    in several windows, which get at most 0.01; 1 is fastest, with rough log-loss and
+    calibration."""
 
     learning_curve: CurveSizes | None = None
     """Train once for each of these numbers of rows per class, such as 5,10,20,50,all, to see

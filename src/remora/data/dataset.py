@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
+from remora.config.checks import is_read_once
 from remora.data import label_forms, label_sets
 from remora.data.columns import UnlabelledError
 from remora.data.corrections import Corrections, correct, read_corrections
 from remora.data.label_sets import LabelForm
 from remora.data.levels import hierarchy_of
 from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
-from remora.data.readers import STANDARD_INPUT, file_part, own_format
+from remora.data.readers import file_part, own_format
 from remora.data.sources import source_parts
 from remora.data.splits import MAX_TEST_ROWS, MAX_VALIDATION_ROWS, check_fractions, hold_out
 from remora.data.summary import DataSummary, spoken_rows, summarize
@@ -52,6 +53,12 @@ class Dataset:
 
 def load_data(settings: TrainConfig) -> Dataset:
     """Return the dataset that a run's settings name; raises as `load_dataset` does."""
+    whole = load_whole(settings)
+    return limited_and_corrected(whole, corrections_of(whole, settings), settings)
+
+
+def load_whole(settings: TrainConfig) -> Dataset:
+    """Return the same with all training rows, as the table labels them."""
     seen, remark = texts_trained_on(settings.start_from) if settings.start_from else (set(), "")
     dataset = load_dataset(
         settings.data,
@@ -71,11 +78,24 @@ def load_data(settings: TrainConfig) -> Dataset:
         begun_on=_text_columns_of(settings.start_from) if settings.start_from else (),
     )
     if remark and settings.test is None:
-        dataset = _remarked(dataset, remark)
-    limited = limit_rows(dataset, settings.num_per_class, settings.seed)
-    if settings.corrections is not None:
-        path, names = Path(settings.corrections), settings.rename_labels
-        corrections = read_corrections(path, source_rows(dataset), names)
+        return _remarked(dataset, remark)
+    return dataset
+
+
+def corrections_of(whole: Dataset, settings: TrainConfig) -> Corrections | None:
+    """Return a person's decisions on the rows of a table, None if the settings name none."""
+    if settings.corrections is None:
+        return None
+    path, names = Path(settings.corrections), settings.rename_labels
+    return read_corrections(path, source_rows(whole), names)
+
+
+def limited_and_corrected(
+    whole: Dataset, corrections: Corrections | None, settings: TrainConfig
+) -> Dataset:
+    """Return the rows that a run takes of its table: a sample of each class, then corrected."""
+    limited = limit_rows(whole, settings.num_per_class, settings.seed)
+    if corrections is not None:
         limited = _corrected(limited, corrections)
     if hierarchy := hierarchy_of(limited.labels, settings.label_separator):
         hierarchy.refuse_broken()
@@ -168,12 +188,6 @@ def _text_columns_of(run: str) -> tuple[str, ...]:
             found = json.loads((Path(run) / name).read_text(encoding="utf-8"))["text_columns"]
             return tuple(map(str, found))
     return ()
-
-
-def is_read_once(source: str) -> bool:
-    """Return whether a source is a pipe or a device, such as standard input."""
-    path = Path(source)
-    return source == STANDARD_INPUT or path.is_char_device() or path.is_fifo()
 
 
 def load_again(settings: TrainConfig) -> Dataset:

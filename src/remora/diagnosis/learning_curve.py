@@ -14,10 +14,10 @@ import torch
 
 from remora.config import TrainConfig
 from remora.config.several_labels import settled
-from remora.data.dataset import Dataset, limit_rows, load_data
+from remora.data.dataset import Dataset, corrections_of, limited_and_corrected, load_whole
 from remora.diagnosis.curve_answer import LearningCurve, Size, answer, followed
 from remora.diagnosis.extrapolation import extrapolate
-from remora.errors import ConfigError
+from remora.errors import ConfigError, ResourceError
 from remora.evaluation import results
 from remora.evaluation.results import Results
 from remora.evaluation.significance import difference_interval, mcnemar
@@ -106,11 +106,12 @@ class _Shared:
     """The rows and the base model, loaded once; each size starts as if it were alone."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.whole = load_data(replace(config, learning_curve=None))
+        self.whole = load_whole(config)
+        self._corrections = corrections_of(self.whole, config)
         self._loaded: tuple[Any, Any, Any, Any] | None = None
 
     def load_rows(self, config: TrainConfig) -> Dataset:
-        return limit_rows(self.whole, config.num_per_class, config.seed)
+        return limited_and_corrected(self.whole, self._corrections, config)
 
     def load_model(
         self, config: TrainConfig, labels: Sequence[str], precision: Any, device: torch.device
@@ -184,13 +185,18 @@ def _measure(config: TrainConfig, shared: _Shared, runs: Sequence[Results]) -> L
     sizes = []
     for per_class, each in zip(config.curve_sizes, runs, strict=True):
         metrics = each.figures["metrics"]
+        if each.figures["baseline"] is None:
+            raise ResourceError(
+                f"the SVM of {each.directory} was left out, and a learning curve compares with it; "
+                "free memory, remove that folder, and run the same command again"
+            )
         theirs = each.figures["baseline"]["metrics"]
-        limit = max(counts.values()) if per_class is None else per_class
+        taken = shared.load_rows(replace(config, learning_curve=None, rows_per_class=per_class))
         sizes.append(
             Size(
                 per_class=per_class,
-                num_rows=sum(min(count, limit) for count in counts.values()),
-                num_short=sum(count < limit for count in counts.values() if per_class),
+                num_rows=len(taken.train),
+                num_short=sum(count < (per_class or 0) for count in counts.values()),
                 run="." if each is runs[-1] else f"{FOLDER}/{each.directory.name}",
                 accuracy=metrics["accuracy"],
                 accuracy_interval=tuple(metrics["accuracy_interval"]),

@@ -19,10 +19,14 @@ from remora.evaluation.multi_label import as_sets, fit_thresholds, indicators, m
 
 BYTES_PER_CHARACTER = 150
 """Memory that the baseline needs per training character: 127 to 150 were measured on 10,003 and
-5,000 rows of Banking77, 51 to 53 on messages of 1,000 characters."""
+5,000 rows of Banking77, a quarter of it for coefficients, 51 to 53 on messages of 1,000
+characters."""
+
+NUMBER_BYTES = 8
+"""Of a coefficient, a score, or whether a row has a label: all are 64-bit numbers."""
 
 MIN_BASELINE_ROWS = 1_000
-"""Rows that it gets whatever the memory; fewer would be no baseline."""
+"""Rows that it gets if they fit into the memory at all; fewer would be no baseline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,34 +58,42 @@ def train_baseline(
     Banking77's training rows. A larger table is sampled to `max_rows` rows, stratified by label,
     and to fewer if they do not fit into `max_bytes`, but to no fewer than `MIN_BASELINE_ROWS`.
     If all texts are blank or there is only one class, it predicts the most frequent label.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.pipeline import make_pipeline
 
+    Raises:
+        torch.OutOfMemoryError: If the coefficients do not fit into the free memory.
+    """
     assert len(train_texts) == len(train_labels) > 0
     assert len(test_texts) == len(test_labels)
     began = time.perf_counter()
 
     # As many rows as the limits allow
-    max_rows = _fitting_rows(train_texts, max_rows, max_bytes)
-    rows = splits.sample_rows(train_labels, max_rows, seed)
-    texts = [train_texts[i] for i in rows]
-    targets = [train_labels[i] for i in rows]
+    num_classes = len(set(train_labels))
+    sample = _sample(
+        train_texts,
+        train_labels,
+        seed,
+        max_rows,
+        max_bytes,
+        # liblinear's coefficients are copied, and so are those that predict
+        bytes_per_n_gram=2 * NUMBER_BYTES * (1 if num_classes == 2 else num_classes),
+        other_bytes=NUMBER_BYTES * num_classes * len(test_texts),
+    )
+    targets = [train_labels[i] for i in sample.rows]
 
     # Fit, or fall back to the most frequent label
-    pipeline = make_pipeline(_tf_idf(), _svm(seed))
-    if any(text.strip() for text in texts) and len(set(targets)) > 1:
-        with warnings.catch_warnings():  # not quite converged is good enough for a baseline
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            in_thread(lambda: pipeline.fit(texts, targets))
-        predictions = [str(label) for label in pipeline.predict(test_texts)]
+    if sample.features is not None and len(set(targets)) > 1:
+        svm = _svm(seed)
+        with warnings.catch_warnings():  # not quite converged, or few rows a label, is good enough
+            warnings.simplefilter("ignore")
+            in_thread(lambda: svm.fit(sample.features, targets))
+        predictions = [str(label) for label in svm.predict(sample.tf_idf.transform(test_texts))]
     else:
         most_frequent = Counter(targets).most_common(1)[0][0]
         predictions = [most_frequent] * len(test_texts)
     return Baseline(
         metrics=measure(labels, test_labels, predictions),
         predictions=predictions,
-        num_train_rows=len(texts),
+        num_train_rows=len(sample.rows),
         num_all_train_rows=len(train_texts),
         seconds=time.perf_counter() - began,
     )
@@ -110,29 +122,41 @@ def train_set_baseline(
         seed: Of the sample.
         max_rows: Most training rows.
         max_bytes: Memory to keep within.
+
+    Raises:
+        torch.OutOfMemoryError: If the coefficients do not fit into the free memory.
     """
     from sklearn.multiclass import OneVsRestClassifier
-    from sklearn.pipeline import make_pipeline
 
     began = time.perf_counter()
-    rows = splits.sample_rows(train.strata, _fitting_rows(train.texts, max_rows, max_bytes), seed)
-    texts = [train.texts[i] for i in rows]
-    targets = indicators([train.labels[i] for i in rows], labels)
-    several = [i for i in range(len(labels)) if 0 < targets[:, i].sum() < len(rows)]
+    of_row = NUMBER_BYTES * len(labels)
+    sample = _sample(
+        train.texts,
+        train.strata,
+        seed,
+        max_rows,
+        max_bytes,
+        bytes_per_row=2 * of_row,
+        bytes_per_n_gram=of_row,  # liblinear's own are those of one label at a time
+        other_bytes=2 * of_row * (len(validation) + len(test)),
+    )
+    num_rows = len(sample.rows)
+    targets = indicators([train.labels[i] for i in sample.rows], labels)
+    several = [i for i in range(len(labels)) if 0 < targets[:, i].sum() < num_rows]
     always = targets.all(0)
     scores = {
         split: np.tile(np.where(always, np.inf, -np.inf), (len(table), 1))
         for split, table in (("validation", validation), ("test", test))
     }
-    if any(text.strip() for text in texts) and several:
-        pipeline = make_pipeline(_tf_idf(), OneVsRestClassifier(_svm(seed)))
+    if sample.features is not None and several:
+        svms = OneVsRestClassifier(_svm(seed))
         with warnings.catch_warnings():  # not quite converged is good enough for a baseline
             warnings.simplefilter("ignore")
             wanted = targets[:, several] if len(several) > 1 else targets[:, several[0]]
-            in_thread(lambda: pipeline.fit(texts, wanted))
+            in_thread(lambda: svms.fit(sample.features, wanted))
         for split, table in (("validation", validation), ("test", test)):
             if len(table):
-                found = pipeline.decision_function(table.texts)
+                found = svms.decision_function(sample.tf_idf.transform(table.texts))
                 scores[split][:, several] = found.reshape(len(table), len(several))
     thresholds = np.zeros(len(labels))
     if len(validation):
@@ -143,20 +167,72 @@ def train_set_baseline(
     return Baseline(
         metrics=measure_sets(labels, test.labels, predictions),
         predictions=predictions,
-        num_train_rows=len(texts),
+        num_train_rows=num_rows,
         num_all_train_rows=len(train),
         seconds=time.perf_counter() - began,
         description="TF-IDF + linear SVMs" + ("" if len(validation) else ", threshold 0"),
     )
 
 
-def _fitting_rows(texts: Sequence[str], max_rows: int, max_bytes: int | None) -> int:
-    """Return the most rows within a limit and a memory, but no fewer than `MIN_BASELINE_ROWS`."""
-    if max_bytes is None:
-        return max_rows
-    characters_each = max(1, sum(map(len, texts)) // len(texts))
-    fitting = max_bytes // (BYTES_PER_CHARACTER * characters_each)
-    return min(max_rows, max(MIN_BASELINE_ROWS, fitting))
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """Training rows, and the TF-IDF of their texts."""
+
+    rows: Sequence[int]
+    tf_idf: Any
+    features: Any  # [rows, n-grams], sparse; None if all texts are blank
+
+
+def _sample(
+    texts: Sequence[str],
+    strata: Sequence[str],
+    seed: int,
+    max_rows: int,
+    max_bytes: int | None,
+    *,
+    bytes_per_row: int = 0,
+    bytes_per_n_gram: int,
+    other_bytes: int,
+) -> _Sample:
+    """Return the rows that fit into a memory, but no fewer than `MIN_BASELINE_ROWS`.
+
+    How many n-grams they have is known afterwards only. If their coefficients do not fit, half of
+    the rows are tried, which have fewer.
+
+    Args:
+        texts: Of all rows.
+        strata: What they are stratified by.
+        seed: Of the sample.
+        max_rows: Most rows.
+        max_bytes: Memory to keep within; None if it is unknown.
+        bytes_per_row: Memory of a row beside its text.
+        bytes_per_n_gram: Memory of an n-gram's coefficients.
+        other_bytes: Memory that depends on neither.
+
+    Raises:
+        torch.OutOfMemoryError: If the coefficients of the least rows do not fit into what is free.
+    """
+    import torch
+
+    from remora.runtime import memory
+
+    if max_bytes is not None:
+        characters_each = max(1, sum(map(len, texts)) // len(texts))
+        of_row = BYTES_PER_CHARACTER * characters_each + bytes_per_row
+        max_rows = min(max_rows, max(MIN_BASELINE_ROWS, (max_bytes - other_bytes) // of_row))
+    while True:
+        rows = splits.sample_rows(strata, max_rows, seed)
+        own, tf_idf = [texts[i] for i in rows], _tf_idf()
+        if not any(text.strip() for text in own):
+            return _Sample(rows=rows, tf_idf=tf_idf, features=None)
+        features = tf_idf.fit_transform(own)
+        coefficients = bytes_per_n_gram * features.shape[1] + other_bytes
+        needed = BYTES_PER_CHARACTER * sum(map(len, own)) + bytes_per_row * len(rows) + coefficients
+        if max_bytes is None or needed <= max_bytes or len(rows) <= MIN_BASELINE_ROWS:
+            break
+        max_rows = max(MIN_BASELINE_ROWS, len(rows) // 2)
+    memory.refuse_to_exhaust(torch.device("cpu"), coefficients)
+    return _Sample(rows=rows, tf_idf=tf_idf, features=features)
 
 
 def _tf_idf() -> Any:

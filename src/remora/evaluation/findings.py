@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from remora.evaluation import calibration, run_commands
 from remora.evaluation.rivals import AS_GOOD, Rival, seconds_of
-from remora.evaluation.run_facts import SIGNIFICANT, RunFacts
+from remora.evaluation.run_facts import RunFacts
 from remora.formatting import spoken_time
 
 Kind = Literal[
@@ -27,7 +27,6 @@ Kind = Literal[
     "apply",
     "merge_labels",
     "more_rows",
-    "linear_head",
     "larger_model",
     "smaller_model",
     "abstain",
@@ -39,9 +38,6 @@ LEAST_RISE_ROWS = 6
 LEAST_RISE = 0.01
 WORTH_DOUBLING = 0.01
 """Accuracy that doubling the rows must add to be worth the labelling, as in a learning curve."""
-HEAD_LABELS, HEAD_FEW_ROWS, HEAD_PARAMETERS = 50, 30, 1_000_000_000
-"""Where a linear head was measured to be better than written labels: with many labels, most of all
-where each has few training rows, on small bases; docs/concepts/answers.md has the tables."""
 GOOD = 0.95
 """From this accuracy on no message needs to be withheld."""
 WANTED = (0.99, 0.98, 0.95, 0.9, 0.85, 0.8)
@@ -90,7 +86,7 @@ def undertrained(facts: RunFacts) -> NextStep | None:
     worth = max(
         facts.error * (1 - share) / 2 if is_short else 0.0,
         rising[0] / 2 if rising else 0.0,
-        1.01 * behind[0].difference if behind else 0.0,  # just before the rival itself
+        1.01 * behind[0].lead if behind else 0.0,  # just before the rival itself
     )
     why = "it has had few epochs" if is_short else "validation still rose at the end"
     return NextStep(
@@ -153,14 +149,14 @@ def better_rival(facts: RunFacts) -> NextStep | None:
         sentence=sentence,
         evidence=(lead(rival, p_value, facts.trained), *_price(rival, facts)),
         command=command,
-        worth=rival.difference,
+        worth=rival.lead,
     )
 
 
 def _as_good_rival(facts: RunFacts) -> NextStep | None:
     """Find a baseline that loses at most a point, by its 95 % interval, and is far cheaper."""
     for rival, p_value in facts.rivals:
-        interval = rival.difference_interval
+        interval = rival.lead_interval
         if interval is None or interval[0] < -AS_GOOD or not _price(rival, facts):
             continue
         return NextStep(
@@ -179,16 +175,10 @@ def _comparison(facts: RunFacts) -> str:
 
 
 def lead(rival: Rival, p_value: float, trained: str) -> str:
-    """Return a clause on a baseline beside the model: points, interval and p-value."""
-    interval = ""
-    if rival.difference_interval:
-        low, high = (100 * bound for bound in rival.difference_interval)
-        interval = f"95% interval {low:+.1f} to {high:+.1f}, "
+    """Return a clause on a baseline beside the model: points, interval and test."""
     where = f" on {rival.num_rows:,} rows" if rival.num_rows < rival.num_all_rows else ""
-    return (
-        f"{rival.description} is {rival.side} the {trained}{where} "
-        f"({interval}p = {p_value:.2g}, exact McNemar test)"
-    )
+    evidence = rival.spoken_lead(f"p = {p_value:.2g}, exact McNemar test")
+    return f"{rival.description} is {rival.side} the {trained}{where} ({evidence})"
 
 
 def _price(rival: Rival, facts: RunFacts) -> tuple[str, ...]:
@@ -236,8 +226,9 @@ def larger_model(facts: RunFacts) -> NextStep | None:
                 "interval of the learning curve",
             )
         )
-    if facts.rivals and facts.error >= 0.05 and facts.rivals[0][1] >= SIGNIFICANT:
-        found.append((0.1 * facts.error, lead(*facts.rivals[0], facts.trained)))
+    best = facts.rivals[0] if facts.rivals else None
+    if best and facts.error >= 0.05 and not best[0].is_apart(best[1]):
+        found.append((0.1 * facts.error, lead(*best, facts.trained)))
     if not found:
         return None
     return NextStep(
@@ -249,43 +240,11 @@ def larger_model(facts: RunFacts) -> NextStep | None:
     )
 
 
-def linear_head(facts: RunFacts) -> NextStep | None:
-    """Find a table on which a linear head is likely to be better than labels that are written.
-
-    The evidence is that of other tables, since one run cannot show it of its own.
-    """
-    settings, num_labels = facts.settings, len(facts.run.labels)
-    writes = settings.get("answer", "words") == "words" and facts.plan.get("layout") == "tree"
-    needs_words = settings.get("label_texts") or "zero-shot" in settings.get("baselines", ())
-    if not writes or needs_words or settings.get("start_from") or not facts.num_train_rows:
-        return None
-    is_measured = num_labels >= HEAD_LABELS and facts.base_parameters <= HEAD_PARAMETERS
-    if not is_measured or facts.error < 0.05:
-        return None
-    per_label = facts.num_train_rows / num_labels
-    is_few = per_label < HEAD_FEW_ROWS
-    gain, rows = ("3.5 to 6.7", "10 rows for each") if is_few else ("0.7 to 2.0", "all 9,003 rows")
-    return NextStep(
-        kind="linear_head",
-        sentence=(
-            "Try a linear head in place of written labels, unless llama.cpp or vLLM is to run the "
-            "model."
-        ),
-        evidence=(
-            f"{num_labels:,} labels with {per_label:,.0f} training rows each on average",
-            f"on the 77 labels of Banking77 with {rows}, a head had {gain} points more in the mean "
-            "of three seeds, with bases of 5.5 and 135 million parameters",
-        ),
-        command=run_commands.train_again(facts, "--answer", "classes"),
-        worth=min(0.035 if is_few else 0.01, facts.error / 2),
-    )
-
-
 def smaller_model(facts: RunFacts) -> NextStep | None:
     """Find out whether a smaller base model may do: the task is easy, as a baseline shows."""
     low, _ = facts.metrics["accuracy_interval"]
     model = run_commands.smaller_model(facts)
-    if not model or low < GOOD or not facts.rivals or facts.rivals[0][0].difference < -0.03:
+    if not model or low < GOOD or not facts.rivals or facts.rivals[0][0].lead < -0.03:
         return None
     return NextStep(
         kind="smaller_model",

@@ -8,7 +8,7 @@ accuracy, and McNemar's test applies.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,9 @@ fewer the best one is chance."""
 
 NUM_RESAMPLES = 1_000
 """Samples of the bootstrap; its intervals hold 95% of them."""
+
+BLOCK_ELEMENTS = 1 << 21
+"""Numbers that the bootstrap holds in one array, 16 MB: of few samples where rows are many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,15 +228,26 @@ def _resampled(
     true: NDArray[np.int64], given: NDArray[np.int64], seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return true, given and hit labels, [1 + resamples, labels]: of all rows, and of samples."""
-    num_rows = len(true)
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(num_rows, np.full(num_rows, 1 / num_rows), NUM_RESAMPLES)
-    weights = np.concatenate([np.ones((1, num_rows), dtype=weights.dtype), weights])
-    wide = weights.astype(np.float32)
-    of_true, of_given, hits = (
-        (wide @ each.astype(np.float32)).astype(np.float64) for each in (true, given, true & given)
-    )
-    return of_true, of_given, hits
+    num_rows, num_labels = true.shape
+    found = np.zeros((3, 1 + NUM_RESAMPLES, num_labels))
+    found[:, 0] = true.sum(0), given.sum(0), np.einsum("rl,rl->l", true, given)
+    rng, shares = np.random.default_rng(seed), np.full(num_rows, 1 / num_rows)
+    for samples in _blocks(NUM_RESAMPLES, num_rows):
+        weights = rng.multinomial(num_rows, shares, len(samples))
+        for rows in _blocks(num_rows, max(num_labels, len(samples))):
+            part = slice(rows.start, rows.stop)
+            wide = weights[:, part].astype(np.float32)
+            own = slice(1 + samples.start, 1 + samples.stop)
+            for place, each in enumerate((true[part], given[part], true[part] & given[part])):
+                found[place, own] += wide @ each.astype(np.float32)
+    return found[0], found[1], found[2]
+
+
+def _blocks(number: int, each: int) -> Iterator[range]:
+    """Yield ranges that cover a number of things, of which each takes so many elements."""
+    step = max(1, BLOCK_ELEMENTS // max(1, each))
+    for start in range(0, number, step):
+        yield range(start, min(number, start + step))
 
 
 def _bootstrap(
@@ -277,6 +291,15 @@ def _ranking(
     among = rankdata(np.where(is_true, -scores, np.inf), "max", axis=1)
     shares = np.where(is_true, among / ranks, 0.0).sum(1) / np.maximum(is_true.sum(1), 1)
     shares[~is_true.any(1) | is_true.all(1)] = 1.0
-    rows = np.random.default_rng(seed).integers(len(true), size=(NUM_RESAMPLES, len(true)))
-    low, high = np.quantile(shares[rows].mean(1), [0.025, 0.975])
+    low, high = np.quantile(_means_of_samples(shares, seed), [0.025, 0.975])
     return mean, (float(low), float(high))
+
+
+def _means_of_samples(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Return the mean of the rows' values in each sample, [resamples]."""
+    rng, num_rows = np.random.default_rng(seed), len(values)
+    means = [
+        values[rng.integers(num_rows, size=(len(samples), num_rows))].mean(1)
+        for samples in _blocks(NUM_RESAMPLES, num_rows)
+    ]
+    return np.concatenate(means)

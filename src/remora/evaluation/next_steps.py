@@ -23,7 +23,6 @@ Find: TypeAlias = "Callable[[RunFacts], NextStep | None]"
 ALWAYS: tuple[Find, ...] = (
     findings.undertrained,
     findings.better_rival,
-    findings.linear_head,
     label_findings.suspect_labels,
     label_findings.unexplained_mistakes,
 )

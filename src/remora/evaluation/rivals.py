@@ -18,7 +18,8 @@ from remora.formatting import spoken_time
 
 SIGNIFICANT = 0.05
 AS_GOOD = 0.01
-"""A rival is as good if the 95 % interval says that it loses no more accuracy than this."""
+"""A rival is as good if the 95 % interval says that it loses no more accuracy than this, or no more
+micro-F1 where rows have several labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +71,48 @@ class Rival:
         return ", ".join(parts)
 
     @property
+    def lead(self) -> float:
+        """Its accuracy minus that of the trained model; micro-F1 where rows have several labels.
+
+        That is what selects the weights of such a run. All labels of a row are rarely right, so two
+        may be level in exact matches and far apart in what they miss.
+        """
+        return self.difference if self.micro_f1_difference is None else self.micro_f1_difference
+
+    @property
+    def lead_interval(self) -> tuple[float, float] | None:
+        """The 95% interval of its lead; None in runs of earlier versions."""
+        of_sets = self.micro_f1_difference_interval
+        return self.difference_interval if of_sets is None else of_sets
+
+    @property
     def side(self) -> str:
-        """Where its accuracy is beside the trained model's, such as 2.8 points below."""
-        if not self.difference:
-            return "level with"
-        return (
-            f"{100 * abs(self.difference):.1f} points {'above' if self.difference > 0 else 'below'}"
-        )
+        """Where it is beside the trained model, such as 2.8 points below."""
+        of_sets = self.micro_f1_difference is not None
+        if not self.lead:
+            return "level in micro-F1 with" if of_sets else "level with"
+        measure = " of micro-F1" if of_sets else ""
+        return f"{100 * abs(self.lead):.1f} points{measure} {'above' if self.lead > 0 else 'below'}"
+
+    def is_apart(self, p_value: float) -> bool:
+        """Whether its lead is not by chance.
+
+        Args:
+            p_value: Of its accuracy, adjusted; in micro-F1 the interval decides instead.
+        """
+        if self.micro_f1_difference_interval is None:
+            return p_value < SIGNIFICANT
+        low, high = self.micro_f1_difference_interval
+        return not low <= 0 <= high
+
+    def spoken_lead(self, test: str) -> str:
+        """Return the interval of its lead, and the test that its accuracy was put to."""
+        if self.micro_f1_difference_interval is not None:
+            test = "paired bootstrap"
+        if self.lead_interval is None:
+            return test
+        low, high = (100 * bound for bound in self.lead_interval)
+        return f"95% interval {low:+.1f} to {high:+.1f}, {test}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rival as JSON holds it."""
@@ -208,7 +244,8 @@ def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
     """Return a sentence on the best rival: whether it is the better choice, as good, or worse.
 
     The best is the one with the largest lead over the trained model on the rows that both were
-    measured on. Its p-value is adjusted for the number of rivals by Holm's method.
+    measured on. Its p-value is adjusted for the number of rivals by Holm's method. Where rows have
+    several labels, micro-F1 decides, by its interval.
 
     Args:
         rivals: At least one.
@@ -216,30 +253,31 @@ def verdict(rivals: Sequence[Rival], trained: str, seconds: float) -> str:
         seconds: The time that it took to train and to score held-out rows.
     """
     adjusted = holm([each.p_value for each in rivals])
-    best, p_value = max(zip(rivals, adjusted, strict=True), key=lambda each: each[0].difference)
-    points = 100 * best.difference
+    best, p_value = max(zip(rivals, adjusted, strict=True), key=lambda each: each[0].lead)
+    points = 100 * best.lead
     how = "exact McNemar test"
     if len(rivals) > 1:
         how += f", adjusted for {len(rivals)} baselines"
     p = f"p = {p_value:.2g}, {how}"
-    if p_value < SIGNIFICANT and points > 0:
-        what = " of rows with all labels right" if best.micro_f1 is not None else ""
+    reached, evidence = f"{best.accuracy:.1%}", p
+    if best.micro_f1 is not None:
+        reached, evidence = f"{best.micro_f1:.1%} micro-F1", best.spoken_lead(p)
+    if best.is_apart(p_value) and points > 0:
         return (
-            f"{best.description} reaches {best.accuracy:.1%}{what} in {spoken_time(best.seconds)}, "
-            f"{points:.1f} points above the {trained} ({p}): prefer it, or give the {trained} "
-            "more rows or epochs"
+            f"{best.description} reaches {reached} in {spoken_time(best.seconds)}, "
+            f"{points:.1f} points above the {trained} ({evidence}): prefer it, or give the "
+            f"{trained} more rows or epochs"
         )
     named = best.description if len(rivals) == 1 else f"the best baseline, {best.description}"
-    if p_value < SIGNIFICANT:
-        return f"the {trained} is {-points:.1f} points better than {named} ({p})"
+    if best.is_apart(p_value) and best.micro_f1 is not None:
+        return f"{named} is {best.side} the {trained} ({evidence})"
+    if best.is_apart(p_value):
+        return f"the {trained} is {-points:.1f} points better than {named} ({evidence})"
     cheaper = seconds / max(best.seconds, 1e-3)
     cost = f", and {cheaper:.0f} times cheaper" if cheaper >= 2 else ""
-    word, interval = "may be", ""
-    if best.difference_interval is not None:
-        low, high = best.difference_interval
-        interval = f"95% interval {100 * low:+.1f} to {100 * high:+.1f}, "
-        word = "is" if low >= -AS_GOOD else "may be"
+    interval = best.lead_interval
+    word = "is" if interval is not None and interval[0] >= -AS_GOOD else "may be"
     return (
         f"{best.description} {word} as good: it is {best.side} the {trained}, "
-        f"which {best.num_rows:,} rows do not tell from chance ({interval}{p}){cost}"
+        f"which {best.num_rows:,} rows do not tell from chance ({best.spoken_lead(p)}){cost}"
     )

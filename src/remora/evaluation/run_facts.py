@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import TrainConfig
+from remora.config.checks import is_read_once
 from remora.data.corrections import read_sheet
-from remora.data.dataset import is_read_once
 from remora.errors import DataError
 from remora.evaluation import results
 from remora.evaluation.predictions import PROBABILITIES, Scored, read_probabilities
@@ -86,7 +86,7 @@ class RunFacts:
         if not self.rivals:
             return None
         rival, p_value = self.rivals[0]
-        return (rival, p_value) if rival.difference > 0 and p_value < SIGNIFICANT else None
+        return (rival, p_value) if rival.lead > 0 and rival.is_apart(p_value) else None
 
     @property
     def evaluations(self) -> list[Figures]:
@@ -152,9 +152,7 @@ class RunFacts:
     @property
     def can_read_again(self) -> bool:
         """Whether the training rows can be read again, which a pipe cannot."""
-        source = str(self.settings.get("data", ""))
-        fleeting = source.startswith(("/dev/stdin", "/dev/fd/", "/proc/"))
-        return not fleeting and not is_read_once(source)
+        return not is_read_once(str(self.settings.get("data", "")))
 
     @cached_property
     def validation(self) -> Scored | None:

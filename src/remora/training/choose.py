@@ -169,7 +169,10 @@ class _Search:
         return option
 
     def _refuse(self, model: str, before: Results | None, told: str) -> str:
-        """Return why a model is not worth its training, or ""."""
+        """Return why a model is not worth its training, or ""; it is if it is trained already."""
+        if resume.is_finished(self._path(model)):
+            self._note_pilots(model, before)
+            return ""
         plan = self.plans[model]
         if not plan.fits:
             return (
@@ -202,6 +205,13 @@ class _Search:
             f"with {size} rows per class it is {100 * gain:+.1f} points beside "
             f"{self._model_of(before)}, so at most {most:.1%} can be expected of it with all rows"
         )
+
+    def _note_pilots(self, model: str, before: Results | None) -> None:
+        """Note the pilots that a model was trained after, whose time is spent."""
+        names = [model] if before is None else [self._model_of(before), model]
+        for path in (self._path(name, self._pilot_size()) for name in names):
+            if resume.is_finished(path):
+                self.runs[path] = results.read(path)
 
     def _pilot_size(self) -> int:
         counts = sorted(Counter(self.dataset.train.strata).values())
@@ -263,19 +273,24 @@ class _Search:
         self.reporter.say(f"{model}: {_spoken(self.options[model])}")
         return run
 
+    def _path(self, model: str, per_class: int | None = None) -> Path:
+        """Return the directory of a model's run, with all rows or a part of them."""
+        return self.directory / (
+            self.names[model] + (f"-{per_class}-per-class" if per_class else "")
+        )
+
     def _run(self, model: str, per_class: int | None, told: str) -> Results:
         """Return a run that is finished, or train it."""
-        name = self.names[model] + (f"-{per_class}-per-class" if per_class else "")
-        path = self.directory / name
+        path = self._path(model, per_class)
         settings = self.config.of(
             model,
-            output=self.directory,
-            name=name,
+            output=path.parent,
+            name=path.name,
             max_time=None,
             rows_per_class=per_class or self.config.rows_per_class,
             **({"baselines": ("none",)} if per_class else {}),
         )
-        if path.is_dir() and resume.is_finished(path):
+        if resume.is_finished(path):
             self._refuse_other_run(path, settings)
             self.reporter.say(f"{told}: finished already")
         else:

@@ -35,6 +35,7 @@ from remora.report import pages
 from remora.runtime import files, memory
 from remora.runtime.reporter import Reporter
 from remora.training.progress import Progress
+from remora.training.rivals import attempt
 from remora.training.session import Session
 
 
@@ -146,7 +147,7 @@ def train_svm(dataset: Dataset, held_out: Table, seed: int) -> Baseline:
 def conclude(
     session: Session, directory: Path, progress: Progress, scores: Mapping[str, Scored], svm: bool
 ) -> TrainResult:
-    """Measure beside the SVM, and write the figures into the run directory.
+    """Measure, write the figures into the run directory, then add the SVM unless it fails.
 
     Where rows have several labels, the thresholds by which they are given are in the scores, and go
     into the model's card.
@@ -161,14 +162,9 @@ def conclude(
     config, dataset = session.config, session.dataset
     measured_on, held_out = held_out_rows(dataset)
     predicted = labels_given(scores[measured_on], dataset.labels)
-    baseline = train_svm(dataset, held_out, config.seed) if svm else None
-    # Figures
     true, hierarchy = held_out.labels, session.card.hierarchy
     metrics = measured(scores[measured_on], held_out, dataset.labels)
     metrics = with_levels(metrics, hierarchy, true, predicted)
-    if baseline:
-        theirs = with_levels(baseline.metrics, hierarchy, true, baseline.predictions)
-        baseline = replace(baseline, metrics=theirs)
     weights = metadata.adapter_folder(directory)
     if isinstance(scored := scores[measured_on], ScoredSets):
         metadata.set_thresholds(weights, scored.thresholds.tolist())
@@ -180,8 +176,8 @@ def conclude(
         reliability=calibration.assess(
             scores[measured_on], scores.get("validation") if measured_on == "test" else None
         ),
-        baseline=baseline,
-        p_value=(mcnemar(true, predicted, baseline.predictions) if baseline else None),
+        baseline=None,
+        p_value=None,
         parameters=session.parameters,
         adapter_bytes=files.folder_bytes(weights, "*.safetensors"),
         base_bytes=files.folder_bytes(session.base_folder, "*.safetensors"),
@@ -198,7 +194,21 @@ def conclude(
         num_processes=session.group.size,
     )
     write_probabilities(directory / PROBABILITIES, dataset.labels, scores)
+    result = add_rivals(session, result, scores, [])
     _write_neighbours(session, directory, held_out, scores[measured_on])
+    # The SVM, once the figures are written
+    baseline = None
+    if svm:
+        with attempt(session, "svm"):
+            baseline = train_svm(dataset, held_out, config.seed)
+    if baseline is None:
+        return result
+    theirs = with_levels(baseline.metrics, hierarchy, true, baseline.predictions)
+    result = replace(
+        result,
+        baseline=replace(baseline, metrics=theirs),
+        p_value=mcnemar(true, predicted, baseline.predictions),
+    )
     return add_rivals(session, result, scores, [])
 
 

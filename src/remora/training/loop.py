@@ -57,7 +57,8 @@ def fit(
     Args:
         session: The model, its rows and settings. Its processes call this together.
         log: Called with each step and evaluation as a dict.
-        save: Called when the weights are better than before, in all processes.
+        save: Called in all processes when the weights are better than before, and at the end of
+            a run that was resumed or has no best weights.
         checkpoints: Folder to save the state in: periodically, when stopped, and at the end.
         resumed: The checkpoint to resume from; the run ends with the bits of an uninterrupted one.
         num_scored: Rows that are scored afterwards, for the time that is told.
@@ -110,8 +111,10 @@ def fit(
     state.save()
     if state.best_weights is None:
         progress.best_step = progress.step
-        save()
     state.finish()
+    # What a resumed run finds on disk may be of a later step, which is no longer the best
+    if state.best_weights is None or resumed is not None:
+        save()
     return progress
 
 

@@ -220,13 +220,13 @@ def of_base(session: Session, chosen: Chosen, held_out: Table, directory: Path) 
         return found
     with contextlib.ExitStack() as stack:
         base = as_base(session.model, session.card, session.base_folder, session.precision.base)
-        with _attempt(session, names):
+        with attempt(session, names):
             _agreed(session, lambda: stack.enter_context(base))
             if chosen.zero_shot_rows:
-                with _attempt(session, "zero-shot"):
+                with attempt(session, "zero-shot"):
                     found.zero_shot = _zero_shot(session, chosen, held_out)
             if chosen.probe_rows:
-                with _attempt(session, "probe"):
+                with attempt(session, "probe"):
                     found.features = _features(session, chosen, held_out, directory)
     return found
 
@@ -235,10 +235,10 @@ def answers(session: Session, chosen: Chosen, base: OfBase, held_out: Table) -> 
     """Return the answers of all baselines but the SVM; the first process alone calls it."""
     found = [base.zero_shot] if base.zero_shot else []
     if base.features is not None:
-        with _attempt(session, "probe"):
+        with attempt(session, "probe"):
             found.append(_probe(session, base.features, held_out))
     if chosen.embeddings:
-        with _attempt(session, "embeddings"):
+        with attempt(session, "embeddings"):
             found.append(_embeddings(session, chosen.embeddings, held_out))
     return found
 
@@ -248,7 +248,7 @@ class _Failed(Exception):  # noqa: N818  (the one line of it is shown)
 
 
 @contextlib.contextmanager
-def _attempt(session: Session, name: str) -> Iterator[None]:
+def attempt(session: Session, name: str) -> Iterator[None]:
     """Leave a baseline out if it fails, whatever the reason: it must not cost the run anything."""
     reason = None
     try:

@@ -184,7 +184,8 @@ class _Tuning:
         if "answer" in self.config.search:
             class_head.describe(self._base(), self.dataset.labels)
         writes = "answer" in self.config.search or self.config.answer == "words"
-        if self.config.label_texts or not writes or not self._words():  # nothing else to write
+        is_given = self.config.label_texts or self.config.start_from  # whose texts stay
+        if is_given or not writes or not self._words():  # nothing else to write
             del space["label_texts"]
         return {name: space[name] for name in self.config.search if name in space}
 
@@ -365,10 +366,14 @@ class _Tuning:
         """Train with the best settings as `train` does, unless that is done."""
         path = self.directory / BEST
         settings = replace(self._settings(params), output=self.directory, name=BEST, max_time=None)
-        if path.is_dir() and resume.is_finished(path):
-            if not any(resume.differences(path, settings, self.dataset.summary.sha256)):
+        if (path / "config.toml").is_file():
+            if any(resume.differences(path, settings, self.dataset.summary.sha256)):
+                if not resume.is_finished(path):
+                    with resume.hold(path):  # refuses a run that another process trains
+                        pass
+                shutil.rmtree(path)  # of fewer trials
+            elif resume.is_finished(path):
                 return path
-            shutil.rmtree(path)  # of fewer trials
         train_until(settings, self.stop, self.reporter, load_rows=lambda _: self.dataset)
         return path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ def load_adapter_of(
         base: What its base model is recognized by.
 
     Returns:
-        The prompt, in which the labels that the run had too are answered as there.
+        The prompt, in which the labels that the run had too are written and answered as there.
 
     Raises:
-        ConfigError: If the adapters differ in their form, or the prompts in their instruction.
+        ConfigError: If the adapters differ in their form, or the prompts in their instruction, or
+            in what is written for a label.
         ModelError: If the run has no adapter, a file of it is broken, or its base is another one.
     """
     folder = metadata.adapter_folder(Path(run))
@@ -57,6 +58,7 @@ def load_adapter_of(
         raise ConfigError(
             f"{run} gives a message {there}, and these rows have {here}; begin with the base model"
         )
+    prompt = _with_texts_of(run, card, config, prompt)
     places = {label: index for index, label in enumerate(card.classes)}
     rows = [places.get(label) for label in prompt.classes]
     saved.load_into(adapted, folder, _refuse_other_form(run, config), rows)
@@ -74,6 +76,42 @@ def told(run: str, labels: tuple[str, ...]) -> Iterator[str]:
             f"{len(gone):,} labels of {run} are not in the table and no longer answers, such as "
             f"{gone[0]!r}; add rows of theirs to keep them"
         )
+    if texts := _texts_of(card, labels):
+        label, text = next(iter(texts.items()))
+        yield f"labels are written as in {run}, such as {label!r} as {text!r}"
+
+
+def _texts_of(card: AdapterCard, labels: Collection[str]) -> dict[str, str]:
+    """Return the texts that a run writes for some labels, if other than the labels."""
+    return {label: text for label, text in card.label_texts.items() if label in labels}
+
+
+def _with_texts_of(run: str, card: AdapterCard, config: TrainConfig, prompt: Prompt) -> Prompt:
+    """Return the prompt with the texts that a run writes for the labels that both have.
+
+    Raises:
+        ConfigError: If the settings give another text for one of them.
+    """
+    for label, here in config.label_texts.items():
+        there = card.label_texts.get(label, label)
+        if label in card.labels and here != there:
+            raise ConfigError(
+                f"{run} writes {there!r} for the label {label!r} and label_texts has {here!r}; "
+                "give the same text, or leave it out"
+            )
+    joined = {label: text for label, text in prompt.label_texts.items() if label not in card.labels}
+    texts = joined | _texts_of(card, prompt.labels)
+    if texts == prompt.label_texts:
+        return prompt
+    return type(prompt)(
+        prompt.tokenizer,
+        prompt.labels,
+        instruction=prompt.instruction,
+        list_labels=prompt.list_labels,
+        label_texts=texts,
+        max_length=prompt.max_length,
+        kept=prompt.kept,
+    )
 
 
 def _refuse_other_form(run: str, config: TrainConfig) -> Any:

@@ -41,6 +41,10 @@ LOGIT_ELEMENTS = 1 << 25
 BATCH_ROWS = 256
 """Messages that are scored at a time."""
 
+WINDOWS_TOLERANCE = 1e-2
+"""Most tolerance of the windows of one message. What is averaged over them is the probability of
+each label, so that of the likeliest one alone would not tell the likeliest of the mean."""
+
 Advance: TypeAlias = Callable[[int], object]
 """Takes the number of messages that are done now."""
 
@@ -97,7 +101,8 @@ class Scorer:
             prompt: How messages are asked and labels are answered.
             max_tokens: Most tokens in one packed row, unless one message needs more.
             tolerance: Maximum total probability left on unexplored labels. 0 explores every label;
-                1 stops as soon as the most probable label is certain.
+                1 stops as soon as the most probable label is certain. A message that is read in
+                windows gets at most `WINDOWS_TOLERANCE`.
             autocast: 16-bit type to compute in.
             limit_bytes: Memory of the process above which freed CPU memory is given back.
             layout: How messages are computed together; by default in the model's layout.
@@ -131,7 +136,7 @@ class Scorer:
         """Return the probability of each label for each message, [messages, labels], rows sum to 1.
 
         Each is within `tolerance` of its value with every label explored, and the largest is the
-        exact argmax.
+        exact argmax; of a message that is read in windows, if it leads by more than the tolerance.
 
         Args:
             messages: The messages.
@@ -158,7 +163,8 @@ class Scorer:
 
     def _score(self, messages: Sequence[str], advance: Advance) -> NDArray[np.float64]:
         windows = self._windows(messages)
-        searches = self._searched([(stem, None) for stems in windows for stem in stems], advance)
+        asked = [(stem, None) for stems in windows for stem in stems]
+        searches = self._searched(asked, self._tolerances(windows), advance)
         found = np.stack([search.probabilities() for search in searches])
         return pooled(found, list(map(len, windows)))
 
@@ -169,7 +175,7 @@ class Scorer:
 
         Exact, for about the tokens of the messages with their labels. The loss is the cross entropy
         of the label's tokens, as in training, summed. A message that is read in windows is judged
-        by its averaged probabilities, within `tolerance` as those are, and so is its loss.
+        by its averaged probabilities, within its tolerance as those are, and so is its loss.
 
         Args:
             messages: The messages.
@@ -182,7 +188,7 @@ class Scorer:
             for stems, label in zip(windows, labels, strict=True)
             for stem in stems
         ]
-        searches = iter(self._searched(asked, advance))
+        searches = iter(self._searched(asked, self._tolerances(windows), advance))
         correct, losses = [], []
         for stems, label in zip(windows, labels, strict=True):
             own = [next(searches) for _ in stems]
@@ -206,6 +212,11 @@ class Scorer:
             self.num_cut += self.prompt.count_cut(messages)
         return windows
 
+    def _tolerances(self, windows: Sequence[Sequence[Stem]]) -> list[float]:
+        """Return the tolerance of each window; a head knows all labels at once, whatever it is."""
+        most = self.tolerance if self.prompt.classes else min(self.tolerance, WINDOWS_TOLERANCE)
+        return [self.tolerance if len(own) == 1 else most for own in windows for _ in own]
+
     @property
     def told_cut(self) -> str | None:
         """A sentence on the messages that were too long so far; None if none were."""
@@ -219,20 +230,29 @@ class Scorer:
         return f"{longer}truncated as in training (--truncate {self.prompt.kept})"
 
     @torch.inference_mode()
-    def _searched(self, asked: Sequence[Asked], advance: Advance) -> list[Search]:
-        """Return the finished search of each message; equal ones are computed once."""
+    def _searched(
+        self, asked: Sequence[Asked], tolerances: Sequence[float], advance: Advance
+    ) -> list[Search]:
+        """Return the finished search of each message; equal ones are computed once.
+
+        Those of one tolerance are searched together, so that no answer depends on the others.
+        """
         was_training = self.model.training
         self.model.eval()
-        counts = Counter(asked)
-        found: dict[Asked, Search] = {}
+        found: dict[tuple[Asked, float], Search] = {}
         device = next(self.model.parameters()).device
         with self._arithmetic():
-            for group in self._searching.groups(sorted(counts)):
-                threads.adapt(device)
-                found |= zip(group, self._searching.search(group), strict=True)
-                advance(sum(counts[each] for each in group))
+            for tolerance in sorted(set(tolerances)):
+                self._searching.tolerance = tolerance
+                own = zip(asked, tolerances, strict=True)
+                counts = Counter(each for each, wanted in own if wanted == tolerance)
+                for group in self._searching.groups(sorted(counts)):
+                    threads.adapt(device)
+                    keys = [(each, tolerance) for each in group]
+                    found |= zip(keys, self._searching.search(group), strict=True)
+                    advance(sum(counts[each] for each in group))
         self.model.train(was_training)
-        return [found[each] for each in asked]
+        return [found[key] for key in zip(asked, tolerances, strict=True)]
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
