@@ -222,7 +222,10 @@ def _renamed(cell: str, table: Table, names: Mapping[str, str]) -> str:
         return escape_formula(names[label])
     if not label or not table.multi_label:
         return cell
-    found = [str(name) for name in names_in(label, table.form)]
+    try:
+        found = [str(name) for name in names_in(label, table.form)]
+    except DataError:  # which is told with its line where the decision is read
+        return cell
     return escape_formula(table.written(set_text(names.get(name, name) for name in found)))
 
 
