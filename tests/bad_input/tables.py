@@ -324,6 +324,18 @@ CASES: list[Case] = [
         ],
     ),
     (
+        "standard input for a choice of models",
+        2,
+        lambda s: ["choose", "-", "--input-format", "csv", "--models", "base", "--bar", "0.9"],
+    ),
+    (
+        "another text for a label that an earlier adapter knows",
+        2,
+        lambda s: train(
+            *("good.csv", "--from", "runs/good", "--label-texts", '{"refund": "money back"}')
+        ),
+    ),
+    (
         "standard input for two processes",
         2,
         lambda s: train("-", "--input-format", "csv", "--devices", "2"),

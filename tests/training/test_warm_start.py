@@ -226,6 +226,7 @@ def test_exports_allow_the_texts_of_the_run(
     run = train(config, reporter=reporter).directory
     told = f"labels are written as in {config.start_from}, such as 'refund' as 'money back'"
     assert told in said
+    assert not [line for line in said if "cannot encode" in line]
     prompt = saved.open_trained(run, device="cpu").prompt
     written = {OLD[0]: OLD[0], OLD[1]: "money back", NEW: NEW}
     decoded = prompt.tokenizer.batch_decode(prompt.answers, skip_special_tokens=True)

@@ -156,10 +156,13 @@ def introduce(
         why += ", halved for a linear head" if config.learns_a_head else ""
         rate = config.rate(width)
         yield f"learning rate {rate:.1e}, the default for a hidden size of {width}{why}"
+    given = {*config.label_texts}
     if config.start_from:
         yield from warm_start.told(config.start_from, dataset.labels)
-    if prompt.label_texts.keys() - config.label_texts.keys():
-        label, text = next(iter(prompt.label_texts.items()))
+        begun_with = metadata.read_card(metadata.adapter_folder(Path(config.start_from)))
+        given |= warm_start.texts_of(begun_with, prompt.labels).keys()
+    if respelled := [label for label in prompt.label_texts if label not in given]:
+        label, text = respelled[0], prompt.label_texts[respelled[0]]
         yield (
             "this tokenizer cannot encode all labels as they are; they are written with spaces, "
             f"{label} as {text!r}"

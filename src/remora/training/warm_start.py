@@ -76,12 +76,12 @@ def told(run: str, labels: tuple[str, ...]) -> Iterator[str]:
             f"{len(gone):,} labels of {run} are not in the table and no longer answers, such as "
             f"{gone[0]!r}; add rows of theirs to keep them"
         )
-    if texts := _texts_of(card, labels):
+    if texts := texts_of(card, labels):
         label, text = next(iter(texts.items()))
         yield f"labels are written as in {run}, such as {label!r} as {text!r}"
 
 
-def _texts_of(card: AdapterCard, labels: Collection[str]) -> dict[str, str]:
+def texts_of(card: AdapterCard, labels: Collection[str]) -> dict[str, str]:
     """Return the texts that a run writes for some labels, if other than the labels."""
     return {label: text for label, text in card.label_texts.items() if label in labels}
 
@@ -100,7 +100,7 @@ def _with_texts_of(run: str, card: AdapterCard, config: TrainConfig, prompt: Pro
                 "give the same text, or leave it out"
             )
     joined = {label: text for label, text in prompt.label_texts.items() if label not in card.labels}
-    texts = joined | _texts_of(card, prompt.labels)
+    texts = joined | texts_of(card, prompt.labels)
     if texts == prompt.label_texts:
         return prompt
     return type(prompt)(
