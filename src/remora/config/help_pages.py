@@ -79,7 +79,7 @@ EXAMPLES = {
     "export": (
         "remora export runs/data-nano --merge",
         "remora export runs/data-nano --compress --budget 1MB",
-        "remora export runs/data-nano --gguf f16,q8_0 --llama-cpp llama.cpp",
+        "remora export runs/data --gguf q8_0 --llama-cpp llama.cpp",
     ),
     "serve": (
         "remora serve runs/data-nano",

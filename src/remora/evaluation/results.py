@@ -105,7 +105,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_records(directory: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl, the last of each step; incomplete lines are skipped.
 
-    A figure that is null there was not finite, for which JSON has no number. It is NaN here.
+    A loss or gradient norm that is null there was not finite, for which JSON has no number. It is
+    NaN here.
     """
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -119,7 +120,10 @@ def _record(line: str) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(line)
     except ValueError:
         return None
-    return {name: math.nan if value is None else value for name, value in record.items()}
+    for name in ("loss", "grad_norm", "validation_loss"):
+        if name in record and record[name] is None:
+            record[name] = math.nan
+    return record
 
 
 @contextlib.contextmanager
