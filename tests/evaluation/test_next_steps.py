@@ -25,7 +25,6 @@ from remora.data import label_forms
 from remora.display.next_steps_results import show_next_steps
 from remora.evaluation import compare, results
 from remora.evaluation.findings import NextStep
-from remora.evaluation.label_findings import _merged_name
 from remora.evaluation.next_steps import after_comparison, find_next_steps
 from remora.evaluation.predictions import PROBABILITIES
 from remora.evaluation.run_facts import read_facts
@@ -169,35 +168,6 @@ def test_overlapping_labels(tmp_path: Path) -> None:
     names = json.loads(arguments(first)[-1])
     assert names == dict.fromkeys(("label 0", "label 1"), "label 0 or label 1")
     label_forms.refuse_unknown(names, LABELS)
-
-
-def test_labels_merge_below_their_parent_and_without_their_texts(tmp_path: Path) -> None:
-    merged = {
-        (LABELS[0], LABELS[1], None): "label 0 or label 1",
-        ("card > late", "card > lost", " > "): "card > late or lost",
-        ("card>late>home", "card>lost", ">"): "card>late home or lost",
-        ("card > late", "loan > late", " > "): "card late or loan late",
-        ("card", "card > late", " > "): "card",
-    }
-    for (first, second, separator), name in merged.items():
-        assert _merged_name(first, second, separator) == name
-    run = construct(
-        tmp_path / "run",
-        wrong=140,
-        wrong_by_rival=200,
-        settings={"label_texts": {LABELS[0]: "nought", LABELS[2]: "two"}},
-    )
-    diagnose(run, overlapping=0.1, pairs=[pair(0, 1, "labels overlap", 0.92)])
-    given = arguments(find_next_steps(run)[0])
-    assert json.loads(given[given.index("--label-texts") + 1]) == {LABELS[2]: "two"}
-    weights = construct(
-        tmp_path / "weights",
-        wrong=140,
-        wrong_by_rival=200,
-        settings={"class_weights": "weights.csv"},  # which names the labels as they are
-    )
-    diagnose(weights, overlapping=0.1, pairs=[pair(0, 1, "labels overlap", 0.92)])
-    assert "merge_labels" not in say(weights)
 
 
 def test_all_well(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class RunFacts:
         """The baselines with their p-values, adjusted by Holm's method; the best one first."""
         rivals = of_figures(self.run.figures)
         adjusted = holm([each.p_value for each in rivals])
-        return sorted(zip(rivals, adjusted, strict=True), key=lambda each: -each[0].difference)
+        return sorted(zip(rivals, adjusted, strict=True), key=lambda each: -each[0].lead)
 
     @property
     def better_rival(self) -> tuple[Rival, float] | None:
