@@ -16,6 +16,8 @@ from remora.config import CompareConfig, TrainConfig
 from remora.errors import ConfigError, DataError
 from remora.evaluation import compare
 from remora.evaluation.metrics import measure
+from remora.evaluation.multi_label import measure_sets
+from remora.evaluation.next_steps import after_comparison
 from remora.evaluation.predictions import write_predictions
 from remora.runtime import files
 from remora.training.run import train
@@ -248,6 +250,62 @@ def test_bar_volume_and_cost_through_the_command_line(runs, capsys) -> None:
     assert found["shared_mistakes"][0] == {"true": "a", "predicted": "b", "count": 1}
     none = compare.compare_runs(CompareConfig(runs, bar=0.99))
     assert none.bar == "None reaches 99.0%; big comes closest with 96.00%."
+
+
+def of_sets(*predicted: tuple[str, int]) -> list[str]:
+    """Return predicted sets, each as often as its number says."""
+    return [given for given, count in predicted for _ in range(count)]
+
+
+def write_run_of_sets(path: Path, true: list[str], predicted: list[str], size: int) -> Path:
+    """Write a run of several labels; its baseline gives every row the label a."""
+    ours, theirs = (measure_sets(list("abc"), true, each) for each in (predicted, ['["a"]'] * len(true)))
+    write_run(path, TRUE, base_bytes=size)
+    figures = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
+    figures["metrics"] = ours.to_dict()
+    figures["baseline"]["metrics"] = theirs.to_dict()
+    files.write_json(path / "evaluation.json", figures)
+    files.write_text(path / "config.toml", TrainConfig("data.csv", model="nano").to_toml())
+    texts = [f"={i}" for i in range(len(true))]
+    baseline = ['["a"]'] * len(true)
+    write_predictions(path / "predictions.csv", texts, true, predicted, [0.9] * len(true), baseline)
+    return path
+
+
+def test_several_labels_are_compared_by_micro_f1(tmp_path: Path, capsys) -> None:
+    whole, two = '["a", "b", "c"]', '["a", "b"]'
+    true = of_sets((whole, 100))
+    # More rows with all labels right, and yet half of all labels are missing
+    rough = write_run_of_sets(tmp_path / "rough", true, of_sets((whole, 50), ("[]", 50)), 1000)
+    fine = write_run_of_sets(tmp_path / "fine", true, of_sets((whole, 30), (two, 70)), 9000)
+    found = compare.compare_runs(CompareConfig((rough, fine), bar=0.8, volume=1000))
+    assert found.measure == "micro-F1"
+    by_name = {each.name: each for each in found.contenders}
+    assert by_name["rough"].accuracy == 0.5 > by_name["fine"].accuracy == 0.3
+    assert by_name["fine"].score == pytest.approx(2 * 230 / 530)
+    assert by_name["TF-IDF + linear SVM"].score == pytest.approx(2 * 100 / 400)
+    pair = next(each for each in found.pairs if (each.first, each.second) == ("fine", "rough"))
+    assert pair.difference == pytest.approx(2 * 230 / 530 - 2 * 150 / 450)
+    assert pair.difference_interval[0] > 0.1
+    assert pair.p_value < 0.001
+    assert (pair.only_first_right, pair.only_second_right) == (0, 20)
+    assert "earns its keep: fine is better than rough" in found.answer
+    assert "points of micro-F1" in found.answer
+    assert found.bar == "fine is the smallest that reaches 80.0% micro-F1: 86.79%."
+    assert found.value is not None
+    assert "gets -200 more right in all labels than rough" in found.value
+    assert after_comparison(found, (rough, fine))[0].sentence == "Take fine."
+    # On the terminal, as JSON, on a page
+    assert remora("compare", rough, fine, "--report", tmp_path / "c.html") == 0
+    shown = capsys.readouterr().out
+    assert "all labels right" in shown.splitlines()[0]
+    assert "fine over rough: +20.13 points of micro-F1" in shown
+    assert "(approximate randomization test; " in shown
+    page = (tmp_path / "c.html").read_text(encoding="utf-8")
+    assert "All labels right" in page
+    assert "p: approximate randomization test of it" in page
+    assert remora("compare", rough, fine, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["measure"] == "micro-F1"
 
 
 def test_runs_with_other_rows_are_refused(runs, tmp_path: Path, capsys) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.stats import permutation_test
 from sklearn import metrics as sklearn_metrics
 
 from remora.data.label_sets import set_text
@@ -129,6 +130,43 @@ def test_a_paired_bootstrap_finds_a_difference_and_none() -> None:
     assert low < lead < high
     assert low > 0.5
     assert multi_label.micro_f1_difference(LABELS, true, ours, ours) == (0.0, (0.0, 0.0))
+
+
+def test_a_randomization_test_is_scipys() -> None:
+    ones = scored(60)
+    true = as_sets(ones.true > 0, LABELS)
+    mixed = ones.given.copy()
+    mixed[::7, 0] ^= True
+    first, second = as_sets(ones.given, LABELS), as_sets(mixed > 0, LABELS)
+
+    def lead(a: NDArray[Any], b: NDArray[Any]) -> float:
+        rows = np.stack([a, b]).astype(int)
+        one, other = (
+            sklearn_metrics.f1_score(
+                ones.true,
+                [(ones.given, mixed)[which][row] for row, which in enumerate(each)],
+                average="micro",
+            )
+            for each in rows
+        )
+        return float(one - other)
+
+    expected = permutation_test(
+        (np.zeros(60), np.ones(60)),
+        lead,
+        permutation_type="samples",
+        n_resamples=600,
+        rng=np.random.default_rng(3),
+    )
+    found = multi_label.micro_f1_p_value(LABELS, true, first, second)
+    assert 0.02 < found < 0.98
+    assert found == pytest.approx(expected.pvalue, abs=0.03)
+    assert multi_label.micro_f1_p_value(LABELS, true, second, first) == pytest.approx(found, 0.05)
+    # The same sets, and sets that are never as good
+    assert multi_label.micro_f1_p_value(LABELS, true, first, first) == 1.0
+    nothing = [set_text([])] * len(true)
+    least = 1 / (1 + multi_label.NUM_SHUFFLES)
+    assert multi_label.micro_f1_p_value(LABELS, true, first, nothing) == least
 
 
 def drawn_at_once(true: NDArray[np.int64], seed: int) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -45,10 +45,7 @@ def test_a_chart_puts_points_where_the_axes_say() -> None:
 
 
 def test_intervals_share_an_axis() -> None:
-    rows = [("a", "A", {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]})]
-    found = charts.intervals(
-        [*rows, ("b", "B", {"accuracy": 0.8, "accuracy_interval": [0.7, 0.9]})]
-    )
+    found = charts.intervals([("a", "A", 0.5, [0.4, 0.6]), ("b", "B", 0.8, [0.7, 0.9])])
     first, second = found.rows
     assert first.low < first.value < first.high < second.low
     assert first.value - first.low == pytest.approx(second.high - second.value, abs=0.2)

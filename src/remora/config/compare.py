@@ -19,7 +19,8 @@ class CompareConfig:
     """Run directories measured on the same rows."""
 
     bar: Accuracy | None = None
-    """Accuracy that suffices, such as 0.93: names the smallest run that reaches it."""
+    """Accuracy that suffices, such as 0.93: names the smallest run that reaches it; micro-F1 where
+    rows have several labels."""
 
     volume: Count | None = None
     """Number of messages: says how many more of them the best run classifies correctly."""

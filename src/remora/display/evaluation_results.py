@@ -13,7 +13,8 @@ from remora.display.console import (
     standard_output,
 )
 from remora.evaluation.calibration import Abstention, Reliability
-from remora.evaluation.compare import Comparison, Contender, Pair
+from remora.evaluation.compare import Comparison
+from remora.evaluation.contenders import Contender, Pair
 from remora.evaluation.metrics import LevelMetrics, Metrics
 from remora.evaluation.multi_label import MultiLabelMetrics
 
@@ -172,11 +173,15 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
     console = console or standard_output()
 
     # Accuracies and costs
-    gains = figures_table("run", "accuracy", "95% interval", "macro-F1")
+    of_sets = comparison.measure != "accuracy"
+    gains = figures_table("run", comparison.measure, "95% interval", "macro-F1")
+    if of_sets:
+        gains.add_column("all labels right", justify="right")
     costs = figures_table("run", "trained", "artifact", "examples/s", "memory", "time")
     for each in comparison.contenders:
-        low, high = each.accuracy_interval
-        figures = f"{each.accuracy:.2%}", f"{low:.1%} to {high:.1%}", f"{each.macro_f1:.2%}"
+        low, high = each.score_interval
+        figures = [f"{each.score:.2%}", f"{low:.1%} to {high:.1%}", f"{each.macro_f1:.2%}"]
+        figures += [f"{each.accuracy:.2%}"] if of_sets else []
         gains.add_row(escaped(each.name), *figures)
         costs.add_row(escaped(each.name), *_costs(each))
     console.print(gains)
@@ -186,7 +191,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
     # Differences
     print_line(console, f"\non {comparison.num_rows:,} rows, smallest first")
     for pair in comparison.shown_pairs:
-        print_line(console, f"  {_difference(pair)}")
+        print_line(console, f"  {_difference(pair, comparison.contenders[0])}")
     repeated = [each for each in comparison.shared_mistakes if each.count > 1]
     if repeated:
         print_line(console, "\nmistakes that every run makes; check these labels first")
@@ -219,11 +224,12 @@ def _costs(contender: Contender) -> tuple[str, ...]:
     )
 
 
-def _difference(pair: Pair) -> str:
+def _difference(pair: Pair, any_of_them: Contender) -> str:
+    points, test = any_of_them.points, any_of_them.test
     return (
-        f"{pair.first} over {pair.second}: {100 * pair.difference:+.2f} points; only the first is "
-        f"right on {pair.only_first_right} rows, only the second on {pair.only_second_right}, "
-        f"p = {pair.p_value:.2g} (exact McNemar test; {pair.adjusted_p_value:.2g} adjusted for all "
+        f"{pair.first} over {pair.second}: {100 * pair.difference:+.2f} {points}; only the first "
+        f"is right on {pair.only_first_right} rows, only the second on {pair.only_second_right}, "
+        f"p = {pair.p_value:.2g} ({test}; {pair.adjusted_p_value:.2g} adjusted for all "
         f"pairs, Holm); both wrong on {pair.both_wrong} rows ({pair.both_wrong_by_chance:.1f} "
         f"expected by chance), {pair.same_wrong_label} of them with the same label"
     )

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from remora.errors import DataError
-from remora.evaluation.compare import SIGNIFICANT, refuse_other_rows
+from remora.evaluation.compare import refuse_other_rows
+from remora.evaluation.contenders import SIGNIFICANT
 from remora.evaluation.multi_label import micro_f1_difference
 from remora.evaluation.results import Results
 from remora.evaluation.rivals import of_figures

@@ -5,66 +5,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from remora.config import CompareConfig
 from remora.errors import ConfigError, DataError
 from remora.evaluation import results
+from remora.evaluation.contenders import (
+    SIGNIFICANT,
+    Contender,
+    Pair,
+    baselines_of,
+    best_and_rival,
+    between,
+    contender,
+    labels_of,
+    pairs_of,
+)
 from remora.evaluation.label_changes import LabelChanges, label_changes
 from remora.evaluation.results import Results
-from remora.evaluation.rivals import Rival, of_figures
-from remora.evaluation.significance import difference_interval, holm, mcnemar
+from remora.evaluation.rivals import of_figures
+from remora.evaluation.significance import difference_interval
 from remora.formatting import one_line
 
-SIGNIFICANT = 0.05
 NUM_SHARED = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """A run or a baseline, with its accuracy and its costs."""
-
-    name: str
-    accuracy: float
-    accuracy_interval: tuple[float, float]  # 95%, Wilson (1927)
-    macro_f1: float
-    train_seconds: float
-    num_bytes: int = 0  # of weights needed to predict; 0 for the linear SVM
-    artifact_bytes: int | None = None  # of the adapter or model that the run has saved
-    trainable_share: float | None = None
-    examples_per_second: float | None = None  # of training, if it was measured
-    peak_memory_bytes: int | None = None
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether this is a baseline, not a run."""
-        return self.artifact_bytes is None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two contenders on the same rows; `second` is no bigger than `first`.
-
-    Of two of one size, `first` is the one that took longer to train.
-    """
-
-    first: str
-    second: str
-    difference: float  # accuracy of the first minus that of the second
-    difference_interval: tuple[float, float]  # 95%, Agresti and Min (2005)
-    only_first_right: int
-    only_second_right: int
-    p_value: float  # exact McNemar test
-    adjusted_p_value: float  # over all pairs, Holm (1979)
-    both_wrong: int
-    both_wrong_by_chance: float  # expected if they erred independently
-    error_consistency: float | None  # kappa of being right; None if one is always right or wrong
-    same_wrong_label: int  # of the rows that both get wrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +45,11 @@ class Comparison:
     """Contenders from the smallest to the biggest, their differences, and the conclusion."""
 
     num_rows: int
+    measure: str  # what decides: "accuracy", or "micro-F1" where rows have several labels
     contenders: tuple[Contender, ...]
     pairs: tuple[Pair, ...]
     shared_mistakes: tuple[SharedMistake, ...]
-    by_label: LabelChanges | None  # of the two most accurate runs; None if there is only one
+    by_label: LabelChanges | None  # of the two best runs; None if there is only one
     answer: str
     bar: str | None
     value: str | None
@@ -125,7 +90,7 @@ def compare_runs(config: CompareConfig) -> Comparison:
         name: (contender(name, each.figures), each.predicted)
         for name, each in zip(names, runs, strict=True)
     }
-    baselines, notes = _baselines(runs, names)
+    baselines, notes = baselines_of(runs, names)
     contenders |= baselines
     if any(each.figures["measured_on"] != "test" for each in runs):
         notes.append("the rows also selected the weights: all figures are slightly optimistic")
@@ -134,25 +99,23 @@ def compare_runs(config: CompareConfig) -> Comparison:
     )
 
     if runs[0].multi_label:
-        notes.append(
-            "rows have several labels, and accuracy is the share of rows with all of them right; "
-            + ", ".join(_micro_f1(runs, names))
-        )
+        notes.append("rows have several labels, so micro-F1 decides")
 
     # Differences, and what follows from them
-    pairs = _pairs(runs[0].true, ordered)
+    pairs = pairs_of(runs, ordered)
     ranked = [each for each, _ in ordered]
     best, rival = best_and_rival(ranked, pairs)
     by_name = dict(zip(names, runs, strict=True))
     return Comparison(
         num_rows=len(runs[0].true),
+        measure=best.measure,
         contenders=tuple(ranked),
         pairs=pairs,
         shared_mistakes=_shared_mistakes(runs),
         by_label=_by_label(ranked, by_name),
         answer=_answer(ranked, best, rival, pairs),
         bar=None if config.bar is None else _clears(ranked, config.bar),
-        value=_value(best, rival, pairs, config),
+        value=_value(best, rival, pairs, config, len(runs[0].true)),
         notes=tuple(notes),
     )
 
@@ -192,121 +155,6 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def contender(name: str, figures: dict[str, Any]) -> Contender:
-    """Return a run by the figures in its evaluation.json."""
-    metrics = figures["metrics"]
-    parameters = figures["parameters"]
-    # An adapter needs its base model, a fully fine-tuned model does not.
-    base_bytes = 0 if figures.get("method") == "full" else figures["base_bytes"]
-    return Contender(
-        name=name,
-        accuracy=metrics["accuracy"],
-        accuracy_interval=tuple(metrics["accuracy_interval"]),
-        macro_f1=metrics["macro_f1"],
-        train_seconds=figures["train_seconds"],
-        num_bytes=base_bytes + figures["adapter_bytes"],
-        artifact_bytes=figures["adapter_bytes"],
-        trainable_share=parameters["trainable"] / parameters["total"],
-        examples_per_second=figures["examples_per_second"] or None,
-        peak_memory_bytes=figures["peak_memory_bytes"],
-    )
-
-
-def _micro_f1(runs: Sequence[Results], names: Sequence[str]) -> list[str]:
-    """Return the micro-F1 of runs with several labels a row, and of the first one's baselines."""
-    found = {name: each.figures["metrics"] for name, each in zip(names, runs, strict=True)}
-    found |= {each.description: vars(each) for each in of_figures(runs[0].figures)}
-    return [f"{name} has {each['micro_f1']:.2%} micro-F1" for name, each in found.items()]
-
-
-def _baselines(
-    runs: Sequence[Results], names: Sequence[str]
-) -> tuple[dict[str, tuple[Contender, Sequence[str]]], list[str]]:
-    """Return the baselines of all runs with their predictions by name, and notes on them.
-
-    Of those with one description that of the first run which has it is taken.
-    """
-    found: dict[str, tuple[Contender, Sequence[str]]] = {}
-    partial: dict[str, str] = {}  # a note on each that no run measured on all rows
-    notes = []
-    if not any(run.baseline for run in runs):
-        notes.append("no run has predictions of the SVM, which is left out")
-    for run, name in zip(runs, names, strict=True):
-        for rival in of_figures(run.figures):
-            given = run.baseline if rival.name == "svm" else run.rivals.get(rival.name)
-            whole = [each for each in given or () if each is not None]
-            if len(whole) < len(run.true):
-                if whole:
-                    partial.setdefault(
-                        rival.description,
-                        f"{rival.description} is left out: {name} measured it on {len(whole):,} "
-                        f"of {len(run.true):,} rows",
-                    )
-            elif rival.description not in found:
-                found[rival.description] = (_of_rival(rival), whole)
-            elif found[rival.description][1] != whole:
-                notes.append(f"{rival.description} is not that of {name}, where it differs")
-    return found, [*notes, *(note for name, note in partial.items() if name not in found)]
-
-
-def _of_rival(rival: Rival) -> Contender:
-    return Contender(
-        name=rival.description,
-        accuracy=rival.accuracy,
-        accuracy_interval=rival.accuracy_interval,
-        macro_f1=rival.macro_f1,
-        train_seconds=rival.seconds,
-        num_bytes=rival.num_bytes,
-    )
-
-
-def _pairs(
-    true: Sequence[str], ordered: Sequence[tuple[Contender, Sequence[str]]]
-) -> tuple[Pair, ...]:
-    """Compare every two contenders; the bigger one is the first of the pair."""
-    matches = list(combinations(ordered, 2))
-    p_values = [mcnemar(true, big[1], small[1]) for small, big in matches]
-    adjusted = holm(p_values)
-    answers = np.array(true)
-    return tuple(
-        _pair(answers, big, small, p, q)
-        for (small, big), p, q in zip(matches, p_values, adjusted, strict=True)
-    )
-
-
-def _pair(
-    true: NDArray[np.str_],
-    big: tuple[Contender, Sequence[str]],
-    small: tuple[Contender, Sequence[str]],
-    p_value: float,
-    adjusted: float,
-) -> Pair:
-    first, second = np.array(big[1]), np.array(small[1])
-    wrong_first, wrong_second = first != true, second != true
-    num_rows = len(true)
-    only_first = int((wrong_second & ~wrong_first).sum())
-    only_second = int((wrong_first & ~wrong_second).sum())
-    both = wrong_first & wrong_second
-    rates = float(wrong_first.mean()), float(wrong_second.mean())
-    agreement = float((wrong_first == wrong_second).mean())
-    chance = rates[0] * rates[1] + (1 - rates[0]) * (1 - rates[1])
-    return Pair(
-        first=big[0].name,
-        second=small[0].name,
-        difference=(only_first - only_second) / num_rows,
-        difference_interval=difference_interval(only_first, only_second, num_rows),
-        only_first_right=only_first,
-        only_second_right=only_second,
-        p_value=p_value,
-        adjusted_p_value=adjusted,
-        both_wrong=int(both.sum()),
-        both_wrong_by_chance=rates[0] * rates[1] * num_rows,
-        # Geirhos et al. 2020, https://arxiv.org/abs/2006.16736
-        error_consistency=None if chance == 1 else (agreement - chance) / (1 - chance),
-        same_wrong_label=int((both & (first == second)).sum()),
-    )
-
-
 def _shared_mistakes(runs: Sequence[Results]) -> tuple[SharedMistake, ...]:
     answers = zip(*(each.predicted for each in runs), strict=True)
     counts = Counter(
@@ -318,37 +166,17 @@ def _shared_mistakes(runs: Sequence[Results]) -> tuple[SharedMistake, ...]:
     return tuple(SharedMistake(true=t, predicted=p, count=n) for (t, p), n in ranked[:NUM_SHARED])
 
 
-def between(pairs: Sequence[Pair], first: Contender, second: Contender) -> Pair:
-    """Return the pair of two contenders, the bigger one given first."""
-    return next(p for p in pairs if (p.first, p.second) == (first.name, second.name))
-
-
-def best_and_rival(
-    ranked: Sequence[Contender], pairs: Sequence[Pair]
-) -> tuple[Contender, Contender | None]:
-    """Return the most accurate contender, and the smaller one that it must justify itself against.
-
-    That is the smallest one whose difference may be chance, else the most accurate smaller one.
-    """
-    best = max(ranked, key=lambda each: each.accuracy)
-    smaller = ranked[: ranked.index(best)]
-    if not smaller:
-        return best, None
-    alike = [each for each in smaller if between(pairs, best, each).adjusted_p_value >= SIGNIFICANT]
-    return best, alike[0] if alike else max(smaller, key=lambda each: each.accuracy)
-
-
 def _by_label(ranked: Sequence[Contender], runs: Mapping[str, Results]) -> LabelChanges | None:
-    """Compare the two most accurate runs label by label; as in a `Pair`, the bigger one first."""
+    """Compare the two best runs label by label; as in a `Pair`, the bigger one first."""
     theirs = [each for each in ranked if not each.is_baseline]
     if len(theirs) < 2:
         return None
-    two = sorted(theirs, key=lambda each: -each.accuracy)[:2]
+    two = sorted(theirs, key=lambda each: -each.score)[:2]
     second, first = (each.name for each in theirs if each in two)
     run, other = runs[first], runs[second]
     return label_changes(
         (first, second),
-        labels_of_both(run, other),
+        labels_of([run, other]),
         run.true,
         run.predicted,
         other.predicted,
@@ -356,16 +184,11 @@ def _by_label(ranked: Sequence[Contender], runs: Mapping[str, Results]) -> Label
     )
 
 
-def labels_of_both(first: Results, second: Results) -> list[str]:
-    """Return the labels of two runs in order; one may have begun with the other and know more."""
-    return sorted({*first.labels, *second.labels})
-
-
-def spoken_lead(pair: Pair) -> str:
-    """Return the difference of a pair with its interval and p-value."""
+def spoken_lead(pair: Pair, best: Contender) -> str:
+    """Return the lead of the best one of a pair with its interval and p-value."""
     low, high = (100 * bound for bound in pair.difference_interval)
     return (
-        f"{100 * pair.difference:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, "
+        f"{100 * pair.difference:+.1f} {best.points}, 95% interval {low:+.1f} to {high:+.1f}, "
         f"p = {pair.adjusted_p_value:.2g}"
     )
 
@@ -380,7 +203,7 @@ def _answer(
     bigger = "" if last is best else f" {_behind(between(pairs, last, best), last, best)}"
     if rival is None:
         keeps = "No bigger model earns its keep" if _is_bigger(last, best) else "None is bigger"
-        return f"{keeps}: {best.name} is the most accurate, and none is smaller.{bigger}"
+        return f"{keeps}: {best.name} {best.is_best}, and none is smaller.{bigger}"
     pair = between(pairs, best, rival)
     alike = not _is_bigger(best, rival)
     if pair.adjusted_p_value >= SIGNIFICANT:
@@ -388,7 +211,7 @@ def _answer(
         smaller = "" if alike else "the smaller "
         return (
             f"{keeps}: the lead of {best.name} over {smaller}{rival.name} may be chance "
-            f"({spoken_lead(pair)}).{bigger}"
+            f"({spoken_lead(pair, best)}).{bigger}"
         )
     keeps = "Neither is bigger, and one is better" if alike else "The bigger model earns its keep"
     others = [each for each in ranked[: ranked.index(best)] if each is not rival]
@@ -396,7 +219,7 @@ def _answer(
     also = f" and every other {'smaller one' if are_smaller else 'one that is no bigger'}"
     return (
         f"{keeps}: {best.name} is better than {rival.name}{also if others else ''} "
-        f"({spoken_lead(pair)}).{bigger}"
+        f"({spoken_lead(pair, best)}).{bigger}"
     )
 
 
@@ -413,33 +236,41 @@ def _behind(pair: Pair, last: Contender, best: Contender) -> str:
         return f"{last.name}, {size}, is no better."
     is_chance = pair.adjusted_p_value >= SIGNIFICANT
     chance = f", which may be chance (p = {pair.adjusted_p_value:.2g})" if is_chance else ""
-    return f"{last.name}, {size}, is {-100 * pair.difference:.1f} points worse{chance}."
+    return f"{last.name}, {size}, is {-100 * pair.difference:.1f} {best.points} worse{chance}."
 
 
 def _clears(ranked: Sequence[Contender], bar: float) -> str:
     """Name the smallest contender that reaches the bar."""
-    reach = [each for each in ranked if each.accuracy >= bar]
+    what = "" if ranked[0].measure == "accuracy" else f" {ranked[0].measure}"
+    reach = [each for each in ranked if each.score >= bar]
     if not reach:
-        best = max(ranked, key=lambda each: each.accuracy)
-        return f"None reaches {bar:.1%}; {best.name} comes closest with {best.accuracy:.2%}."
+        best = max(ranked, key=lambda each: each.score)
+        return f"None reaches {bar:.1%}{what}; {best.name} comes closest with {best.score:.2%}."
     first = reach[0]
-    low = first.accuracy_interval[0]
+    low = first.score_interval[0]
     sure = "" if low >= bar else f", but its 95% interval starts at {low:.1%}"
     is_only = all(each.num_bytes > first.num_bytes for each in reach[1:])
     which = "the smallest that reaches" if is_only else "one of the smallest that reach"
-    return f"{first.name} is {which} {bar:.1%}: {first.accuracy:.2%}{sure}."
+    return f"{first.name} is {which} {bar:.1%}{what}: {first.score:.2%}{sure}."
 
 
 def _value(
-    best: Contender, rival: Contender | None, pairs: Sequence[Pair], config: CompareConfig
+    best: Contender,
+    rival: Contender | None,
+    pairs: Sequence[Pair],
+    config: CompareConfig,
+    num_rows: int,
 ) -> str | None:
     """Say how many more messages the best gets right than its smaller rival, and their value."""
     if config.volume is None or rival is None:
         return None
     pair = between(pairs, best, rival)
-    errors = [config.volume * d for d in (pair.difference, *pair.difference_interval)]
+    only = pair.only_first_right, pair.only_second_right
+    interval = difference_interval(*only, num_rows)
+    errors = [config.volume * d for d in ((only[0] - only[1]) / num_rows, *interval)]
+    right = "right" if best.measure == "accuracy" else "right in all labels"
     text = (
-        f"Of {config.volume:,} messages, {best.name} gets {errors[0]:,.0f} more right than "
+        f"Of {config.volume:,} messages, {best.name} gets {errors[0]:,.0f} more {right} than "
         f"{rival.name} (95% interval {errors[1]:,.0f} to {errors[2]:,.0f})"
     )
     if config.cost_per_error is not None:

@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from remora.errors import RemoraError
 from remora.evaluation import findings, label_findings, run_commands
-from remora.evaluation.compare import Comparison, best_and_rival, between, run_names
+from remora.evaluation.compare import Comparison, run_names
+from remora.evaluation.contenders import best_and_rival, between
 from remora.evaluation.findings import NextStep
 from remora.evaluation.results import of_this_version
 from remora.evaluation.run_facts import SIGNIFICANT, RunFacts, read_facts
@@ -81,7 +82,7 @@ def told_next_steps(
 def after_comparison(comparison: Comparison, runs: Sequence[Path]) -> tuple[NextStep, ...]:
     """Return what to do after a comparison: which contender to take, then how to improve a run.
 
-    That is the run to take, or the most accurate one if a baseline is the one to take.
+    That is the run to take, or the best one if a baseline is the one to take.
 
     Args:
         comparison: As `compare_runs` returns it.
@@ -93,7 +94,7 @@ def after_comparison(comparison: Comparison, runs: Sequence[Path]) -> tuple[Next
     directories = dict(zip(run_names(runs), runs, strict=True))
     ranked = comparison.contenders
     best, rival = best_and_rival(ranked, comparison.pairs)
-    chosen, why = best, f"{best.name} is the most accurate, and none is smaller"
+    chosen, why = best, f"{best.name} {best.is_best}, and none is smaller"
     if rival is not None:
         pair = between(comparison.pairs, best, rival)
         low, high = (100 * bound for bound in pair.difference_interval)
@@ -102,12 +103,12 @@ def after_comparison(comparison: Comparison, runs: Sequence[Path]) -> tuple[Next
         lead = "may lead" if is_chance else "leads"
         by_chance = " by chance" if is_chance else ""
         why = (
-            f"{best.name} {lead} {rival.name}{by_chance}: {100 * pair.difference:+.1f} points "
-            f"(95% interval {low:+.1f} to {high:+.1f}, p = {pair.adjusted_p_value:.2g}, exact "
-            "McNemar test, adjusted for all pairs)"
+            f"{best.name} {lead} {rival.name}{by_chance}: {100 * pair.difference:+.1f} "
+            f"{best.points} (95% interval {low:+.1f} to {high:+.1f}, p = "
+            f"{pair.adjusted_p_value:.2g}, {best.test}, adjusted for all pairs)"
         )
     if chosen.is_baseline:
-        improved = max((each for each in ranked if not each.is_baseline), key=lambda c: c.accuracy)
+        improved = max((each for each in ranked if not each.is_baseline), key=lambda c: c.score)
         command = run_commands.command(
             "compare", *runs, "--report", runs[0].parent / "comparison.html"
         )

@@ -81,22 +81,21 @@ class Intervals:
     rows: tuple[Interval, ...]
 
 
-def intervals(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Intervals:
-    """Lay out accuracies with their intervals, each given as its CSS class, name and metrics.
+def intervals(rows: Sequence[tuple[str, str, float, Sequence[float]]]) -> Intervals:
+    """Lay out shares with their intervals, each given as its CSS class, name, value and interval.
 
     The axis extends to whole steps.
     """
-    bounds = [bound for _, _, metrics in rows for bound in metrics["accuracy_interval"]]
+    bounds = [bound for *_, interval in rows for bound in interval]
     places = ticks(min(bounds), max(bounds))
 
     def at(x: float) -> float:
         return round(20 + (x - places[0]) / (places[-1] - places[0]) * (WIDTH - 40), 1)
 
     laid_out = []
-    for kind, name, metrics in rows:
-        low, high = metrics["accuracy_interval"]
-        text = f"{metrics['accuracy']:.2%} ({low:.1%} to {high:.1%})"
-        where = {"low": at(low), "value": at(metrics["accuracy"]), "high": at(high)}
+    for kind, name, value, (low, high) in rows:
+        text = f"{value:.2%} ({low:.1%} to {high:.1%})"
+        where = {"low": at(low), "value": at(value), "high": at(high)}
         laid_out.append(Interval(kind=kind, name=name, text=text, **where))
     return Intervals(
         width=WIDTH,

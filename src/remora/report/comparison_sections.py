@@ -9,8 +9,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import remora
-from remora.evaluation import compare, results
+from remora.evaluation import results
 from remora.evaluation.compare import Comparison, run_names
+from remora.evaluation.contenders import labels_of
 from remora.evaluation.findings import NextStep
 from remora.evaluation.label_changes import LabelChanges
 from remora.evaluation.results import Results
@@ -66,7 +67,7 @@ class ScriptData:
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """The two most accurate runs: their figures by label, and where only one is right."""
+    """The two best runs: their figures by label, and where only one is right."""
 
     changes: LabelChanges
     labels: list[str]
@@ -140,7 +141,12 @@ def collect(
         ],
         intervals=charts.intervals(
             [
-                ("baseline" if each.is_baseline else "ours", each.name, vars(each))
+                (
+                    "baseline" if each.is_baseline else "ours",
+                    each.name,
+                    each.score,
+                    each.score_interval,
+                )
                 for each in comparison.contenders
             ]
         ),
@@ -172,7 +178,7 @@ def _side_by_side(changes: LabelChanges | None, runs: dict[str, Results]) -> Sid
     if changes is None or runs[changes.first].multi_label:
         return None
     first, second = runs[changes.first], runs[changes.second]
-    labels = compare.labels_of_both(first, second)
+    labels = labels_of([first, second])
     places = {label: place for place, label in enumerate(labels)}
     return SideBySide(
         changes=changes,

@@ -109,10 +109,7 @@ def _result(figures: Figures, trained: str) -> ResultSection:
     section = sections.result_section(figures, trained)
     rows = [("ours", trained, figures["metrics"])]
     rows += [("baseline", each.description, vars(each)) for each in section.rivals]
-    drawn = [
-        (kind, name, {"accuracy": each["micro_f1"], "accuracy_interval": each["micro_f1_interval"]})
-        for kind, name, each in rows
-    ]
+    drawn = [(*named, each["micro_f1"], each["micro_f1_interval"]) for *named, each in rows]
     return replace(section, intervals=charts.intervals(drawn))
 
 

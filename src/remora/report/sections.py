@@ -250,7 +250,8 @@ def result_section(figures: Mapping[str, Any], trained: str) -> ResultSection:
     said = verdict(rivals, trained, seconds_of(figures)) if rivals else None
     if said and said.startswith("the "):  # other sentences begin with a name
         said = said[0].upper() + said[1:]
-    levels = figures["metrics"].get("levels", [])
+    metrics = figures["metrics"]
+    levels = metrics.get("levels", [])
     beside = (figures.get("baseline") or {}).get("metrics", {}).get("levels", [])
     return ResultSection(
         verdict=said,
@@ -258,8 +259,11 @@ def result_section(figures: Mapping[str, Any], trained: str) -> ResultSection:
         levels=list(zip(levels, beside or [None] * len(levels), strict=True)),
         intervals=charts.intervals(
             [
-                ("ours", trained, figures["metrics"]),
-                *(("baseline", each.description, vars(each)) for each in rivals),
+                ("ours", trained, metrics["accuracy"], metrics["accuracy_interval"]),
+                *(
+                    ("baseline", each.description, each.accuracy, each.accuracy_interval)
+                    for each in rivals
+                ),
             ]
         ),
     )

@@ -18,7 +18,8 @@ from remora.config.several_labels import settled
 from remora.data.dataset import load_data
 from remora.errors import ConfigError, DivergedError, ModelError, ResourceError
 from remora.evaluation import results, rivals
-from remora.evaluation.compare import Comparison, compare_runs, contender
+from remora.evaluation.compare import Comparison, compare_runs
+from remora.evaluation.contenders import contender
 from remora.evaluation.multi_label import micro_f1_difference
 from remora.evaluation.results import Results
 from remora.evaluation.significance import difference_interval
@@ -352,9 +353,7 @@ class _Search:
         return choice
 
     def _compare(self, runs: Sequence[Path]) -> Comparison:
-        # A comparison's bar is one of accuracy.
-        bar = None if self.dataset.multi_label else self.config.bar
-        return compare_runs(CompareConfig(tuple(runs), bar=bar))
+        return compare_runs(CompareConfig(tuple(runs), bar=self.config.bar))
 
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, Any]:
