@@ -19,7 +19,14 @@ from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import sources
 from remora.data.dataset import dataset_from_lists, load_data, load_dataset
 from remora.data.table import Table, read_table
-from remora.diagnosis import diagnose, duplicates, out_of_sample, rare_tokens, suspect_list
+from remora.diagnosis import (
+    diagnose,
+    duplicates,
+    label_noise,
+    out_of_sample,
+    rare_tokens,
+    suspect_list,
+)
 from remora.diagnosis.regressions import pool
 from remora.errors import ConfigError, DataError, Stopped
 from remora.evaluation.predictions import read_predictions, write_predictions
@@ -98,6 +105,53 @@ def test_planted_errors_lead_the_list(finished: Path, method: str, capsys) -> No
     _, dataset, _ = diagnose.load(DiagnoseConfig(finished))
     shared = len(set(dataset.test.texts) & set(dataset.train.texts))
     assert figures["num_test_exact"] == shared > 30  # test rows are copies of training rows
+
+
+def test_the_ceiling_is_of_the_labels_that_accuracy_is_measured_by(
+    base: Path, tmp_path: Path, monkeypatch
+) -> None:
+    table = rows()
+    path = tmp_path / "run"
+    settings = TrainConfig(
+        str(write_csv(tmp_path / "train.csv", table)),
+        model=str(base),
+        test_fraction=0.3,
+        validation_fraction=0.0,
+        device="cpu",
+        precision="float32",
+    )
+    given = load_data(settings).test
+    assert given is not None
+    first = given.places[0]
+    wrong = next(label for label in NOUNS.values() if label != given.labels[0])
+    path.mkdir()
+    sheet = path / "corrections.csv"
+    files.write_csv(
+        sheet,
+        ("row", "text", "label", "decision"),
+        [(str(first + 1), given.texts[0], given.labels[0], wrong)],
+    )
+    corrected = replace(settings, corrections=str(sheet))
+    dataset = load_data(corrected)
+    test = dataset.test
+    assert test is not None
+    assert test.labels == given.labels  # measured by the labels as given
+    files.write_text(path / "config.toml", corrected.to_toml())
+    files.write_json(path / "data.json", dataset.summary.to_dict())
+    write_predictions(
+        path / "predictions.csv", test.texts, test.labels, test.labels, [0.9] * len(test), None
+    )
+    seen = []
+    estimate = label_noise.estimate
+
+    def recorded(probabilities, true, **more):
+        seen.append(true.tolist())
+        return estimate(probabilities, true, **more)
+
+    monkeypatch.setattr(label_noise, "estimate", recorded)
+    diagnose.diagnose_run(DiagnoseConfig(path, method="tfidf"))
+    labels = sorted(NOUNS.values())
+    assert seen[0] == [labels.index(label) for label in test.labels]
 
 
 def test_rows_that_the_run_did_not_use_are_not_judged(

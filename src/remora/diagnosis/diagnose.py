@@ -151,7 +151,8 @@ def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis | SetDiag
     )
 
     # The held-out rows, and the ceiling
-    held_out_noise = label_noise.estimate(judged.probabilities[held_rows], true[held_rows])
+    measured = np.array([place[label] for label in run.true])  # as given, before any correction
+    held_out_noise = label_noise.estimate(judged.probabilities[held_rows], measured)
     held_out = HeldOut(
         true=np.array(run.true),
         by_run=np.array(run.predicted),
