@@ -257,6 +257,38 @@ def test_class_weights_by_label(classifier: TextClassifier) -> None:
         weighed.set_params(class_weights={"refnd": 1.0}).fit(TEXTS, NAMES)
 
 
+def test_label_texts_and_class_weights_by_labels_that_are_numbers(
+    classifier: TextClassifier,
+) -> None:
+    texts, weights = {0: "card", 1: "money"}, {1: 50.0}
+    classifier.set_params(max_steps=1, label_texts=texts, class_weights=weights)
+    assert classifier.fit(TEXTS, LABELS).prompt_.label_texts == {"0": "card", "1": "money"}
+    assert classifier.classes_.tolist() == [0, 1]
+
+
+def test_target_modules_are_separated_by_commas(classifier: TextClassifier) -> None:
+    classifier.set_params(max_steps=1, target_modules="q_proj,v_proj").fit(TEXTS, LABELS)
+    adapted = {
+        n.split(".")[-1] for n, m in classifier.model_.named_modules() if hasattr(m, "lora_A")
+    }
+    assert adapted == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "x", "rank": "8"}, "^method is 'x'; give [^;]+; rank is '8'; give [^;]+$"),
+        ({"precision": "fp16"}, "^precision is 'fp16'; give auto, float32, bfloat16 or float16$"),
+        ({"target_modules": 5}, "^target_modules is 5; give a list of names$"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(
+    classifier: TextClassifier, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        classifier.set_params(**settings).fit(TEXTS, LABELS)
+
+
 def test_a_separator_that_no_label_has_is_refused(classifier: TextClassifier) -> None:
     with pytest.raises(DataError, match="no label has the separator '/'"):
         classifier.set_params(label_separator="/").fit(TEXTS, NAMES)
@@ -401,6 +433,11 @@ def test_score_of_labels_is_scikit_learns_accuracy(classifier: TextClassifier) -
             classifier.score(TEXTS, y)
     with pytest.raises(DataError, match="there are no texts"):
         classifier.score([], [])
+    for weights in ([0, 0, 0], [1, -1, 0], [float("nan"), 1, 1]):
+        with pytest.raises(
+            DataError, match=r"^sample_weight sums to \S+; give some weights above 0$"
+        ):
+            classifier.score(TEXTS[:3], LABELS[:3], sample_weight=weights)
 
 
 def test_cross_validation_of_lists_takes_folds(classifier: TextClassifier) -> None:

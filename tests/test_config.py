@@ -6,9 +6,11 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from remora.config import (
+    ChooseConfig,
     CompareConfig,
     DiagnoseConfig,
     EvalConfig,
@@ -16,8 +18,10 @@ from remora.config import (
     PlanConfig,
     PredictConfig,
     PushConfig,
+    ReportConfig,
     ServeConfig,
     TrainConfig,
+    TuneConfig,
 )
 from remora.config.schedule import default_learning_rate
 from remora.errors import ConfigError
@@ -231,8 +235,97 @@ def test_problems_of_eval_are_reported_together() -> None:
         EvalConfig(Path("run"), "test.csv", abstain_at_accuracy=2.0, micro_batch_tokens=0)
 
 
+OF_ANOTHER_TYPE = [
+    ({"method": "x"}, "method is 'x'; give lora, qlora or full"),
+    ({"truncate": "middle"}, "truncate is 'middle'; give head, tail, both or windows"),
+    ({"answer": "class"}, "answer is 'class'; give words or classes"),
+    ({"metric": "f1"}, "metric is 'f1'; give accuracy, micro_f1, macro_f1 or log_loss"),
+    ({"layout": "flat"}, "layout is 'flat'; give auto, tree or rows"),
+    ({"schedule": "exponential"}, "schedule is 'exponential'; give linear, cosine or constant"),
+    ({"precision": "fp16"}, "precision is 'fp16'; give auto, float32, bfloat16 or float16"),
+    ({"checkpointing": True}, "checkpointing is True; give auto, on or off"),
+    ({"device": "gpu"}, "device is 'gpu'; give auto, cpu, cuda or mps"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; give default or gaussian, the"),
+    ({"list_labels": "no"}, "list_labels is 'no'; give True or False"),
+    ({"use_dora": 1}, "use_dora is 1; give True or False"),
+    ({"instruction": 5}, "instruction is 5; give a text"),
+    ({"instruction": None}, "instruction is None; give a text"),
+    (
+        {"rank": "8", "epochs": "3"},
+        "rank is '8'; give a whole number from 1; epochs is '3'; give a number above 0",
+    ),
+    ({"devices": "2"}, "devices is '2'; give a whole number from 1"),
+    ({"rank": True}, "rank is True; give a whole number from 1"),
+    ({"alpha": True}, "alpha is True; give a number above 0"),
+    ({"alpha": np.arange(2)}, "alpha is array([0, 1]); give a number above 0"),
+    ({"learning_rate": "auto"}, "learning_rate is 'auto'; give a number above 0 and at most 1"),
+    ({"max_steps": 4.5}, "max_steps is 4.5; give a whole number from 1"),
+    ({"seed": 1.5}, "seed is 1.5; give a whole number from 0"),
+    ({"label_texts": ["a"]}, "label_texts is ['a']; give texts by labels, such as {'late': "),
+    ({"label_texts": {"a": 5}}, "label_texts is {'a': 5}; give texts by labels, such as"),
+    ({"class_weights": 5}, "class_weights is 5; give balanced, a table's path or weights by"),
+    ({"target_modules": 5}, "target_modules is 5; give a list of names"),
+    ({"baselines": ["svm", 5]}, "baselines is ['svm', 5]; give a list of names"),
+    ({"output": 5}, "output is 5; give a path"),
+    ({"instruction": ["a\n" * 99]}, "instruction is ['a\\na\\na"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), OF_ANOTHER_TYPE, ids=[message for _, message in OF_ANOTHER_TYPE]
+)
+def test_values_of_another_type_are_refused(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        config(**settings)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 150
+
+
+def test_wrong_types_and_wrong_values_are_reported_together():
+    with pytest.raises(ConfigError, match=r"^method is 'x'; give [^;]+; rank is 0; give [^;]+$"):
+        config(method="x", rank=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"rank": np.int64(8)}, {"rank": 8}),
+        ({"alpha": np.float32(0.5)}, {"alpha": 0.5}),
+        ({"alpha": np.int32(8), "dropout": np.float64(0.5)}, {"alpha": 8, "dropout": 0.5}),
+        ({"use_dora": np.bool_(True), "method": np.str_("lora")}, {"use_dora": True}),
+        ({"output": "some/where"}, {"output": Path("some/where")}),
+        ({"validation": Path("v.csv")}, {"validation": str(Path("v.csv"))}),
+        ({"trackers": "wandb", "text_column": "a,b"}, {"trackers": ("wandb",)}),
+        ({"target_modules": "q_proj, v_proj,"}, {"target_modules": ("q_proj", "v_proj")}),
+        ({"target_modules": ["q_proj"]}, {"target_modules": ("q_proj",)}),
+        ({"baselines": "svm,probe"}, {"baselines": ("svm", "probe")}),
+        (
+            {"label_texts": {1: "one", np.int64(2): "two"}},
+            {"label_texts": {"1": "one", "2": "two"}},
+        ),
+        ({"class_weights": {"refund": 2.0}}, {"class_weights": {"refund": 2.0}}),
+    ],
+)
+def test_values_from_python_are_taken_and_written(given, taken):
+    settings = config(**given)
+    for name, value in taken.items():
+        assert getattr(settings, name) == value
+        assert type(getattr(settings, name)) is type(value)
+    assert TrainConfig.from_toml(settings.to_toml(), RUN) == settings
+
+
 RUN = Path("run")
 REFUSED = [
+    (lambda: ChooseConfig("t", models=5, bar=0.9), "models is 5; give a list of names"),
+    (lambda: TuneConfig("t", model="m", search=5), "search is 5; give a list of names"),
+    (lambda: CompareConfig("run"), "runs is 'run'; give a list of paths"),
+    (lambda: DiagnoseConfig(RUN, method="slow"), "method is 'slow'; give fast, frozen, tfidf or"),
+    (lambda: ExportConfig(RUN, gguf=5), "gguf is 5; give a list of names"),
+    (lambda: PlanConfig("t.csv", model="m", device="gpu"), "device is 'gpu'; give auto, cpu, cuda"),
+    (lambda: PredictConfig(RUN, engine="spark"), "engine is 'spark'; give local or ray"),
+    (lambda: ReportConfig(5), "run is 5; give a path"),
+    (lambda: ServeConfig("run", max_queue="9"), "max_queue is '9'; give a whole number"),
     (lambda: CompareConfig((RUN,), bar=93.0), "bar is 93.0; give a share"),
     (lambda: CompareConfig((RUN,), volume=0), "volume is 0; give a whole number from 1"),
     (lambda: CompareConfig(()), "no run is given; give one or more"),

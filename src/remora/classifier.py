@@ -103,8 +103,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """
 
     def __init__(self, model: str = "Qwen/Qwen2.5-1.5B-Instruct", **settings: Any) -> None:
-        unknown = sorted(settings.keys() - SETTINGS.keys())
-        if unknown:
+        if unknown := sorted(settings.keys() - SETTINGS.keys()):
             close = close_match(unknown[0], SETTINGS)
             hint = f"; did you mean {close!r}?" if close else ""
             raise TypeError(f"TextClassifier has no argument {unknown[0]!r}{hint}")
@@ -215,8 +214,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if card.multi_label:
             given = probabilities >= np.array(card.thresholds)
             return [self.classes_[row].tolist() for row in given]
-        chosen = probabilities.argmax(axis=1)
-        result: NDArray[Any] = self.classes_[chosen]
+        result: NDArray[Any] = self.classes_[probabilities.argmax(axis=1)]
         return result
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
@@ -231,8 +229,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             sample_weight: How much each text counts, [n_samples]; by default the same.
 
         Raises:
-            DataError: If they are no texts, labels and weights of the same number, or the labels
-                are of another kind than those of `fit`.
+            DataError: If they are no texts, labels and weights of the same number, all weights are
+                0, or the labels are of another kind than those of `fit`.
         """
         check_is_fitted(self)
         texts = _texts(X, self._trained.card.text_columns)
@@ -250,6 +248,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"there are {len(texts)} texts, and sample_weight has the shape {weights.shape}; "
                 "give a number for each text"
             )
+        if not 0 < weights.sum() < np.inf:
+            raise DataError(f"sample_weight sums to {weights.sum()}; give some weights above 0")
         known = self.classes_.tolist()[0]
         if not are_sets and isinstance(labels[0], str) != isinstance(known, str):
             raise DataError(
@@ -264,11 +264,13 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return float(np.average(right, weights=weights))
 
     def save(self, path: str | Path) -> None:
-        """Save the adapter in PEFT's format, or the model, beside what Remora needs to load it."""
+        """Save the adapter in PEFT's format, or the model, beside what Remora needs to load it.
+
+        A saved classifier is replaced; where anything else is, a ConfigError says so.
+        """
         check_is_fitted(self)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
-            saved.save(self.model_, self.prompt_, self._trained.card, Path(path))
+            saved.save(self.model_, self.prompt_, self._trained.card, Path(path).expanduser())
 
     @classmethod
     def load(
@@ -291,6 +293,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             A fitted classifier; its classes are the labels as text.
 
         Raises:
+            ConfigError: If there is no such precision or device.
             ModelError: If a part is missing or broken, or the base model is another one.
         """
         config = TrainConfig("", model=model or "", precision=precision, device=device)  # type: ignore[arg-type]
@@ -351,10 +354,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self._keep(trained, self.classes_)
 
     def _config(self) -> TrainConfig:
-        settings = {k: v for k, v in self.get_params(deep=False).items() if v is not None}
-        if "target_modules" in settings:
-            settings["target_modules"] = tuple(settings["target_modules"])
-        return TrainConfig("", **settings)
+        given = self.get_params(deep=False).items()
+        return TrainConfig("", **{name: value for name, value in given if value is not None})
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -37,7 +37,7 @@ from remora.config.help_pages import EXAMPLES, GROUPS, REST, examples
 from remora.errors import ConfigError, RemoraError, ResourceError
 from remora.formatting import listed, one_line
 from remora.runtime import launch
-from remora.runtime.stop import Stop, interruptible
+from remora.runtime.stop import Stop, Terminated, interruptible
 
 if TYPE_CHECKING:
     from remora.evaluation.findings import NextStep
@@ -46,7 +46,9 @@ app = App(
     name="remora",
     help="Turn a large language model into a text classifier by training a small LoRA adapter.",
     version=remora.__version__,
+    suppress_keyboard_interrupt=False,  # `main` says it in a line
 )
+app.meta.suppress_keyboard_interrupt = False
 
 
 @app.command(help_epilogue=examples("plan"))
@@ -391,6 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has ended
         sys.stderr.close()
         return 0
+    except Terminated:
+        return _fail("stopped (SIGTERM); run the same command again", 143)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again", 130)
     except (RemoraError, cyclopts.CycloptsError) as error:

@@ -8,6 +8,7 @@ Also covers remora.export.gguf, remora.export.llama_cpp and remora.export.llama_
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -22,10 +23,15 @@ import pytest
 
 import exporting
 import forked
+from conftest import WAYS
 from exporting import contents, refused, remora
+from remora.config import TrainConfig
+from remora.errors import ModelError
 from remora.evaluation import results
-from remora.export import gguf, llama_cpp
+from remora.export import gguf, llama_cpp, llama_cpp_client
+from remora.export.llama_cpp_client import Client
 from remora.models import saved
+from remora.training.run import train
 
 original, place = exporting.original, exporting.place
 
@@ -118,6 +124,57 @@ def test_the_exported_client_answers_alone(exported: Path, original: Path) -> No
         command = [sys.executable, "-I", exported / "client.py", engine._url, *run.texts]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == run.predicted
+
+
+SPLIT = {"größe": "card", "überweisung": "refund", "日本語 🎉": "top up"}
+"""Labels with tokens that end within a character, and the words of their messages."""
+
+
+def test_labels_whose_characters_are_split_into_tokens(
+    base: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp leaves probabilities out where the token that it writes is part of a character."""
+    forks_converter(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    ways = [f"{way} {i}" for i in range(8) for way in WAYS]
+    rows = [(way.format(word), label) for label, word in SPLIT.items() for way in ways]
+    lines = (json.dumps({"text": text, "label": label}) for text, label in rows)
+    Path("data.jsonl").write_text("\n".join(lines))
+    common = {"model": str(base), "name": "run", "output": tmp_path, "baselines": "none"}
+    common |= {"precision": "float32", "device": "cpu"}
+    size = {"method": "full", "learning_rate": 7e-3, "max_steps": 100, "batch_size": 8}
+    train(TrainConfig("data.jsonl", **common, **size))
+    assert remora("run", "--gguf", "f32", "--llama-cpp", source, "--differing", "0") == 0
+
+    run, prompt = results.read(Path("run")), saved.open_trained("run", device="cpu").prompt
+    assert {*run.predicted} == {*SPLIT}
+    path = Path("run/gguf/run-f32.gguf").absolute()
+    with llama_cpp.LlamaCpp(llama_cpp.Model(path=path, context=200, threads=1)) as engine:
+        command = [sys.executable, "-I", "-X", "utf8", "run/gguf/client.py", engine._url]
+        done = subprocess.run([*command, *run.texts], capture_output=True, check=True)
+        assert done.stdout.decode().split("\n")[:-1] == run.predicted
+        # Other labels, where the model's own answer begins with a part of a character
+        ids = [*prompt.tokenizer.encode("card"), prompt.answers[0][-1]]
+        client = Client(engine._url, {"card": ids})
+        for message in run.texts:
+            assert client.labels(client.prompt_ids(message)) == ("card", "card")
+
+
+def test_an_answer_without_probabilities_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llama_cpp.LlamaCpp(llama_cpp.Model(path=Path("a.gguf"), context=64, threads=1))
+    engine._url = "http://127.0.0.1:8080"
+    told = {"/apply-template": b'{"prompt": "a"}', "/tokenize": b'{"tokens": [1]}'}
+    monkeypatch.setattr(
+        llama_cpp_client.urllib.request,
+        "urlopen",
+        lambda request: io.BytesIO(told.get(request.selector, b'{"content": ""}')),
+    )
+    wanted = (
+        r"llama.cpp cannot use a.gguf \(the server's answer to /completion has no "
+        r"completion_probabilities\); pip install -U xllamacpp, or use --merge"
+    )
+    with pytest.raises(ModelError, match=wanted):
+        list(engine.answers(["a"], {"b": [2, 3]}))
 
 
 def test_the_grammar_and_the_modelfile_hold_any_label_and_prompt(exported: Path) -> None:
@@ -214,11 +271,22 @@ def test_without_the_extra_it_says_what_to_install(
     refused(place, capsys, 2, wanted, "run", "--gguf", "f16", "--llama-cpp", source)
 
 
+def test_the_converter_finds_its_modules_beside_its_script() -> None:
+    """Also by a path of Windows, which has backslashes."""
+    for library, script in (("posixpath", "/a b/llama.cpp/c.py"), ("ntpath", r"C:\llama.cpp\c.py")):
+        code = (
+            f"import os, runpy, {library}\nos.path = {library}\n"
+            f"runpy.run_path = lambda *_, **__: print(*sys.path[:2], sep='|')\n{gguf._CONVERT}"
+        )
+        command = [sys.executable, "-I", "-S", "-c", code, script, ""]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        folder = script.removesuffix("c.py")
+        assert done.stdout.strip() == f"{folder[:-1]}|{folder}gguf-py"
+
+
 def test_a_process_that_ends_is_one_line(place: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(100))
-    from remora.errors import ModelError
-
     model = llama_cpp.Model(path=broken, context=64, threads=1)
     with (
         pytest.raises(ModelError, match=r"llama.cpp cannot use broken.gguf .*pip install -U"),

@@ -20,6 +20,7 @@ import exporting
 from exporting import remora
 from remora.data.prompt import Prompt
 from remora.evaluation import results
+from remora.export import vllm_client
 from remora.models import saved
 
 original, place = exporting.original, exporting.place
@@ -66,6 +67,12 @@ def test_the_folder_has_the_trained_prompt_inside(place: Path, capsys) -> None:
     assert body["messages"] == [{"role": "user", "content": "Where is it?"}]
     assert body["structured_outputs"] == {"choice": list(prompt.labels)}
     assert (body["model"], body["temperature"]) == ("classifier", 0)
+
+
+def test_a_label_is_not_cut_where_a_character_takes_several_tokens() -> None:
+    label = "überweisung, 日本語 🎉"  # 18 characters, 23 tokens of nano
+    found = vllm_client.request([label, "a"], "Where is it?")["max_tokens"]
+    assert found == 1 + len(label.encode()) > 23
 
 
 def test_another_prompt_is_not_written(place: Path, capsys, monkeypatch) -> None:

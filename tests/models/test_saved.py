@@ -6,8 +6,10 @@ Also covers remora.models.metadata.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import randomize_adapter, tiny_model
-from remora.errors import ModelError, ResourceError
+from remora.errors import ConfigError, ModelError, ResourceError
 from remora.evaluation.predictions import write_predictions
 from remora.models import fused_lora, loading, lora, metadata, saved
 from remora.runtime import files, run_directory
@@ -168,7 +170,51 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_adapter(trained, copy):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {p.name: p.read_bytes() for p in (copy / "adapter").iterdir()} == before
-    assert not (copy / "adapter.tmp").exists()
+    assert [path.name for path in copy.iterdir()] == ["adapter"]
+
+
+def test_what_is_no_saved_classifier_is_not_replaced(trained, tmp_path, monkeypatch) -> None:
+    project = tmp_path / "project"
+    (project / "sub").mkdir(parents=True)
+    (project / "thesis.txt").write_text("a year of work")
+    for end in ("tmp", "old"):  # names that others use too
+        (tmp_path / f"new.{end}").mkdir()
+        (tmp_path / f"new.{end}" / "kept").touch()
+    (tmp_path / "file.txt").write_text("kept")
+
+    def save(path: Path) -> None:
+        saved.save_adapter(trained.adapted, trained.card, path)
+
+    with pytest.raises(ConfigError, match="holds 'sub', and no saved classifier; give another"):
+        save(project)
+    with pytest.raises(ConfigError, match=r"file.txt is a file; give the path of a folder"):
+        save(tmp_path / "file.txt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"\. is the current folder; give a path below it"):
+        save(Path("."))
+    (tmp_path / "new").mkdir()  # an empty folder may be filled
+    save(tmp_path / "new")
+    save(tmp_path / "new")
+    assert (tmp_path / "new" / "remora.json").is_file()
+    assert (tmp_path / "new.tmp" / "kept").exists()
+    assert (tmp_path / "new.old" / "kept").exists()
+    assert (project / "thesis.txt").read_text() == "a year of work"
+    assert (tmp_path / "file.txt").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_others_may_read_what_is_saved(trained, tmp_path) -> None:
+    mask = os.umask(0o022)
+    try:
+        saved.save_adapter(trained.adapted, trained.card, tmp_path / "adapter")
+        files.write_arrays(tmp_path / "a.safetensors", {"x": np.zeros(1)}, {})
+        os.umask(0o077)
+        files.write_arrays(tmp_path / "b.safetensors", {"x": np.zeros(1)}, {})
+    finally:
+        os.umask(mask)
+    saved_files = [*(tmp_path / "adapter").iterdir(), tmp_path / "a.safetensors"]
+    assert {path.stat().st_mode & 0o777 for path in saved_files} == {0o644}
+    assert (tmp_path / "b.safetensors").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(trained, tmp_path):

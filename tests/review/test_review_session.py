@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -185,6 +186,21 @@ def test_ctrl_c_ends_it_with_a_summary(run: Path, tmp_path: Path) -> None:
         f"next       remora retrain {run}",
     ]
     assert decisions(run) == {2: "card", 5: "", 6: "", 8: "delete", 10: ""}
+
+
+def test_commands_are_quoted_for_the_shell(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from conftest import call as remora
+
+    hard = run.rename(run.with_name("my run's"))
+    suspect_list.write(hard / RELABEL, [])
+    assert remora("review", hard, "--no-browser", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert shlex.split(found["again"]) == ["remora", "review", str(hard)]
+    assert shlex.split(found["next"]) == ["remora", "retrain", str(hard)]
+    (hard / RELABEL).unlink()
+    assert remora("review", hard, "--no-browser") == 3
+    told = capsys.readouterr().err
+    assert f"run `remora diagnose {shlex.quote(str(hard))}` first" in told
 
 
 def test_the_summary_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

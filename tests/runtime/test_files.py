@@ -144,3 +144,14 @@ def test_an_optional_file_that_fails_is_reported():
     assert said == [
         "report.html could not be written (no chart for this); the rest of the run is complete"
     ]
+
+
+def test_a_file_that_bears_a_temporary_name_is_not_touched(tmp_path):
+    (tmp_path / "out.csv.tmp").write_text("a table of someone else")
+    files.write_text(tmp_path / "out.csv", "new")
+    assert (tmp_path / "out.csv.tmp").read_text() == "a table of someone else"
+    with files.replacing(tmp_path / "out.csv") as temporary:
+        assert files.final_name(temporary.name) == "out.csv"
+        temporary.write_text("newer")
+    assert files.final_name("out.csv.tmp") == "out.csv.tmp"
+    assert (tmp_path / "out.csv").read_text() == "newer"

@@ -15,12 +15,12 @@ from remora.runtime import stop
 
 SWALLOWED = """
 import os, signal, sys, time
-from types import SimpleNamespace
 from remora import cli
+from remora.evaluation import compare
 
 class Swallows:
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), int(sys.argv[1]))
         time.sleep(0.1)
 
 def work(*arguments, **settings):
@@ -29,8 +29,8 @@ def work(*arguments, **settings):
     print("done")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-cli.app = SimpleNamespace(meta=work)
-sys.exit(cli.main([]))
+compare.compare_runs = work
+sys.exit(cli.main(["compare", "runs/a"]))
 """
 
 
@@ -42,15 +42,40 @@ def default_handler() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_that_a_destructor_swallows_is_obeyed() -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped (SIGTERM)")],
+)
+def test_a_signal_that_a_destructor_swallows_is_obeyed(number: int, code: int, told: str) -> None:
     began = time.monotonic()
     process = subprocess.run(
-        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SWALLOWED, str(int(number))],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert process.returncode == 130, process.stderr
+    assert process.returncode == code, process.stderr
     assert time.monotonic() - began < 15
     assert process.stdout == ""
-    assert process.stderr.splitlines()[-1] == "error: interrupted; run the same command again"
+    assert process.stderr.splitlines()[-1] == f"error: {told}; run the same command again"
+
+
+def obeyed(number: int) -> None:
+    with stop.interruptible():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        time.sleep(30)
+
+
+def test_sigterm_is_obeyed_where_interrupts_are_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+    try:
+        with pytest.raises(stop.Terminated):
+            obeyed(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def interrupted(work: Callable[[], None]) -> None:

@@ -137,7 +137,7 @@ def test_a_number_that_a_workbook_lacks_is_null(run, tmp_path, capsys):
     assert [line["id"] for line in lines] == [1, 2, None]
     path = workbooks.write(tmp_path / "b.xlsx", [("id", "text"), (1, "a"), ("x", "b")])
     assert predicted(run, path, "--output", out) == 3
-    assert "out.parquet cannot hold the input's values" in capsys.readouterr().err
+    assert "Parquet cannot hold the column 'id' as it is" in capsys.readouterr().err
 
 
 def test_columns_of_one_name_are_refused_where_one_would_be_lost(run, tmp_path, capsys):

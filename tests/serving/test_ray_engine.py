@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from on_ray import NUM_ROWS, StandIn, journal, plain, read_parts, write_rows
 from remora.config import PredictConfig
 from remora.data import locations
 from remora.errors import ConfigError, DataError, ModelError, ResourceError, Stopped
+from remora.models import metadata
 from remora.runtime.reporter import Reporter
 from remora.serving import ray_engine, ray_workers
 from remora.serving.part_files import JOURNAL
@@ -183,6 +185,29 @@ def test_a_process_that_ends_anywhere_resumes_there(
     monkeypatch.undo()
     assert read_parts(out) == plain(run, source, tmp_path)
     assert [part["rows"] for part in journal(out)["parts"]] == [64, 64, 64, 64, 44]
+
+
+@pytest.mark.parametrize("left", [f"{JOURNAL}.tmp", f".{JOURNAL}.4711.tmp"])
+def test_a_process_killed_within_its_first_write_resumes(
+    run: Path, tmp_path: Path, ray: StandIn, left: str
+) -> None:
+    source, out = write_rows(tmp_path / "a.csv", num_rows=130), tmp_path / "out.csv"
+    out.mkdir()
+    (out / left).write_text('{"schema": ')
+    (out / "_remora.lock").touch()
+    write(run, source, out)
+    assert read_parts(out) == plain(run, source, tmp_path)
+
+
+def test_parts_of_another_alpha_are_not_resumed(run: Path, tmp_path: Path, ray: StandIn) -> None:
+    source, out = write_rows(tmp_path / "a.csv", num_rows=70), tmp_path / "out.csv"
+    copied = shutil.copytree(run, tmp_path / "run")
+    write(copied, source, out)
+    path = metadata.adapter_folder(copied) / "adapter_config.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"lora_alpha": 2 * described["lora_alpha"]}))
+    with pytest.raises(ConfigError, match=r"of another run, with adapter '.*; give another"):
+        write(copied, source, out)
 
 
 def test_several_files_of_a_glob_a_folder_or_a_url(run: Path, tmp_path: Path, ray: StandIn) -> None:

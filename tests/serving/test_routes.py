@@ -163,6 +163,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "a text too long": ({"texts": ["x" * 501], "adapter": "post"}, 413, "501"),
     "too many texts": ({"texts": ["x"] * 257, "adapter": "post"}, 413, "257"),
     "a name unknown": ({"texts": ["x"], "adapter": "post", "path": "/"}, 422, "path"),
+    "an empty body": (b"", 422, "body: Field required"),
     "no JSON": (b"texts", 400, "JSON"),
     "no UTF-8": (b'{"texts": ["\xff"]}', 400, "JSON"),
     "a name twice": (b'{"texts": ["x"], "texts": ["y"], "adapter": "post"}', 400, "twice"),

@@ -289,6 +289,33 @@ def test_a_start_that_was_cut_off_is_begun_again(config: TrainConfig) -> None:
     assert train(config).directory == config.output / "mine"
 
 
+@pytest.mark.parametrize("content", ["", "data = 'sample:support'\nmodel = "])
+def test_damaged_settings_stop_no_other_run(config: TrainConfig, content: str) -> None:
+    config = replace(config, max_steps=1)
+    names = run_directory.paths(config.output, None, config.data, config.model)
+    usual, second = next(names), next(names)
+    for folder in (usual, config.output / "mine"):
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text(content)
+    with pytest.raises(ConfigError, match=r"\(config\.toml cannot be read\); .* another --name"):
+        train(replace(config, name="mine"))
+    reporter = Interrupter()
+    assert train(config, reporter=reporter).directory == second
+    assert any("left as it is: config.toml cannot be read" in line for line in reporter.lines)
+    assert (usual / "config.toml").read_text() == content
+
+
+def test_a_name_that_another_process_has_just_taken_is_not_to_be_removed(tmp_path: Path) -> None:
+    taken = run_directory.create(tmp_path, "mine", "d", "m")
+    with (
+        resume.hold(taken),
+        pytest.raises(ConfigError, match=r"another process is training in .*mine; wait for it"),
+    ):
+        run_directory.create(tmp_path, "mine", "d", "m")
+    with pytest.raises(ConfigError, match="exists already; give another --name or remove it"):
+        run_directory.create(tmp_path, "mine", "d", "m")
+
+
 def test_a_folder_of_something_else_is_refused_or_passed_over(config: TrainConfig) -> None:
     config = replace(config, max_steps=1)
     mine, (usual, second) = (
@@ -345,6 +372,8 @@ def test_damaged_checkpoints_are_told_about_and_not_skipped_to_zero(config: Trai
 def test_the_log_loses_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     records = [{"step": 1}, {"step": 2}, {"step": 2, "validation_accuracy": 1.0}, {"step": 3}]
-    path.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 4, "lo')
-    resume.cut_log(path, step=2, evaluated=0)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == records[:2]
+    whole = "".join(json.dumps(r) + "\n" for r in records)
+    for broken in (b'{"step": 4, "lo', b"\xff\xfe", b"123\n[]\nnull\n"):
+        path.write_bytes(whole.encode() + broken)
+        resume.cut_log(path, step=2, evaluated=0)
+        assert [json.loads(line) for line in path.read_text().splitlines()] == records[:2]

@@ -21,7 +21,7 @@ from remora.models import hub, loading
 from remora.runtime import memory
 from remora.runtime.reporter import Reporter
 from remora.runtime.stop import Stop
-from remora.tree import packing, scoring
+from remora.tree import layouts, packing, scoring
 from remora.tree.forward import answer_logits
 from remora.tree.loss import loss_sum
 from remora.tree.packed_row import PackedRow
@@ -246,6 +246,29 @@ def test_a_request_to_stop_is_noticed_within_a_batch(tokenizer):
     with pytest.raises(Stopped, match="time limit reached"):
         scoring.score_table(Scorer(model, prompt, max_tokens=60), texts, "test", reporter, stop)
     assert 0 < told[-1] < len(texts) < scoring.BATCH_ROWS
+
+
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+def test_a_request_to_stop_is_noticed_between_the_passes_of_a_group(tokenizer, layout):
+    labels, messages = many_labels()
+    model = tiny_model("qwen2", torch.float64, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, labels, instruction="", max_length=200)
+    layouts.assign(model, layout)
+    scorer = Scorer(model, prompt, tolerance=0)
+    told: list[int] = []
+    reporter = Reporter()
+    reporter.scoring = lambda what, done, total: told.append(done)
+    stop, checks = Stop(max_seconds=-1.0), []
+
+    def check() -> None:
+        checks.append(len(told))
+        if len(checks) == 3:  # at the start, before the second pass, before the third
+            Stop.check(stop)
+
+    stop.check = check
+    with pytest.raises(Stopped, match="time limit reached"):
+        scoring.score_table(scorer, messages, "test", reporter, stop)
+    assert told == [0]
 
 
 def test_the_loss_of_a_table_is_that_of_training(tokenizer):

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
 
 from remora.errors import ConfigError
+from remora.formatting import cut
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_IN_QUOTES = re.compile(r"""(?:^|(?<=,))\s*"(?:[^"]|"")*"\s*(?=,|$)""")
+
+_PATHS = (str, os.PathLike)
+_SCALARS: dict[Any, tuple[Any, Callable[[Any], Any], str]] = {
+    bool: (bool, bool, "True or False"),
+    int: (Integral, int, "a whole number"),
+    float: (Real, lambda x: x if isinstance(x, int) else float(x), "a number"),
+    str: (_PATHS, os.fsdecode, "a text"),
+    Path: (_PATHS, Path, "a path"),
+    NoneType: (NoneType, lambda x: x, "None"),
+}
+"""What may be given for a type, how it becomes one, and how an error names it."""
 
 DEFAULT_MICRO_BATCH_TOKENS = 2048
 """Larger micro-batches of a token tree are hardly faster, and need more memory."""
@@ -31,8 +48,47 @@ class Constraint:
     holds: Callable[[Any], bool]
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """How what is given in Python becomes a value of the type, such as one name a list of names."""
+
+    by: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Also:
+    """What may be given in Python beside the type, and is kept as it is."""
+
+    wanted: str
+    """All that may be given as an error names it, after "give"."""
+
+    kind: type
+
+
+def convert(settings: Any) -> None:
+    """Bring the fields of a dataclass to their types, as the command line does before.
+
+    Numbers of NumPy become Python's, a text becomes a path where the field is one, a list a tuple.
+    `check` does this too; call it before where conflicts need the types.
+
+    Args:
+        settings: The dataclass.
+
+    Raises:
+        ConfigError: Naming every value that is of another type or breaks its constraint.
+    """
+    wrong = set()
+    for name, hint in _hints(settings.__class__).items():
+        try:
+            object.__setattr__(settings, name, _typed(hint, getattr(settings, name)))
+        except TypeError:
+            wrong.add(name)
+    if wrong:
+        raise ConfigError("; ".join(_problems(settings, wrong)))
+
+
 def check(settings: object, *conflicts: tuple[bool, str]) -> None:
-    """Check the constraints in the types of a dataclass's fields, and conflicts between fields.
+    """Check the types of a dataclass's fields, their constraints, and conflicts between fields.
 
     Args:
         settings: The dataclass, whose fields may be of types such as `Count`.
@@ -41,16 +97,77 @@ def check(settings: object, *conflicts: tuple[bool, str]) -> None:
     Raises:
         ConfigError: Naming everything that is wrong.
     """
-    hints = get_type_hints(type(settings), include_extras=True)
-    problems = [
-        f"{name} is {value!r}; give {constraint.wanted}"
-        for name, hint in hints.items()
-        for constraint in _constraints(hint)
-        if (value := getattr(settings, name)) is not None and not constraint.holds(value)
-    ]
-    problems += [message for is_there, message in conflicts if is_there]
+    convert(settings)
+    problems = [*_problems(settings), *(message for is_there, message in conflicts if is_there)]
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _problems(settings: Any, wrong: Iterable[str] = ()) -> Iterator[str]:
+    """Yield a message for each value of a wrong type, and for each that breaks its constraint."""
+    for name, hint in _hints(settings.__class__).items():
+        value = getattr(settings, name)
+        if name in wrong:
+            yield f"{name} is {cut(' '.join(repr(value).split()), 60)}; give {_wanted(hint)}"
+        elif value is not None:
+            for constraint in _marks(hint, Constraint):
+                if not constraint.holds(value):
+                    yield f"{name} is {value!r}; give {constraint.wanted}"
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """Return a value as one of a type.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        is_kept = any(isinstance(mark, Also) and isinstance(value, mark.kind) for mark in parts)
+        for mark in parts:
+            value = mark.by(value) if isinstance(mark, Conversion) else value
+        return value if is_kept else _typed(parts[0], value)
+    if origin in {Union, UnionType}:
+        for part in parts:
+            with contextlib.suppress(TypeError):
+                return _typed(part, value)
+    if origin is Literal and isinstance(value, str) and value in parts:
+        return parts[parts.index(value)]
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(parts[0], each) for each in value)
+    if origin is dict and isinstance(value, Mapping):  # by labels, which may be numbers in Python
+        return {str(key): _typed(parts[1], each) for key, each in value.items()}
+    return _scalar(hint, value)
+
+
+def _scalar(kind: Any, value: Any) -> Any:
+    """Return a value as one of a type that holds no others; raises TypeError if it is none."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # of NumPy or PyTorch
+        value = value.item()
+    if kind in _SCALARS and (kind is bool or not isinstance(value, bool)):
+        taken, read, _ = _SCALARS[kind]
+        if isinstance(value, taken):
+            return read(value)
+    raise TypeError
+
+
+def _wanted(hint: Any) -> str:
+    """Return the values of a type as an error names them, after "give"."""
+    for mark in _marks(hint, Constraint | Also):
+        return str(mark.wanted)
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"{', '.join(parts[:-1])} or {parts[-1]}"
+    if origin is tuple:
+        return "a list of paths" if parts[0] is Path else "a list of names"
+    if origin is dict:
+        return "texts by labels, such as {'late': 'delivery'}"
+    return _wanted(parts[0]) if parts else _SCALARS[hint][-1]
 
 
 def unwritable(settings: Any) -> list[tuple[bool, str]]:
@@ -72,10 +189,11 @@ def unwritable(settings: Any) -> list[tuple[bool, str]]:
     ]
 
 
-def _constraints(hint: Any) -> Iterator[Constraint]:
-    yield from (each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Constraint))
+def _marks(hint: Any, kind: Any) -> Iterator[Any]:
+    """Yield what is of a kind in the annotations of a type."""
+    yield from (each for each in getattr(hint, "__metadata__", ()) if isinstance(each, kind))
     for part in get_args(hint):  # such as the Count in Count | None
-        yield from _constraints(part)
+        yield from _marks(part, kind)
 
 
 def as_names(given: Any) -> tuple[str, ...] | None:
@@ -84,9 +202,18 @@ def as_names(given: Any) -> tuple[str, ...] | None:
 
 
 def split_names(given: Any) -> tuple[str, ...]:
-    """Return the names in one text or several, separated by commas, each once."""
-    names = (name.strip() for each in as_names(given) or () for name in each.split(","))
+    """Return the names in one text or several, separated by commas, each once.
+
+    A name with a comma in it is in double quotes, as in CSV. It keeps them, so that what is
+    returned can be split again.
+    """
+    hidden = (_IN_QUOTES.sub(lambda x: x[0].replace(",", "\0"), x) for x in as_names(given) or ())
+    names = (name.replace("\0", ",").strip() for each in hidden for name in each.split(","))
     return tuple(dict.fromkeys(names))
+
+
+def _module_names(given: Any) -> tuple[str, ...]:
+    return tuple(filter(None, split_names(given)))
 
 
 def to_bytes(amount: str) -> int:
@@ -145,7 +272,12 @@ Answer = Literal["words", "classes"]
 SelectionMetric = Literal["accuracy", "micro_f1", "macro_f1", "log_loss"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Method = Literal["lora", "qlora", "full"]
-Names = Annotated[tuple[str, ...], Parameter(show_default=",".join, negative=())]
+Names = Annotated[
+    tuple[str, ...], Parameter(show_default=",".join, negative=()), Conversion(split_names)
+]
+OneOrMore = Annotated[tuple[str, ...], Conversion(as_names)]
+ModuleNames = Annotated[tuple[str, ...], Conversion(_module_names)]
+ClassWeights = Annotated[str, Also("balanced, a table's path or weights by labels", Mapping)]
 TableFormat = Literal["csv", "tsv", "jsonl", "json", "parquet", "xlsx"]
 MessageFormat = Literal["text", "csv", "tsv", "jsonl", "json", "parquet", "xlsx"]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]

@@ -13,7 +13,6 @@ from remora.config.checks import (
     Names,
     check,
     is_read_once,
-    split_names,
     to_seconds,
 )
 from remora.config.help_pages import grouped
@@ -48,7 +47,6 @@ class ChooseConfig(TrainConfig):
         Raises:
             ConfigError: Naming everything that is wrong.
         """
-        object.__setattr__(self, "models", split_names(self.models))
         super().__post_init__()
         check(
             self,

@@ -13,11 +13,10 @@ from remora.config.checks import (
     Count,
     DeviceName,
     Names,
+    OneOrMore,
     PrecisionName,
     TableFormat,
-    as_names,
     check,
-    split_names,
 )
 
 
@@ -33,7 +32,7 @@ class EvalConfig:
     data: str = field(kw_only=False)
     """Table of texts and labels to measure on."""
 
-    text_column: tuple[str, ...] | None = None
+    text_column: OneOrMore | None = None
     """Column of the messages, or several; by default those of the training table, or found by its
     name."""
 
@@ -79,6 +78,4 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
-        object.__setattr__(self, "text_column", as_names(self.text_column))
-        object.__setattr__(self, "columns", split_names(self.columns))
         check(self)

@@ -11,11 +11,14 @@ from cyclopts import Parameter
 from remora.config.checks import (
     DEFAULT_MICRO_BATCH_TOKENS,
     Constraint,
+    Conversion,
     Count,
     DeviceName,
     FileSize,
     Positive,
     check,
+    convert,
+    split_names,
     to_bytes,
 )
 
@@ -32,7 +35,7 @@ GGUF_TYPES = (
 WAYS = ("merge", "compress", "gguf", "gguf_lora", "vllm", "onnx")
 """The settings that say what is written."""
 
-Names = Annotated[tuple[str, ...], Parameter(negative=())]
+Names = Annotated[tuple[str, ...], Parameter(negative=()), Conversion(split_names)]
 Points = Annotated[float, Constraint("a number of points from 0 to 100", lambda x: 0 <= x <= 100)]
 
 
@@ -110,9 +113,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
-        given = [self.gguf] if isinstance(self.gguf, str) else self.gguf
-        names = (name.strip().lower() for each in given for name in each.split(","))
-        object.__setattr__(self, "gguf", tuple(dict.fromkeys(names)))
+        convert(self)
+        object.__setattr__(self, "gguf", tuple(dict.fromkeys(map(str.lower, self.gguf))))
         unknown = [name for name in self.gguf if name not in GGUF_TYPES]
         ways = [name for name in WAYS if getattr(self, name)]
         flags = [f"--{name.replace('_', '-')}" for name in WAYS]

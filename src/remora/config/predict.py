@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,11 +15,11 @@ from remora.config.checks import (
     DeviceName,
     MessageFormat,
     Names,
+    OneOrMore,
     PrecisionName,
     Share,
-    as_names,
     check,
-    split_names,
+    convert,
 )
 
 
@@ -42,11 +41,11 @@ class PredictConfig:
     """File to write instead of standard output: .csv, .jsonl or .parquet. With engine ray: a folder
     of such a name, or a URL, for the parts."""
 
-    text_column: tuple[str, ...] | None = None
+    text_column: OneOrMore | None = None
     """Column of the messages, or several; by default those of the training table, or found by its
     name."""
 
-    id_column: tuple[str, ...] | None = None
+    id_column: OneOrMore | None = None
     """Column to keep in the output, or several; by default all."""
 
     input_format: MessageFormat | None = None
@@ -107,11 +106,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
-        if self.output is not None:
-            object.__setattr__(self, "output", os.fspath(self.output))
-        object.__setattr__(self, "text_column", as_names(self.text_column))
-        object.__setattr__(self, "id_column", as_names(self.id_column))
-        object.__setattr__(self, "columns", split_names(self.columns))
+        convert(self)
         check(
             self,
             (

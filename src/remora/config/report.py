@@ -7,6 +7,8 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
+from remora.config.checks import check
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -21,3 +23,7 @@ class ReportConfig:
 
     json: bool = False
     """Write the file's path as JSON to standard output."""
+
+    def __post_init__(self) -> None:
+        """Check every value; raises ConfigError."""
+        check(self)

@@ -13,11 +13,13 @@ from remora.config.checks import (
     Count,
     DeviceName,
     FileSize,
+    OneOrMore,
     Port,
     Positive,
     PrecisionName,
     Share,
     check,
+    convert,
     to_bytes,
 )
 from remora.errors import ConfigError
@@ -28,7 +30,7 @@ from remora.errors import ConfigError
 class ServeConfig:
     """Settings of `remora serve`."""
 
-    adapters: tuple[str, ...] = field(kw_only=False)
+    adapters: OneOrMore = field(kw_only=False)
     """Run directories, adapter folders or Hugging Face Hub ids that share one base model, or one
     fully fine-tuned model. Each is named after its run, or as NAME=FOLDER."""
 
@@ -79,6 +81,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises ConfigError."""
+        convert(self)
         check(
             self,
             (

@@ -16,6 +16,7 @@ from remora.config import several_labels
 from remora.config.checks import (
     DEFAULT_MICRO_BATCH_TOKENS,
     Answer,
+    ClassWeights,
     Count,
     CountOrZero,
     CurveSizes,
@@ -27,7 +28,9 @@ from remora.config.checks import (
     LearningRate,
     LearningRateRatio,
     Method,
+    ModuleNames,
     Names,
+    OneOrMore,
     PlainName,
     Positive,
     PositiveOrZero,
@@ -36,10 +39,9 @@ from remora.config.checks import (
     Separator,
     Share,
     TableFormat,
-    as_names,
     check,
+    convert,
     curve_sizes,
-    split_names,
     to_seconds,
     unwritable,
 )
@@ -101,7 +103,7 @@ class TrainConfig:
     """A relabel.csv with decisions: training rows are relabelled or deleted by them, once the other
     rows are held out. Rows to validate and test on stay as they are."""
 
-    text_column: tuple[str, ...] | None = None
+    text_column: OneOrMore | None = None
     """Column of the messages; by default found by its name. Give several to have the model read
     each under its name."""
 
@@ -171,7 +173,7 @@ class TrainConfig:
     dropout: Fraction = 0.05
     """Dropout on the adapter's inputs while training."""
 
-    target_modules: tuple[str, ...] = ()
+    target_modules: ModuleNames = ()
     """Linear layers to adapt, several separated by commas; by default q, k, v, o, gate, up and
     down, or every linear layer but the head and routers in other architectures. Experts of a
     mixture are adapted if they are named, such as experts.down_proj, and without dropout."""
@@ -236,7 +238,7 @@ class TrainConfig:
     max_grad_norm: GradientNorm = 1.0
     """Gradients are clipped to this norm."""
 
-    class_weights: str | None = None
+    class_weights: ClassWeights | None = None
     """Weight of each class in the loss: balanced, for the same total weight of every class, or a
     table with the columns label and weight. By default all rows count the same."""
 
@@ -318,7 +320,7 @@ class TrainConfig:
     """Minutes between checkpoints, from which the same command resumes after a crash; 0 saves after
     every step."""
 
-    trackers: tuple[str, ...] = ()
+    trackers: OneOrMore = ()
     """Experiment trackers supported by accelerate, such as tensorboard or wandb."""
 
     def __post_init__(self) -> None:
@@ -327,10 +329,7 @@ class TrainConfig:
         Raises:
             ConfigError: Naming everything that is wrong.
         """
-        object.__setattr__(self, "text_column", as_names(self.text_column))
-        for name in ("baselines", "columns", "label_columns", "target_modules"):
-            object.__setattr__(self, name, split_names(getattr(self, name)))
-        object.__setattr__(self, "target_modules", tuple(filter(None, self.target_modules)))
+        convert(self)
         unknown = [each for each in self.baselines if each not in {*BASELINES, "auto", "none"}]
         check(
             self,
@@ -475,9 +474,6 @@ class TrainConfig:
             KeyError, TypeError, ValueError: If it is no such text.
         """
         settings = tomllib.loads(text)
-        kinds = {"output": Path, "target_modules": tuple, "trackers": tuple, "baselines": tuple}
-        for name in kinds.keys() & settings.keys():
-            settings[name] = kinds[name](settings[name])
         if "corrections" in settings:
             settings["corrections"] = str(directory / CORRECTIONS)
         return cls(settings.pop("data"), **settings)

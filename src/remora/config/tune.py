@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cyclopts import Parameter
 
-from remora.config.checks import Count, Names, check, split_names
+from remora.config.checks import Count, Names, check
 from remora.config.help_pages import grouped
 from remora.config.train import TrainConfig
 
@@ -36,7 +36,6 @@ class TuneConfig(TrainConfig):
         Raises:
             ConfigError: Naming everything that is wrong.
         """
-        object.__setattr__(self, "search", split_names(self.search))
         super().__post_init__()
         unknown = [name for name in self.search if name not in SEARCHED]
         check(

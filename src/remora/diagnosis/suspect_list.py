@@ -127,13 +127,13 @@ def write_table(path: Path, table: Table) -> None:
             names = sorted({*table.each_label}) if names else []
         header = ["text", *(names or ["label"])]
         labels = [label_sets.cells(each, table.form, names) for each in table.labels]
-    temporary = path.with_name(path.name + ".tmp")
-    with files.disk_errors(path):
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows([text, *own] for text, own in zip(table.texts, labels, strict=True))
-        temporary.replace(path)
+    with (
+        files.replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([text, *own] for text, own in zip(table.texts, labels, strict=True))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from rich.console import Console
 from remora.diagnosis.diagnose import Diagnosis
 from remora.diagnosis.several_labels import SetDiagnosis
 from remora.display.console import escaped, figures_table, print_line, standard_output
+from remora.evaluation import run_commands
 
 NUM_LABELS = 10
 """Labels that are shown of those that are doubted."""
@@ -139,5 +140,5 @@ def _suspects(diagnosis: Diagnosis | SetDiagnosis, run: Path) -> str:
     bands = ", ".join(f"{count:,} {band}" for band, count in diagnosis.bands.items() if count)
     return (
         f"suspects   {len(diagnosis.suspects):,} rows in {path}: {bands}; decide with "
-        f"`remora review {run}`, or in its last column"
+        f"`{run_commands.command('review', run)}`, or in its last column"
     )

@@ -20,9 +20,7 @@ def show_review(summary: Summary, console: Console | None = None) -> None:
         f"{summary.num_deleted:,} deleted",
     )
     if summary.num_open:
-        print_line(
-            console, f"left       {summary.num_open:,}; go on with `remora review {summary.run}`"
-        )
+        print_line(console, f"left       {summary.num_open:,}; go on with `{summary.again}`")
     if summary.num_relabelled or summary.num_deleted:
         print_line(console, f"next       {summary.next}")
 

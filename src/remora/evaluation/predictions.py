@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,8 +200,6 @@ def write_probabilities(path: Path, labels: Sequence[str], splits: Mapping[str, 
     [rows], indices into the list of labels in the file's metadata; where rows have several labels,
     [rows, labels], 0 or 1.
     """
-    from safetensors.numpy import save_file
-
     arrays: dict[str, NDArray[Any]] = {}
     about = {"labels": json.dumps(list(labels))}
     for split, scored in splits.items():
@@ -210,10 +207,7 @@ def write_probabilities(path: Path, labels: Sequence[str], splits: Mapping[str, 
             about["thresholds"] = json.dumps(scored.thresholds.tolist())
         arrays[f"{split}.probabilities"] = scored.probabilities.astype(np.float32)
         arrays[f"{split}.true"] = scored.true
-    temporary = path.with_name(path.name + ".tmp")
-    with files.disk_errors(path):
-        save_file(arrays, temporary, metadata=about)
-        os.replace(temporary, path)
+    files.write_arrays(path, arrays, about)
 
 
 def read_probabilities(path: Path, labels: Sequence[str], split: str) -> Scored | None:

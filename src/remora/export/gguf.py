@@ -280,10 +280,10 @@ def _convert(script: Path, arguments: list[str], model: Path) -> None:
 
 
 _CONVERT = """
-import runpy, sys
+import os, runpy, sys
 _, script, pre, *arguments = sys.argv
-folder = script.rpartition("/")[0]
-sys.path[:0] = [folder, folder + "/gguf-py"]
+folder = os.path.dirname(script)
+sys.path[:0] = [folder, os.path.join(folder, "gguf-py")]
 try:
     from conversion.base import TextModel
 except ImportError:

@@ -20,6 +20,10 @@ from typing import Any
 NUM_PROBABILITIES = 256
 """Most probable next tokens that are asked for; labels that begin otherwise are less probable."""
 
+END_BIAS = 1000
+"""Added to the end token's score, so that the server always writes that token: after one that ends
+within a character it leaves the probabilities out. Those that it gives are from before the bias."""
+
 
 class Client:
     """A classifier behind llama.cpp's server."""
@@ -28,6 +32,7 @@ class Client:
         """Take the server's address and the token ids of each label, its end token last."""
         self._url = url.rstrip("/")
         self._labels = {tuple(ids): label for label, ids in answers.items()}
+        self._end = next(iter(self._labels))[-1]
         self._nexts: dict[tuple[int, ...], set[int]] = {}
         for ids in self._labels:
             for end in range(len(ids)):
@@ -36,9 +41,9 @@ class Client:
     def prompt_ids(self, message: str) -> list[int]:
         """Return the token ids of the prompt for a message, by the template in the GGUF file."""
         conversation = {"messages": [{"role": "user", "content": message}]}
-        text = self._post("/apply-template", conversation)["prompt"]
+        text = self._post("/apply-template", conversation, "prompt")
         asked = {"content": text, "add_special": True, "parse_special": True}
-        return [int(token) for token in self._post("/tokenize", asked)["tokens"]]
+        return [int(token) for token in self._post("/tokenize", asked, "tokens")]
 
     def labels(self, prompt_ids: list[int], slot: int = -1) -> tuple[str, str]:
         """Return the most probable label, and that of the most probable token after the other."""
@@ -64,28 +69,33 @@ class Client:
         self, prompt_ids: list[int], beginning: tuple[int, ...], slot: int
     ) -> dict[int, float]:
         """Return the log-probabilities of the tokens that continue a beginning to a label."""
-        answer = self._post(
+        (step,) = self._post(
             "/completion",
             {
                 "prompt": [*prompt_ids, *beginning],
                 "n_predict": 1,
                 "n_probs": NUM_PROBABILITIES,
                 "temperature": 0,
+                "logit_bias": [[self._end, END_BIAS]],
                 "cache_prompt": True,
                 "id_slot": slot,
             },
+            "completion_probabilities",
         )
-        (step,) = answer["completion_probabilities"]
         logs = {each["id"]: each["logprob"] for each in step["top_logprobs"]}
         least = min(logs.values())
         return {token: logs.get(token, least) for token in self._nexts[beginning]}
 
-    def _post(self, route: str, body: dict[str, Any]) -> Any:
+    def _post(self, route: str, body: dict[str, Any], wanted: str) -> Any:
+        """Return what is wanted of the server's answer; raises ValueError if it is not there."""
         request = urllib.request.Request(
             self._url + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
+        with urllib.request.urlopen(request) as response:
+            answer = json.load(response)
+        if not answer.get(wanted):
+            raise ValueError(f"the server's answer to {route} has no {wanted}")
+        return answer[wanted]
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ import urllib.request
 from pathlib import Path
 
 
-def request(labels: list[str], most_tokens: int, message: str) -> dict[str, object]:
+def request(labels: list[str], message: str) -> dict[str, object]:
     """Return the body of a request to /v1/chat/completions."""
     return {
         "model": "classifier",
         "messages": [{"role": "user", "content": message}],
         "temperature": 0,
-        "max_tokens": most_tokens,
+        # A character may take several tokens, but hardly more than bytes
+        "max_tokens": 1 + max(len(label.encode()) for label in labels),
         "structured_outputs": {"choice": labels},
     }
 
@@ -29,7 +30,7 @@ if __name__ == "__main__":
     texts = json.loads(Path(__file__).with_name("labels.json").read_text(encoding="utf-8"))
     url = sys.argv[1].rstrip("/") + "/v1/chat/completions"
     for message in sys.argv[2:]:
-        body = json.dumps(request([*texts], max(map(len, texts)), message)).encode()
+        body = json.dumps(request([*texts], message)).encode()
         asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(asked) as answer:
             text = json.load(answer)["choices"][0]["message"]["content"]

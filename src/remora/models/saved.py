@@ -19,8 +19,8 @@ from torch import Tensor
 
 from remora.config import DeviceName, PrecisionName
 from remora.data.prompt import Prompt
-from remora.errors import ModelError
-from remora.formatting import first_line
+from remora.errors import ConfigError, ModelError
+from remora.formatting import first_line, quote
 from remora.models import class_head, fused_lora, gguf, loading, quantize, untrusted
 from remora.models.metadata import (
     AdapterCard,
@@ -34,7 +34,7 @@ from remora.models.metadata import (
 )
 from remora.runtime import files
 from remora.runtime.device import Precision, choose_device, choose_precision
-from remora.runtime.files import disk_errors, folder_bytes, sync, write_json
+from remora.runtime.files import disk_errors, folder_bytes, share, sync, write_json
 from remora.tree import layouts
 from remora.tree.scoring import Scorer
 
@@ -147,17 +147,39 @@ def _writing_labels(before: Any, prompt: Prompt) -> Any:
     )
 
 
+def _refuse_to_lose(path: Path) -> None:
+    """Refuse to replace anything but a saved classifier, or an empty folder."""
+    if path.resolve() == Path.cwd():
+        raise ConfigError(f"{path} is the current folder; give a path below it")
+    if path.is_dir():
+        found = sorted(file.name for file in path.iterdir())
+        if found and "remora.json" not in found:
+            raise ConfigError(
+                f"{path} holds {quote(found[0])}, and no saved classifier; give another path"
+            )
+    elif path.exists():
+        raise ConfigError(f"{path} is a file; give the path of a folder")
+
+
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a folder to make, which replaces another once it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    replaced = path.with_name(path.name + ".old")
+    """Give the name of a folder to make, which replaces another once it is whole.
+
+    Both names that stand beside it for a moment are hidden, so that they are nobody else's.
+
+    Raises:
+        ConfigError: If there is something else than a saved classifier.
+    """
+    _refuse_to_lose(path)
+    temporary, replaced = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         for left in (temporary, replaced):  # left by an interrupted save
             shutil.rmtree(left, ignore_errors=True)
         try:
             yield temporary
             for file in temporary.iterdir():
+                share(file)
                 sync(file)
             sync(temporary)
             if path.exists():

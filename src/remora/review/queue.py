@@ -21,6 +21,7 @@ from remora.data.corrections import (
 from remora.data.table import Table
 from remora.diagnosis import duplicates, suspect_list
 from remora.errors import DataError
+from remora.evaluation.run_commands import command
 from remora.formatting import escape_formula
 from remora.runtime import files
 
@@ -51,6 +52,7 @@ class Summary:
     num_deleted: int
     num_open: int  # without those that are probably right
     num_probably_right: int  # of those, the rows that are not decided
+    again: str  # the command that goes on with the review
     next: str  # the command that trains on the decisions
 
     @property
@@ -66,7 +68,8 @@ class Summary:
 def need_list(run: Path) -> None:
     """Refuse a run that was not diagnosed; raises DataError."""
     if run.is_dir() and not (run / suspect_list.FILE).is_file():
-        raise DataError(f"{run} has no {suspect_list.FILE}; run `remora diagnose {run}` first")
+        first = command("diagnose", run)
+        raise DataError(f"{run} has no {suspect_list.FILE}; run `{first}` first")
 
 
 class Queue:
@@ -186,7 +189,8 @@ class Queue:
             num_deleted=kinds["deleted"],
             num_open=kinds["open"] - doubtful,
             num_probably_right=doubtful,
-            next=f"remora retrain {self._run}",
+            again=command("review", self._run),
+            next=command("retrain", self._run),
         )
 
     def _read(self) -> None:

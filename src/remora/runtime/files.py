@@ -7,10 +7,12 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from remora.errors import ConfigError, ResourceError
@@ -125,10 +127,34 @@ def write_csv(
         sync(temporary)
 
 
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], about: Mapping[str, str]) -> None:
+    """Write arrays by their names, and what is told of them, as safetensors, whole or not at all.
+
+    Raises:
+        ResourceError: If the disk is full.
+    """
+    from safetensors.numpy import save_file
+
+    with replacing(path) as temporary:
+        save_file(dict(arrays), temporary, metadata=dict(about))
+        share(temporary)
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions of any new one: safetensors makes files that only we may read."""
+    new = path.with_name(f".{path.name}.mode")
+    new.touch()
+    path.chmod(new.stat().st_mode)
+    new.unlink()
+
+
 @contextlib.contextmanager
 def replacing(path: Path, advice: str = ELSEWHERE) -> Iterator[Path]:
-    """Give the name of a file to write, which replaces another once it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Give the name of a file to write, which replaces another once it is whole.
+
+    It is hidden and bears the number of this process, so that it is nobody else's file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path, advice):
         try:
             yield temporary
@@ -137,6 +163,11 @@ def replacing(path: Path, advice: str = ELSEWHERE) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def final_name(name: str) -> str:
+    """Return the name of the file that one which `replacing` gave would have replaced."""
+    return re.sub(r"^\.(.+)\.\d+\.tmp$", r"\1", name)
 
 
 def folder_bytes(folder: Path, pattern: str = "*") -> int:

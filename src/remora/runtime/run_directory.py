@@ -21,6 +21,9 @@ from remora.errors import ConfigError, DataError
 from remora.formatting import one_line
 from remora.runtime.files import disk_errors
 
+HOLDER = "holder.json"
+"""Names the process that trains in a run directory, for as long as it does."""
+
 
 def paths(parent: Path, wanted: str | None, data: str, base: str) -> Iterator[Path]:
     """Yield the paths that a run may take, the first choice first.
@@ -51,6 +54,11 @@ def create(parent: Path, wanted: str | None, data: str, base: str) -> Path:
                 path.mkdir(parents=True)
                 return path
             except FileExistsError:
+                if wanted is not None and (path / HOLDER).is_file():
+                    raise ConfigError(
+                        f"another process is training in {path}; wait for it, or give another "
+                        "--name"
+                    ) from None
                 if wanted is not None:
                     raise ConfigError(
                         f"{path} exists already; give another --name or remove it"

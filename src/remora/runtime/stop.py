@@ -22,53 +22,62 @@ AGAIN_SECONDS = 1.0
 """Time after which an interrupt that was not obeyed is sent again."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, obeyed as Ctrl-C is: what was begun is cleaned up."""
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Have Ctrl-C end what runs here, even if a library swallows it.
+    """Have Ctrl-C or SIGTERM end what runs here, even if a library swallows it.
 
     Python raises KeyboardInterrupt wherever the main thread is. In a destructor or a bare `except`
     it is lost, and the program goes on. So it is sent again every second until it is out of here. A
     `finally` that it passes is not disturbed, unless the user presses Ctrl-C again.
 
-    Nothing is done where SIGINT is ignored or has a handler already, or in another thread.
+    Nothing is done about a signal that is ignored or has a handler already, or in another thread.
 
     Raises:
         KeyboardInterrupt: On SIGINT.
+        Terminated: On SIGTERM.
     """
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_default or threading.current_thread() is not threading.main_thread():
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    taken = {number: it for number, it in defaults.items() if signal.getsignal(number) == it}
+    if not taken or threading.current_thread() is not threading.main_thread():
         yield
         return
-    over, sent = threading.Event(), threading.Event()
+    over, sent, asked = threading.Event(), threading.Event(), list[int]()
 
     def send_again() -> None:
         while not over.wait(AGAIN_SECONDS):
             sent.set()
             if hasattr(signal, "pthread_kill"):  # it ends a wait of the main thread too
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, asked[0])
             else:  # Windows
-                _thread.interrupt_main()
+                _thread.interrupt_main(signal.Signals(asked[0]))
 
     sender = threading.Thread(target=send_again, daemon=True)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del frame
         by_us = sent.is_set()
         sent.clear()
         if by_us and _is_leaving(sys.exc_info()[1]):
             return
+        asked.append(number)
         if not sender.is_alive() and not over.is_set():
             sender.start()
-        raise KeyboardInterrupt
+        raise Terminated if asked[0] == signal.SIGTERM else KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
         over.set()
         if sender.is_alive():
             sender.join()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, default in taken.items():
+            signal.signal(number, default)
 
 
 def _is_leaving(error: BaseException | None) -> bool:

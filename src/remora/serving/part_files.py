@@ -87,10 +87,10 @@ class PartFolder:
             there = self._names()
             if JOURNAL in there:
                 self._check(self._read(), there)
-            elif there - {LOCK}:
+            elif others := sorted(name for name in there if not _is_left_at_start(name)):
                 raise ConfigError(
-                    f"{url} holds {quote(min(there - {LOCK}))}, and no predictions in parts; give"
-                    " another --output"
+                    f"{url} holds {quote(others[0])}, and no predictions in parts; give another"
+                    " --output"
                 )
             self._system.makedirs(self._path, exist_ok=True)
         if not self.journal.parts:
@@ -261,6 +261,11 @@ class PartFolder:
                 f"cannot write to {self.url} ({reason}); free space, check the access, or give"
                 " another --output"
             ) from error
+
+
+def _is_left_at_start(name: str) -> bool:
+    """Whether a process that was killed before its first journal stood may have left a file."""
+    return files.final_name(name).removesuffix(".tmp") in (JOURNAL, LOCK)
 
 
 def _next(

@@ -7,13 +7,15 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Sequence
+from datetime import date, datetime, time
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TextIO
 
 from remora.config import PredictConfig
 from remora.errors import ConfigError, DataError
-from remora.formatting import escape_formula, one_line, quote
+from remora.formatting import cut, escape_formula, one_line, quote
 from remora.runtime import files
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -121,7 +123,7 @@ def open_writer(
                     temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="")
                 )
         if isinstance(output, str | Path):
-            writer = ParquetWriter(temporary, columns, names, schema, shown=output)
+            writer = ParquetWriter(temporary, columns, names, schema)
         elif suffix == ".jsonl":
             writer = JsonWriter(output, columns, abstains=abstains, are_whole=are_whole)
         else:
@@ -248,13 +250,7 @@ class ParquetWriter:
     """Writes Parquet: the input's columns with their types, then labels and probabilities."""
 
     def __init__(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        names: Sequence[str],
-        schema: Any = None,
-        *,
-        shown: str | Path | None = None,
+        self, path: Path, columns: Sequence[str], names: Sequence[str], schema: Any = None
     ) -> None:
         """Name the columns.
 
@@ -263,10 +259,8 @@ class ParquetWriter:
             columns: Those of the input.
             names: Those of the predictions: labels, each before its probability.
             schema: The input's schema of Arrow; by default types are those of the first rows.
-            shown: The file's name in messages.
         """
         self._path, self._columns, self._schema = path, list(columns), schema
-        self._shown = path if shown is None else shown
         self._names = [*columns, *free_names(names, columns)]
         self._rows: list[list[object]] = []
         self._file: Any = None
@@ -294,20 +288,14 @@ class ParquetWriter:
         import pyarrow.parquet
 
         columns = list(zip(*self._rows, strict=True)) or [()] * len(self._names)
-        try:
-            if self._file is None:
-                schema = self._full_schema(pyarrow, columns)
-                self._file = pyarrow.parquet.ParquetWriter(self._path, schema)
-            schema = self._file.schema
-            arrays = [
-                pyarrow.array(values, field.type)
-                for values, field in zip(columns, schema, strict=True)
-            ]
-        except (pyarrow.ArrowException, TypeError, OverflowError) as error:
-            raise DataError(
-                f"{self._shown} cannot hold the input's values ({one_line(error)}); end its name"
-                " with .csv or .jsonl"
-            ) from None
+        if self._file is None:
+            schema = self._full_schema(pyarrow, columns)
+            self._file = pyarrow.parquet.ParquetWriter(self._path, schema)
+        schema = self._file.schema
+        arrays = [
+            _column(field.name, values, field.type)
+            for values, field in zip(columns, schema, strict=True)
+        ]
         self._file.write_table(pyarrow.table(arrays, schema=schema))
         self._rows = []
 
@@ -327,18 +315,123 @@ def input_schema(names: Sequence[str], columns: Sequence[Sequence[object]], give
         names: Their names.
         columns: Their first values, by which types are found that the input does not give.
         given: The input's own schema as far as it has one, None if it has none.
+
+    Raises:
+        DataError: If the first values of a column are of no one type.
     """
     import pyarrow
 
     fields = []
     for place, name in enumerate(names):
-        if given is not None and name in given.names:
-            kind = given.field(name).type
+        if given is None or name not in given.names:
+            kind = _found_type(name, columns[place])
         else:
-            kind = pyarrow.array(columns[place]).type
-        text = pyarrow.types.is_null(kind) or pyarrow.types.is_dictionary(kind)
-        fields.append((name, pyarrow.string() if text else kind))
+            kind = given.field(name).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            kind = pyarrow.string() if pyarrow.types.is_null(kind) else kind
+        fields.append((name, kind))
     return pyarrow.schema(fields)
+
+
+def _found_type(name: str, values: Sequence[object]) -> Any:
+    """Return the type of Arrow that a column's first values have; raises DataError."""
+    import pyarrow
+
+    if {date, datetime} <= set(map(type, values)):
+        values = _at_midnight(values)
+    try:
+        return _without_nulls(pyarrow.infer_type(values))
+    except (pyarrow.ArrowException, TypeError, ValueError) as error:
+        raise _unfit(name, one_line(error)) from None
+
+
+def _without_nulls(kind: Any) -> Any:
+    """Return a type with texts for what is null or empty so far; raises TypeError."""
+    import pyarrow
+
+    if pyarrow.types.is_null(kind):
+        return pyarrow.string()
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(_without_nulls(kind.value_type))
+    if pyarrow.types.is_struct(kind):
+        if not kind.num_fields:
+            raise TypeError("objects without fields")
+        return pyarrow.struct([(each.name, _without_nulls(each.type)) for each in kind])
+    return kind
+
+
+def _at_midnight(values: Sequence[object]) -> list[object]:
+    """Return dates as the times that they begin: a workbook has both in one column."""
+    return [datetime.combine(v, time()) if type(v) is date else v for v in values]
+
+
+def _column(name: str, values: Sequence[object], kind: Any) -> Any:
+    """Return an array of Arrow that holds values as they are; raises DataError if none does."""
+    import pyarrow
+
+    if pyarrow.types.is_timestamp(kind):
+        values = _at_midnight(values)
+    try:
+        reason = _altered(values, kind)
+        if reason is None:
+            return pyarrow.array(values, kind)
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        reason = one_line(error)
+    raise _unfit(name, reason)
+
+
+def _altered(values: Sequence[object], kind: Any) -> str | None:
+    """Return what a type would change in values without an error of Arrow's, None if nothing.
+
+    The types in Python mostly tell it, at a fraction of the cost of a comparison. A field that an
+    object lacks is null.
+    """
+    import pyarrow
+
+    is_a = pyarrow.types
+    if None in values:
+        values = [value for value in values if value is not None]
+    found = set(map(type, values))
+    if is_a.is_struct(kind) and found <= {dict}:
+        objects: Any = values
+        if more := set[str]().union(*objects).difference(field.name for field in kind):
+            return f"its first rows lack the field {quote(min(more))}"
+        parts = (_altered([each.get(f.name) for each in objects], f.type) for f in kind)
+        return next((part for part in parts if part), None)
+    is_list = is_a.is_list(kind) or is_a.is_large_list(kind) or is_a.is_fixed_size_list(kind)
+    if is_list and found <= {list}:
+        lists: Any = values
+        return _altered(list(chain.from_iterable(lists)), kind.value_type)
+    for is_such, exact in (
+        (is_a.is_string, {str}),
+        (is_a.is_boolean, {bool}),
+        (is_a.is_integer, {int}),
+        (is_a.is_float64, {int, float}),  # Arrow refuses integers that it cannot hold as such
+        (is_a.is_date32, {date}),
+    ):
+        if is_such(kind):
+            odd = [] if found <= exact else [each for each in values if type(each) not in exact]
+            odd = [each for each in odd if int not in exact or not _is_whole(each)]
+            break
+    else:
+        held = pyarrow.array(values, kind).to_pylist()
+        pairs = [] if held == list(values) else zip(values, held, strict=True)
+        odd = [a for a, b in pairs if a != b and repr(a) != repr(b)]  # NaN never equals NaN
+    if not odd:
+        return None
+    shown = quote(odd[0]) if isinstance(odd[0], str) else cut(str(odd[0]), 60)
+    return f"{shown} is no {kind}, the type of its first rows"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _unfit(name: str, reason: str) -> DataError:
+    return DataError(
+        f"Parquet cannot hold the column {quote(name)} as it is ({reason}); end the name of"
+        " --output with .csv or .jsonl"
+    )
 
 
 def _probable(ranked: Levels) -> list[dict[str, object]]:

@@ -134,9 +134,9 @@ def _settings(config: PredictConfig, schema: Any) -> dict[str, Any]:
     """Return what the rows depend on beside the sources."""
     found: dict[str, Any] = {name: getattr(config, name) for name in DEPENDS_ON}
     adapter = metadata.adapter_folder(config.adapter)
-    weights = [path for path in [adapter / "adapter_model.safetensors"] if path.is_file()]
-    # The card of a whole model holds the hash of its weights.
-    found["adapter"] = files.sha256([*weights, adapter / "remora.json"])[:16]
+    names = ("adapter_model.safetensors", "adapter_config.json", "remora.json")
+    # A whole model has the last alone, which holds the hash of its weights.
+    found["adapter"] = files.sha256([adapter / n for n in names if (adapter / n).is_file()])[:16]
     return found | {"schema": None if schema is None else str(schema.remove_metadata())}
 
 

@@ -27,7 +27,7 @@ async function call(path, body) {
   try {
     answer = await fetch(path, options);
   } catch {
-    throw new Error("The review has ended, and what was decided is saved. To go on, run it again: remora review " + (summary.run || "RUN"));
+    throw new Error("The review has ended, and what was decided is saved. To go on, run it again: " + (summary.again || "remora review RUN"));
   }
   const content = await answer.json();
   if (!answer.ok) throw new Error(content.error);

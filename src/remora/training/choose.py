@@ -22,6 +22,7 @@ from remora.evaluation.compare import Comparison, compare_runs
 from remora.evaluation.contenders import contender
 from remora.evaluation.multi_label import micro_f1_difference
 from remora.evaluation.results import Results
+from remora.evaluation.run_commands import command
 from remora.evaluation.significance import difference_interval
 from remora.formatting import spoken_bytes, spoken_seconds, spoken_time
 from remora.planning.plan import Plan
@@ -415,7 +416,9 @@ def answer(options: Sequence[Option], chosen: Option | None, bar: float) -> str:
             f"None clears {bar:.1%} with confidence: {best.name} comes closest with "
             f"{_spoken(best)}; more test rows would make the interval narrower."
         )
-    see = f" `remora diagnose {best.run}` says whether labels are to blame." if best.run else ""
+    see = ""
+    if best.run:
+        see = f" `{command('diagnose', best.run)}` says whether labels are to blame."
     return f"None clears {bar:.1%}: {best.name} comes closest with {_spoken(best)}.{see}"
 
 

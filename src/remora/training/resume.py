@@ -20,7 +20,7 @@ from remora.runtime.process_group import ProcessGroup
 from remora.training import checkpoint
 from remora.training.checkpoint import Checkpoint
 
-CHECKPOINTS, LOCK = "checkpoints", ".lock"
+CHECKPOINTS, LOCK, HOLDER = "checkpoints", ".lock", run_directory.HOLDER
 
 FREE = {
     *("data", "validation", "test", "text_column", "label_column"),  # the rows' hash tells
@@ -149,7 +149,7 @@ def hold(directory: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    holder = directory / "holder.json"
+    holder = directory / HOLDER
     lock = FileLock(directory / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -173,8 +173,8 @@ def cut_log(path: Path, step: int, evaluated: int) -> None:
     """Drop the records that come after a checkpoint from metrics.jsonl."""
     kept = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError):  # the last line may be broken
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last may be broken
                 record = json.loads(line)
                 last = evaluated if "validation_accuracy" in record else step
                 if record["step"] <= last:
@@ -200,7 +200,9 @@ def is_finished(directory: Path) -> bool:
 def _is_run(directory: Path) -> bool:
     """Return whether a folder is a run's, or one that was interrupted while it was made."""
     names = {path.name for path in directory.iterdir()}
-    return "config.toml" in names or names <= _FIRST_FILES
+    if "config.toml" in names:
+        return True
+    return {files.final_name(name) for name in names} <= {*_FIRST_FILES, "config.toml"}
 
 
 def differences(
@@ -211,7 +213,10 @@ def differences(
         return [], ["it holds other files and no config.toml"]
     if not (directory / "config.toml").is_file():  # interrupted while it was made
         return [], []
-    began = fixed(run_directory.read_settings(directory))
+    try:
+        began = fixed(run_directory.read_settings(directory))
+    except ConfigError:
+        return ["config.toml cannot be read"], []
     settings = [
         f"{name} {began[name]} there, {value} here"
         for name, value in fixed(config).items()
@@ -223,9 +228,7 @@ def differences(
     return [], [f"data {sha256[:12]} there, {data_sha256[:12]} here"]
 
 
-_FIRST_FILES = {"environment.json", "data.json", "plan.json", LOCK, "holder.json"} | {
-    f"{name}.tmp" for name in ("environment.json", "data.json", "plan.json", "config.toml")
-}
+_FIRST_FILES = {"environment.json", "data.json", "plan.json", LOCK, HOLDER}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from remora.data.dataset import Dataset, load_again
 from remora.errors import DataError
 from remora.evaluation import results
 from remora.evaluation.change import Change, measure_change
+from remora.evaluation.run_commands import command
 from remora.models import metadata
 from remora.runtime import run_directory
 from remora.runtime.reporter import Reporter
@@ -56,8 +57,8 @@ def _corrected(config: RetrainConfig) -> tuple[TrainConfig, Dataset]:
     path = config.corrections or config.run / RELABEL
     if config.corrections is None and not path.is_file():
         raise DataError(
-            f"{config.run} has no {RELABEL}; run `remora diagnose {config.run}` and `remora review "
-            f"{config.run}` first"
+            f"{config.run} has no {RELABEL}; run `{command('diagnose', config.run)}` and "
+            f"`{command('review', config.run)}` first"
         )
     run = config.run if config.run.name else config.run.resolve()
     old = run_directory.read_settings(run)
@@ -76,8 +77,8 @@ def _corrected(config: RetrainConfig) -> tuple[TrainConfig, Dataset]:
     assert dataset.corrections is not None
     if before.summary.sha256 == dataset.summary.sha256:
         raise DataError(
-            f"{path} holds no decision that changes a training row; decide with `remora review "
-            f"{config.run}`"
+            f"{path} holds no decision that changes a training row; decide with "
+            f"`{command('review', config.run)}`"
         )
     return settings, dataset
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,14 +145,9 @@ def write(
     Raises:
         ResourceError: If the disk is full.
     """
-    from safetensors.numpy import save_file
-
     digests = np.array([digest(stem) for stem in stems], dtype=np.uint64)
-    temporary = path.with_name(path.name + ".tmp")
     about = {"key": json.dumps(dict(key), sort_keys=True), "seconds": str(seconds)}
-    with files.disk_errors(path):
-        save_file({"digests": digests, "features": features}, temporary, metadata=about)
-        os.replace(temporary, path)
+    files.write_arrays(path, {"digests": digests, "features": features}, about)
 
 
 def read(path: Path, stems: Sequence[Stem], key: Key) -> Kept:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -240,6 +240,7 @@ class LabelSearch(ABC):
         autocast: 16-bit type to compute in.
         limit_bytes: Memory of the process above which freed CPU memory is given back.
         most_kept: Most positions at which a pass computes logits.
+        check: Called before each pass below the stems; raises where a search is to end at once.
     """
 
     model: Any
@@ -249,6 +250,7 @@ class LabelSearch(ABC):
     autocast: torch.dtype | None
     limit_bytes: int | None
     most_kept: int
+    check: Callable[[], object] = lambda: None
 
     def __post_init__(self) -> None:
         """Prepare the trie of the labels."""
@@ -302,7 +304,8 @@ class LabelSearch(ABC):
             num_kept += num_new
         yield part
 
-    def keep_within(self) -> None:
-        """Give freed memory back if the process has more than its limit."""
+    def before_pass(self) -> None:
+        """Stop if that was asked for; give freed memory back if there is more than the limit."""
+        self.check()
         if self.limit_bytes is not None:
             memory.keep_within(next(self.model.parameters()).device, self.limit_bytes)

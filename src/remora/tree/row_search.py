@@ -178,7 +178,7 @@ class _Paths:
 
     def extend(self, chosen: Sequence[Chosen]) -> None:
         """Compute paths below open nodes."""
-        self._searching.keep_within()
+        self._searching.before_pass()
         wanted, chains = [], []
         for search, opened, nodes in chosen:
             first = (*self._tokens[opened.parent], opened.token)

@@ -11,6 +11,7 @@ argmax; it continues until unexplored labels hold less than `tolerance` of the p
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -241,6 +242,7 @@ class Scorer:
         self.model.eval()
         found: dict[tuple[Asked, float], Search] = {}
         device = next(self.model.parameters()).device
+        self._searching.check = functools.partial(advance, 0)
         with self._arithmetic():
             for tolerance in sorted(set(tolerances)):
                 self._searching.tolerance = tolerance
@@ -351,12 +353,13 @@ def _by_parts(
         """Tell the progress, taking the other processes to be as far as this one."""
         nonlocal done
         num_done = min(num_done * group.size, end - done)
-        if num_done or not done:
+        if num_done:
             done += num_done
             reporter.scoring(what, done, len(rows))
-            if stop and group.size == 1:  # several processes stop together, after a batch
-                stop.check()
+        if stop and group.size == 1:  # several processes stop together, after a batch
+            stop.check()
 
+    reporter.scoring(what, 0, len(rows))
     advance(0)
     for start in range(0, len(rows), BATCH_ROWS * group.size):
         memory.trim()  # training and scoring in turns fragment the heap

@@ -80,7 +80,7 @@ class TreeSearch(LabelSearch):
 
     def _extend(self, row: PackedRow, chosen: Sequence[Chosen]) -> None:
         """Compute paths below open nodes, in one pass."""
-        self.keep_within()
+        self.before_pass()
         new: list[tuple[int, int]] = []
         chains = []
         for search, opened, nodes in chosen:
