@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import workbooks
 from data.test_table import write
 from remora.data import delimited
 from remora.data.columns import UnlabelledError
@@ -56,14 +57,17 @@ def test_a_spaced_field_may_span_lines() -> None:
     assert rows[1:] == [['one\n, "two" , three', " a"], ["x ", "y"]]
 
 
+@pytest.mark.parametrize("delimiter", [",", "\t"])
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.lists(st.text(alphabet='a ",;\n', max_size=9), min_size=2, max_size=2), max_size=5)
+    st.lists(
+        st.lists(st.text(alphabet='a ",;\t\n', max_size=9), min_size=2, max_size=2), max_size=5
+    )
 )
-def test_what_csv_writes_is_read_as_it_was(rows: list[list[str]]) -> None:
+def test_what_csv_writes_is_read_as_it_was(delimiter: str, rows: list[list[str]]) -> None:
     rows = [row for row in rows if any(row)]
     out = io.StringIO()
-    csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(
+    csv.writer(out, delimiter=delimiter, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(
         [["text", "label"], *rows]
     )
     assert read(out.getvalue())[1:] == rows
@@ -139,3 +143,54 @@ def test_a_first_line_that_columns_were_named_for(tmp_path):
     with pytest.raises(DataError, match=r"the names of --columns in its first line; delete that"):
         read_table(path, options=ReadOptions(columns=("text", "label")))
     assert read_table(path, options=ReadOptions(columns=("label", "text"))).texts[0] == " label"
+    path = workbooks.write(tmp_path / "a.xlsx", [("Text", " 1"), ("a", "x"), ("b", "y")])
+    with pytest.raises(DataError, match=r"the names of --columns in its first row; delete that"):
+        read_table(path, options=ReadOptions(columns=("text", "1")), label_column="1")
+    assert read_table(path, options=ReadOptions(columns=("label", "text"))).texts[0] == " 1"
+
+
+@pytest.mark.parametrize("mark", [",", ";", "|"])
+def test_a_csv_whose_name_says_tabs_is_told_how_to_be_read(tmp_path, mark):
+    path = write(tmp_path / "a.tsv", "id,text,label\n1,a b,x\n\n2,c d,y\n".replace(",", mark))
+    for read_it in (read_table, lambda path: stream_texts(str(path))):
+        with pytest.raises(DataError, match=r"3 fields each by .*; read it with --input-format cs"):
+            read_it(path)
+    assert len(read_table(path, options=ReadOptions("csv"))) == 2
+    path = write(tmp_path / "b.tsv", "text,label\na\nb,c\n".replace(",", mark))
+    with pytest.raises(DataError, match=r"has one column, .* and texts and labels need two"):
+        read_table(path)
+
+
+QUOTED = [["label", "text"], ["x", "Hello 1\nName:\tBob x"], ["y", 'a "b"\r\n\tc\n\nd'], ["x", ""]]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_a_quoted_field_are_no_rows_where_the_header_is_quoted(quoting, end):
+    out = io.StringIO()
+    csv.writer(out, delimiter="\t", quoting=quoting, lineterminator=end).writerows(QUOTED * 2)
+    assert read(out.getvalue()) == QUOTED * 2
+    rows = [["text"], ["one\ntwo"], ["three"]]
+    out = io.StringIO()
+    csv.writer(out, delimiter="\t", quoting=quoting, lineterminator=end).writerows(rows)
+    lines = iter(out.getvalue().splitlines(keepends=True))
+    found = delimited.rows(lines, "t", "\t", (), lambda *_: [0], Remarks())
+    assert [values for _, _, values in found] == rows[1:]
+
+
+def test_the_first_row_of_a_quoted_table_without_a_header_may_span_lines():
+    lines = iter(['"x"\t"Hello\n', 'Name:\tBob"\n', '"y"\t"b"\n'])
+    found = delimited.rows(lines, "t", "\t", ("label", "text"), lambda *_: [0, 1], Remarks())
+    assert [values for _, _, values in found] == [["x", "Hello\nName:\tBob"], ["y", "b"]]
+
+
+def test_a_quote_that_is_never_closed_is_text_below_a_quoted_header_too():
+    rows = read('"label"\t"text"\nx\t"Hello\ny\t"b" c\nx\td\n')
+    assert rows[1:] == [["x", '"Hello'], ["y", '"b" c'], ["x", "d"]]
+
+
+def test_the_line_ends_within_a_tab_separated_field_stay():
+    assert read('id\ttext\n1\t"one\r\nsecond\r\nthird"\r\n')[1:] == [
+        ["1", "one\r\nsecond\r\nthird"]
+    ]
+    assert read('id\ttext\n1\t"one\nsecond\r\nthird"\n')[1:] == [["1", "one\nsecond\r\nthird"]]

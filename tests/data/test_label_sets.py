@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -116,15 +117,41 @@ def test_a_table_of_lists_is_read_as_it_is_with_a_separator(tmp_path: Path) -> N
     assert read_table(path, form=LabelForm(separator="|")).labels == [*map(set_text, lists)]
 
 
+@pytest.mark.parametrize("separator", [",", '", "', "|"])
+def test_so_are_lists_written_as_text(separator: str, tmp_path: Path) -> None:
+    lists: list[list[str]] = [[], ["a"], ["a", "b"], ["d, e", "f"]]
+    path = write_jsonl(tmp_path / "a.jsonl", [("x", json.dumps(own)) for own in lists])
+    form = LabelForm(separator=separator)
+    assert read_table(path, form=form).labels == [*map(set_text, lists)]
+    text = "[urgent, it's late]|[new]"
+    write_jsonl(path, [("x", text)])
+    expected = [part.strip() for part in text.split(separator)]
+    assert read_table(path, form=form).labels == [set_text(expected)]
+    write_jsonl(path, [("x", "['a', nan]")])
+    with pytest.raises(DataError, match="row 1 has a broken list as its label"):
+        read_table(path, form=form)
+
+
+@pytest.mark.parametrize("cell", [r"(\d)", r"['\d', 'b']"])
+def test_a_backslash_in_a_label_is_no_warning(cell: str) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        items = list_in(cell)
+    assert found == []
+    assert items == (["\\d", "b"] if cell[0] == "[" else None)
+
+
 def test_blank_cells_are_no_labels_with_a_separator_only(tmp_path: Path) -> None:
     rows = [["one", "a;b"], ["two", ""], ["three", "b"]]
     path = write_csv(tmp_path / "a.csv", ["text", "labels"], rows)
     how: dict[str, Any] = {"test_fraction": 0, "validation_fraction": 0}
     table = load_dataset(str(path), form=LabelForm(separator=";"), **how).train
     assert table.labels == ['["a", "b"]', "[]", '["b"]']
-    lists = write_csv(tmp_path / "b.csv", ["text", "labels"], [["1", '["a", "b"]'], ["2", ""]])
+    lists = write_csv(
+        tmp_path / "b.csv", ["text", "labels"], [["1", '["a", "b"]'], ["2", ""], ["3", "b"]]
+    )
     dataset = load_dataset(str(lists), **how)
-    assert dataset.train.labels == ['["a", "b"]']
+    assert dataset.train.labels == ['["a", "b"]', '["b"]']
     assert any("without a label, skipped" in line for line in dataset.summary.remarks)
 
 
@@ -202,6 +229,7 @@ def load(folder: Path, rows: list[tuple[str, Any]], **more: Any) -> Dataset:
         ([("one", ["a", ["b"]])], "row 1 has a list within its list of labels"),
         ([("one", ["a", " "])], "row 1 has a blank label in its list; remove it"),
         ([("one", "['a' 'b']")], "row 1 has a list without commas between its labels"),
+        ([("one", "['a', nan]")], r"row 1 has a broken list as its label, \"\['a', nan\]\"; write"),
         ([("one", "[a, b]")], r"a list without quotes around its labels, '\[a, b\]'; write it as"),
         ([("one", "{a,b c}")], "a list without quotes around its labels, '{a,b c}'; write it as"),
         ([("one", [0, 1, 0])], r"a vector of 0 and 1 as its label, '\[0, 1, 0\]'; write a list"),
@@ -212,6 +240,7 @@ def load(folder: Path, rows: list[tuple[str, Any]], **more: Any) -> Dataset:
         ([("one", "[0. 1. 0.]")], "a vector of 0 and 1 as its label"),
         ([("one", []), ("two", [])], "the training rows have no label at all"),
         ([("one", ["a"]), ("two", [])], "the training rows have no label but 'a'"),
+        ([("one", ["b", "a"]), ("two", ["a", "b"])], "has the labels 'a', 'b'; add rows with oth"),
     ],
 )
 def test_broken_lists_are_told_with_their_row(
@@ -233,6 +262,43 @@ def test_a_flag_is_0_or_1(tmp_path: Path) -> None:
     dataset = load_dataset(str(path), form=flags, test_fraction=0, validation_fraction=0)
     assert dataset.train.labels == ['["x"]', '["y"]']
     assert any("without a label, skipped" in line for line in dataset.summary.remarks)
+
+
+def test_a_column_of_0_alone_is_told(tmp_path: Path) -> None:
+    rows = [[text, i % 2, 0, 1 - i % 2] for i, (text, _) in enumerate(ROWS)]
+    path = write_csv(tmp_path / "a.csv", ["text", "a", "b", "C"], rows)
+    flags = LabelForm(columns=("a", "b", "C"))
+    dataset = load_dataset(str(path), form=flags, merge_labels=True, rename_labels={"C": "c"})
+    assert dataset.labels == ("a", "c")
+    told = "the column 'b' is 0 in every training row, so it is no label"
+    assert told in dataset.summary.lines()
+    more = LabelForm(columns=("a", "b", "C", "d"))
+    write_csv(path, ["text", "a", "b", "C", "d"], [[*row, 0] for row in rows])
+    told = "the columns 'b', 'd' are 0 in every training row, so they are no labels"
+    assert told in load_dataset(str(path), form=more).summary.lines()
+
+
+def test_blanks_for_0_leave_rows_of_one_set(tmp_path: Path) -> None:
+    rows = [[text, 1, 1 if i % 2 else ""] for i, (text, _) in enumerate(ROWS)]
+    path = write_csv(tmp_path / "a.csv", ["text", "x", "y"], rows)
+    with pytest.raises(DataError, match=r"every training row has the labels 'x', 'y'; .* write 0,"):
+        load_dataset(str(path), form=LabelForm(columns=("x", "y")))
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [([1, 0], [0, 1]), ([True, False], [False, True]), ([1.0, 0.0], [0.0, 1.0])],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_vector_of_two_is_no_set(
+    vectors: tuple[list[Any], list[Any]], as_text: bool, tmp_path: Path
+) -> None:
+    own = [str(each) if as_text else each for each in vectors]
+    rows = [(text, own[i % 2]) for i, (text, _) in enumerate(ROWS)]
+    with pytest.raises(DataError, match=r"are these vectors of 0 and 1\? Then write a list of"):
+        load(tmp_path, rows)
+    either = [(text, [[0, 1], [0]][i % 2]) for i, (text, _) in enumerate(ROWS)]
+    assert load(tmp_path, either).labels == ("0", "1")  # two classes by their numbers
 
 
 def test_held_out_rows_have_the_labels_of_training(tmp_path: Path) -> None:

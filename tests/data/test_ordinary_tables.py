@@ -326,6 +326,29 @@ def test_a_test_file_without_labels_is_for_predict(tmp_path):
             load_dataset(f"{source}/train.csv", test=f"{source}/test.csv")
 
 
+@pytest.mark.parametrize(
+    ("trained", "held_out", "more"),
+    [
+        ("-1.0", "-1.0", {}),
+        ("-1.0", "-1", {"merge_labels": True}),
+        ("-1", "-1.0", {"merge_labels": True}),
+        ("-1", "-1", {}),
+    ],
+)
+def test_a_trained_label_of_minus_1_is_not_hidden(tmp_path, trained, held_out, more):
+    """pandas writes -1, 0 and 1 with decimals where a row of the column is blank."""
+    rows = [(f"message {i}", [trained, "0.0", "1.0"][i % 3]) for i in range(30)]
+    test = [("one", held_out), ("two", "0.0"), ("three", held_out)]
+    write_csv(tmp_path / "train.csv", rows)
+    write_csv(tmp_path / "test.csv", test)
+    dataset = load_dataset(str(tmp_path), **more)
+    assert dataset.test.labels == [trained, "0.0", trained]
+    assert not any("skipped" in line for line in dataset.summary.lines())
+    if trained != held_out:
+        with pytest.raises(DataError, match=f"--merge-labels takes it for '{trained}'"):
+            load_dataset(str(tmp_path))
+
+
 def test_a_hidden_class_in_parquet(tmp_path):
     features = {"text": {"_type": "Value"}, "label": {"names": ["a", "b"]}}
     for split, labels in (("train", [0, 1] * 10), ("test", [-1] * 4)):

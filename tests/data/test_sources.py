@@ -18,8 +18,9 @@ from data.test_table import write, write_csv, write_parquet
 from hub_server import running
 from remora.data import arrow, sources
 from remora.data.dataset import load_dataset
+from remora.data.parts import ReadOptions
 from remora.data.table import read_table, stream_texts
-from remora.errors import DataError
+from remora.errors import ConfigError, DataError
 
 
 def test_a_folder_of_splits(tmp_path):
@@ -32,6 +33,20 @@ def test_a_folder_of_splits(tmp_path):
     assert rows(dataset.train) == many({"a": 2, "b": 2})
     assert rows(dataset.validation) == [("v", "a")]
     assert rows(dataset.test) == [("t", "b")]
+
+
+def test_a_folder_of_two_formats_and_names_for_columns(tmp_path):
+    write_csv(tmp_path / "train.csv", many({"a": 3, "b": 3})[1:], ("a 0", "a"))
+    write(tmp_path / "test.jsonl", '{"label": "b", "text": "t"}\n')
+    write_csv(tmp_path / "dev.csv", [("w", "b")], ("v", "a"))
+    dataset = load_dataset(str(tmp_path), options=ReadOptions(columns=("text", "label")))
+    assert rows(dataset.train) == many({"a": 3, "b": 3})
+    assert rows(dataset.test) == [("t", "b")]
+    assert rows(dataset.validation) == [("v", "a"), ("w", "b")]
+    write(tmp_path / "train.jsonl", '{"label": "b", "text": "t"}\n')
+    (tmp_path / "train.csv").unlink()
+    with pytest.raises(ConfigError, match=r"train\.jsonl, but .*; leave out --columns"):
+        load_dataset(str(tmp_path), options=ReadOptions(columns=("text", "label")))
 
 
 def test_named_tables_replace_those_of_the_folder(tmp_path):

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from remora.data.table import Table, read_table, stream_texts
+from remora.data.table import Table, open_stream, read_table, stream_texts
 from remora.errors import ConfigError, DataError
 
 ROWS = [("where is my card?", "card"), ("a; b, c", "refund"), ("two\nlines, “quoted”", "card")]
@@ -52,6 +52,18 @@ def test_values_are_kept_but_labels_are_trimmed(tmp_path):
 def test_whole_numbers_are_labels(tmp_path, values, expected):
     path = write_parquet(tmp_path / "a.parquet", {"text": ["x", "y"], "label": values})
     assert read_table(path).labels == expected
+
+
+def test_columns_of_one_name_in_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = [["x", "y"], ["a", "b"], [1, 2], [3, 4]]
+    table = pyarrow.table([*map(pyarrow.array, columns)], names=["text", "label", "n", "n"])
+    pyarrow.parquet.write_table(table, path)
+    assert read_table(path).labels == ["a", "b"]
+    assert list(open_stream(str(path), keep=["label"]).rows) == [("x", ["a"]), ("y", ["b"])]
+    with pytest.raises(DataError) as caught:
+        open_stream(str(path))
+    assert str(caught.value) == f"{path} has 2 columns called 'n'; rename all but one"
 
 
 def test_an_unknown_label_is_told_with_the_nearest(tmp_path):

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from remora.data.parts import PEEKED_ROWS, Part, Pick, Remarks, Row
 from remora.errors import DataError
-from remora.formatting import one_line
+from remora.formatting import one_line, quote
 
 if TYPE_CHECKING:
     import datasets
@@ -39,6 +39,7 @@ def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
                 return [] if batch is None else list(zip(*_values(batch), strict=True))
 
             wanted = [columns[place] for place in pick(columns, peek)]
+            _refuse_twins(name, columns, wanted)
             described = [features.get(column) for column in wanted]
             names = [_names_in(each) for each in described]
             batches = file.iter_batches(columns=list(dict.fromkeys(wanted)), batch_size=10_000)
@@ -50,6 +51,15 @@ def parquet_rows(stream: Any, name: str, pick: Pick) -> Iterator[Row]:
             f"{name} is not a readable Parquet file ({one_line(error)});"
             " write it again, or save the table as CSV"
         ) from None
+
+
+def _refuse_twins(name: str, columns: list[str], wanted: list[str]) -> None:
+    """Refuse columns that Arrow cannot tell by their name."""
+    for column in wanted:
+        if (count := columns.count(column)) > 1:
+            raise DataError(
+                f"{name} has {count} columns called {quote(column)}; rename all but one"
+            )
 
 
 def file_schema(source: Path | IO[bytes]) -> Any:

@@ -114,7 +114,9 @@ def _named_label(
     has_text: bool,
 ) -> int | None:
     """Return the label column that was given, or is that of the training table."""
-    if label_column is not None and not (trained and label_column not in columns and has_text):
+    if label_column is not None and (
+        not trained or not has_text or _is_among(label_column, columns)
+    ):
         return _given(name, "label", label_column, columns, peek)
     if trained and label_column is None and trained[-1] in columns:
         return _only(name, trained[-1], columns)
@@ -130,17 +132,15 @@ def _with_flags(
     trained: Sequence[str],
 ) -> list[int]:
     """Return the columns of the texts and those of 0 and 1, one for each label."""
-    if trained and not {*flags} & {*columns}:
+    if trained and not any(_is_among(each, columns) for each in flags):
         raise UnlabelledError(
             f"{name} has none of the label columns {listed(flags)}; add them, or classify the "
             "table with `remora predict`"
         )
     labels = [_given(name, "label", each, columns, peek) for each in flags]
     if not text:
-        others = [each for each in columns if each not in flags]
-        text = (
-            [columns.index(others[0])] if len(others) == 1 else choose_text(name, (), columns, peek)
-        )
+        others = [place for place in range(len(columns)) if place not in labels]
+        text = others if len(others) == 1 else choose_text(name, (), columns, peek)
     if both := {*text} & {*labels}:
         raise ConfigError(
             f"column {quote(columns[min(both)])} is both text and label column;"
@@ -256,6 +256,8 @@ def has_names(text: str, names: Sequence[str]) -> bool:
 
 def _given(name: str, kind: str, column: str, columns: Sequence[str], peek: Peek) -> int:
     if column not in columns:
+        column, columns = _folded(column), [*map(_folded, columns)]
+    if column not in columns:
         close = close_match(column, columns)
         fault = _first_line(name, columns, _contents(columns, peek), labelled=kind == "label")
         if fault and not close:
@@ -265,6 +267,15 @@ def _given(name: str, kind: str, column: str, columns: Sequence[str], peek: Peek
             + (f"did you mean {quote(close)}?" if close else f"name one with --{kind}-column")
         )
     return _only(name, column, columns)
+
+
+def _is_among(column: str, columns: Sequence[str]) -> bool:
+    return _folded(column) in map(_folded, columns)
+
+
+def _folded(column: str) -> str:
+    """Return a name on one line, as it can be typed: workbooks break names as they do texts."""
+    return " ".join("".join(c if c.isprintable() else " " for c in column).split())
 
 
 def _usual(
@@ -312,7 +323,7 @@ def _missing_columns(
     if labelled and len(binary) > 1 and not _has_likely(contents, columns, known):
         return DataError(
             f"{found}; are the columns of 0 and 1 ({listed(binary)}) its labels? Then name them"
-            f" with --label-columns {','.join(map(_argument, binary))}"
+            f" with {_flag('label-columns', ','.join(map(_in_list, binary)))}"
         )
     suggested = _suggested(contents, missing, columns, known)
     objects = [p for p in contents.objects if p not in (*known, *contents.chats)]
@@ -327,7 +338,7 @@ def _missing_columns(
             f"{found}; name {'them' if len(missing) > 1 else 'it'} with "
             + " and ".join(f"--{each}-column" for each in missing)
         )
-    flags_text = " ".join(f"--{each}-column {_argument(column)}" for each, column in suggested)
+    flags_text = " ".join(_flag(f"{each}-column", column) for each, column in suggested)
     return DataError(f"{found}; did you mean {flags_text}?")
 
 
@@ -438,10 +449,15 @@ def _headerless(name: str, columns: Sequence[str], contents: Contents) -> DataEr
     )
 
 
-def _argument(column: str) -> str:
-    """Return a column's name as it is written on a command line, on one line."""
-    if column and all(c.isalnum() or c in "_.-" for c in column):
-        return column
-    if not column.isprintable():
-        return repr(column)
-    return shlex.quote(column) if {*column} & {*'"$`\\!'} else f'"{column}"'
+def _in_list(column: str) -> str:
+    """Return a column's name as it is written among others, separated by commas."""
+    return '"' + column.replace('"', '""') + '"' if {*column} & {*',"'} else column
+
+
+def _flag(flag: str, value: str) -> str:
+    """Return a flag and its value as they are written on a command line, on one line."""
+    value = _folded(value)
+    between = "=" if value.startswith("-") else " "  # as a word of its own it would be a flag
+    if not value or not all(c.isalnum() or c in "_.-," for c in value):
+        value = shlex.quote(value) if {*value} & {*'"$`\\!'} else f'"{value}"'
+    return f"--{flag}{between}{value}"

@@ -24,8 +24,7 @@ from remora.data.corrections import Corrections, correct, read_corrections
 from remora.data.label_sets import LabelForm
 from remora.data.levels import hierarchy_of
 from remora.data.parts import Part, Pick, ReadOptions, Remarks, Row
-from remora.data.readers import file_part, own_format
-from remora.data.sources import source_parts
+from remora.data.sources import held_out_parts, source_parts
 from remora.data.splits import MAX_TEST_ROWS, MAX_VALIDATION_ROWS, check_fractions, hold_out
 from remora.data.summary import DataSummary, spoken_rows, summarize
 from remora.data.table import Table, read_parts
@@ -285,13 +284,14 @@ def load_dataset(
     check_fractions(validation_fraction, test_fraction)
     parts, others = source_parts(source, options)
     given = {"validation": validation, "test": test}
-    parts |= {split: [_given(path, options)] for split, path in given.items() if path is not None}
+    parts |= held_out_parts(given, options)
     form = form or LabelForm()
     how: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
     how |= {"strict": strict, "form": form}
     remarks, forms, names = Remarks(), None, rename_labels or {}
     train, columns = read_parts(parts["train"], **how, remarks=remarks, begun_on=begun_on)
     form = replace(form, several="on" if train.multi_label else form.several)
+    without_rows = label_sets.spoken_columns_of_0(form.columns, train.each_label)
     if merge_labels:
         forms = label_forms.most_frequent_forms(train.each_label)
         train = train.relabelled(partial(label_forms.merged, forms=forms))
@@ -300,7 +300,7 @@ def load_dataset(
     labels = _labels(source, train)
     how |= {"form": form, "known": known, "remarks": remarks, "trained": columns, "forms": forms}
     tables, notes = _read_held_out(parts, given, how, names)
-    notes = [*_label_notes(train, form, labels), *notes]
+    notes = [*_label_notes(train, form, labels), *without_rows, *notes]
     notes += _not_read(others, {"validation": validation_fraction, "test": test_fraction}, parts)
     return _assemble(
         source,
@@ -313,14 +313,6 @@ def load_dataset(
         remarks=(*remarks.lines(), *notes),
         seen=seen,
     )
-
-
-def _given(path: str, options: ReadOptions | None) -> Part:
-    """Return a table of test or validation rows, which may have another format than training's."""
-    options, own = options or ReadOptions(), own_format(Path(path))
-    own = options.format if own in {None, "text"} else own
-    names_its_own = own not in {None, "csv", "tsv", "xlsx"}
-    return file_part(Path(path), ReadOptions(own, () if names_its_own else options.columns))
 
 
 def _read_held_out(
@@ -442,6 +434,9 @@ def _labels(source: str, train: Table) -> tuple[str, ...]:
             f"{source}: every training row has the label {quote(labels[0])};"
             " add rows of at least one other label"
         )
+    if train.multi_label and len(set(train.labels)) == 1:
+        advice = label_sets.advice_on_same_sets(labels, train.form)
+        raise DataError(f"{source}: every training row has the labels {listed(labels)}; {advice}")
     return labels
 
 

@@ -78,8 +78,9 @@ def rows(
             raise
         with contextlib.suppress(DataError):
             ahead.peek(PEEKED_ROWS)  # which fills `below`
-        raise _title(name, header[0], below, marks) or error from None
-    if columns and any(_is_alike(values, header) for _, _, values in complete.peek(1)):
+        title = _title(name, header[0], below, marks)
+        raise title or _other_delimiter(name, [first, *below], marks) or error from None
+    if columns and any(is_alike(values, header) for _, _, values in complete.peek(1)):
         raise DataError(
             f"{name} has the names of --columns in its first line; delete that line, or leave out"
             " --columns if every table has it"
@@ -113,7 +114,22 @@ def _title(name: str, first: str, below: Sequence[str], marks: str) -> DataError
     return None
 
 
-def _is_alike(values: Sequence[str], header: Sequence[str]) -> bool:
+def _other_delimiter(name: str, lines: Sequence[str], marks: str) -> DataError | None:
+    """Return the error of a table whose name says tabs, and whose lines have another delimiter."""
+    if marks != "\t" or lines[0].startswith("__label__"):  # lines of fastText
+        return None
+    for mark in DELIMITERS:
+        widths = {_num_fields(line, mark) for line in lines}
+        if len(widths) == 1 and (width := widths.pop()) > 1:
+            return DataError(
+                f"{name} has no tabs in its first lines, and {width} fields each by {quote(mark)};"
+                " read it with --input-format csv"
+            )
+    return None
+
+
+def is_alike(values: Sequence[str], header: Sequence[str]) -> bool:
+    """Whether the values of a row are the names of the columns."""
     return [value.strip().casefold() for value in values] == [each.casefold() for each in header]
 
 
@@ -250,9 +266,9 @@ def _tabbed(lines: Ahead[str], name: str, skipped: int, remarks: Remarks) -> Ite
 
     Many such files were written without any quoting, so a double quote encloses a field only if it
     is closed before a tab or the line's end, here or on a later line. Where the lines are records
-    on their own, it is text.
+    on their own, it is text, unless the first line quotes each of its fields.
     """
-    number, row, width = skipped + 1, 0, 0
+    number, row, width, all_quoted = skipped + 1, 0, 0, False
     for raw in lines:
         line, content = number, raw.rstrip("\r\n")
         if "\r" in content and number == skipped + 1:
@@ -262,8 +278,10 @@ def _tabbed(lines: Ahead[str], name: str, skipped: int, remarks: Remarks) -> Ite
             )
         plain = content.split("\t")
         values, spanned = plain, 0
+        if not width:
+            all_quoted = _is_all_quoted(plain)
         if any(field.startswith('"') for field in plain):
-            values, spanned = _unquoted(content, plain, width, lines)
+            values, spanned = _unquoted(raw, plain, width, lines, all_quoted)
             if spanned:
                 remarks.add(name, SPANNING, row, line)
             elif any(field.startswith('"') for field in values):
@@ -274,35 +292,46 @@ def _tabbed(lines: Ahead[str], name: str, skipped: int, remarks: Remarks) -> Ite
         row += bool(content)
 
 
+def _is_all_quoted(plain: list[str]) -> bool:
+    """Whether each field of a line is in quotes; the last one may be closed on a later line."""
+    *before, last = plain
+    is_open = bool(before) and last.startswith('"')
+    return all(map(_QUOTED.fullmatch, before)) and (is_open or bool(_QUOTED.fullmatch(last)))
+
+
 def _unquoted(
-    content: str, plain: list[str], width: int, lines: Ahead[str]
+    raw: str, plain: list[str], width: int, lines: Ahead[str], all_quoted: bool
 ) -> tuple[list[str], int]:
     """Return a record's fields without the quotes that enclose them, and the further lines of it.
 
     Args:
-        content: The line that it begins on.
+        raw: The line that it begins on, with its end.
         plain: Its fields if all quotes are text.
         width: The number of fields of the first record; 0 if this is it.
         lines: The lines after it.
+        all_quoted: Whether the first line quotes all fields, so that quotes are no text.
     """
-    fields, is_open = _fields(content)
+    fields, is_open = _fields(raw.rstrip("\r\n"))
     if not is_open:
         if width == len(plain) != len(fields):
             return plain, 0
         return fields, 0
     following = lines.peek(1)
     is_record = len(plain) == width or not width
-    if is_record and (not following or following[0].count("\t") == width - 1 or not width):
+    follows = not following or following[0].count("\t") == width - 1 or not width
+    if is_record and follows and not all_quoted:
         return _closed_fields(plain), 0
     taken: list[str] = []
-    whole = content + "\n"
-    for raw in lines:
-        taken.append(raw)
-        whole += raw
-        if '"' in raw:
+    whole = raw
+    for more in lines:
+        taken.append(more)
+        whole += more
+        if '"' in more:
             fields, is_open = _fields(whole.rstrip("\r\n"))
-            if not is_open:
-                return fields, len(taken)
+        if not is_open:
+            if is_record and len(fields) != (width or len(plain)):
+                break
+            return fields, len(taken)
         if len(taken) == MAX_SPANNED_LINES:
             break
     lines.put_back(taken)

@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import tokenize
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,17 @@ from typing import Literal
 
 from remora.data.values import is_blank, label_of, plain_number
 from remora.errors import DataError
-from remora.formatting import quote
+from remora.formatting import listed, quote
 
 _VECTOR = re.compile(r"\[\s*[01]\.?(\s+[01]\.?)+\s*\]")
+_QUOTED = re.compile(r"""\[(.*,)?\s*['"].*\]""", re.DOTALL)
 _UNQUOTED = re.compile(r"""(\[[^][{}'":]*,[^][{}'":]*\]|\{[^][{}'":]*,[^][{}'":]*\})""")
+
+NAME_THEM = (
+    'write a list of the names of its labels, such as ["a", "b"], or a column for each label, and '
+    "name them with --label-columns"
+)
+"""What to write in place of a vector of 0 and 1."""
 
 NONE_OF_THEM = "[]"
 """The text of the empty set."""
@@ -66,7 +74,11 @@ class LabelForm:
 
     several: Literal["auto", "on", "off"] = "auto"  # auto: where a label is a list
     separator: str | None = None  # between the labels in one text
-    columns: tuple[str, ...] = ()  # of 0 and 1, one for each label
+    columns: tuple[str, ...] = ()  # of 0 and 1, one for each label; as in CSV they may be quoted
+
+    def __post_init__(self) -> None:
+        """Take the quotes from names of columns, which those that hold a comma are given in."""
+        object.__setattr__(self, "columns", tuple(map(_without_quotes, self.columns)))
 
     @property
     def spoken(self) -> str:
@@ -74,6 +86,11 @@ class LabelForm:
         if self.columns:
             return "columns of 0 and 1"
         return f"separated by {quote(self.separator)}" if self.separator else "lists"
+
+
+def _without_quotes(name: str) -> str:
+    match = re.fullmatch(r'"((?:[^"]|"")*)"', name)
+    return match[1].replace('""', '"') if match else name
 
 
 def written(text: str, form: LabelForm) -> str:
@@ -164,8 +181,9 @@ class LabelReader:
 
     def _items(self, cell: object) -> Sequence[object] | None:
         """Return the labels in a cell; None if it holds one."""
-        if self._form.separator is None or isinstance(cell, list | tuple | set | frozenset):
-            return list_in(cell)
+        found = list_in(cell)
+        if found is not None or self._form.separator is None:
+            return found
         written = "" if is_blank(cell) else plain_number(cell)
         if not isinstance(written, str):
             return [cell]
@@ -197,7 +215,7 @@ def list_in(cell: object) -> Sequence[object] | None:
     """Return the items of a list, also of one that is written as text; None if it is none.
 
     Raises:
-        DataError: Without the row: the items of a written list have no commas between them.
+        DataError: Without the row: a list is written in a way that cannot be read.
     """
     if isinstance(cell, set | frozenset):
         return sorted(cell)
@@ -232,11 +250,7 @@ def _names(items: list[object], shown: str) -> list[object]:
     """
     numbers = [each for each in items if isinstance(each, bool | int | float)]
     if len(numbers) == len(items) and len({*numbers}) < len(numbers) and {*numbers} <= {0, 1}:
-        raise DataError(
-            f"a vector of 0 and 1 as its label, {quote(shown)}; write a list of the names of its "
-            'labels, such as ["a", "b"], or a column for each label, and name them with '
-            "--label-columns"
-        )
+        raise DataError(f"a vector of 0 and 1 as its label, {quote(shown)}; {NAME_THEM}")
     return items
 
 
@@ -247,7 +261,9 @@ def _python_list(text: str) -> object:
         DataError: Without the row: what stands between its items, or around them, is missing.
     """
     try:
-        found = ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a backslash in a label
+            found = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         if _VECTOR.fullmatch(text):  # as NumPy writes it
             return [int(float(each)) for each in text.strip("[]").split()]
@@ -255,6 +271,10 @@ def _python_list(text: str) -> object:
             raise DataError(
                 f"a list without quotes around its labels, {quote(text)}; write it as JSON, such "
                 'as ["a", "b"]'
+            ) from None
+        if _QUOTED.fullmatch(text):
+            raise DataError(
+                f'a broken list as its label, {quote(text)}; write it as JSON, such as ["a", "b"]'
             ) from None
         return None
     if isinstance(found, tuple | set) and all(isinstance(each, str) for each in found):
@@ -268,6 +288,26 @@ def _python_list(text: str) -> object:
                 'as ["a", "b"]'
             )
     return found
+
+
+def advice_on_same_sets(labels: Collection[str], form: LabelForm) -> str:
+    """Return what to do about rows that all have the same labels."""
+    if form.columns:
+        return "add rows with other labels; write 0, not a blank, where a row has not a label"
+    if {*labels} <= {"0", "1", "0.0", "1.0", "False", "True", "false", "true"}:
+        return f"are these vectors of 0 and 1? Then {NAME_THEM}"
+    return "add rows with other labels"
+
+
+def spoken_columns_of_0(columns: Sequence[str], labels: Collection[str]) -> list[str]:
+    """Return a sentence on columns of labels that no row has, none if there are no such columns."""
+    found = {*labels}
+    missing = [each for each in columns if each.strip() not in found]
+    if not missing:
+        return []
+    if len(missing) == 1:
+        return [f"the column {quote(missing[0])} is 0 in every training row, so it is no label"]
+    return [f"the columns {listed(missing)} are 0 in every training row, so they are no labels"]
 
 
 def spoken_sets(sets: Sequence[str], form: LabelForm) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from remora.data.delimited import is_alike
 from remora.data.parts import PEEKED_ROWS, Ahead, Pick, Row
 from remora.errors import ConfigError, DataError
 from remora.formatting import listed, one_line
@@ -53,6 +54,11 @@ def sheet_rows(stream: Any, name: str, columns: Sequence[str], pick: Pick) -> It
         raise DataError(
             f"{name}: row 1 has {len(table[0])} fields, but --columns names {len(header)};"
             " name each column once"
+        )
+    if columns and is_alike([str(_plain(cell)) for cell in table[0]], header):
+        raise DataError(
+            f"{name} has the names of --columns in its first row; delete that row, or leave out"
+            " --columns if every table has it"
         )
     first = 1 if columns else 2  # the line of the first row
     ahead = Ahead(iter(list(enumerate(table[first - 1 :], 1))))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from remora.data.arrow import hub_splits, is_saved
 from remora.data.parts import Part, ReadOptions
-from remora.data.readers import COMPRESSIONS, file_part, saved_parts, suffix_format
+from remora.data.readers import COMPRESSIONS, file_part, own_format, saved_parts, suffix_format
 from remora.errors import DataError
 from remora.formatting import listed, quote
 
@@ -44,6 +44,22 @@ def source_parts(source: str, options: ReadOptions | None = None) -> Source:
     if is_saved(path):
         return _known_splits(source, saved_parts(path), "name the folder of one split")
     return _folder_parts(path, options)
+
+
+def held_out_parts(
+    given: Mapping[str, str | None], options: ReadOptions | None
+) -> dict[str, list[Part]]:
+    """Return the tables of splits that were given, None where one was not."""
+    paths = {split: Path(path) for split, path in given.items() if path is not None}
+    return {split: [_held_out_part(path, options)] for split, path in paths.items()}
+
+
+def _held_out_part(path: Path, options: ReadOptions | None) -> Part:
+    """Return a table of test or validation rows, which may have another format than training's."""
+    options, own = options or ReadOptions(), own_format(path)
+    own = options.format if own in {None, "text"} else own
+    names_its_own = own not in {None, "csv", "tsv", "xlsx"}
+    return file_part(path, ReadOptions(own, () if names_its_own else options.columns))
 
 
 def _sample_folder(source: str) -> Path:
@@ -125,8 +141,9 @@ def _folder_parts(folder: Path, options: ReadOptions | None) -> Source:
             for split, paths in files.items():
                 _check_shards(split, paths)
             parts = {
-                split: [file_part(path, options) for path in paths]
+                split: [read(path, options) for path in paths]
                 for split, paths in files.items()
+                for read in [file_part if split == "train" else _held_out_part]
             }
             taken = [path.name for paths in files.values() for path in paths]
             return Source(parts, _others({path.name: _stem(path) for path in tables}, taken))

@@ -95,8 +95,12 @@ def _advice(label: str, known: Collection[str]) -> str:
 
 
 def is_hidden(value: object, known: Collection[str] | None) -> bool:
-    """Whether a cell stands for a label that is not published: -1, if that is no label."""
-    return known is not None and _written(value) in {HIDDEN, "-1.0"} and HIDDEN not in known
+    """Whether a cell stands for a label that is not published: -1, if that is no label.
+
+    Nor may -1.0 be one, which the writer of another table may have made of it.
+    """
+    spelled = {HIDDEN, f"{HIDDEN}.0"}
+    return known is not None and _written(value) in spelled and spelled.isdisjoint(known)
 
 
 def plain_number(value: object) -> object:
