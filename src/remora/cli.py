@@ -221,7 +221,8 @@ def diagnose(config: DiagnoseConfig) -> None:
         if config.json:
             _print_json({"output": str(path)} | counts)
         else:
-            told = f"{num_corrected:,} rows corrected, {num_deleted:,} deleted"
+            rows = "row" if num_corrected == 1 else "rows"
+            told = f"{num_corrected:,} {rows} corrected, {num_deleted:,} deleted"
             display.show_line(f"{told} in {path}")
         return
     with display.TerminalReporter().live() as reporter:
@@ -393,10 +394,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has ended
         sys.stderr.close()
         return 0
-    except Terminated:
-        return _fail("stopped (SIGTERM); run the same command again", 143)
-    except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again", 130)
+    except KeyboardInterrupt as asked:
+        is_term = isinstance(asked, Terminated)
+        how, code = ("stopped (SIGTERM)", 143) if is_term else ("interrupted", 130)
+        return _fail(f"{how}; run the same command again", code)
     except (RemoraError, cyclopts.CycloptsError) as error:
         if "--debug" in given:
             raise

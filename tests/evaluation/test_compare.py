@@ -259,7 +259,8 @@ def of_sets(*predicted: tuple[str, int]) -> list[str]:
 
 def write_run_of_sets(path: Path, true: list[str], predicted: list[str], size: int) -> Path:
     """Write a run of several labels; its baseline gives every row the label a."""
-    ours, theirs = (measure_sets(list("abc"), true, each) for each in (predicted, ['["a"]'] * len(true)))
+    baseline = ['["a"]'] * len(true)
+    ours, theirs = (measure_sets(list("abc"), true, each) for each in (predicted, baseline))
     write_run(path, TRUE, base_bytes=size)
     figures = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
     figures["metrics"] = ours.to_dict()
@@ -267,7 +268,6 @@ def write_run_of_sets(path: Path, true: list[str], predicted: list[str], size: i
     files.write_json(path / "evaluation.json", figures)
     files.write_text(path / "config.toml", TrainConfig("data.csv", model="nano").to_toml())
     texts = [f"={i}" for i in range(len(true))]
-    baseline = ['["a"]'] * len(true)
     write_predictions(path / "predictions.csv", texts, true, predicted, [0.9] * len(true), baseline)
     return path
 

@@ -186,7 +186,7 @@ def test_labels_that_are_gone_are_told(config: TrainConfig, tmp_path: Path) -> N
     fewer = replace(config, data=str(write(tmp_path / "few.csv", [*OLD[1:], NEW])))
     with open_session(fewer, load_data(fewer), reporter=reporter) as session:
         assert set(session.prompt.labels) == {*OLD[1:], NEW}
-    assert any(f"1 labels of {config.start_from} are not in the table" in line for line in said)
+    assert any(f"1 label of {config.start_from} is not in the table" in line for line in said)
 
 
 TEXTS = {OLD[1]: "money back"}

@@ -72,10 +72,16 @@ def told(run: str, labels: tuple[str, ...]) -> Iterator[str]:
     kept = len(labels) - len(new)
     yield f"beginning with the adapter of {run}: {kept:,} labels are known, {len(new):,} join"
     if gone := [label for label in card.labels if label not in labels]:
-        yield (
-            f"{len(gone):,} labels of {run} are not in the table and no longer answers, such as "
-            f"{gone[0]!r}; add rows of theirs to keep them"
-        )
+        if len(gone) == 1:
+            yield (
+                f"1 label of {run} is not in the table and no longer an answer, {gone[0]!r}; add "
+                "rows to keep it"
+            )
+        else:
+            yield (
+                f"{len(gone):,} labels of {run} are not in the table and no longer answers, such "
+                f"as {gone[0]!r}; add rows of theirs to keep them"
+            )
     if texts := texts_of(card, labels):
         label, text = next(iter(texts.items()))
         yield f"labels are written as in {run}, such as {label!r} as {text!r}"
