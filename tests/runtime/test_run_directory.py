@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from remora.config import TrainConfig
 from remora.errors import ConfigError, ResourceError
@@ -65,3 +67,25 @@ def test_settings_come_back_and_broken_ones_are_refused(tmp_path):
     (tmp_path / "config.toml").write_text("data = 1\n[", encoding="utf-8")
     with pytest.raises(ConfigError, match="give the directory of a finished run"):
         run_directory.read_settings(tmp_path)
+
+
+def test_tables_are_found_from_where_the_run_was_trained(monkeypatch, tmp_path):
+    project, elsewhere, run = (tmp_path / name for name in ("project", "elsewhere", "run"))
+    for folder in (project, elsewhere, run):
+        folder.mkdir()
+    (project / "t.csv").touch()
+    (project / "part-1.csv").touch()
+    (elsewhere / "own.csv").touch()
+    settings = TrainConfig("t.csv", test="part-*.csv", validation="own.csv", model="nano")
+    (run / "config.toml").write_text(settings.to_toml())
+    monkeypatch.chdir(elsewhere)
+    for damaged in ("{", "{}", "[]", '{"folder": 3}'):
+        (run / "environment.json").write_text(damaged)
+        assert run_directory.read_settings(run) == settings
+    (run / "environment.json").write_text(json.dumps({"folder": str(project)}))
+    found = run_directory.read_settings(run)
+    assert (found.data, found.test) == (str(project / "t.csv"), str(project / "part-*.csv"))
+    assert found.validation == "own.csv"  # what is here comes first
+    monkeypatch.chdir(project)
+    assert run_directory.read_settings(run).data == "t.csv"
+    assert run_directory.environment(torch.device("cpu"))["folder"] == str(project)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def create(parent: Path, wanted: str | None, data: str, base: str) -> Path:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what it takes to repeat a run: versions, device, threads, command."""
+    """Return what it takes to repeat a run: versions, device, threads, command and its folder."""
     packages = (
         "torch",
         "transformers",
@@ -87,11 +89,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "packages": versions,
         "command": sys.argv,
+        "folder": os.getcwd(),
     }
 
 
 def read_settings(directory: Path) -> TrainConfig:
     """Return the settings of a run from its config.toml.
+
+    Tables named by relative paths that are not there are found from where the run was trained.
 
     Raises:
         ConfigError: If they are missing or broken.
@@ -102,11 +107,28 @@ def read_settings(directory: Path) -> TrainConfig:
         raise DataError(f"there is no folder {directory}; give the directory of a finished run")
     try:
         text = path.read_text(encoding="utf-8")
-        return TrainConfig.from_toml(text, directory)
+        settings = TrainConfig.from_toml(text, directory)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({one_line(error)}); give the directory of a finished run"
         ) from error
+    try:
+        about = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
+        folder = os.fspath(about["folder"])
+    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged
+        return settings
+    tables = {name: getattr(settings, name) for name in ("data", "validation", "test")}
+    elsewhere = {
+        name: os.path.join(folder, value)
+        for name, value in tables.items()
+        if value and not _is_there(value) and _is_there(os.path.join(folder, value))
+    }
+    return replace(settings, **elsewhere)
+
+
+def _is_there(path: str) -> bool:
+    """Return whether there is a file, a folder, or what a pattern describes."""
+    return os.path.exists(path) or bool(glob.glob(path))
 
 
 def refuse_changed_rows(directory: Path, data: str, sha256: str) -> None:
