@@ -268,6 +268,21 @@ def test_no_row_is_judged_by_what_saw_its_label() -> None:
     assert found.probabilities[-1].argmax() != 2
 
 
+def test_the_rows_that_regressions_have_judged_are_counted() -> None:
+    counted = []
+
+    class Counting(Reporter):
+        def scoring(self, what: str, done: int, total: int) -> None:
+            counted.append((what, done, total))
+
+    table = Table([f"{'ab'[i % 2]} word" for i in range(20)], ["a", "b"] * 10)
+    dataset = dataset_from_lists(table.texts, table.labels, validation_fraction=0.0, seed=0)
+    out_of_sample.judge(dataset, TrainConfig("", model=""), "tfidf", 4, Counting())
+    steps = [5, 5, 5, 5, 10, 10, 5, 5, 5, 5]  # ridge regressions, those by half, logistic ones
+    expected = [("regressions", sum(steps[: i + 1]), 60) for i in range(len(steps))]
+    assert counted == expected
+
+
 def test_the_pool_gives_a_judge_that_knows_nothing_no_weight() -> None:
     generator = np.random.default_rng(0)
     true = generator.integers(0, 3, 300)

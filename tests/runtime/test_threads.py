@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +13,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 
 from remora.config import TrainConfig
 from remora.data.dataset import load_data
@@ -136,6 +139,76 @@ def test_a_run_says_so(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> 
         loop.fit(session)
     assert "1 core is busy" in said
     assert len(asked) > 2  # scoring asks too
+
+
+def blas() -> dict[str, int]:
+    """The threads of each BLAS, by its file."""
+    scipy = importlib.import_module("scipy.linalg")  # loads its library
+    assert scipy
+    loaded = ThreadpoolController().select(user_api="blas").info()
+    return {each["filepath"]: each["num_threads"] for each in loaded}
+
+
+def test_independent_fits_run_side_by_side_in_order_with_one_thread_of_blas_each(
+    machine: Machine,
+) -> None:
+    before = blas()
+    torch.set_num_threads(3)
+    together = threading.Barrier(3, timeout=30)
+
+    def fit(item: int) -> tuple[int, set[int]]:
+        if item < 3:
+            together.wait()
+        return item, set(blas().values())
+
+    found = list(threads.each(fit, range(7)))
+    assert [item for item, _ in found] == list(range(7))
+    assert all(counts <= {1} for _, counts in found)
+    assert blas() == before
+
+
+@pytest.mark.parametrize("item_bytes", [10, 1_000])
+def test_fewer_fits_run_at_once_where_memory_is_short(
+    item_bytes: int, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(4)
+    monkeypatch.setattr(threads.memory, "free_bytes", lambda device: 25)
+    running, most, lock = 0, 0, threading.Lock()
+
+    def fit(item: int) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+
+    list(threads.each(fit, range(8), item_bytes))
+    assert most == (2 if item_bytes == 10 else 1)
+
+
+def test_a_fit_that_fails_is_told_and_leaves_blas_as_it_was() -> None:
+    before = blas()
+
+    def fit(item: int) -> int:
+        return 1 // item
+
+    with pytest.raises(ZeroDivisionError):
+        list(threads.each(fit, [1, 0, 1]))
+    assert blas() == before
+
+
+def test_a_fit_by_itself_leaves_its_threads_to_numpy(machine: Machine) -> None:
+    before = blas()
+    torch.set_num_threads(1)
+    with threads.by_itself():
+        assert set(blas().values()) <= {1}
+    torch.set_num_threads(64)
+    with threads.by_itself():
+        for path, count in blas().items():
+            assert count == (1 if "scipy.libs" in path else before[path])
+    assert blas() == before
 
 
 @pytest.mark.durability

@@ -54,6 +54,17 @@ def test_they_equal_those_of_the_rows_one_by_one(architecture: str, tokenizer) -
         np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
 
 
+def test_between_groups_threads_adapt_to_other_work(
+    tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(features.threads, "adapt", asked.append)
+    model = tiny_model("qwen2", torch.float32, vocabulary=len(tokenizer))
+    prompt = Prompt(tokenizer, LABELS, instruction="Sort this.", max_length=200)
+    features.Extractor(model, prompt, max_tokens=12).features(stems(prompt, MESSAGES))
+    assert len(asked) > 1
+
+
 def test_without_its_adapter_a_model_has_the_features_of_its_base(tokenizer) -> None:
     model = tiny_model("qwen2", torch.float32, scale=2, vocabulary=len(tokenizer))
     prompt = Prompt(tokenizer, LABELS, instruction="", max_length=200)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -108,10 +108,11 @@ def judge(
     folds = deal_folds(true, num_folds or _num_folds(method, len(rows)), settings.seed)
     views = _views(dataset, settings, method, reporter, kept)
     reporter.say("cross-validating regressions")
-    ridges = [ridge(x, penalty, targets, folds) for x, _, penalty in views]
+    advance = _counting(reporter, 3 * len(views) * len(rows))
+    ridges = [ridge(x, penalty, targets, folds, advance) for x, _, penalty in views]
     halves = deal_folds(true, 2, settings.seed)
-    by_half = [ridge(x, penalty, targets, halves) for x, _, penalty in views]
-    logistics = [logistic(x, true, len(labels), folds) for _, x, _ in views]
+    by_half = [ridge(x, penalty, targets, halves, advance) for x, _, penalty in views]
+    logistics = [logistic(x, true, len(labels), folds, advance) for _, x, _ in views]
     parts = [list(view) for view in zip(ridges, logistics, strict=True)]
     if method == "adapters":
         assert folder is not None
@@ -151,8 +152,10 @@ def judge_sets(
     folds = deal_folds(strata, num_folds or _num_folds(method, len(rows)), settings.seed)
     views = _views(dataset, settings, method, reporter, None)
     reporter.say("cross-validating regressions, one for each label")
+    advance = _counting(reporter, 2 * len(views) * len(rows))
+    targets = given.astype(np.float32)
     parts = [
-        [ridge(x, penalty, given.astype(np.float32), folds), logistic_of_each(y, given, folds)]
+        [ridge(x, penalty, targets, folds, advance), logistic_of_each(y, given, folds, advance)]
         for x, y, penalty in views
     ]
     if method == "adapters":
@@ -161,6 +164,18 @@ def judge_sets(
         parts.append([np.log(found / (1 - found))])
     pooled = pool_each([each for view in parts for each in view], given)
     return pooled, tuple(pool_each(view, given) for view in parts)
+
+
+def _counting(reporter: Reporter, total: int) -> Callable[[int], None]:
+    """Return what tells the rows that regressions have judged, each regression's counted."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        reporter.scoring("regressions", done, total)
+
+    return advance
 
 
 def _num_folds(method: Method, num_rows: int) -> int:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from remora.runtime import threads
+
+Fold = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""The rows to fit on, and the rows to predict."""
+
+Predict = Callable[[Fold], NDArray[np.float64]]
+
+COPIES = 3
+"""Of a fold's rows that a fit holds at a time: taken out, centered, and one to spare."""
 
 MOST_LOG_ODDS = 10.0
 """Of a label that every row has, or none, in a fold's other rows."""
@@ -43,7 +54,8 @@ def ridge(
     features: Any,
     penalty: float,
     targets: NDArray[np.float32],
-    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    folds: Sequence[Fold],
+    advance: Callable[[int], object] = lambda count: None,
 ) -> NDArray[np.float64]:
     """Return out-of-fold scores of ridge regressions, [rows, labels]: near 1 for a row's labels.
 
@@ -51,38 +63,41 @@ def ridge(
     """
     from sklearn.linear_model import Ridge
 
-    result = np.empty(targets.shape)
     solver = "cholesky" if isinstance(features, np.ndarray) else "sparse_cg"
-    for others, own in folds:
+
+    def predict(fold: Fold) -> NDArray[np.float64]:
+        others, own = fold
         regression = Ridge(alpha=penalty, solver=solver, tol=1e-2)
         regression.fit(features[others], targets[others])
-        result[own] = regression.predict(features[own])
-    return result
+        found: NDArray[np.float64] = regression.predict(features[own])
+        return found.reshape(len(own), -1)
+
+    return _by_fold(predict, features, folds, targets.shape, advance)
 
 
 def logistic(
     features: Any,
     true: NDArray[np.int64],
     num_labels: int,
-    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    folds: Sequence[Fold],
+    advance: Callable[[int], object] = lambda count: None,
 ) -> NDArray[np.float64]:
     """Return out-of-fold log-probabilities of logistic regressions, [rows, labels]."""
-    import warnings
-
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    result = np.full((len(true), num_labels), 1e-9)
-    for others, own in folds:
+    def predict(fold: Fold) -> NDArray[np.float64]:
+        others, own = fold
+        result = np.full((len(own), num_labels), 1e-9)
         known = np.unique(true[others])
         if len(known) == 1:
-            result[own, known[0]] = 1
-            continue
+            result[:, known[0]] = 1
+            return result
         regression = LogisticRegression(C=10.0, max_iter=100)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            regression.fit(features[others], true[others])
-        result[np.ix_(own, regression.classes_)] = regression.predict_proba(features[own])
+        regression.fit(features[others], true[others])
+        result[:, regression.classes_] = regression.predict_proba(features[own])
+        return result
+
+    result = _by_fold(predict, features, folds, (len(true), num_labels), advance)
     logs: NDArray[np.float64] = np.log(np.maximum(result, 1e-12))
     return logs
 
@@ -90,29 +105,50 @@ def logistic(
 def logistic_of_each(
     features: Any,
     given: NDArray[np.int64],
-    folds: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    folds: Sequence[Fold],
+    advance: Callable[[int], object] = lambda count: None,
 ) -> NDArray[np.float64]:
     """Return out-of-fold log-odds of a logistic regression for each label, [rows, labels].
 
     One label against the rest; `given` has 1 for each label of a row, else 0, [rows, labels].
     """
-    import warnings
-
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    result = np.empty(given.shape)
-    for others, own in folds:
+    def predict(fold: Fold) -> NDArray[np.float64]:
+        others, own = fold
+        result = np.empty((len(own), given.shape[1]))
         for label, known in enumerate(given[others].T):
             if len(np.unique(known)) == 1:  # every row has it, or none does
-                result[own, label] = MOST_LOG_ODDS if known[0] else -MOST_LOG_ODDS
+                result[:, label] = MOST_LOG_ODDS if known[0] else -MOST_LOG_ODDS
                 continue
             regression = LogisticRegression(C=10.0, tol=1e-3)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                regression.fit(features[others], known)
-            result[own, label] = regression.decision_function(features[own])
+            regression.fit(features[others], known)
+            result[:, label] = regression.decision_function(features[own])
+        return result
+
+    result = _by_fold(predict, features, folds, given.shape, advance)
     return result.clip(-MOST_LOG_ODDS, MOST_LOG_ODDS)
+
+
+def _by_fold(
+    predict: Predict,
+    features: Any,
+    folds: Sequence[Fold],
+    shape: tuple[int, ...],
+    advance: Callable[[int], object],
+) -> NDArray[np.float64]:
+    """Return what is predicted of each row by the fold that holds it, [rows, labels]."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    result = np.empty(shape)
+    item_bytes = COPIES * (features.nbytes if isinstance(features, np.ndarray) else 0)
+    with warnings.catch_warnings():  # not quite converged is good enough for a judge
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        predicted = threads.each(predict, folds, item_bytes)
+        for (_, own), found in zip(folds, predicted, strict=True):
+            result[own] = found
+            advance(len(own))
+    return result
 
 
 def pool_each(parts: Sequence[NDArray[np.float64]], given: NDArray[np.int64]) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remora.data.splits import deal_folds, sample_rows
+from remora.runtime import threads
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 """Values of C, the inverse strength, that are tried; more regularization comes first."""
@@ -46,6 +48,7 @@ def predict(
     Raises:
         ValueError: If a feature is not finite.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.preprocessing import StandardScaler
 
     assert len(train) == len(labels) > 0
@@ -56,7 +59,11 @@ def predict(
         return [str(classes[0])] * len(held_out)
     scaler = StandardScaler()
     features = scaler.fit_transform(train.astype(np.float32))
-    regression = _fitted(features, true, _strength(features, true, labels, seed))
+    with warnings.catch_warnings():  # not quite converged is good enough for a baseline
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        strength = _strength(features, true, labels, seed)
+        with threads.by_itself():
+            regression = _fitted(features, true, strength)
     return [
         str(classes[i]) for i in regression.predict(scaler.transform(held_out.astype(np.float32)))
     ]
@@ -68,20 +75,23 @@ def _strength(
     """Return the C whose fits predict most rows of the other folds right."""
     rows = np.array(sample_rows(labels, MAX_FOLD_ROWS, seed))
     features, true = features[rows], true[rows]
-    right = np.zeros(len(STRENGTHS), dtype=np.int64)
-    for others, own in deal_folds(true, NUM_FOLDS, seed):
-        if len(own) and len(np.unique(true[others])) > 1:
-            for place, strength in enumerate(STRENGTHS):
-                regression = _fitted(features[others], true[others], strength)
-                right[place] += int((regression.predict(features[own]) == true[own]).sum())
-    return STRENGTHS[int(right.argmax())]
+    folds = [
+        (others, own)
+        for others, own in deal_folds(true, NUM_FOLDS, seed)
+        if len(own) and len(np.unique(true[others])) > 1
+    ]
+
+    def right(strength: float, fold: tuple[NDArray[np.int64], NDArray[np.int64]]) -> int:
+        others, own = fold
+        regression = _fitted(features[others], true[others], strength)
+        return int((regression.predict(features[own]) == true[own]).sum())
+
+    each = list(product(STRENGTHS, folds))
+    found = list(threads.each(lambda pair: right(*pair), each, 3 * features.nbytes))
+    return STRENGTHS[int(np.array(found).reshape(len(STRENGTHS), -1).sum(1).argmax())]
 
 
 def _fitted(features: NDArray[np.float32], true: NDArray[np.int64], strength: float) -> Any:
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    regression = LogisticRegression(C=strength, max_iter=MAX_PASSES, tol=1e-3)
-    with warnings.catch_warnings():  # not quite converged is good enough for a baseline
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return regression.fit(features, true)
+    return LogisticRegression(C=strength, max_iter=MAX_PASSES, tol=1e-3).fit(features, true)

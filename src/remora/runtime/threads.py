@@ -4,17 +4,27 @@ OpenMP's threads share the work of each operation, some thousand times a step, a
 other by spinning. Where another process has one of the cores, all wait for the thread that shares
 it. With as many threads as there are free cores none does. Other ways to wait cost more on a
 machine without other work than they save beside it (docs/log.md, "Beside other work").
+
+The wheels of numpy and of scipy each bring an OpenBLAS with threads of its own, which wait in the
+same way, for each other too. So independent fits get one thread each, and a fit by itself leaves
+them to numpy, whose matrix products they pay for (docs/log.md, "Threads of regressions").
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
+
+from remora.runtime import memory
 
 INTERVAL_SECONDS = 1.0
 """Least time over which the load is measured."""
@@ -24,6 +34,9 @@ REMEMBERED_SECONDS = 3.0
 
 FIXED_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 """Variables by which a user, or `--devices`, says how many threads compute; they stay."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def adapt(device: torch.device) -> str | None:
@@ -36,6 +49,48 @@ def adapt(device: torch.device) -> str | None:
         What changed, in a sentence, the first time; None if there is nothing to say.
     """
     return _adapter().adapt() if device.type == "cpu" else None
+
+
+def each(
+    function: Callable[[Item], Result], items: Sequence[Item], item_bytes: int = 0
+) -> Iterator[Result]:
+    """Yield the result of each item in order: several at once, in one thread of BLAS each.
+
+    Args:
+        function: Leaves Python's lock while it computes, as numpy and scikit-learn do.
+        items: What it is called with.
+        item_bytes: Memory that one call takes; fewer run at once where less is free.
+    """
+    count = torch.get_num_threads()
+    free = memory.free_bytes(torch.device("cpu"))
+    if item_bytes and free is not None:
+        count = min(count, max(1, free // item_bytes))
+    with _blas(1), ThreadPoolExecutor(count) as pool:
+        yield from pool.map(function, items)
+
+
+@contextlib.contextmanager
+def by_itself() -> Iterator[None]:
+    """Let a fit that runs alone have as many threads of BLAS as torch has, all of them numpy's."""
+    with _blas(torch.get_num_threads()):
+        yield
+
+
+@contextlib.contextmanager
+def _blas(of_numpy: int) -> Iterator[None]:
+    """Limit the threads of numpy's BLAS; scipy's has one, unless both share a library."""
+    import scipy.linalg  # noqa: F401 - what is not loaded cannot be limited
+    from threadpoolctl import ThreadpoolController
+
+    loaded = ThreadpoolController().select(user_api="blas")
+    with contextlib.ExitStack() as limits:
+        for library in loaded.info():
+            is_scipys = not {"scipy.libs", "scipy"}.isdisjoint(Path(library["filepath"]).parts)
+            most = 1 if is_scipys else of_numpy
+            if library["num_threads"] > most:
+                chosen = loaded.select(filepath=library["filepath"])
+                limits.enter_context(chosen.limit(limits=most))
+        yield
 
 
 @functools.cache

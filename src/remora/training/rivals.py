@@ -25,7 +25,7 @@ from remora.formatting import one_line
 from remora.models import encoder
 from remora.planning import timing
 from remora.planning.plan import Plan
-from remora.runtime import files, memory, sharding
+from remora.runtime import files, memory, sharding, threads
 from remora.training.session import Session
 from remora.training.trainable import as_base
 from remora.tree import features
@@ -414,6 +414,7 @@ def _embeddings(session: Session, folder: Path, held_out: Table) -> Answers:
     session.reporter.say(f"baseline embeddings: encoding {len(texts):,} rows")
     parts = []
     for start in range(0, len(texts), BATCH_ROWS):
+        threads.adapt(session.device)
         parts.append(encoder.embed(model, texts[start : start + BATCH_ROWS]))
         session.reporter.scoring("embeddings", start + len(parts[-1]), len(texts))
     session.reporter.say(f"baseline embeddings: fitting a regression to {len(rows):,} rows")

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional
 
 from remora.data.prompt import Prompt
-from remora.runtime import files, memory
+from remora.runtime import files, memory, threads
 from remora.tree import layouts, rows
 from remora.tree.stems import Stem, StemPacker
 
@@ -79,6 +81,7 @@ class Extractor:
             for group in self._groups(sorted(set(stems))):
                 if self._limit_bytes is not None:
                     memory.keep_within(self._device, self._limit_bytes)
+                threads.adapt(self._device)
                 found |= zip(group, self._of_group(group), strict=True)
         self._model.train(was_training)
         wanted = [found[stem] for stem in stems]
@@ -107,12 +110,11 @@ class Extractor:
         states, paths = self._computed(group)
         ends = torch.tensor([path[-1] for path in paths], device=self._device)
         parts = [states[-1][ends].float(), states[-2][ends].float()]  # [group, H]
-        own = [
-            torch.tensor(path[min(self._start, len(path) - 1) :], device=self._device)
-            for path in paths
-        ]
+        own = [path[min(self._start, len(path) - 1) :] for path in paths]
+        places = torch.tensor(list(chain(*own)), device=self._device)
+        starts = torch.tensor([0, *accumulate(map(len, own))][:-1], device=self._device)
         parts += [
-            torch.stack([layer[places].float().mean(0) for places in own])
+            functional.embedding_bag(places, layer.float(), starts, mode="mean")
             for layer in (states[0], states[len(states) // 2], states[-1])
         ]
         together = torch.stack(parts, 1).clamp(-LARGEST, LARGEST)  # [group, 5, H]
