@@ -25,7 +25,7 @@ from remora.data import label_forms
 from remora.display.next_steps_results import show_next_steps
 from remora.evaluation import compare, results
 from remora.evaluation.findings import NextStep
-from remora.evaluation.next_steps import after_comparison, find_next_steps
+from remora.evaluation.next_steps import after_comparison, after_run, find_next_steps
 from remora.evaluation.predictions import PROBABILITIES
 from remora.evaluation.run_facts import read_facts
 from remora.report import charts
@@ -186,6 +186,17 @@ def test_all_well(tmp_path: Path) -> None:
     assert "97.5% accuracy (95% interval 96.3% to 98.3%) on 1,000 test rows" in only.evidence[0]
     assert "6.5 points below the adapter" in only.evidence[1]
     assert arguments(only) == ["predict", str(run)]
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(1, "1 test row says little"), (12, "12 test rows say little")]
+)
+def test_few_held_out_rows_are_not_called_well(count: int, said: str, tmp_path: Path) -> None:
+    facts = read_facts(construct(tmp_path / "run", wrong=5, wrong_by_rival=90, alike=4))
+    told = {"accuracy": 1.0, "accuracy_interval": [0.2, 1.0], "num_rows": count}
+    facts.run.figures["metrics"] |= told | {"num_correct": count}
+    (only,) = after_run(facts)
+    assert only.sentence.startswith(f"Nothing stands out, but {said}: check its answers")
 
 
 # Each finding needs its evidence

@@ -19,6 +19,9 @@ NUM_STEPS = 3
 LEAST_WORTH = 0.005
 """Share of the held-out rows below which a finding is not worth a person's time."""
 
+WIDE = 0.1
+"""Width of a 95 % interval from which on the held-out rows say little."""
+
 Find: TypeAlias = "Callable[[RunFacts], NextStep | None]"
 
 ALWAYS: tuple[Find, ...] = (
@@ -142,9 +145,17 @@ def _ranked(facts: RunFacts) -> tuple[NextStep, ...]:
 def _all_well(facts: RunFacts) -> NextStep:
     low, high = facts.metrics["accuracy_interval"]
     what = "of the rows with all labels right" if facts.run.multi_label else "accuracy"
+    measured_on = facts.run.figures["measured_on"]
+    rows = f"{facts.num_rows:,} {measured_on} row{'s' * (facts.num_rows != 1)}"
+    sentence = "All is well: nothing stands out that would be worth doing. Use it."
+    if high - low > WIDE:
+        say = "say" if facts.num_rows != 1 else "says"
+        sentence = (
+            f"Nothing stands out, but {rows} {say} little: check its answers to more messages "
+            "before you rely on it."
+        )
     evidence = [
-        f"{facts.metrics['accuracy']:.1%} {what} (95% interval {low:.1%} to {high:.1%}) on "
-        f"{facts.num_rows:,} {facts.run.figures['measured_on']} rows"
+        f"{facts.metrics['accuracy']:.1%} {what} (95% interval {low:.1%} to {high:.1%}) on {rows}"
     ]
     if facts.rivals:
         evidence.append(findings.lead(*facts.rivals[0], facts.trained))
@@ -152,7 +163,7 @@ def _all_well(facts: RunFacts) -> NextStep:
         evidence.append("validation had levelled off at the end of training")
     return NextStep(
         kind="all_well",
-        sentence="All is well: nothing stands out that would be worth doing. Use it.",
+        sentence=sentence,
         evidence=tuple(evidence),
         command=run_commands.command("predict", facts.directory),
         worth=0.0,
