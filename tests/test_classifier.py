@@ -433,11 +433,11 @@ def test_score_of_labels_is_scikit_learns_accuracy(classifier: TextClassifier) -
             classifier.score(TEXTS, y)
     with pytest.raises(DataError, match="there are no texts"):
         classifier.score([], [])
-    for weights in ([0, 0, 0], [1, -1, 0], [float("nan"), 1, 1]):
-        with pytest.raises(
-            DataError, match=r"^sample_weight sums to \S+; give some weights above 0$"
-        ):
+    for weights in ([0, 0, 0], [3, -1, 0], [float("nan"), 1, 1], [float("inf"), 1, 1]):
+        with pytest.raises(DataError, match=r"^sample_weight goes from \S+ to \S+; give numbers"):
             classifier.score(TEXTS[:3], LABELS[:3], sample_weight=weights)
+    with pytest.raises(DataError, match=r"^sample_weight is of no numbers \(could not convert"):
+        classifier.score(TEXTS[:3], LABELS[:3], sample_weight=["a", "b", "c"])
 
 
 def test_cross_validation_of_lists_takes_folds(classifier: TextClassifier) -> None:

@@ -53,6 +53,23 @@ def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("streams", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_a_full_disk_behind_an_output_is_one_line(streams: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,label\n" + "my card,a\nmy refund,b\n" * 10)
+    command = [sys.executable, "-m", "remora", "plan", "t.csv", "--model", "nano"]
+    with Path("/dev/full").open("w") as full:
+        given = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | dict.fromkeys(streams, full)
+        done = subprocess.run(command, cwd=tmp_path, text=True, check=False, **given)
+    assert done.returncode == (5 if "stdout" in streams else 0)
+    if streams == ("stdout",):
+        assert done.stderr.splitlines()[-1] == (
+            "error: cannot write to standard output (No space left on device); free space"
+        )
+    if streams == ("stderr",):
+        assert "peak memory" in done.stdout
+
+
 TABLE = "text,label\nmy card,a\nmy refund,b\n"
 
 BAD = {

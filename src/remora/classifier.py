@@ -6,31 +6,26 @@ import dataclasses
 import inspect
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from remora.config import TrainConfig
 from remora.config.several_labels import settled
-from remora.data.columns import has_names
+from remora.data import lists
 from remora.data.dataset import dataset_from_lists
 from remora.data.label_sets import set_text
 from remora.data.levels import hierarchy_of
-from remora.data.table import message
 from remora.errors import ConfigError, DataError, ModelError
 from remora.evaluation.multi_label import with_thresholds
 from remora.evaluation.predictions import ScoredSets
-from remora.formatting import close_match, cut, first_line, listed, quote
+from remora.formatting import close_match
 from remora.models import hub, saved
-from remora.models.metadata import is_text
 from remora.models.saved import Trained, open_trained
 from remora.runtime.files import disk_errors
 from remora.runtime.reporter import Reporter
@@ -131,13 +126,13 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ModelError: If the base model cannot be used.
             ResourceError: If memory does not suffice.
         """
-        texts = _texts(X)
+        texts = lists.texts(X)
         if not texts:
             raise DataError("there are no texts; give some of at least two classes")
-        labels, are_sets = _labels(y, len(texts))
+        labels, are_sets = lists.labels(y, len(texts))
         if are_sets:
             return self._fit_sets(texts, labels)
-        targets = _targets(y, labels)
+        targets = lists.targets(y, labels)
         classes = np.unique(targets)
         names = [str(value) for value in classes]
         if len(names) < 2 or len(set(names)) < len(names):
@@ -199,7 +194,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         labels each is a probability of its own, and a row need not sum to 1.
         """
         check_is_fitted(self)
-        texts = _texts(X, self._trained.card.text_columns)
+        texts = lists.texts(X, self._trained.card.text_columns)
         with self._lock:
             scorer = self._trained.scorer(max_tokens=self._config().max_tokens)
             return scorer.probabilities(texts)
@@ -233,8 +228,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 0, or the labels are of another kind than those of `fit`.
         """
         check_is_fitted(self)
-        texts = _texts(X, self._trained.card.text_columns)
-        labels, are_sets = _labels(y, len(texts))
+        texts = lists.texts(X, self._trained.card.text_columns)
+        labels, are_sets = lists.labels(y, len(texts))
         if not texts:
             raise DataError("there are no texts; give some to score")
         if are_sets != self._trained.card.multi_label:
@@ -242,14 +237,7 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if not are_sets:
                 found = "one label, and the classifier gives a list of labels"
             raise DataError(f"the texts have {found}; give labels as in fit")
-        weights = np.ones(len(texts)) if sample_weight is None else np.asarray(sample_weight)
-        if weights.shape != (len(texts),):
-            raise DataError(
-                f"there are {len(texts)} texts, and sample_weight has the shape {weights.shape}; "
-                "give a number for each text"
-            )
-        if not 0 < weights.sum() < np.inf:
-            raise DataError(f"sample_weight sums to {weights.sum()}; give some weights above 0")
+        weights = lists.weights(sample_weight, len(texts))
         known = self.classes_.tolist()[0]
         if not are_sets and isinstance(labels[0], str) != isinstance(known, str):
             raise DataError(
@@ -318,7 +306,11 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Pickle the parameters, the classes, and the files that `save` writes."""
         state = {name: value for name, value in vars(self).items() if name not in OPENED}
         if hasattr(self, "_trained"):
-            with tempfile.TemporaryDirectory(prefix="remora-") as folder:
+            place = Path(tempfile.gettempdir())
+            with (
+                disk_errors(place, "set TMPDIR to another folder"),
+                tempfile.TemporaryDirectory(prefix="remora-") as folder,
+            ):
                 self.save(Path(folder) / "saved")
                 files = (Path(folder) / "saved").iterdir()
                 state["_files"] = {file.name: file.read_bytes() for file in files}
@@ -355,7 +347,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self) -> TrainConfig:
         given = self.get_params(deep=False).items()
-        return TrainConfig("", **{name: value for name, value in given if value is not None})
+        chosen = {name: value for name, value in given if value is not None or name == "model"}
+        return TrainConfig("", **chosen)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -363,138 +356,3 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tags.input_tags.two_d_array = False
         tags.target_tags.required = True
         return tags
-
-
-def _listed(values: Any, what: str, advice: str) -> list[Any]:
-    """Return a column of values as a list.
-
-    Raises:
-        DataError: If it is none.
-    """
-    if isinstance(values, Mapping):
-        raise DataError(f"the {what}s are a mapping; give a list of {what}s")
-    if isinstance(values, str | bytes):
-        raise DataError(f"a single {what} was given; give a list of {what}s")
-    if hasattr(values, "__array__"):  # of NumPy, pandas, Polars or Arrow
-        array = np.asarray(values, dtype=object)
-        if array.ndim != 1:
-            raise DataError(f"the {what}s are an array of shape {array.shape}; {advice}")
-        return list(array.tolist())
-    try:
-        return list(values)
-    except TypeError:
-        raise DataError(
-            f"the {what}s are of type {type(values).__name__}; give a list of {what}s"
-        ) from None
-
-
-def _texts(X: Any, columns: Sequence[str] = ()) -> list[str]:
-    """Return texts as a list.
-
-    Args:
-        X: Texts, or a table with the columns.
-        columns: Those that a model was trained on.
-
-    Raises:
-        DataError: If they are no one-dimensional collection of texts, or one of them is blank.
-    """
-    texts = _read(X, columns)
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"item {row} is of type {type(text).__name__}; give texts only")
-        if not text.strip():
-            raise DataError(f"item {row} is blank; give texts only")
-        if not is_text(text):
-            raise DataError(
-                f"item {row} has half of a surrogate pair; write the character whole or remove it"
-            )
-        if not has_names(text, columns):
-            raise DataError(
-                f"item {row} is one text, and the model was trained on {listed(columns)}; give a "
-                "table with these columns"
-            )
-    return texts
-
-
-def _read(X: Any, columns: Sequence[str]) -> list[Any]:
-    """Return the rows of a table as a model of several columns reads them, or texts as they are."""
-    if len(columns) < 2:
-        return _listed(X, "text", "give one column, such as frame['text']")
-    advice = f"give a table with the columns {listed(columns)}"
-    names = getattr(X, "column_names", getattr(X, "columns", None))  # of Arrow, or of pandas
-    if names is None:
-        return _listed(X, "text", advice)
-    if lacking := [name for name in columns if name not in names]:
-        raise DataError(f"the table has no column {quote(lacking[0])}; {advice}")
-    cells = [_listed(X[name], "text", "give each column one name") for name in columns]
-    texts = []
-    for row, own in enumerate(zip(*cells, strict=True)):
-        try:
-            texts.append(message(columns, [None if _is_missing(each) else each for each in own]))
-        except DataError as error:
-            raise DataError(f"item {row} has {error}") from None
-    return texts
-
-
-def _labels(y: Any, num_texts: int) -> tuple[list[Any], bool]:
-    """Return a label for each text, or a list of its labels; and whether they are lists.
-
-    Raises:
-        DataError: If a label is missing, some are text and others numbers, some are lists and
-            others are not, or they are a matrix of 0 and 1.
-    """
-    advice = "give a label for each text, or a list of its labels"
-    binarized = "(inverse_transform of a MultiLabelBinarizer gives them)"
-    labels = _listed(y, "label", f"{advice} {binarized}")
-    if len(labels) != num_texts:
-        raise DataError(f"there are {num_texts} texts and {len(labels)} labels; {advice}")
-    are_sets = [isinstance(each, list | tuple | set | frozenset | np.ndarray) for each in labels]
-    if len({*are_sets}) > 1:
-        raise DataError(
-            "some texts have a list of labels and others none, such as item "
-            f"{are_sets.index(False)}; give a list for each"
-        )
-    sets = [list(each) if is_set else [each] for each, is_set in zip(labels, are_sets, strict=True)]
-    items = [(row, label) for row, own in enumerate(sets) for label in own]
-    for row, label in items:
-        if _is_missing(label):
-            raise DataError(
-                f"item {row} has the label {label!r}; give it one, or leave the item out"
-            )
-        if isinstance(label, str) != isinstance(items[0][1], str):
-            raise DataError(
-                f"item {row} has the label {label!r}, and item {items[0][0]} {items[0][1]!r}; give "
-                "only strings or only numbers"
-            )
-    for row, own in enumerate(sets):
-        numbers = {float(label) for label in own if isinstance(label, Real)}
-        if len(numbers) < len(own) and numbers and numbers <= {0, 1}:
-            raise DataError(f"item {row} has a vector of 0 and 1; {advice} {binarized}")
-    return (sets, True) if any(are_sets) else (labels, False)
-
-
-def _is_missing(label: Any) -> bool:
-    """Return whether a label is blank, or what Python, NumPy or pandas write for a missing one."""
-    if isinstance(label, str):
-        return not label.strip()
-    return str(label) in {"None", "nan", "NaN", "<NA>", "NaT"}
-
-
-def _targets(y: Any, labels: list[Any]) -> NDArray[Any]:
-    """Return labels as an array of what scikit-learn takes for classes.
-
-    Raises:
-        DataError: If they are none, such as measured numbers.
-    """
-    try:
-        targets = np.asarray(y if hasattr(y, "dtype") else labels)
-        if targets.dtype == object and not isinstance(labels[0], str):  # numbers, of pandas
-            targets = np.asarray(labels)
-        check_classification_targets(targets)
-    except (TypeError, ValueError) as error:
-        reason = first_line(error).partition(".")[0]
-        raise DataError(
-            f"labels such as {cut(repr(labels[0]), 50)} are no classes ({reason}); give strings or "
-            "whole numbers"
-        ) from error
-    return targets

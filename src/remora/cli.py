@@ -5,11 +5,13 @@ Everything heavy is imported inside the verbs, so that `remora --help` is instan
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -391,8 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             app.meta(given, exit_on_error=False, print_error=False)
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output, such as head, has ended
-        sys.stderr.close()
         return 0
     except KeyboardInterrupt as asked:
         is_term = isinstance(asked, Terminated)
@@ -404,17 +406,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, RemoraError):
             return _fail(_as_line(error, given), ConfigError.exit_code)
         return _fail(str(error), error.exit_code) if launch.speaks(error) else error.exit_code
-    except (MemoryError, RuntimeError) as error:
-        from remora.runtime import memory
-
-        if "--debug" in given or not memory.is_exhausted(error):
+    except (OSError, MemoryError, RuntimeError) as error:
+        told = None if "--debug" in given else _exhausted(error)
+        if told is None:
             raise
-        return _fail(
-            "out of memory; give fewer --micro-batch-tokens or a smaller model, or find what fits "
-            "with `remora plan`",
-            ResourceError.exit_code,
-        )
+        return _fail(told, ResourceError.exit_code)
+    finally:
+        _settle(sys.stdout)
+        _settle(sys.stderr)
     return 0
+
+
+def _exhausted(error: BaseException) -> str | None:
+    """Return a sentence on memory or a disk that does not suffice; None of another error."""
+    from remora.runtime import files, memory
+
+    if isinstance(error, OSError):
+        where = error.filename or "standard output"
+        can_write = error.errno not in files.CANNOT_WRITE
+        return None if can_write else f"cannot write to {where} ({error.strerror}); free space"
+    if not memory.is_exhausted(error):
+        return None
+    return (
+        "out of memory; give fewer --micro-batch-tokens or a smaller model, or find what fits with "
+        "`remora plan`"
+    )
+
+
+def _settle(stream: TextIO) -> None:
+    """Drop what a stream still holds and cannot write: Python would fail over it at the exit."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _as_line(error: cyclopts.CycloptsError, given: Sequence[str]) -> str:
@@ -440,7 +465,8 @@ def _as_line(error: cyclopts.CycloptsError, given: Sequence[str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    with contextlib.suppress(OSError):  # of a full disk behind standard error
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
     return code
 
 

@@ -10,6 +10,7 @@ from bad_input.workshop import (
     broken_run,
     listed,
     of_unfinished,
+    of_validated,
     several,
     table,
     train,
@@ -69,6 +70,12 @@ CASES: list[Case] = [
     ),
     ("a retraining of nothing", 3, lambda s: ["retrain", "runs/none"]),
     ("an export of no run", 3, lambda s: ["export", "runs/none", "--merge"]),
+    (
+        "a prediction of a validated run",
+        4,
+        lambda s: of_validated(s, "predict", "good.csv"),
+    ),
+    ("an evaluation of a validated run", 4, lambda s: of_validated(s, "eval", "good.csv")),
     ("an export of an unfinished run", 3, lambda s: of_unfinished(s, "export", "--merge")),
     ("a comparison with no run", 3, lambda s: ["compare", "runs/good", "runs/none"]),
     (

@@ -72,6 +72,14 @@ def of_unfinished(shop: Workshop, *verb: str) -> list[str]:
     return [*verb[:1], "runs/mine", *verb[1:]]
 
 
+def of_validated(shop: Workshop, *verb: str) -> list[str]:
+    """A verb on an unfinished run that has saved the best weights so far."""
+    command = of_unfinished(shop, *verb)
+    adapter = shop.folder / "runs" / "mine" / "adapter"
+    shutil.copytree(shop.copy_of_run() / "adapter", adapter, dirs_exist_ok=True)
+    return command
+
+
 def unfinished(shop: Workshop, *more: str) -> list[str]:
     path = shop.folder / "runs" / "mine"
     if not path.exists():

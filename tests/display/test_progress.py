@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,6 +22,36 @@ def shown(reporter: TerminalReporter) -> str:
     file = StringIO()
     Console(file=file, width=100, highlight=False).print(reporter._progress.get_renderable())
     return file.getvalue()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_cannot_be_shown_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        reporter = TerminalReporter()
+        with reporter.live():
+            reporter.say("one line")
+            reporter.scoring("test", 1, 10)
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_a_reader_that_has_ended_is_no_reason_to_end() -> None:
+    code = (
+        "import sys\n"
+        "from remora.display.progress import TerminalReporter\n"
+        "reporter = TerminalReporter()\n"
+        "for _ in range(3): reporter.say('one line')\n"
+        "print('done')"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writing, text=True, check=False
+    )
+    os.close(writing)
+    assert done.stdout == "done\n"
 
 
 def test_scoring_has_a_bar_from_its_first_row_to_its_last() -> None:

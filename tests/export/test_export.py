@@ -116,7 +116,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(place: Path, capsys, what: s
     budget = ["--budget", "12kB"] if what == "--compress" else []
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
     try:
-        refused(place, capsys, 5, "cannot write to", "run", what, *budget)
+        refused(place, capsys, 5, f"/place/run/{what[2:]}", "run", what, *budget)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -5,6 +5,7 @@ Also covers remora.models.hub.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from huggingface_hub import constants
 
 from conftest import tiny_config, tiny_model
 from hub_server import running
-from remora.errors import ModelError
+from remora.errors import ModelError, ResourceError
 from remora.models import loading
 from remora.models.hub import find
 from remora.runtime import files
@@ -239,6 +240,17 @@ def test_a_file_that_the_hub_does_not_have_is_refused(hub, name, what):
     del hub.served[name]
     os.remove(told.split("; remove ")[1].removesuffix(" and run the command again"))
     loading.load(find("own/base"), torch.float32)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_cache_that_cannot_be_written_is_no_matter_of_the_connection(number, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/cache/hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    expected = rf"^own/base cannot be kept in the hub's cache \({os.strerror(number)}: /cache/hub\)"
+    with pytest.raises(ResourceError, match=expected):
+        find("own/base")
 
 
 def test_what_was_fetched_is_there_without_the_hub(hub, tmp_path, monkeypatch):

@@ -341,7 +341,8 @@ def test_a_report_that_fails_does_not_lose_the_run(tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(pages, "page", fail)
     finish.write_pages(run, told.append)
     assert told == [
-        "report.html could not be written (something unforeseen); the rest of the run is complete"
+        "report.html could not be written (something unforeseen); the rest of the run is complete, "
+        f"`remora report {run}` writes it"
     ]
     assert (run / "README.md").is_file()
     monkeypatch.undo()

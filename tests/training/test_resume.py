@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -354,6 +355,28 @@ def test_a_run_that_another_process_holds_is_refused(config: TrainConfig) -> Non
         finally:
             other.kill()
     train(replace(config))  # the lock goes with its process
+
+
+def test_a_run_on_a_disk_that_is_only_read_is_told(config: TrainConfig, monkeypatch) -> None:
+    directory = interrupted(config, Interrupter(step=1))
+
+    def fail(lock: object, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(directory / ".lock"))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", fail)
+    with pytest.raises(ResourceError, match=f"^cannot write to {directory} .Read-only file system"):
+        train(config)
+
+
+def test_a_run_directory_that_is_removed_ends_the_run(config: TrainConfig) -> None:
+    class Remover(Reporter):
+        def stepped(self, step: Step) -> None:
+            for run in config.output.iterdir():
+                shutil.rmtree(run)
+
+    with pytest.raises(ResourceError, match=r"is gone|No such file"):
+        train(replace(config, max_steps=2), reporter=Remover())
+    assert not [path for path in config.output.iterdir() if (path / "adapter").exists()]
 
 
 def test_damaged_checkpoints_are_told_about_and_not_skipped_to_zero(config: TrainConfig) -> None:

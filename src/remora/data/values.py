@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from remora.data.label_forms import label_key
 from remora.errors import DataError
@@ -176,3 +177,11 @@ def _check_encodable(value: str) -> None:
             f"half of a surrogate pair, \\u{ord(value[error.start]):04x};"
             " write the character whole or remove it"
         ) from None
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is text that UTF-8 can encode; JSON may hold lone surrogates."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False

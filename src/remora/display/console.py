@@ -1,6 +1,9 @@
-"""Lines and tables on standard output."""
+"""Lines and tables on standard output, and what is told meanwhile on standard error."""
 
 from __future__ import annotations
+
+import contextlib
+from typing import IO, Any, cast
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -10,6 +13,51 @@ _COMMAND = 4
 """Spaces before a command that one may copy."""
 
 
+class _Output(Console):
+    """A console whose reader may end: that is told as by `print`, rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that rich has caught."""
+        raise  # noqa: PLE0704 - rich calls this where it has caught it
+
+
+class ProgressConsole(Console):
+    """Standard error. What cannot be written there is dropped, since no run may end for it."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False)
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream, which never fails."""
+        return cast(IO[str], _Dropping(super().file))
+
+    @file.setter
+    def file(self, new: IO[str]) -> None:
+        self._file = new
+
+
+class _Dropping:
+    """A stream that drops what cannot be written: the disk is full, or the reader has ended."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 def show_line(text: str) -> None:
     """Print a sentence on standard output."""
     print_line(standard_output(), text)
@@ -17,7 +65,7 @@ def show_line(text: str) -> None:
 
 def standard_output() -> Console:
     """Return a console on standard output that highlights nothing."""
-    return Console(highlight=False)
+    return _Output(highlight=False)
 
 
 def print_line(console: Console, text: str) -> None:

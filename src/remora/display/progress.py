@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRem
 from rich.status import Status
 from rich.text import Text
 
-from remora.display.console import print_line, spoken_file_bytes
+from remora.display.console import ProgressConsole, print_line, spoken_file_bytes
 from remora.runtime.reporter import Reporter, Step, Validation
 
 _OTHERS = 51
@@ -33,7 +33,7 @@ class TerminalReporter(Reporter):
     """Shows a run on standard error: sentences, and one progress bar."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or ProgressConsole()
         self._progress: Progress | None = None
         self._training: TaskID | None = None
         self._scoring: TaskID | None = None

@@ -16,7 +16,7 @@ from typing import Any
 
 from remora.config import ExportConfig
 from remora.config.export import WAYS
-from remora.errors import ConfigError, ModelError
+from remora.errors import ConfigError, ModelError, ResourceError
 from remora.evaluation import results
 from remora.export.compress import Compressed, compress
 from remora.export.gguf import Gguf, write_gguf
@@ -63,7 +63,7 @@ def export_run(config: ExportConfig, *, reporter: Reporter | None = None) -> Exp
     if metadata.is_full(config.run) and not (config.gguf or config.onnx):
         raise ModelError(
             f"{config.run} trained all weights and has no adapter to merge or compress; use "
-            f"{metadata.adapter_folder(config.run)}, which is a plain model folder already"
+            f"{metadata.trained_folder(config.run)}, which is a plain model folder already"
         )
     _refuse_other_answer(config)
     measured = results.read(config.run)
@@ -89,7 +89,7 @@ def _refuse_other_answer(config: ExportConfig) -> None:
         ModelError: If the run's labels are classes and the way needs written ones, or the reverse;
             or if another engine would see the first window of a message alone.
     """
-    folder = metadata.adapter_folder(config.run)
+    folder = metadata.trained_folder(config.run)
     if config.merge or not (folder / "remora.json").is_file():
         return
     card = metadata.parse_card(folder)
@@ -161,5 +161,7 @@ def _placed(output: Path) -> Iterator[Path]:
                 output.rmdir()  # which fails unless it is empty
             folder.rename(output)
             files.sync(output.parent)
+    except ResourceError as error:  # of the disk; nobody knows the hidden name
+        raise ResourceError(str(error).replace(str(folder), str(output))) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import importlib.resources
@@ -11,10 +12,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from remora.errors import ModelError
+from remora.errors import ModelError, ResourceError
 from remora.formatting import first_line, listed
 from remora.models import gguf
-from remora.runtime.files import sha256
+from remora.runtime.files import CANNOT_WRITE, sha256
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """Files that are fetched from the hub: never pickled weights, never code."""
@@ -23,6 +24,8 @@ HUB_FILES_BUT_WEIGHTS = tuple(pattern for pattern in HUB_FILES if "safetensors" 
 
 OTHER_FORMATS = ("consolidated*", "*/*")
 """The same weights in another library's format, which some repositories hold too."""
+
+_CACHE_ERRORS = (*CANNOT_WRITE, errno.EACCES, errno.EPERM)
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
@@ -140,6 +143,11 @@ def fetch(name: str, patterns: Sequence[str], ignored: Sequence[str] = OTHER_FOR
             raise ModelError(
                 f"{name} is neither a folder nor complete in the hub's cache, and HF_HUB_OFFLINE "
                 "is set; unset it to fetch the missing files, or give a folder"
+            ) from error
+        if isinstance(error, OSError) and error.errno in _CACHE_ERRORS:
+            raise ResourceError(
+                f"{name} cannot be kept in the hub's cache ({error.strerror}: {error.filename}); "
+                "free space, or set HF_HOME to another folder"
             ) from error
         reason = first_line(error)
         raise ModelError(

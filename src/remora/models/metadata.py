@@ -16,6 +16,7 @@ from remora.data.cutting import Kept
 from remora.data.label_sets import LabelForm
 from remora.data.levels import Hierarchy, hierarchy_of
 from remora.data.prompt import Prompt, Rendered
+from remora.data.values import is_text
 from remora.errors import ModelError
 from remora.formatting import one_line
 from remora.models import gguf, hub, untrusted
@@ -181,10 +182,20 @@ def adapter_folder(path: Path) -> Path:
     A path that does not exist and reads like a hub id is fetched from the hub.
 
     Raises:
-        ModelError: If it cannot be fetched.
+        ModelError: If it cannot be fetched, or the run is not finished: the weights that it holds
+            by then are those of its best validation so far.
     """
     if _is_hub_id(path):
         return _fetch(path.as_posix())
+    if (path / "config.toml").is_file() and not (path / "evaluation.json").is_file():
+        raise ModelError(
+            f"the run in {path} is not finished; resume it with the command that started it"
+        )
+    return trained_folder(path)
+
+
+def trained_folder(path: Path) -> Path:
+    """Return what `adapter_folder` does of a local path, of a run that may not be finished."""
     folders = (path / name for name in FOLDERS.values())
     return next((folder for folder in folders if folder.is_dir()), path)
 
@@ -241,7 +252,7 @@ def is_full(path: Path) -> bool:
     Raises:
         ModelError: If its card is broken.
     """
-    folder = adapter_folder(path)
+    folder = trained_folder(path) if path.is_dir() else adapter_folder(path)
     return is_whole(folder) and parse_card(folder).method == "full"
 
 
@@ -262,10 +273,6 @@ def read_card(folder: Path) -> AdapterCard:
         )
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}; give a run directory or its adapter folder")
-    if (folder / "checkpoints").is_dir():
-        raise ModelError(
-            f"the run in {folder} is not finished; resume it with the command that started it"
-        )
     for name in ("remora.json", "adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(
@@ -357,11 +364,3 @@ def set_thresholds(folder: Path, thresholds: Sequence[float]) -> None:
     """Write the thresholds by which a row gets its labels into the card in a folder."""
     card = replace(parse_card(folder), thresholds=tuple(map(float, thresholds)))
     files.write_json(folder / "remora.json", card.to_dict())
-
-
-def is_text(value: Any) -> bool:
-    """Return whether a value is text that UTF-8 can encode; JSON may hold lone surrogates."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False

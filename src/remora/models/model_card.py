@@ -33,7 +33,7 @@ def card(directory: Path) -> str:
     """Return a model card with the run's results.
 
     https://huggingface.co/docs/hub/model-cards. The card is meant to be published: local files and
-    folders appear by their last name only, and the metadata name a base model or a data set only if
+    folders appear by their last name only, and the metadata link a base model or a data set only if
     it is on the hub.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remora.config import ReportConfig
-from remora.evaluation import results
+from remora.evaluation import results, run_commands
 from remora.evaluation.compare import Comparison
 from remora.evaluation.findings import NextStep
 from remora.evaluation.run_facts import read_facts
@@ -34,7 +34,7 @@ def write_report(config: ReportConfig) -> Path:
 
 def refresh(directory: Path, say: Callable[[str], None]) -> None:
     """Write report.html again after its files have changed; report it if that fails."""
-    with files.optional("report.html", say):
+    with files.optional("report.html", say, run_commands.command("report", directory)):
         write(directory)
 
 

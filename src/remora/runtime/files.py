@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,9 @@ from remora.errors import ConfigError, ResourceError
 from remora.formatting import escape_formula, one_line
 
 ELSEWHERE = "choose another folder with --output"
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""Numbers of the errors of a disk that is full, broken or only to be read."""
 
 
 @contextlib.contextmanager
@@ -76,12 +80,20 @@ def check_output(
 
 
 @contextlib.contextmanager
-def optional(name: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Report why an optional file of a run cannot be written, and continue without it."""
+def optional(name: str, say: Callable[[str], None], again: str = "") -> Iterator[None]:
+    """Report why an optional file of a run cannot be written, and continue without it.
+
+    Args:
+        name: The file.
+        say: Told so.
+        again: Command that writes it, if there is one.
+    """
     try:
         yield
     except Exception as error:
-        say(f"{name} could not be written ({one_line(error)}); the rest of the run is complete")
+        later = f", `{again}` writes it" if again else ""
+        reason = one_line(error).partition("; ")[0]
+        say(f"{name} could not be written ({reason}); the rest of the run is complete{later}")
 
 
 def sync(path: Path) -> None:

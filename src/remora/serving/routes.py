@@ -11,9 +11,9 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from remora.data.columns import has_names, joined
 from remora.data.label_sets import labels_in
+from remora.data.values import is_text
 from remora.errors import ModelError
 from remora.formatting import listed
-from remora.models.metadata import is_text
 from remora.runtime import memory
 from remora.serving.engine import Answer, QueueFullError
 from remora.serving.limits import FULL, RefusedError, StrictRoute, busy

@@ -165,7 +165,7 @@ def conclude(
     true, hierarchy = held_out.labels, session.card.hierarchy
     metrics = measured(scores[measured_on], held_out, dataset.labels)
     metrics = with_levels(metrics, hierarchy, true, predicted)
-    weights = metadata.adapter_folder(directory)
+    weights = metadata.trained_folder(directory)
     if isinstance(scored := scores[measured_on], ScoredSets):
         metadata.set_thresholds(weights, scored.thresholds.tolist())
     result = TrainResult(

@@ -152,7 +152,8 @@ def hold(directory: Path) -> Iterator[None]:
     holder = directory / HOLDER
     lock = FileLock(directory / LOCK)
     try:
-        lock.acquire(blocking=False)
+        with files.disk_errors(directory, "resume where the run can be written"):
+            lock.acquire(blocking=False)
     except Timeout:
         other = _read_json(holder)
         raise ConfigError(

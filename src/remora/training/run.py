@@ -13,7 +13,7 @@ from remora.config import TrainConfig
 from remora.config.several_labels import settled
 from remora.config.train import CORRECTIONS
 from remora.data.dataset import Dataset, load_data
-from remora.errors import ConfigError
+from remora.errors import ConfigError, ResourceError
 from remora.evaluation.multi_label import with_thresholds
 from remora.models import metadata, saved
 from remora.planning import plan
@@ -172,6 +172,8 @@ def _fit(session: Session, directory: Path, resumed: Checkpoint | None) -> Progr
     def save() -> None:
         weights = sharding.weights(session.model, group) if config.method == "full" else None
         if group.is_first:
+            if not directory.is_dir():
+                raise ResourceError(f"the run directory {directory} is gone; train again")
             path = directory / metadata.FOLDERS[config.method]
             saved.save(session.model, session.prompt, session.card, path, weights)
 
