@@ -440,6 +440,12 @@ def test_score_of_labels_is_scikit_learns_accuracy(classifier: TextClassifier) -
         classifier.score(TEXTS[:3], LABELS[:3], sample_weight=["a", "b", "c"])
 
 
+def test_a_save_that_fails_names_no_flag(classifier: TextClassifier, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match=r"free space, or give another path$"):
+        classifier.fit(TEXTS, LABELS).save(tmp_path / "file" / "x")
+
+
 def test_cross_validation_of_lists_takes_folds(classifier: TextClassifier) -> None:
     folds = KFold(2, shuffle=True, random_state=0)
     scores = cross_val_score(classifier, TEXTS, SETS, cv=folds)

@@ -21,13 +21,13 @@ from remora.data import lists
 from remora.data.dataset import dataset_from_lists
 from remora.data.label_sets import set_text
 from remora.data.levels import hierarchy_of
-from remora.errors import ConfigError, DataError, ModelError
+from remora.errors import ConfigError, DataError, ModelError, ResourceError
 from remora.evaluation.multi_label import with_thresholds
 from remora.evaluation.predictions import ScoredSets
 from remora.formatting import close_match
 from remora.models import hub, saved
 from remora.models.saved import Trained, open_trained
-from remora.runtime.files import disk_errors
+from remora.runtime.files import ELSEWHERE, disk_errors
 from remora.runtime.reporter import Reporter
 from remora.training.loop import fit
 from remora.training.session import open_session
@@ -254,11 +254,18 @@ class TextClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def save(self, path: str | Path) -> None:
         """Save the adapter in PEFT's format, or the model, beside what Remora needs to load it.
 
-        A saved classifier is replaced; where anything else is, a ConfigError says so.
+        A saved classifier is replaced.
+
+        Raises:
+            ConfigError: If anything else is there.
+            ResourceError: If the disk fails.
         """
         check_is_fitted(self)
         with self._lock:
-            saved.save(self.model_, self.prompt_, self._trained.card, Path(path).expanduser())
+            try:
+                saved.save(self.model_, self.prompt_, self._trained.card, Path(path).expanduser())
+            except ResourceError as error:  # nobody has flags here
+                raise ResourceError(str(error).replace(ELSEWHERE, "give another path")) from error
 
     @classmethod
     def load(

@@ -172,7 +172,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     """
     _refuse_to_lose(path)
     temporary, replaced = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
-    with disk_errors(path, "choose another folder"):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in (temporary, replaced):  # left by an interrupted save
             shutil.rmtree(left, ignore_errors=True)

@@ -151,15 +151,15 @@ def hold(directory: Path) -> Iterator[None]:
 
     holder = directory / HOLDER
     lock = FileLock(directory / LOCK)
-    try:
-        with files.disk_errors(directory, "resume where the run can be written"):
+    with files.disk_errors(directory, "resume where the run can be written"):
+        try:
             lock.acquire(blocking=False)
-    except Timeout:
-        other = _read_json(holder)
-        raise ConfigError(
-            f"{directory} is locked by process {other.get('process', '?')} on "
-            f"{other.get('host', '?')}; wait for it, or stop it"
-        ) from None
+        except Timeout:  # an OSError too
+            other = _read_json(holder)
+            raise ConfigError(
+                f"{directory} is locked by process {other.get('process', '?')} on "
+                f"{other.get('host', '?')}; wait for it, or stop it"
+            ) from None
     try:
         if is_finished(directory):
             raise ConfigError(f"{directory} was finished by another process; its results are there")
