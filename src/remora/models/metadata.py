@@ -242,7 +242,7 @@ def card_of_run(run: Path) -> AdapterCard | None:
     Raises:
         ModelError: If it is broken.
     """
-    folder = adapter_folder(run)
+    folder = trained_folder(run)
     return parse_card(folder) if (folder / "remora.json").is_file() else None
 
 
