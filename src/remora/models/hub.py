@@ -139,15 +139,15 @@ def fetch(name: str, patterns: Sequence[str], ignored: Sequence[str] = OTHER_FOR
             "`hf auth login` if it is private"
         ) from error
     except Exception as error:  # of the connection, the disk or the hub
-        if is_offline_mode():
-            raise ModelError(
-                f"{name} is neither a folder nor complete in the hub's cache, and HF_HUB_OFFLINE "
-                "is set; unset it to fetch the missing files, or give a folder"
-            ) from error
         if isinstance(error, OSError) and error.errno in _CACHE_ERRORS:
             raise ResourceError(
                 f"{name} cannot be kept in the hub's cache ({error.strerror}: {error.filename}); "
                 "free space, or set HF_HOME to another folder"
+            ) from error
+        if is_offline_mode():
+            raise ModelError(
+                f"{name} is neither a folder nor complete in the hub's cache, and HF_HUB_OFFLINE "
+                "is set; unset it to fetch the missing files, or give a folder"
             ) from error
         reason = first_line(error)
         raise ModelError(
