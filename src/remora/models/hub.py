@@ -117,6 +117,7 @@ def fetch(name: str, patterns: Sequence[str], ignored: Sequence[str] = OTHER_FOR
 
     Raises:
         ModelError: If it cannot be fetched, or a file's checksum differs from the hub's.
+        ResourceError: If the hub's cache cannot be written.
     """
     from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
