@@ -23,7 +23,7 @@ from constructed import LABELS, construct, diagnose, pair
 from remora.config import CompareConfig, TrainConfig
 from remora.data import label_forms
 from remora.display.next_steps_results import show_next_steps
-from remora.evaluation import compare, results
+from remora.evaluation import compare, findings, results
 from remora.evaluation.findings import NextStep
 from remora.evaluation.next_steps import after_comparison, after_run, find_next_steps
 from remora.evaluation.predictions import PROBABILITIES
@@ -60,7 +60,7 @@ def test_undertrained(tmp_path: Path) -> None:
     )
     first, second, third = find_next_steps(run)
     assert (first.kind, second.kind, third.kind) == ("train_longer", "rival", "diagnose")
-    assert "0.6 epochs, so 40% of the training rows were never seen" in first.evidence[0]
+    assert "0.6 epochs, so 39% of the training rows were never seen" in first.evidence[0]
     assert "by default 2,000 rows get 4.0" in first.evidence[0]
     assert "TF-IDF + linear SVM is 12.0 points above the adapter" in first.evidence[2]
     config = str(run / "config.toml")
@@ -200,6 +200,14 @@ def test_few_held_out_rows_are_not_called_well(count: int, said: str, tmp_path: 
 
 
 # Each finding needs its evidence
+
+
+def test_a_batch_that_is_not_full_is_seen_too(tmp_path: Path) -> None:
+    run = construct(tmp_path / "run", wrong=300, wrong_by_rival=400, num_train=34, num_steps=1)
+    facts = read_facts(run)
+    step = findings.undertrained(facts)
+    assert step is not None
+    assert "0.5 epochs, so 6% of the training rows were never seen" in step.evidence[0]
 
 
 def test_validation_that_still_rises_is_not_trained_for_long_enough(tmp_path: Path) -> None:

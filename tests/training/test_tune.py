@@ -206,6 +206,10 @@ def test_a_run_of_other_settings_makes_way_for_the_best(settings: TuneConfig) ->
     run = tuning()._train_best(more)
     assert tune.run_directory.read_settings(run).learning_rate == 2e-3
     assert tune.resume.is_finished(run)
+    (run / "relabel.csv").write_text("decisions", encoding="utf-8")
+    assert tuning()._train_best(few) == run
+    assert (run.with_name("best-1") / "relabel.csv").read_text(encoding="utf-8") == "decisions"
+    assert f"the best run of fewer trials is kept as {run}-1" in reporter.lines
     other = tuning(name="other")
     foreign = other.directory / tune.BEST / "thesis.txt"
     foreign.parent.mkdir()

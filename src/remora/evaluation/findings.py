@@ -76,8 +76,10 @@ def undertrained(facts: RunFacts) -> NextStep | None:
     evidence = []
     if epochs and usual and share < 0.95:
         spoken = f"{epochs:.1f} epochs"
-        if epochs < 1:
-            spoken += f", so {1 - epochs:.0%} of the training rows were never seen"
+        batch_size = int(facts.settings.get("batch_size", 32))
+        unseen = 1 - facts.num_steps * batch_size / (facts.num_train_rows or 1)
+        if unseen > 0:
+            spoken += f", so {unseen:.0%} of the training rows were never seen"
         evidence.append(f"{spoken}; by default {facts.num_train_rows:,} rows get {usual:.1f}")
     if rising:
         evidence.append(rising[1])

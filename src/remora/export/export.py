@@ -101,9 +101,10 @@ def _refuse_other_answer(config: ExportConfig) -> None:
             "--truncate both"
         )
     if card.classes and not config.onnx:
+        words = "" if card.multi_label else ", or train with --answer words"
         raise ModelError(
             f"{config.run} answers by classes, and --{way.replace('_', '-')} is for models that "
-            "write their labels; use --merge or --onnx, or train with --answer words"
+            f"write their labels; use --merge or --onnx{words}"
         )
     if config.onnx and not card.classes:
         raise ModelError(

@@ -6,6 +6,7 @@ ones alone, with a seed of its own, so a search that was killed goes on as if no
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -368,10 +369,15 @@ class _Tuning:
         settings = replace(self._settings(params), output=self.directory, name=BEST, max_time=None)
         if (path / "config.toml").is_file():
             if any(resume.differences(path, settings, self.dataset.summary.sha256)):
-                if not resume.is_finished(path):
+                if resume.is_finished(path):  # of fewer trials; it may hold decisions and exports
+                    names = (self.directory / f"{BEST}-{number}" for number in itertools.count(1))
+                    kept = next(each for each in names if not each.exists())
+                    path.rename(kept)
+                    self.reporter.say(f"the best run of fewer trials is kept as {kept}")
+                else:
                     with resume.hold(path):  # refuses a run that another process trains
                         pass
-                shutil.rmtree(path)  # of fewer trials
+                    shutil.rmtree(path)
             elif resume.is_finished(path):
                 return path
         train_until(settings, self.stop, self.reporter, load_rows=lambda _: self.dataset)
