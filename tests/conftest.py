@@ -7,7 +7,7 @@ import gc
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,13 @@ def write_table(path: Path, repeats: int = 6) -> Path:
         for i in range(repeats):
             for label, word in WORDS.items():
                 writer.writerows([f"{way.format(word)} {i}", label] for way in WAYS)
+    return path
+
+
+def write_rows(path: Path, texts: Iterable[str], labels: Iterable[str]) -> Path:
+    """Write texts and labels as they are."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *zip(texts, labels, strict=True)])
     return path
 
 

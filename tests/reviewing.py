@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from conftest import write_rows
 from remora.config import ReviewConfig, TrainConfig
 from remora.data.corrections import RELABEL
 from remora.data.dataset import load_data
@@ -45,8 +46,7 @@ def write_run(
 ) -> Path:
     """Write a run directory whose table is `table` and whose relabel.csv lists the suspects."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "data.csv"
-    suspect_list.write_table(data, table)
+    data = write_rows(folder / "data.csv", table.texts, table.labels)
     config = TrainConfig(str(data), model="nano", **{"test_fraction": 0.0, **settings})
     run = folder / "run"
     run.mkdir()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import WORDS
+from conftest import WORDS, write_rows
 from remora.cli import main
 from remora.config import DiagnoseConfig, TrainConfig
 from remora.data import sources
@@ -53,8 +53,7 @@ def rows() -> Table:
 
 
 def write_csv(path: Path, table: Table) -> Path:
-    suspect_list.write_table(path, table)
-    return path
+    return write_rows(path, table.texts, table.labels)
 
 
 @pytest.fixture

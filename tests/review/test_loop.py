@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import chromium
-from conftest import WAYS, WORDS, call, write_table
+from conftest import WAYS, WORDS, call, write_rows, write_table
 from remora.config import DiagnoseConfig
 from remora.data import sources
 from remora.data.dataset import load_data
@@ -90,7 +90,7 @@ def trained(base: Path, truth: dict[int, str], tmp_path_factory: pytest.TempPath
         for row, label in enumerate(table.labels, 1)
     ]
     given = Table(table.texts, labels)
-    suspect_list.write_table(folder / "data.csv", given)
+    write_rows(folder / "data.csv", given.texts, given.labels)
     settings = ["--model", base, "--output", folder / "runs", "--name", "noisy", "--device", "cpu"]
     settings += ["--learning-rate", "1e-2", "--epochs", "2", "--rank", "8", "--batch-size", "8"]
     settings += ["--precision", "float32", "--baselines", "svm"]

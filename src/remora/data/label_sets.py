@@ -102,14 +102,6 @@ def written(text: str, form: LabelForm) -> str:
     return form.separator.join(names) if form.separator is not None and names else text
 
 
-def cells(text: str, form: LabelForm, columns: Sequence[str]) -> list[str]:
-    """Return a set of labels as the cells of a table to train on: one, or one for each column."""
-    names = labels_in(text)
-    if columns:
-        return [str(int(column in names)) for column in columns]
-    return [text if form.separator is None else form.separator.join(names)]
-
-
 def names_in(cell: str, form: LabelForm) -> Sequence[object]:
     """Return the labels in a cell that a person may have written as one label, or as several.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 from remora.data.label_forms import label_key
@@ -185,3 +187,32 @@ def is_text(value: Any) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
+
+
+def csv_cell(value: object) -> str:
+    """Return a value as a cell of CSV: a text as it is, a list as JSON."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, list | dict):
+        return json_line(value)
+    return str(value)
+
+
+def json_line(value: object) -> str:
+    """Return JSON on one line, with null for NaN and infinity, which JSON lacks."""
+    dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        return dumps(value)
+    except ValueError:
+        return dumps(_finite(value))
+
+
+def _finite(value: object) -> object:
+    """Return a value without NaN and infinity, also in lists and objects."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,6 +19,7 @@ from remora.data.corrections import Corrections, Decisions, read_corrections
 from remora.data.dataset import Dataset, load_again, source_rows
 from remora.data.table import Table
 from remora.diagnosis import (
+    corrected_table,
     duplicates,
     label_noise,
     out_of_sample,
@@ -226,7 +227,14 @@ def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
     files.refuse_source(path, settings.data, "--output")
     given = rows_as_given(settings, everything)
     cleaned, num_corrected, num_deleted = suspect_list.apply(config.apply, given)
-    suspect_list.write_table(path, cleaned)
+    labels = dict(zip(cleaned.places, cleaned.labels, strict=True))
+    decisions = {
+        place: labels.get(place)
+        for place, label in zip(given.places, given.labels, strict=True)
+        if labels.get(place) != label
+    }
+    columns = everything.summary.text_columns
+    corrected_table.write_corrected(path, settings, columns, decisions)
     return path, num_corrected, num_deleted
 
 

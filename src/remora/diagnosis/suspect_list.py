@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import platform
 from collections import Counter
@@ -11,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from remora.data import label_sets
 from remora.data.corrections import RELABEL, Sheet, correct, read_corrections
 from remora.data.table import Table
 from remora.errors import ConfigError, DataError
@@ -113,27 +111,6 @@ def apply(path: Path, table: Table) -> tuple[Table, int, int]:
     if not len(cleaned):
         raise DataError(f"{path} deletes every row; keep some")
     return cleaned, num_corrected, num_deleted
-
-
-def write_table(path: Path, table: Table) -> None:
-    """Write rows to train on as CSV, exactly as they are.
-
-    Sets of labels are written as the table that the rows are from writes them.
-    """
-    header, labels = ["text", "label"], [[each] for each in table.labels]
-    if table.multi_label:
-        names = list(table.form.columns)
-        if not {*table.each_label} <= {*names}:  # they were renamed
-            names = sorted({*table.each_label}) if names else []
-        header = ["text", *(names or ["label"])]
-        labels = [label_sets.cells(each, table.form, names) for each in table.labels]
-    with (
-        files.replacing(path) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([text, *own] for text, own in zip(table.texts, labels, strict=True))
 
 
 @contextlib.contextmanager

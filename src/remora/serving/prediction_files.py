@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
-import math
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time
-from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TextIO
 
 from remora.config import PredictConfig
+from remora.data.values import csv_cell, json_line
 from remora.errors import ConfigError, DataError
 from remora.formatting import cut, escape_formula, one_line, quote
 from remora.runtime import files
@@ -175,9 +173,9 @@ class CsvWriter:
         self, values: Sequence[object], ranked: Ranked, answer: str | None, levels: Levels = ()
     ) -> None:
         """Write a row; a withheld label is an empty cell."""
-        cells = [_cell(value) for value in values]
+        cells = [csv_cell(value) for value in values]
         found = predicted_cells(ranked, answer, levels)
-        cells += [f"{each:.6f}" if isinstance(each, float) else _cell(each) for each in found]
+        cells += [f"{each:.6f}" if isinstance(each, float) else csv_cell(each) for each in found]
         self._put(cells + [""] * (self._num_names - len(found)))
 
     def _put(self, cells: list[str]) -> None:
@@ -236,7 +234,7 @@ class JsonWriter:
         self._put(record)
 
     def _put(self, record: dict[str, object]) -> None:
-        self._output.write(_json(record) + "\n")
+        self._output.write(json_line(record) + "\n")
 
     def flush(self) -> None:
         """Hand on what was written."""
@@ -437,32 +435,3 @@ def _unfit(name: str, reason: str) -> DataError:
 def _probable(ranked: Levels) -> list[dict[str, object]]:
     """Return labels and their probabilities as JSON holds them."""
     return [{"label": label, "probability": round(p, 6)} for label, p in ranked]
-
-
-def _cell(value: object) -> str:
-    """Return a value of the input as a cell of CSV: a text as it is, a list as JSON."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, list | dict):
-        return _json(value)
-    return str(value)
-
-
-def _json(value: object) -> str:
-    """Return JSON on one line, with null for NaN and infinity, which JSON lacks."""
-    dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=str)
-    try:
-        return dumps(value)
-    except ValueError:
-        return dumps(_finite(value))
-
-
-def _finite(value: object) -> object:
-    """Return a value without NaN and infinity, also in lists and objects."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
