@@ -69,11 +69,11 @@ def suspect(table: Table, row: int, suggested: str, p_wrong: float) -> Suspect:
     )
 
 
-def decisions(run: Path) -> dict[int, str]:
-    """The column `decision` of relabel.csv by row, read as a person's spreadsheet would."""
+def decisions(run: Path, name: str = RELABEL) -> dict[int, str]:
+    """The column `decision` of a run's sheet by row, read as a person's spreadsheet would."""
     import csv
 
-    with (run / RELABEL).open(encoding="utf-8", newline="") as file:
+    with (run / name).open(encoding="utf-8", newline="") as file:
         return {int(each["row"]): each["decision"] for each in csv.DictReader(file)}
 
 

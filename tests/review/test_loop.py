@@ -222,6 +222,42 @@ def test_a_new_run_that_was_stopped_goes_on(
     assert (noisy.parent / "noisy-cleaned-2" / "evaluation.json").is_file()
 
 
+def test_decisions_of_an_earlier_round_still_apply(
+    noisy: Path, truth: dict[int, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """New decisions undo none that the run was corrected by, unless they list the row."""
+    trained = {row + 1 for row in load_data(run_directory.read_settings(noisy)).train.places}
+    first, second, third = [row for row in truth if row in trained][:3]
+    sheet = noisy / "relabel.csv"
+    decide(sheet, {first: truth[first], second: "delete"})
+    assert call("retrain", noisy, "--name", "one") == 0
+    with sheet.open(newline="") as file:
+        records = list(csv.DictReader(file, delimiter=";"))
+    part = noisy / "part.csv"
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["row", "text", "label", "decision"], extrasaction="ignore")
+        writer.writeheader()
+        choices = {str(second): "", str(third): truth[third]}  # the second is taken back
+        writer.writerows(
+            each | {"decision": choices[each["row"]]} for each in records if each["row"] in choices
+        )
+    assert call("retrain", noisy.with_name("one"), "--corrections", part, "--name", "two") == 0
+    said = capsys.readouterr().err
+    assert "its decisions on rows that" in said
+    new = noisy.with_name("two")
+    assert {row: label for row, label in decisions(new, "corrections.csv").items() if label} == {
+        first: truth[first],
+        third: truth[third],
+    }
+    rows = load_data(run_directory.read_settings(new)).train
+    labels = dict(zip(rows.places, rows.labels, strict=True))
+    assert {row: labels[row - 1] for row in (first, third)} == {
+        first: truth[first],
+        third: truth[third],
+    }
+    assert second - 1 in labels
+
+
 def decide(path: Path, choices: Mapping[int, str]) -> None:
     """Write decisions into a relabel.csv, as a person in a spreadsheet does."""
     with path.open(newline="") as file:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,6 +228,24 @@ def test_it_resumes_and_trains_nothing_twice(search) -> None:
     assert (again.chosen, len(trained.runs)) == ("large", 4)
     with pytest.raises(ConfigError, match=r"other settings or data \(rank 16 there, 8 here\)"):
         search(trained, bar=0.9, rank=8)
+
+
+def test_a_run_that_is_there_is_shown_whatever_the_bar(search, tmp_path: Path) -> None:
+    trained = Trained({"small": (60, 0.5, 0.8), "large": (600, 0.7, 0.97)})
+    assert search(trained, bar=0.9).chosen == "large"
+    lower = search(trained, bar=0.6)
+    assert (lower.chosen, len(trained.runs)) == ("small", 4)
+    assert [(each.name, each.left_out) for each in lower.options[1:]] == [
+        ("small", ""),
+        ("large", ""),
+    ]
+    page = tmp_path / "runs" / "data-choice" / "choice.html"
+    assert lower.page == str(page)
+    assert "is the smallest that reaches 60.0%" in page.read_text()
+    for run in ("small", "large"):
+        shutil.rmtree(page.parent / run)
+    assert search(trained, bar=0.01).page is None  # which the baseline clears
+    assert not page.exists()
 
 
 def test_two_models_of_one_name_have_two_runs() -> None:

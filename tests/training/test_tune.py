@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from conftest import call
 from remora.config import TrainConfig, TuneConfig
 from remora.data.dataset import load_data
+from remora.display import choice_results
 from remora.errors import ConfigError, Stopped
 from remora.runtime.reporter import Reporter, Step, Validation
 from remora.runtime.stop import Stop
@@ -106,7 +108,16 @@ def test_what_is_written_is_searched_where_a_label_is_written(
     tuning.config = replace(settings, answer=answer, search=("rank", "label_texts"))
     tuning.plain = replace(config, answer=answer)
     tuning.dataset = replace(load_data(config), labels=("card_arrival", "refund"))
+    said: list[str] = []
+    tuning.reporter = SimpleNamespace(say=said.append)  # type: ignore[assignment]
     assert list(tuning._space()) == ["rank", "label_texts"][: 2 if answer == "words" else 1]
+    if answer == "classes":
+        assert said == [
+            "label_texts are not searched: a head scores the labels, and none is written"
+        ]
+        tuning.config = replace(tuning.config, search=("label_texts",))
+        with pytest.raises(ConfigError, match="there are no label_texts to search: a head scores"):
+            tuning._space()
 
 
 def test_both_answers_are_tried_first_at_their_own_learning_rate(settings: TuneConfig) -> None:
@@ -138,6 +149,20 @@ def test_a_search_of_answers_that_was_killed_ends_the_same(settings: TuneConfig)
     with pytest.raises(Killed):
         tune.tune(other, reporter=Killer())
     assert shown(tune.tune(other)) == shown(whole)
+
+
+def test_a_loss_is_no_negative_number(
+    settings: TuneConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = tune.tune(replace(settings, metric="log_loss", trials=3, max_steps=4))
+    losses = [each.validation for each in tuned.trials]
+    assert all(loss is not None and loss > 0 for loss in losses)
+    assert tuned.trials[tuned.best].validation == min(losses)
+    choice_results.show_tuned(tuned)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "0 s" in line or " s" in line]
+    ranked = [f"{loss:.4f}" for loss in sorted(losses)]
+    places = ["\n".join(shown).index(each) for each in ranked]
+    assert places == sorted(places)
 
 
 def test_settings_are_tried_once(settings: TuneConfig) -> None:
@@ -227,6 +252,7 @@ def test_what_a_run_writes_is_not_searched_again(settings: TuneConfig, config: T
     tuning.dataset = replace(load_data(config), labels=("card_arrival", "refund"))
     assert list(tuning._space()) == ["epochs", "label_texts"]
     tuning.config = replace(settings, **searched, start_from="run")
+    tuning.reporter = Reporter()
     assert list(tuning._space()) == ["epochs"]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 
 from remora.display.console import escaped, figures_table, print_line, standard_output
 from remora.formatting import spoken_bytes, spoken_time
 from remora.training.choose import Choice, Option
-from remora.training.tune import Tuned
+from remora.training.tune import LOWER_IS_BETTER, Tuned
 
 
 def show_choice(choice: Choice, console: Console | None = None) -> None:
@@ -49,10 +51,14 @@ def show_tuned(tuned: Tuned, console: Console | None = None) -> None:
     console = console or standard_output()
     names = list(tuned.trials[0].settings)
     table = figures_table("trial", *names, tuned.metric.replace("_", "-"), "evaluations", "time")
-    ranked = sorted(
-        range(len(tuned.trials)),
-        key=lambda place: (bool(tuned.trials[place].ended), -(tuned.trials[place].validation or 0)),
-    )
+    sign = 1 if tuned.metric in LOWER_IS_BETTER else -1
+
+    def rank(place: int) -> tuple[bool, float]:
+        trial = tuned.trials[place]
+        value = math.inf if trial.validation is None else sign * trial.validation
+        return bool(trial.ended), value
+
+    ranked = sorted(range(len(tuned.trials)), key=rank)
     for place in ranked:
         trial = tuned.trials[place]
         given, early = place == 0, trial.ended

@@ -6,6 +6,7 @@ as the one before it was: what it gains there is the most that it can be expecte
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -327,20 +328,25 @@ class _Search:
         )
 
     def _leave_the_rest(self, models: Sequence[str]) -> None:
+        """Leave out dearer models, but for those that an earlier call trained."""
         for model in models:
-            self._leave_out(model, "a cheaper one suffices")
+            if resume.is_finished(self._path(model)):
+                with contextlib.suppress(ConfigError):  # of a run with other settings
+                    self._train(model, model)
+            if model not in self.options:
+                self._leave_out(model, "a cheaper one suffices")
 
     def _conclude(self) -> Choice:
         """Name the option to take, and write what was found."""
         options = sorted(self.options.values(), key=_by_cost)
         chosen = next((each for each in options if each.clears(self.config.bar)), None)
         whole = [Path(each.run) for each in options if each.run]
-        page = None
+        page = self.directory / PAGE if whole else None
         self.directory.mkdir(parents=True, exist_ok=True)
-        if whole:
-            comparison = self._compare(whole)
-            page = self.directory / PAGE
-            pages.write_comparison(page, comparison, whole)
+        if page:
+            pages.write_comparison(page, self._compare(whole), whole)
+        else:
+            (self.directory / PAGE).unlink(missing_ok=True)  # of runs that are gone
         choice = Choice(
             bar=self.config.bar,
             num_rows=len(self.held_out),

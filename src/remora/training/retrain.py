@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from remora.config import RetrainConfig, TrainConfig
-from remora.data.corrections import RELABEL
+from remora.config.train import CORRECTIONS
+from remora.data.corrections import RELABEL, Sheet, read_sheet
 from remora.data.dataset import Dataset, load_again
 from remora.errors import DataError
 from remora.evaluation import results
 from remora.evaluation.change import Change, measure_change
 from remora.evaluation.run_commands import command
 from remora.models import metadata
-from remora.runtime import run_directory
+from remora.runtime import files, run_directory
 from remora.runtime.reporter import Reporter
 from remora.training import resume
 from remora.training.finish import TrainResult, held_out_rows
@@ -27,7 +29,8 @@ def retrain_run(
 ) -> tuple[TrainResult, Change]:
     """Train with a run's settings on its corrected training rows; compare the two runs.
 
-    Validation and test rows, and their labels, are those of the run.
+    Validation and test rows, and their labels, are those of the run. What the run itself was
+    corrected by still applies to the rows that the new decisions do not list.
 
     Returns:
         The results of the new run, and what has changed.
@@ -39,9 +42,10 @@ def retrain_run(
     """
     reporter = reporter or Reporter()
     before = results.read(config.run)
-    settings, dataset = _corrected(config)
-    assert dataset.corrections is not None
-    result = train(settings, reporter=reporter)
+    with tempfile.TemporaryDirectory(prefix="remora-") as folder:
+        settings, dataset = _corrected(config, Path(folder), reporter)
+        assert dataset.corrections is not None
+        result = train(settings, reporter=reporter)
     after = results.read(result.directory)
     _, held_out = held_out_rows(dataset)
     decisions = dataset.corrections.decisions
@@ -52,8 +56,10 @@ def retrain_run(
     return result, measure_change(before, after, decided or None)
 
 
-def _corrected(config: RetrainConfig) -> tuple[TrainConfig, Dataset]:
-    """Return the settings of the new run, and its rows."""
+def _corrected(
+    config: RetrainConfig, folder: Path, reporter: Reporter
+) -> tuple[TrainConfig, Dataset]:
+    """Return the settings of the new run, and its rows; files that it needs are in the folder."""
     path = config.corrections or config.run / RELABEL
     if config.corrections is None and not path.is_file():
         raise DataError(
@@ -74,6 +80,14 @@ def _corrected(config: RetrainConfig) -> tuple[TrainConfig, Dataset]:
     )
     before, dataset = load_again(old), load_again(settings)
     run_directory.refuse_changed_rows(config.run, old.data, before.summary.sha256)
+    if before.corrections and (sheet := _with_earlier(read_sheet(path), before.corrections.sheet)):
+        settings = replace(settings, corrections=str(folder / CORRECTIONS))
+        files.write_csv(folder / CORRECTIONS, sheet.columns, sheet.rows())
+        dataset = load_again(settings)
+        reporter.say(
+            f"{config.run} was corrected before; its decisions on rows that {path} does not list"
+            " still apply"
+        )
     assert dataset.corrections is not None
     if before.summary.sha256 == dataset.summary.sha256:
         raise DataError(
@@ -81,6 +95,20 @@ def _corrected(config: RetrainConfig) -> tuple[TrainConfig, Dataset]:
             f"`{command('review', config.run)}`"
         )
     return settings, dataset
+
+
+def _with_earlier(sheet: Sheet, earlier: Sheet) -> Sheet | None:
+    """Return a sheet with earlier records on rows that it does not list; None without any."""
+    listed = {record["row"].strip() for record in sheet.records}
+    more = [record for record in earlier.records if record["row"].strip() not in listed]
+    if not more:
+        return None
+    records = tuple({name: each.get(name, "") for name in sheet.columns} for each in more)
+    return replace(
+        sheet,
+        records=sheet.records + records,
+        lines=sheet.lines + tuple(range(len(records))),
+    )
 
 
 def _free_name(run: Path) -> str:

@@ -46,6 +46,9 @@ FIRST_PRUNED = 4
 SPARED = 250
 """Thousandths of a trial's steps in which it is not compared yet."""
 
+LOWER_IS_BETTER = ("log_loss",)
+"""Metrics whose best value is the least."""
+
 JOURNAL, FILE, TRIAL, BEST = "journal.log", "trials.json", "trial", "best"
 
 
@@ -54,7 +57,7 @@ class TrialResult:
     """One trial: what was tried, and how it validated."""
 
     settings: dict[str, Any]
-    validation: float | None  # the best evaluation; None if it diverged or did not fit
+    validation: float | None  # the best evaluation, by the metric; None if there was none
     evaluations: int
     seconds: float
     ended: str  # "" at its end, or why it ended early
@@ -145,13 +148,14 @@ class _Tuning:
             raise DivergedError(
                 "no trial came to its end; lower --learning-rate, or see trials.json"
             )
-        found = tuple(_result(each, self._told(each.params)) for each in trials)
+        metric = self.config.metric or "accuracy"
+        found = tuple(_result(each, self._told(each.params), metric) for each in trials)
         values = ", ".join(f"{k} {v}" for k, v in self._told(best.params).items())
         self.reporter.say(f"training with the best of {len(trials)} trials: {values}")
         run = self._train_best(best.params)
         tuned = Tuned(
             directory=str(self.directory),
-            metric=self.config.metric or "accuracy",
+            metric=metric,
             trials=found,
             best=trials.index(best),
             run=str(run),
@@ -166,6 +170,7 @@ class _Tuning:
         """Return Optuna's distribution of each searched setting.
 
         Raises:
+            ConfigError: If there is nothing to search.
             ModelError: If answers are searched, and no head can score classes of this model.
         """
         from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -184,11 +189,25 @@ class _Tuning:
         }
         if "answer" in self.config.search:
             class_head.describe(self._base(), self.dataset.labels)
-        writes = "answer" in self.config.search or self.config.answer == "words"
-        is_given = self.config.label_texts or self.config.start_from  # whose texts stay
-        if is_given or not writes or not self._words():  # nothing else to write
+        if reason := self._why_texts_stay():
             del space["label_texts"]
+            if list(self.config.search) == ["label_texts"]:
+                raise ConfigError(
+                    f"there are no label_texts to search: {reason}; give --search learning_rate"
+                )
+            if "label_texts" in self.config.search:
+                self.reporter.say(f"label_texts are not searched: {reason}")
         return {name: space[name] for name in self.config.search if name in space}
+
+    def _why_texts_stay(self) -> str:
+        """Return why what is written for a label cannot be searched, "" if it can."""
+        if self.config.start_from:
+            return "the run to start from keeps its texts"
+        if self.config.label_texts:
+            return "they are given"
+        if "answer" not in self.config.search and self.config.answer != "words":
+            return "a head scores the labels, and none is written"
+        return "" if self._words() else "the labels are words already, or two would be the same"
 
     def _first_trials(self) -> list[dict[str, Any]]:
         """Return what is tried first: the settings as given, then the same with the other answer.
@@ -403,7 +422,7 @@ class _Pruning(SayOnce):
                 else validation.micro_f1
             ),
             "macro_f1": validation.macro_f1,
-            "log_loss": -validation.loss,
+            "log_loss": -validation.loss,  # Optuna maximizes
         }
         self._trial.report(values[self._metric], _share(validation.step, self._num_steps))
         if self._trial.should_prune():
@@ -446,12 +465,13 @@ def _is_behind(own: Mapping[int, float], others: Sequence[Mapping[int, float]]) 
     return bool(best) and max(own.values()) < statistics.median(best)
 
 
-def _result(trial: Any, settings: dict[str, Any]) -> TrialResult:
+def _result(trial: Any, settings: dict[str, Any], metric: str) -> TrialResult:
     values = list(trial.intermediate_values.values())
     ended = str(trial.user_attrs.get("ended", ""))
+    best = max(values, default=None)
     return TrialResult(
         settings=settings,
-        validation=max(values, default=None),
+        validation=-best if best is not None and metric in LOWER_IS_BETTER else best,
         evaluations=len(values),
         seconds=round(float(trial.user_attrs.get("seconds", 0.0)), 1),
         ended=ended,
