@@ -13,7 +13,7 @@ import pytest
 
 from remora.data import label_sets
 from remora.data.dataset import Dataset, load_dataset
-from remora.data.label_sets import LabelForm, list_in, set_text
+from remora.data.label_sets import LabelForm, list_in, names_in, set_text
 from remora.data.table import Table, read_table
 from remora.errors import DataError
 
@@ -117,6 +117,17 @@ def test_a_table_of_lists_is_read_as_it_is_with_a_separator(tmp_path: Path) -> N
     assert read_table(path, form=LabelForm(separator="|")).labels == [*map(set_text, lists)]
 
 
+@pytest.mark.parametrize(
+    "names", [["a", "b"], ["a|b", "c"], ["|"], ["[a", "b]"], ["['a'", "b]"], ["{x", "y}"], ["[]"]]
+)
+def test_what_is_written_is_read_back(names: list[str]) -> None:
+    form = LabelForm(separator="|")
+    cell = label_sets.written(set_text(names), form)
+    assert set_text(map(str, names_in(cell, form))) == set_text(names)
+    is_plain = names[0] in {"a", "[a", "{x"}  # which in the order of a set is no list
+    assert cell == ("|".join(sorted(names)) if is_plain else set_text(names))
+
+
 @pytest.mark.parametrize("separator", [",", '", "', "|"])
 def test_so_are_lists_written_as_text(separator: str, tmp_path: Path) -> None:
     lists: list[list[str]] = [[], ["a"], ["a", "b"], ["d, e", "f"]]
@@ -209,6 +220,13 @@ def test_rarest_names_the_label_with_fewest_rows() -> None:
         ("(none)", None),
         ("(1, 2)", None),
         ("{a}", None),
+        ("set()", []),
+        ("frozenset()", []),
+        ("frozenset({'b', 'a'})", ["a", "b"]),
+        (frozenset({"b", "a"}), ["a", "b"]),
+        ("{}", []),
+        ('{"card arrival"}', ["card arrival"]),
+        ("reset()", None),
         ('{"a": 1, "b": 2}', None),
         ({"a": ["b"]}, None),
         ("plain", None),
@@ -232,6 +250,8 @@ def load(folder: Path, rows: list[tuple[str, Any]], **more: Any) -> Dataset:
         ([("one", "['a', nan]")], r"row 1 has a broken list as its label, \"\['a', nan\]\"; write"),
         ([("one", "[a, b]")], r"a list without quotes around its labels, '\[a, b\]'; write it as"),
         ([("one", "{a,b c}")], "a list without quotes around its labels, '{a,b c}'; write it as"),
+        ([("one", '{a,"b c"}')], "a list without quotes around its labels"),
+        ([("one", "frozenset({'a' 'b'})")], "a list without commas between its labels"),
         ([("one", [0, 1, 0])], r"a vector of 0 and 1 as its label, '\[0, 1, 0\]'; write a list"),
         ([("one", [0.0, 1.0, 1.0])], "a vector of 0 and 1 as its label"),
         ([("one", [True, False, True])], "a vector of 0 and 1 as its label"),

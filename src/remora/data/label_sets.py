@@ -8,6 +8,7 @@ row's label does so with sets as well.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import io
 import json
@@ -26,7 +27,11 @@ from remora.formatting import listed, quote
 
 _VECTOR = re.compile(r"\[\s*[01]\.?(\s+[01]\.?)+\s*\]")
 _QUOTED = re.compile(r"""\[(.*,)?\s*['"].*\]""", re.DOTALL)
-_UNQUOTED = re.compile(r"""(\[[^][{}'":]*,[^][{}'":]*\]|\{[^][{}'":]*,[^][{}'":]*\})""")
+_UNQUOTED = re.compile(
+    r"""\[[^][{}'":]*,[^][{}'":]*\]|\{([^][{}'":]*|"[^"]*")(,([^][{}'":]*|"[^"]*"))+\}"""
+)
+_EMPTY = {"set()", "frozenset()", "{}"}  # as Python and Postgres write what has no items
+_FROZEN = re.compile(r"frozenset\((\{.*\})\)", re.DOTALL)
 
 NAME_THEM = (
     'write a list of the names of its labels, such as ["a", "b"], or a column for each label, and '
@@ -96,10 +101,17 @@ def _without_quotes(name: str) -> str:
 def written(text: str, form: LabelForm) -> str:
     """Return a set of labels in one cell: joined by the form's separator, else as a list.
 
-    The empty set is `[]` in either form, since an empty cell may mean that nothing is said.
+    The empty set is `[]` in either form, since an empty cell may mean that nothing is said; and so
+    is a list what would not be read back, such as labels that hold the separator.
     """
     names = labels_in(text)
-    return form.separator.join(names) if form.separator is not None and names else text
+    if form.separator is None or not names:
+        return text
+    joined = form.separator.join(names)
+    with contextlib.suppress(DataError):  # of what looks like a broken list
+        if tuple(names_in(joined, form)) == names:
+            return joined
+    return text
 
 
 def names_in(cell: str, form: LabelForm) -> Sequence[object]:
@@ -216,7 +228,15 @@ def list_in(cell: object) -> Sequence[object] | None:
         return None if chat else _names(list(cell), str(cell))
     if isinstance(cell, dict):
         return _chosen(cell)
-    text = cell.strip() if isinstance(cell, str) else ""
+    return _written_list(cell.strip()) if isinstance(cell, str) else None
+
+
+def _written_list(text: str) -> Sequence[object] | None:
+    """Return the items of a list, a tuple or a set that is written as text; None if it is none."""
+    if text in _EMPTY:
+        return []
+    if match := _FROZEN.fullmatch(text):
+        text = match[1]
     if (text[:1] + text[-1:]) not in {"[]", "()", "{}"}:
         return None
     try:

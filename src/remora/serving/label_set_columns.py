@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from remora.config import PredictConfig
-from remora.data.label_sets import LabelForm, labels_in
+from remora.data.label_sets import LabelForm, labels_in, written
 from remora.models.metadata import AdapterCard
 from remora.serving.prediction_files import Levels, Ranked, Writer, free_names, open_writer
 
@@ -16,8 +16,9 @@ from remora.serving.prediction_files import Levels, Ranked, Writer, free_names, 
 class LabelSetColumns:
     """The columns of the labels that rows are given, and of their probabilities.
 
-    Labels are a list, a text with the table's separator, or a column of 0 and 1 for each label;
-    probabilities are a list of objects, the most probable label first.
+    Labels are a list, a text with the table's separator (a list as JSON where a label holds it), or
+    a column of 0 and 1 for each label; probabilities are a list of objects, the most probable label
+    first.
     """
 
     def __init__(self, labels: Sequence[str], form: LabelForm, columns: Sequence[str]) -> None:
@@ -40,8 +41,9 @@ class LabelSetColumns:
         probabilities = [{"label": label, "probability": round(p, 6)} for label, p in ranked]
         if self._form.columns:
             return [*(int(label in given) for label in self._labels), probabilities]
-        separator = self._form.separator
-        return [list(given) if separator is None else separator.join(given), probabilities]
+        if self._form.separator is None:
+            return [list(given), probabilities]
+        return [written(answer, self._form) if given else "", probabilities]
 
     def schema(self) -> Any:
         """Return the schema of Arrow of these columns."""
