@@ -180,3 +180,31 @@ def test_a_tracker_gets_every_record(remora_here, base: Path, table: Path, tmp_p
     written = events.read_bytes()
     assert b"validation_accuracy" in written
     assert b"examples_per_second" in written
+
+
+@pytest.mark.parametrize("form", ["one", "columns"])
+def test_eval_names_labels_as_training_did(
+    form: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The test table has the names that the training table had, which the run has merged."""
+    path, sets = tmp_path / "data.csv", [["late"], ["lost"], ["refund"]] * 8
+    header, cells, flags = ["text", "label"], [[each[0]] for each in sets], []
+    if form == "columns":
+        names = ["late", "lost", "refund"]
+        header, flags = ["text", *names], ["--label-columns", ",".join(names)]
+        cells = [[str(int(name in each)) for name in names] for each in sets]
+    lines = [[f"my {sets[i][0]} thing {i}", *cell] for i, cell in enumerate(cells)]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *lines])
+    names_of_run = json.dumps({"late": "delivery", "lost": "delivery"})
+    flags += ["--rename-labels", names_of_run, "--output", str(tmp_path / "runs"), "--name", "a"]
+    flags += ["--max-steps", "1", "--baselines", "none", "--device", "cpu"]
+    assert call("train", path, "--model", base, *flags) == 0
+    run, out = tmp_path / "runs" / "a", tmp_path / "predictions.csv"
+    for folder in (run, run / "adapter"):
+        capsys.readouterr()
+        assert call("eval", folder, path, "--device", "cpu", "--json", "--predictions", out) == 0
+        assert json.loads(capsys.readouterr().out)["num_rows"] == 24
+        with out.open(encoding="utf-8", newline="") as file:
+            true = {row["label"] for row in csv.DictReader(file)}
+        assert true == ({"delivery", "refund"} if form == "one" else {'["delivery"]', '["refund"]'})

@@ -58,6 +58,7 @@ class AdapterCard:
     label_columns: tuple[str, ...] = ()  # its columns of 0 and 1, if it had those
 
     label_separator: str = ""  # between the parts of labels that form a hierarchy
+    rename_labels: Mapping[str, str] = field(default_factory=dict)  # of tables to those of `labels`
 
     @property
     def label_form(self) -> LabelForm:
@@ -69,14 +70,14 @@ class AdapterCard:
     def to_dict(self) -> dict[str, Any]:
         """Return what remora.json holds.
 
-        Fields of GGUF files, columns and a separator are there only where there are any; a layout
-        if it is not the tree, what is kept of long messages if it is not their head, an answer if
-        it is not words; what is for several labels a row only where there are several.
+        Fields of GGUF files, columns, names to change and a separator are there only where there
+        are any; a layout if it is not the tree, what is kept of long messages if it is not their
+        head, an answer if it is not words; what is for several labels only where there are several.
         """
         values = asdict(self)
         optional = {"gguf_sha256", "gguf_quantization", "rendered", "text_columns", "label_column"}
         optional |= {"multi_label", "thresholds", "split_labels_at", "label_columns"}
-        optional |= {"label_separator"}
+        optional |= {"label_separator", "rename_labels"}
         for name, usual in (("layout", "tree"), ("truncate", "head"), ("answer", "words")):
             if values[name] == usual:
                 del values[name]
@@ -313,6 +314,8 @@ def parse_card(folder: Path) -> AdapterCard:
         and card.truncate in get_args(Kept)
         and isinstance(card.label_texts, dict)
         and all(is_text(t) and label in card.labels for label, t in card.label_texts.items())
+        and isinstance(card.rename_labels, dict)
+        and {*card.rename_labels.values()} <= {*card.labels}
         and 2 <= len(card.labels) == len(set(card.labels))
         and isinstance(card.list_labels, bool)
         and isinstance(card.max_length, int)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TextIO
 
 import numpy as np
 
 from remora.config import EvalConfig, PredictConfig
-from remora.data.label_forms import most_frequent_forms
+from remora.data.label_forms import most_frequent_forms, renamed
 from remora.data.parts import ReadOptions, Remarks
 from remora.data.table import Stream, open_stream, read_table
 from remora.errors import ConfigError, DataError
@@ -137,18 +138,20 @@ def evaluate_adapter(
     card, remarks = trained.card, Remarks()
     _refuse_settings(config, card)
     options = ReadOptions(config.input_format, config.columns)
+    known = (*labels, *card.rename_labels)
     table = read_table(
         config.data,
         text_column=config.text_column,
         label_column=config.label_column,
-        known=labels,
+        known=known,
         options=options,
         strict=config.strict,
-        forms=most_frequent_forms(labels) if config.merge_labels else None,
+        forms=most_frequent_forms(known) if config.merge_labels else None,
         remarks=remarks,
         trained=(*card.text_columns, card.label_column) if card.text_columns else (),
         form=replace(card.label_form, columns=()) if config.label_column else card.label_form,
     )
+    table = table.relabelled(partial(renamed, names=card.rename_labels))
     if table.multi_label and not card.multi_label:
         raise DataError(
             f"{config.data} has rows with several labels, and {config.adapter} was trained on rows "

@@ -71,6 +71,7 @@ def load_trainable(
         max_length=prompt.max_length,
         truncate=prompt.kept,
         label_separator=config.label_separator or "",
+        rename_labels=config.rename_labels,
         method=config.method,
         answer=config.answer or "words",
         gguf_sha256=base_hash.gguf_sha256,
