@@ -80,6 +80,9 @@ def test_a_label_named_delete_is_a_label(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_text("row,text,label,decision\n2,b,card,delete\n")
     assert read_corrections(path, table).decisions == {1: "delete"}
+    path.write_text("row,text,label,decision\n2,b,card,Delete\n")  # neither: nothing is deleted
+    with pytest.raises(DataError, match="'Delete', which is no label; did you mean 'delete'"):
+        read_corrections(path, table)
 
 
 def test_rows_keep_their_numbers_when_others_are_deleted() -> None:
@@ -167,6 +170,16 @@ def test_corrections_that_leave_one_label_are_refused(settings: TrainConfig) -> 
         load_data(wanted)
     with pytest.raises(DataError, match="the corrections delete every training row; keep some"):
         load_data(decide(settings, dict.fromkeys(rows.places, "delete")))
+
+
+def test_a_label_without_a_training_row_is_told(settings: TrainConfig) -> None:
+    rows = load_data(settings).train
+    gone = [row for row, label in zip(rows.rows, rows.labels, strict=True) if label == "c"]
+    found = load_data(decide(settings, dict.fromkeys(gone, "a"))).summary
+    assert found.num_labels == 3
+    assert "3 labels, from 0 rows ('c') to" in found.lines()[1]
+    assert found.rows_per_label["c"] == 0
+    assert "; no training row is left of 'c'" in found.lines()[-1]
 
 
 def test_a_run_finds_its_corrections_wherever_it_was_moved(

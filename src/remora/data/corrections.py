@@ -172,7 +172,7 @@ def read_choice(decision: str, table: Table, known: Mapping[str, str]) -> str | 
     Raises:
         DataError: Without the line: it is none.
     """
-    if decision not in known and decision.lower() == DELETE:
+    if decision.lower() == DELETE and DELETE not in map(str.lower, known):
         return None
     names: Sequence[object] = [known.get(decision, decision)]
     if table.multi_label and decision not in known:

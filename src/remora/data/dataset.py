@@ -152,6 +152,8 @@ def _corrected(dataset: Dataset, corrections: Corrections) -> Dataset:
         remark += (
             f"; {spoken_rows(held_out)} held out with the label as it was, though decided otherwise"
         )
+    if gone := sorted({*dataset.labels} - {*train.each_label}):
+        remark += f"; no training row is left of {listed(gone)}"
     return replace(_with_train(dataset, train, remark), corrections=corrections)
 
 

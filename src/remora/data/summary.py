@@ -129,7 +129,9 @@ def summarize(
         for text, label in zip(tables[split].texts, tables[split].labels, strict=True):
             digest.update(f"{len(text)}:{text}{len(label)}:{label}".encode())
 
-    counts = sorted(Counter(train.each_label).items(), key=lambda item: (item[1], item[0]))
+    found = Counter(dict.fromkeys(labels, 0))  # corrections may leave a label no training row
+    found.update(train.each_label)
+    counts = sorted(found.items(), key=lambda item: (item[1], item[0]))
     return DataSummary(
         source=source,
         text_column=", ".join(columns[:-1]),

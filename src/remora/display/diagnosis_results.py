@@ -55,7 +55,7 @@ def _show_sets(diagnosis: SetDiagnosis, run: Path, console: Console) -> None:
         f"{diagnosis.num_rows:,} rows; the run {diagnosis.micro_f1:.2%} on held-out rows",
         _spoken_duplicates(diagnosis, "have a text that occurs with other labels too"),
         f"noise      an estimated {diagnosis.wrong:.2%} of the {diagnosis.num_labels:,} labels "
-        f"given to training rows are wrong (95% interval {wrong[0]:.2%} to {wrong[1]:.2%})",
+        f"given to these rows are wrong (95% interval {wrong[0]:.2%} to {wrong[1]:.2%})",
         f"           and about {diagnosis.missing * diagnosis.num_labels:,.0f} more belong to rows "
         f"that lack them, {diagnosis.missing:.2%} of those given ({missing[0]:.2%} to "
         f"{missing[1]:.2%})",
