@@ -171,17 +171,6 @@ def test_the_plan_is_kept_beside_what_was_measured(finished) -> None:
     assert "peak memory of training: " in done.stderr
 
 
-def test_a_tracker_gets_every_record(remora_here, base: Path, table: Path, tmp_path: Path) -> None:
-    remora_here(
-        *("train", table, "--model", base, "--output", tmp_path, "--name", "run"),
-        *("--max-steps", 3, "--trackers", "tensorboard"),
-    )
-    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
-    written = events.read_bytes()
-    assert b"validation_accuracy" in written
-    assert b"examples_per_second" in written
-
-
 @pytest.mark.parametrize("form", ["one", "columns"])
 def test_eval_names_labels_as_training_did(
     form: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

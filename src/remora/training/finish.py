@@ -73,6 +73,14 @@ class TrainResult:
         seconds = self.train_seconds + self.test_seconds
         return verdict(self.rivals, trained, seconds) if self.rivals else None
 
+    def tracked(self) -> dict[str, float | None]:
+        """Return the figures that an experiment tracker compares runs by."""
+        names = ("accuracy", "micro_f1", "macro_f1", "log_loss")
+        found = {f"{self.measured_on}_{name}": getattr(self.metrics, name, None) for name in names}
+        if self.baseline:
+            found["svm_accuracy"] = self.baseline.metrics.accuracy
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON holds them."""
         return {

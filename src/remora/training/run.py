@@ -103,13 +103,14 @@ def train_until(
             )
         )
         directory = _prepare_directory(session, directory, stack)
+        trackers = stack.enter_context(tracking.open_trackers(session, directory))
         _, held_out = held_out_rows(dataset)
         chosen = rivals.choose(session, held_out, encoder)
         if config.baselines != ("none",):
             session.reporter.say(chosen.line(len(dataset.train), len(held_out)))
         # Train and score
         with stop.deferred():
-            progress = _fit(session, directory, resumed)
+            progress = _fit(session, directory, resumed, trackers)
             began = time.perf_counter()
             scorer = session.scorer(tolerance=config.tolerance)
             scores = {
@@ -123,6 +124,7 @@ def train_until(
         result = None
         if group.is_first:
             result = conclude(session, directory, progress, scores, chosen.svm)
+            trackers.log(result.tracked(), progress.step)
         group.share(None)  # the others wait here, where a signal ends them at once
         with stop.deferred():
             base = rivals.of_base(session, chosen, held_out, directory)
@@ -165,7 +167,12 @@ def _prepare_directory(
     return Path(group.share(str(directory)))
 
 
-def _fit(session: Session, directory: Path, resumed: Checkpoint | None) -> Progress:
+def _fit(
+    session: Session,
+    directory: Path,
+    resumed: Checkpoint | None,
+    trackers: tracking.Trackers,
+) -> Progress:
     """Train, with the first process writing metrics, checkpoints and the best weights."""
     config, group = session.config, session.group
 
@@ -177,7 +184,7 @@ def _fit(session: Session, directory: Path, resumed: Checkpoint | None) -> Progr
             path = directory / metadata.FOLDERS[config.method]
             saved.save(session.model, session.prompt, session.card, path, weights)
 
-    with tracking.metrics_log(directory, session, resumed) as log:
+    with tracking.metrics_log(directory, session, resumed, trackers) as log:
         progress = fit(
             session,
             log=log,

@@ -40,8 +40,6 @@ def accelerator_for(precision: Precision, device: torch.device) -> Iterator[Any]
     try:
         yield accelerator
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
