@@ -54,9 +54,11 @@ def test_all_weights_learn_slower_than_an_adapter(width, method, rate):
     assert default_learning_rate(width, method) == pytest.approx(rate)
 
 
-def test_a_linear_head_learns_slower_than_words() -> None:
+def test_a_linear_head_of_a_narrow_model_learns_slower_than_words() -> None:
     words, classes = config(answer="words"), config(answer="classes")
-    assert classes.rate(256) == words.rate(256) / 2
+    assert classes.rate(256) == 2e-3 < words.rate(256)
+    assert classes.rate(576) == words.rate(576) == pytest.approx(1.03e-3, rel=0.01)
+    assert config(answer="classes", start_from="run").rate(256) == 1e-3
     several = config(answer="classes", multi_label="on")
     assert several.rate(256) == words.rate(256)
     all_weights = config(answer="classes", method="full")

@@ -126,7 +126,7 @@ def test_both_answers_are_tried_first_at_their_own_learning_rate(settings: TuneC
     tuned = tune.tune(both)
     words, classes = (trial.settings for trial in tuned.trials)
     assert (words["answer"], classes["answer"]) == ("words", "classes")
-    assert words["learning_rate"] == pytest.approx(2 * classes["learning_rate"], rel=0.01)
+    assert words["learning_rate"] > classes["learning_rate"] == pytest.approx(2e-3)
     card = json.loads((Path(tuned.run) / "adapter" / "remora.json").read_text(encoding="utf-8"))
     assert card.get("answer", "words") == tuned.trials[tuned.best].settings["answer"]
     classes_first = replace(both, answer="classes", name="other", trials=1)

@@ -13,9 +13,9 @@ WARM_SHARE, WARM_RATE = 1 / 3, 1 / 2
 """Passes and learning rate of a run that begins with another one's adapter, as shares of those
 without; docs/log.md has the measurements."""
 
-CLASSES_RATE = 1 / 2
-"""Learning rate of an adapter with a linear head, as a share of that with words; docs/log.md has
-the measurements."""
+MOST_CLASSES_RATE = 2e-3
+"""Highest default learning rate of an adapter with a linear head of one label a row; below it is
+that of words. docs/log.md has the measurements."""
 
 LEAST_STEPS = 250
 """Steps that few rows are passed over for; docs/log.md has the measurements."""

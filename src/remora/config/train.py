@@ -47,11 +47,11 @@ from remora.config.checks import (
 )
 from remora.config.help_pages import grouped
 from remora.config.schedule import (
-    CLASSES_RATE,
     EVAL_SHARE,
     LEAST_EPOCHS,
     LEAST_EVAL_ROWS,
     LEAST_STEPS,
+    MOST_CLASSES_RATE,
     MOST_EPOCHS,
     WARM_RATE,
     WARM_SHARE,
@@ -429,9 +429,10 @@ class TrainConfig:
 
     def rate(self, width: int) -> float:
         """Return the peak learning rate for a model of a hidden size."""
-        share = WARM_RATE if self.start_from else 1.0
-        share *= CLASSES_RATE if self.learns_a_head else 1.0
-        return self.learning_rate or share * default_learning_rate(width, self.method)
+        default = default_learning_rate(width, self.method)
+        if self.learns_a_head:
+            default = min(default, MOST_CLASSES_RATE)
+        return self.learning_rate or default * (WARM_RATE if self.start_from else 1)
 
     def num_steps(self, num_rows: int) -> int:
         """Return the number of optimizer steps to train on `num_rows` rows."""

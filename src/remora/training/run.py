@@ -84,8 +84,7 @@ def train_until(
             tracking.check(config.trackers)
             encoder = rivals.find_encoder(config)
             dataset = load_rows(config)
-            config = settled(config, is_multi_label=dataset.multi_label)
-            _introduce(config, dataset, reporter)
+            config = _introduce(config, dataset, reporter)
         sha256 = dataset.summary.sha256
         group.refuse_differences({"data": sha256, **resume.fixed(config), "model": config.model})
         # A run directory to resume in, or a new one
@@ -113,11 +112,10 @@ def train_until(
             progress = _fit(session, directory, resumed, trackers)
             began = time.perf_counter()
             scorer = session.scorer(tolerance=config.tolerance)
-            scores = {
-                name: scoring.score_rows(scorer, table, name, reporter, stop, group)
-                for name, table in tables_to_measure_on(dataset).items()
-            }
-            scores = with_thresholds(scores)
+            tables = tables_to_measure_on(dataset).items()
+            scores = with_thresholds(
+                {n: scoring.score_rows(scorer, t, n, reporter, stop, group) for n, t in tables}
+            )
             progress.test_seconds = time.perf_counter() - began
         stop.check()
         # Measure and write
@@ -141,12 +139,18 @@ def train_until(
     return result
 
 
-def _introduce(config: TrainConfig, dataset: Dataset, reporter: Reporter) -> None:
-    """Refuse rows that cannot be measured on, and broken class weights; tell of the rows."""
+def _introduce(config: TrainConfig, dataset: Dataset, reporter: Reporter) -> TrainConfig:
+    """Refuse rows that cannot be measured on, and broken class weights; tell of the rows.
+
+    Returns:
+        The settings, with what follows from whether rows have several labels.
+    """
+    config = settled(config, is_multi_label=dataset.multi_label)
     tables_to_measure_on(dataset)
     class_weights(config.class_weights, dataset)
     for line in dataset.summary.lines():
         reporter.say(line)
+    return config
 
 
 def _prepare_directory(

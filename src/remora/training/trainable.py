@@ -151,9 +151,9 @@ def introduce(
         yield f"weights of the base model: {gguf.described(card.gguf_quantization)}"
     width = text_config(adapted).hidden_size
     if config.learning_rate is None:
-        why = ", halved to learn on" if config.start_from else ""
-        why += ", halved for a linear head" if config.learns_a_head else ""
         rate = config.rate(width)
+        why = " with a linear head" if config.learns_a_head else ""
+        why += ", halved to learn on" if config.start_from else ""
         yield f"learning rate {rate:.1e}, the default for a hidden size of {width}{why}"
     given = {*config.label_texts}
     if config.start_from:
