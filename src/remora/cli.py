@@ -218,7 +218,8 @@ def diagnose(config: DiagnoseConfig) -> None:
     from remora.report import pages
 
     if config.apply is not None:
-        path, num_corrected, num_deleted = diagnose.apply_corrections(config)
+        reporter = display.TerminalReporter()
+        path, num_corrected, num_deleted = diagnose.apply_corrections(config, reporter=reporter)
         counts = {"num_corrected": num_corrected, "num_deleted": num_deleted}
         if config.json:
             _print_json({"output": str(path)} | counts)

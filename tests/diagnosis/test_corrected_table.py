@@ -133,6 +133,17 @@ def test_shards_become_one_table(tmp_path: Path) -> None:
     ]
 
 
+def test_fields_that_are_left_out_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"text": f"message {i}", "label": "ab"[i % 2]} for i in range(250)]
+    records[240]["note"] = "late"
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    assert applied(write_run(tmp_path, path), {1: "b"})[1] == ["message 0", "b"]
+    assert "1 row with a field that the first rows lack, left out" in capsys.readouterr().err
+
+
 def test_a_chat_becomes_its_text_and_a_column_of_labels(tmp_path: Path) -> None:
     def chat(text: str, label: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": text}, {"role": "assistant", "content": label}]

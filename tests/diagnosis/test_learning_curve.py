@@ -185,7 +185,8 @@ def test_corrections_are_of_the_rows_that_a_size_takes(config: TrainConfig, tmp_
         trained = load_data(alone).train
         assert diagnose.load(DiagnoseConfig(path))[1].train == trained
         assert size.num_rows == len(trained) < 3 * per_class
-        again, _ = retrain._corrected(RetrainConfig(path, corrections=decide("all.csv", 1)))
+        wanted = RetrainConfig(path, corrections=decide("all.csv", 1))
+        again, _ = retrain._corrected(wanted, tmp_path, Reporter())
         assert again.rows_per_class == per_class
 
 

@@ -19,7 +19,11 @@ from remora.runtime import files
 
 
 def write_corrected(
-    path: Path, settings: TrainConfig, text_columns: Sequence[str], decisions: Decisions
+    path: Path,
+    settings: TrainConfig,
+    text_columns: Sequence[str],
+    decisions: Decisions,
+    say: Callable[[str], None],
 ) -> None:
     """Write the training table of a run with other labels, and without the rows that are deleted.
 
@@ -34,6 +38,7 @@ def write_corrected(
         settings: Those of the run.
         text_columns: The names of the columns that the run read as its text.
         decisions: By the places of rows: another label, as the run reads it, or None to delete.
+        say: Told of what cannot be written, such as fields of JSON that the first rows lack.
 
     Raises:
         DataError: The source cannot be read.
@@ -65,10 +70,12 @@ def write_corrected(
         names = {shard.columns[shard.texts[0]]: usual for shard in shards}
     label_cells = _label_cells(table, settings.rename_labels or {})
 
+    remarks = Remarks()
+
     def rows() -> Iterator[list[str]]:
         place = -1
         for shard in shards:
-            for row, cells in shard.rows(header):
+            for row, cells in shard.rows(header, remarks):
                 label = [""]
                 if (shard.name, row) not in skipped.rows:
                     place += 1
@@ -87,6 +94,8 @@ def write_corrected(
         writer = csv.writer(file)
         writer.writerow([*(names.get(name, name) for name in header), *added])
         writer.writerows(rows())
+    for line in remarks.lines():
+        say(line)
 
 
 class _Skipped(Remarks):
@@ -129,9 +138,9 @@ class _Shard:
         """The names of the columns of labels, which occur once."""
         return [self.columns[place] for place in self.labels]
 
-    def rows(self, header: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    def rows(self, header: Sequence[str], remarks: Remarks) -> Iterator[tuple[int, list[str]]]:
         """Yield each row's number, and its cells in the order of a header."""
-        for row, _, values in self._part.read(lambda columns, _: [*range(len(columns))], Remarks()):
+        for row, _, values in self._part.read(lambda columns, _: [*range(len(columns))], remarks):
             cells = [
                 text_of(value) if place in self.texts and not is_blank(value) else csv_cell(value)
                 for place, value in enumerate(values)

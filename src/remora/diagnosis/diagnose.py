@@ -208,7 +208,9 @@ def _diagnose(config: DiagnoseConfig, reporter: Reporter) -> Diagnosis | SetDiag
     return diagnosis
 
 
-def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
+def apply_corrections(
+    config: DiagnoseConfig, *, reporter: Reporter | None = None
+) -> tuple[Path, int, int]:
     """Write the training table with a person's decisions.
 
     Returns:
@@ -234,7 +236,8 @@ def apply_corrections(config: DiagnoseConfig) -> tuple[Path, int, int]:
         if labels.get(place) != label
     }
     columns = everything.summary.text_columns
-    corrected_table.write_corrected(path, settings, columns, decisions)
+    say = (reporter or Reporter()).say
+    corrected_table.write_corrected(path, settings, columns, decisions, say)
     return path, num_corrected, num_deleted
 
 
